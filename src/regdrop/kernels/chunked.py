@@ -1,0 +1,263 @@
+"""The R-Drop terms in closed form, a block of rows at a time.
+
+With p_i = softmax(z_i), d_i = z_i - mean_j z_j and E_i = sum_v p_i d_i, an item's symmetric KL,
+averaged over the pairs of m passes, is `sum_i E_i / (m - 1)`: row constants cancel, so neither a
+logarithm nor a log-sum-exp enters it. Its gradient with respect to z_i is
+
+    (p_i (1 + d_i - E_i) - mean_j p_j) / (m - 1),
+
+and that of the likelihood is `(mass * p_i - target) / m`. The forward keeps three numbers a row;
+the backward writes the gradient once, with the upstream gradient folded in in float32.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from regdrop.kernels.target import Target
+
+# Temporary blocks together stay below a twentieth of the logits, but a block is never so small
+# that starting the threads costs more than the arithmetic (nor so slow when cores are shared).
+_LARGEST_SHARE = 64
+_SMALLEST_BLOCK = 2**19
+
+
+class RowStatistics(NamedTuple):
+    """What the backward needs of each row, (num_passes, n) each."""
+
+    maximum: Tensor
+    inverse_sum: Tensor  # 1 / sum of exp(z - maximum)
+    mean_difference: Tensor  # E_i
+
+
+def chunked_terms(
+    logits: Tensor, target: Target, *, backward_passes: int, inplace: bool, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return each item's likelihood and divergence, with a closed-form gradient.
+
+    Args:
+        logits: (num_passes, N, C); half precision is read and written once, computed in float32.
+        target: What the N items are compared with; gets no gradient.
+        backward_passes: The first passes that carry the gradient, times num_passes / this.
+        inplace: Overwrite `logits` with the gradient in the backward.
+        compiled: Run the arithmetic of a block through `torch.compile`.
+
+    Returns:
+        The negative log-likelihood, mean over passes, and the symmetric KL, mean over pairs of
+        passes, both (N,) and 0 on invalid items.
+    """
+    if torch.is_grad_enabled() and logits.requires_grad:
+        nll, kl = _ChunkedTerms.apply(logits, target, backward_passes, inplace, compiled)
+    else:
+        nll, kl, _ = _forward(logits.detach(), target, compiled)
+    return nll, kl
+
+
+class _ChunkedTerms(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Target,
+        backward_passes: int,
+        inplace: bool,
+        compiled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        nll, kl, statistics = _forward(logits, target, compiled)
+        ctx.save_for_backward(logits, *statistics, *(x for x in target if isinstance(x, Tensor)))
+        ctx.label_smoothing = target.label_smoothing
+        ctx.target_fields = [isinstance(x, Tensor) for x in target]
+        # The compiler decides by itself which buffers to reuse.
+        ctx.options = (backward_passes, inplace and not torch.compiler.is_compiling(), compiled)
+        ctx.set_materialize_grads(False)
+        return nll, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Any:
+        if grad_nll is None and grad_kl is None:
+            return None, None, None, None, None
+        logits, maximum, inverse_sum, mean_difference, *rest = ctx.saved_tensors
+        classes, probabilities, weight, _, valid = (
+            rest.pop(0) if given else None for given in ctx.target_fields
+        )
+        target = Target(classes, probabilities, weight, ctx.label_smoothing, valid)
+        statistics = RowStatistics(maximum, inverse_sum, mean_difference)
+        grad = _backward(logits, target, statistics, grad_nll, grad_kl, *ctx.options)
+        return grad, None, None, None, None
+
+
+def _blocks(logits: Tensor) -> list[tuple[int, int]]:
+    num_passes, num_items, num_classes = logits.shape
+    if num_items == 0 or torch.compiler.is_compiling():
+        return [(0, num_items)]
+    # Blocks are computed in float32, so those of half-precision logits are twice as large.
+    share = _LARGEST_SHARE * max(1, 4 // logits.element_size())
+    elements = max(_SMALLEST_BLOCK, logits.numel() // share)
+    rows = max(1, elements // (num_passes * max(1, num_classes)))
+    return [(start, min(start + rows, num_items)) for start in range(0, num_items, rows)]
+
+
+def _forward(
+    logits: Tensor, target: Target, compiled: bool
+) -> tuple[Tensor, Tensor, RowStatistics]:
+    rows = _compiled(_forward_rows) if compiled else _forward_rows
+    blocks = [
+        rows(logits[:, start:stop], target.rows(start, stop)) for start, stop in _blocks(logits)
+    ]
+    if len(blocks) == 1:
+        nll, kl, *statistics = blocks[0]
+    else:
+        nll, kl, *statistics = (torch.cat(parts, -1) for parts in zip(*blocks, strict=True))
+    return nll, kl, RowStatistics(*statistics)
+
+
+def _forward_rows(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_passes, num_items, num_classes = logits.shape
+    dtype = _accumulator(logits)
+    if num_items == 0 or num_classes == 0:
+        statistic = logits.new_zeros(num_passes, num_items, dtype=dtype)
+        return statistic.sum(0), statistic.sum(0), statistic, statistic, statistic
+    maximum = logits.amax(-1, keepdim=True).to(dtype)
+    x = logits - maximum
+    cross = _target_sum(x, target)  # sum of target * (z - maximum), mean over passes
+    difference = _difference(x)
+    e = x.exp_()
+    total = e.sum(-1)
+    mean_difference = e.mul_(difference).sum(-1) / total
+    nll = _target_mass(target, num_classes, dtype) * total.log().mean(0) - cross
+    kl = mean_difference.sum(0) / max(1, num_passes - 1)
+    # A class masked in one pass only is infinitely unlikely there; 0 * inf above hides it.
+    kl = torch.where(kl.isnan() & ~nll.isnan(), torch.inf, kl)
+    if target.valid is not None:
+        nll = torch.where(target.valid, nll, 0)
+        kl = torch.where(target.valid, kl, 0)
+    return nll, kl, maximum[..., 0], total.reciprocal(), mean_difference
+
+
+def _backward(
+    logits: Tensor,
+    target: Target,
+    statistics: RowStatistics,
+    grad_nll: Tensor | None,
+    grad_kl: Tensor | None,
+    backward_passes: int,
+    inplace: bool,
+    compiled: bool,
+) -> Tensor:
+    num_passes = logits.shape[0]
+    scale = num_passes / backward_passes
+    grad_nll = None if grad_nll is None else grad_nll * (scale / num_passes)
+    grad_kl = None if grad_kl is None else grad_kl * (scale / max(1, num_passes - 1))
+    # Writing through detach() increments the version that autograd checks.
+    out = logits.detach() if inplace else torch.empty_like(logits)
+    rows = _compiled(_backward_rows) if compiled else _backward_rows
+    for start, stop in _blocks(logits):
+        rows(
+            out[:, start:stop],
+            logits[:, start:stop],
+            target.rows(start, stop),
+            RowStatistics(*(x[:, start:stop] for x in statistics)),
+            None if grad_nll is None else grad_nll[start:stop],
+            None if grad_kl is None or num_passes == 1 else grad_kl[start:stop],
+            backward_passes,
+        )
+    return out
+
+
+def _backward_rows(
+    out: Tensor,
+    logits: Tensor,
+    target: Target,
+    statistics: RowStatistics,
+    grad_nll: Tensor | None,
+    grad_kl: Tensor | None,
+    backward_passes: int,
+) -> None:
+    """Write `p (mass a + b (1 - E + d)) - b mean(p) - a target` for the first passes, else 0."""
+    maximum, inverse_sum, mean_difference = (x[..., None] for x in statistics)
+    x = logits - maximum
+    if grad_kl is not None:
+        b = grad_kl[:, None]
+        difference = _difference(x)[:backward_passes]
+        p = x.exp_().mul_(inverse_sum)
+        mean_p = p.mean(0)
+        p = p[:backward_passes]
+        slope = b * (1 - mean_difference[:backward_passes])
+        if grad_nll is not None:
+            slope = slope + (_target_mass(target, logits.shape[-1], x.dtype) * grad_nll)[:, None]
+        grad = difference.mul_(b).add_(slope).mul_(p).sub_(mean_p.mul_(b))
+    else:
+        assert grad_nll is not None
+        slope = _target_mass(target, logits.shape[-1], x.dtype) * grad_nll
+        grad = x[:backward_passes].exp_()
+        grad.mul_(inverse_sum[:backward_passes] * slope[:, None])
+    if grad_nll is not None:
+        _subtract_target(grad, target, grad_nll)
+    if target.valid is not None:
+        grad.masked_fill_(~target.valid[None, :, None], 0)
+    out[:backward_passes].copy_(grad)
+    out[backward_passes:].zero_()
+
+
+def _accumulator(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _difference(x: Tensor) -> Tensor:
+    """Return z_i - mean_j z_j up to row constants; 0 where a class is masked in every pass."""
+    difference = x - x.mean(0)
+    return difference.nan_to_num_(0.0, torch.inf, -torch.inf)
+
+
+def _target_mass(target: Target, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """Return the sum of each item's target, (n,) or a scalar."""
+    if target.probabilities is not None:
+        return target.dense(dtype).sum(-1)
+    assert target.classes is not None
+    spread = target.spread_mass(num_classes, dtype)
+    total = spread.sum() if isinstance(spread, Tensor) else spread * num_classes
+    mass = target.class_mass(dtype) + total
+    if isinstance(mass, Tensor):
+        return mass
+    return torch.full((), mass, dtype=dtype, device=target.classes.device)
+
+
+def _target_sum(x: Tensor, target: Target) -> Tensor:
+    """Return the sum over classes of target * x, mean over passes: (n,)."""
+    if target.probabilities is not None:
+        dense = target.dense(x.dtype)
+        return torch.where(dense == 0, 0, dense * x).sum(-1).mean(0)
+    assert target.classes is not None
+    index = target.classes[None, :, None].expand(x.shape[0], -1, 1)
+    result = x.gather(-1, index)[..., 0].mean(0) * target.class_mass(x.dtype)
+    if target.label_smoothing:
+        spread = target.spread_mass(x.shape[-1], x.dtype)
+        weighted = x * spread if isinstance(spread, Tensor) else x
+        total = weighted.sum(-1).mean(0)
+        result = result + (total if isinstance(spread, Tensor) else total * spread)
+    return result
+
+
+def _subtract_target(grad: Tensor, target: Target, grad_nll: Tensor) -> None:
+    """Subtract grad_nll * target from the gradient of every pass, in place."""
+    if target.probabilities is not None:
+        grad.sub_(target.dense(grad.dtype) * grad_nll[:, None])
+        return
+    assert target.classes is not None
+    if target.label_smoothing:
+        spread = target.spread_mass(grad.shape[-1], grad.dtype)
+        grad.sub_(grad_nll[:, None] * spread)
+    # One class a row: gather and scatter are deterministic, scatter_add is not everywhere.
+    index = target.classes[None, :, None].expand(grad.shape[0], -1, 1)
+    at_index = grad.gather(-1, index) - (grad_nll * target.class_mass(grad.dtype))[None, :, None]
+    grad.scatter_(-1, index, at_index)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)

@@ -1,0 +1,57 @@
+"""The R-Drop terms as the paper writes them: the readable definition, the oracle of every test."""
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from regdrop.kernels.gradient import limit_backward
+from regdrop.kernels.target import Target
+
+
+def eager_terms(logits: Tensor, target: Target, *, backward_passes: int) -> tuple[Tensor, Tensor]:
+    """Return each item's likelihood and divergence by autograd through `log_softmax`.
+
+    Args:
+        logits: (num_passes, N, C), computed in float32 at least.
+        target: What the N items are compared with.
+        backward_passes: The first passes that carry the gradient, times num_passes / this.
+
+    Returns:
+        The negative log-likelihood, mean over passes, and the symmetric KL, mean over pairs of
+        passes, both (N,) and 0 on invalid items (equation 4 of arXiv 2106.14448).
+    """
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    x = limit_backward(x, backward_passes)
+    if target.valid is not None:
+        x = x.masked_fill(~target.valid[None, :, None], 0)
+    log_p = x.log_softmax(-1)
+    nll = torch.stack([_likelihood(row, target) for row in log_p]).mean(0)
+    kl = _mean_symmetric_kl(log_p)
+    if target.valid is not None:
+        nll, kl = (term.masked_fill(~target.valid, 0) for term in (nll, kl))
+    return nll, kl
+
+
+def _likelihood(log_p: Tensor, target: Target) -> Tensor:
+    if target.probabilities is not None:
+        dense = target.dense(log_p.dtype)
+        return -torch.where(dense == 0, 0, dense * log_p).sum(-1)
+    assert target.classes is not None
+    nll = -log_p.gather(-1, target.classes[:, None])[:, 0] * target.class_mass(log_p.dtype)
+    if target.label_smoothing:
+        nll = nll - (log_p * target.spread_mass(log_p.shape[-1], log_p.dtype)).sum(-1)
+    return nll
+
+
+def _mean_symmetric_kl(log_p: Tensor) -> Tensor:
+    pairs = list(combinations(log_p, 2))
+    if not pairs:
+        return log_p.new_zeros(log_p.shape[1])
+    return torch.stack([_kl(a, b) + _kl(b, a) for a, b in pairs]).mean(0) / 2
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    # A class masked with -inf in P contributes nothing, whatever Q gives it.
+    masked = torch.isneginf(log_p)
+    return (log_p.exp() * (log_p - log_q).masked_fill(masked, 0)).sum(-1)

@@ -1,0 +1,34 @@
+"""What is minimised: one file an output family, named after torch's loss."""
+
+from regdrop.loss.binary_cross_entropy import (
+    RDropBCEWithLogitsLoss,
+    binary_cross_entropy_terms,
+    rdrop_binary_cross_entropy_with_logits,
+)
+from regdrop.loss.cross_entropy import (
+    RDropCrossEntropyLoss,
+    cross_entropy_terms,
+    rdrop_cross_entropy,
+)
+from regdrop.loss.mse import RDropMSELoss, mse_terms, rdrop_mse_loss
+from regdrop.loss.output import RDropOutput
+from regdrop.loss.reduction import combine_terms
+from regdrop.loss.symmetric_kl import symmetric_kl
+from regdrop.loss.terms import ItemTerms, TermsFunction
+
+__all__ = [
+    "ItemTerms",
+    "RDropBCEWithLogitsLoss",
+    "RDropCrossEntropyLoss",
+    "RDropMSELoss",
+    "RDropOutput",
+    "TermsFunction",
+    "binary_cross_entropy_terms",
+    "combine_terms",
+    "cross_entropy_terms",
+    "mse_terms",
+    "rdrop_binary_cross_entropy_with_logits",
+    "rdrop_cross_entropy",
+    "rdrop_mse_loss",
+    "symmetric_kl",
+]

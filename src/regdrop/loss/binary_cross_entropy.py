@@ -1,0 +1,181 @@
+"""R-Drop for several yes-or-no labels an item: binary cross entropy and the Bernoulli KL."""
+
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regdrop.loss.checks import (
+    check_counts,
+    check_finite_divergence,
+    check_mask,
+    check_options,
+)
+from regdrop.loss.elementwise import masked_terms, split_passes
+from regdrop.loss.output import RDropOutput
+from regdrop.loss.reduction import Reduction, Scale, combine_terms
+from regdrop.loss.terms import ItemTerms
+
+
+def rdrop_binary_cross_entropy_with_logits(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float,
+    num_passes: int = 2,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items: Tensor | float | None = None,
+    scale: Scale = "sum",
+    backward_passes: int | None = None,
+) -> RDropOutput:
+    """Compute the R-Drop loss of a multi-label classifier.
+
+    The divergence of two passes with logits a and b is that of two Bernoulli distributions,
+    `1/2 (sigmoid(a) - sigmoid(b)) (a - b)`, of each label by itself.
+
+    Args:
+        logits: (num_passes * batch, ...), floating point; pass 0 of the whole batch first.
+        target: The original, unstacked target, (batch, ...), between 0 and 1.
+        alpha: Weight of the divergence.
+        num_passes: Number of passes in `logits`; 1 only with alpha 0.
+        weight: Weight of each element's likelihood, broadcastable to target.
+        pos_weight: Weight of positive labels in the likelihood, broadcastable to target.
+        mask: Boolean, True where an element counts in both terms, broadcastable to target.
+        reduction: "mean" over unmasked elements, "sum", or "none" (one number an element).
+        num_items: Denominator of both terms under "mean", in elements.
+        scale: "sum" or "mean", as in `rdrop_cross_entropy`.
+        backward_passes: As in `rdrop_cross_entropy`.
+
+    Returns:
+        The loss and its two parts, float32 for half-precision logits.
+
+    Raises:
+        TypeError: For tensors of the wrong kind.
+        ValueError: For options out of range or shapes that do not fit.
+    """
+    check_options(
+        alpha=alpha,
+        num_passes=num_passes,
+        reduction=reduction,
+        scale=scale,
+        backward_passes=backward_passes,
+    )
+    check_counts(reduction, num_items=num_items)
+    terms = binary_cross_entropy_terms(
+        logits,
+        target,
+        num_passes=num_passes,
+        weight=weight,
+        pos_weight=pos_weight,
+        mask=mask,
+        backward_passes=backward_passes,
+    )
+    return combine_terms(
+        terms,
+        alpha=alpha,
+        num_passes=num_passes,
+        reduction=reduction,
+        scale=scale,
+        num_items=num_items,
+    )
+
+
+def binary_cross_entropy_terms(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    num_passes: int,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    backward_passes: int | None = None,
+) -> ItemTerms:
+    """Return the terms of every element, in the shape of the target; see above."""
+    passes = split_passes("logits", logits, target, num_passes, backward_passes)
+    counted = check_mask(mask, target)
+    if counted is not None:
+        # Masked elements may hold anything, a nan included.
+        passes = passes.masked_fill(~counted, 0)
+        target = target.masked_fill(~counted, 0)
+    nll = F.binary_cross_entropy_with_logits(
+        passes,
+        target.to(passes.dtype).expand_as(passes),
+        weight=None if weight is None else weight.to(passes.dtype),
+        pos_weight=None if pos_weight is None else pos_weight.to(passes.dtype),
+        reduction="none",
+    ).mean(0)
+    pairs = [_bernoulli_kl(a, b) for a, b in combinations(passes, 2)]
+    kl = torch.stack(pairs).mean(0) if pairs else torch.zeros_like(nll)
+    if pairs:
+        check_finite_divergence(kl)
+    return masked_terms(nll, kl, mask, target)
+
+
+def _bernoulli_kl(a: Tensor, b: Tensor) -> Tensor:
+    # A label masked with the same infinity in both passes contributes nothing.
+    difference = (a - b).masked_fill((a == b) & torch.isinf(a), 0)
+    return (a.sigmoid() - b.sigmoid()) * difference / 2
+
+
+class RDropBCEWithLogitsLoss(nn.Module):
+    """`rdrop_binary_cross_entropy_with_logits` as a module that holds the options."""
+
+    weight: Tensor | None
+    pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        alpha: float,
+        *,
+        num_passes: int = 2,
+        weight: Tensor | None = None,
+        pos_weight: Tensor | None = None,
+        reduction: Reduction = "mean",
+        scale: Scale = "sum",
+        backward_passes: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_options(
+            alpha=alpha,
+            num_passes=num_passes,
+            reduction=reduction,
+            scale=scale,
+            backward_passes=backward_passes,
+        )
+        self.alpha = alpha
+        self.num_passes = num_passes
+        self.register_buffer("weight", weight)
+        self.register_buffer("pos_weight", pos_weight)
+        self.reduction: Reduction = reduction
+        self.scale: Scale = scale
+        self.backward_passes = backward_passes
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        num_items: Tensor | float | None = None,
+        mask: Tensor | None = None,
+    ) -> RDropOutput:
+        """Return the loss of stacked `logits` and the unstacked `target`."""
+        return rdrop_binary_cross_entropy_with_logits(
+            logits,
+            target,
+            alpha=self.alpha,
+            num_passes=self.num_passes,
+            weight=self.weight,
+            pos_weight=self.pos_weight,
+            mask=mask,
+            reduction=self.reduction,
+            num_items=num_items,
+            scale=self.scale,
+            backward_passes=self.backward_passes,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options that the module's printed form shows."""
+        return f"alpha={self.alpha}, num_passes={self.num_passes}, scale={self.scale!r}"

@@ -1,0 +1,142 @@
+"""Checks of the arguments that the losses share: errors name the argument and what it was."""
+
+import math
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from regdrop.loss.reduction import Reduction, Scale
+
+
+def check_options(
+    *,
+    alpha: float,
+    num_passes: int,
+    reduction: str,
+    scale: str,
+    backward_passes: int | None = None,
+    label_smoothing: float = 0.0,
+) -> None:
+    """Raise ValueError or TypeError for an option that is out of range."""
+    if isinstance(alpha, (Tensor, bool)):
+        raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha must be finite and at least 0, got {alpha}")
+    check_num_passes(num_passes, smallest=1)
+    if num_passes == 1 and alpha != 0:
+        raise ValueError(
+            f"num_passes must be at least 2 for alpha={alpha} (one pass has nothing to be "
+            f"compared with), got {num_passes}"
+        )
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale must be one of {get_args(Scale)}, got {scale!r}")
+    if backward_passes is not None and not 1 <= backward_passes <= num_passes:
+        raise ValueError(
+            f"backward_passes must be None or from 1 to num_passes={num_passes}, "
+            f"got {backward_passes}"
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
+
+
+def check_num_passes(num_passes: int, *, smallest: int = 2) -> None:
+    """Raise for a number of passes that is no integer or too small."""
+    if isinstance(num_passes, bool) or not isinstance(num_passes, int):
+        raise TypeError(f"num_passes must be an integer, got {type(num_passes).__name__}")
+    if num_passes < smallest:
+        raise ValueError(f"num_passes must be at least {smallest}, got {num_passes}")
+
+
+def check_counts(reduction: str, **counts: Tensor | float | None) -> None:
+    """Raise for a denominator that is negative, not a scalar, or unused by the reduction."""
+    for name, count in counts.items():
+        if count is None:
+            continue
+        if reduction != "mean":
+            raise ValueError(f"{name} is only used with reduction='mean', got {reduction!r}")
+        if isinstance(count, Tensor):
+            if count.numel() != 1:
+                raise ValueError(f"{name} must be a scalar, got shape {tuple(count.shape)}")
+        elif not (math.isfinite(count) and count >= 0):
+            raise ValueError(f"{name} must be finite and at least 0, got {count}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless the argument is a floating-point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_stacked(name: str, stacked: Tensor, target: Tensor, num_passes: int) -> None:
+    """Raise unless the first dimension of `stacked` is num_passes times that of the target."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    if stacked.dim() == 0 or target.dim() == 0:
+        raise ValueError(
+            f"{name} and target need a batch dimension, got shapes {tuple(stacked.shape)} "
+            f"and {tuple(target.shape)}"
+        )
+    if stacked.shape[0] == num_passes * target.shape[0]:
+        return
+    if num_passes > 1 and stacked.shape[0] == target.shape[0]:
+        raise ValueError(
+            f"{name} must hold num_passes={num_passes} times the items of target, got "
+            f"{stacked.shape[0]} rows for {target.shape[0]} targets: either target was stacked "
+            f"too (pass the original one), or the model saw the batch once (use repeat_batch)"
+        )
+    raise ValueError(
+        f"{name} must hold num_passes={num_passes} times the items of target, got "
+        f"{stacked.shape[0]} rows for {target.shape[0]} targets"
+    )
+
+
+def check_mask(mask: Tensor | None, target: Tensor) -> Tensor | None:
+    """Return the mask (True counts) expanded to the shape of the target; raise if it cannot be."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a boolean tensor, True where an element counts, got {got}")
+    try:
+        return mask.expand(target.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"mask must be broadcastable to the shape of target {tuple(target.shape)}, "
+            f"got {tuple(mask.shape)}"
+        ) from error
+
+
+def check_own_memory(name: str, tensor: Tensor) -> None:
+    """Raise ValueError where two elements share memory, as in an expanded tensor."""
+    reach = 0
+    dimensions = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+    for stride, size in dimensions:
+        if size > 1:
+            if stride <= reach:
+                raise ValueError(
+                    f"inplace=True needs {name} whose elements do not share memory (no expanded "
+                    f"or overlapping view), got shape {tuple(tensor.shape)} with strides "
+                    f"{tensor.stride()}"
+                )
+            reach += stride * (size - 1)
+
+
+def check_finite_divergence(kl: Tensor) -> None:
+    """Raise ValueError where a class is masked with -inf in one pass only.
+
+    On CUDA, and inside torch.compile, the check is an assertion on the device, so that training
+    is not stopped for it at every step.
+    """
+    message = (
+        "the KL is infinite: logits hold -inf (or a difference beyond float32) for a class in one "
+        "pass and not in another; a mask must be the same in every pass"
+    )
+    if torch.compiler.is_compiling() or kl.device.type == "cuda":
+        torch._assert_async(~torch.isinf(kl).any(), message)
+    elif kl.device.type == "cpu" and bool(torch.isinf(kl).any()):
+        raise ValueError(message)

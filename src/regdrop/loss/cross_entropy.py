@@ -1,0 +1,262 @@
+"""R-Drop for one class an item: cross entropy and the KL between softmax outputs."""
+
+import torch
+from torch import Tensor, nn
+
+from regdrop.kernels import Implementation, Target, rdrop_terms
+from regdrop.loss.checks import (
+    check_counts,
+    check_finite_divergence,
+    check_floating,
+    check_options,
+    check_own_memory,
+    check_stacked,
+)
+from regdrop.loss.output import RDropOutput
+from regdrop.loss.reduction import Reduction, Scale, combine_terms
+from regdrop.loss.terms import ItemTerms
+
+
+def rdrop_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float,
+    num_passes: int = 2,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    num_items: Tensor | float | None = None,
+    num_weight: Tensor | float | None = None,
+    scale: Scale = "sum",
+    backward_passes: int | None = None,
+    inplace: bool = False,
+    impl: Implementation = "auto",
+) -> RDropOutput:
+    """Compute the R-Drop loss of a classifier (equation 4 of arXiv 2106.14448).
+
+    Args:
+        logits: (num_passes * batch, ..., C), float16, bfloat16, float32 or float64; pass 0 of the
+            whole batch first, then pass 1 (the layout of `repeat_batch`). Half precision is
+            computed in float32.
+        target: The original, unstacked target: class indices (batch, ...), int64, or class
+            probabilities (batch, ..., C).
+        alpha: Weight of the divergence, the paper's.
+        num_passes: Number of passes in `logits`; 1 with alpha 0 is plain cross entropy.
+        weight: (C,) weight of each class in the likelihood, as in torch's cross entropy.
+        ignore_index: Index that marks an item that counts in neither term.
+        label_smoothing: Smoothing of the likelihood's target; the KL compares raw outputs.
+        reduction: "mean" over valid items, "sum", or "none" (one number an item).
+        num_items: Denominator of both terms under "mean" instead of the number of valid items:
+            a total over an accumulation window and all ranks.
+        num_weight: Denominator of the likelihood alone under "mean", for class weights: the
+            total weight of the same items. Defaults to `num_items`.
+        scale: "sum" for the paper's `num_passes * nll + alpha * kl`, "mean" for that over
+            num_passes, on the scale of training without R-Drop.
+        backward_passes: Number of first passes that carry the gradient, scaled so that it stays
+            unbiased; the others may come from a forward without gradient. None: all.
+        inplace: Let the gradient overwrite `logits` in the backward, which saves their memory. A
+            layer whose own backward needs its output raises.
+        impl: "auto", "eager", "chunked", "compiled", "cpp" or "triton".
+
+    Returns:
+        The loss and its two parts, float32 for half-precision logits.
+
+    Raises:
+        TypeError: For tensors of the wrong kind.
+        ValueError: For options out of range, shapes that do not fit, targets out of range (on
+            the CPU), or a class masked with -inf in one pass only.
+    """
+    check_options(
+        alpha=alpha,
+        num_passes=num_passes,
+        reduction=reduction,
+        scale=scale,
+        backward_passes=backward_passes,
+        label_smoothing=label_smoothing,
+    )
+    check_counts(reduction, num_items=num_items, num_weight=num_weight)
+    terms = cross_entropy_terms(
+        logits,
+        target,
+        num_passes=num_passes,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        backward_passes=backward_passes,
+        inplace=inplace,
+        impl=impl,
+    )
+    return combine_terms(
+        terms,
+        alpha=alpha,
+        num_passes=num_passes,
+        reduction=reduction,
+        scale=scale,
+        num_items=num_items,
+        num_weight=num_weight,
+    )
+
+
+def cross_entropy_terms(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    num_passes: int,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    backward_passes: int | None = None,
+    inplace: bool = False,
+    impl: Implementation = "auto",
+) -> ItemTerms:
+    """Return the terms of every item, in the shape of the class indices; see above."""
+    items = _check(logits, target, num_passes, weight)
+    num_classes = logits.shape[-1]
+    if inplace:
+        check_own_memory("logits", logits)
+    bundle = _bundle(target, items, num_classes, weight, ignore_index, label_smoothing)
+    num_items = items.numel()
+    nll, kl = rdrop_terms(
+        logits.reshape(num_passes, num_items, num_classes),
+        bundle,
+        backward_passes=num_passes if backward_passes is None else backward_passes,
+        inplace=inplace,
+        impl=impl,
+    )
+    if num_passes > 1:
+        check_finite_divergence(kl)
+    if bundle.valid is None:
+        kl_count = torch.full((), num_items, dtype=nll.dtype, device=nll.device)
+    else:
+        kl_count = bundle.valid.sum()
+    nll_count = kl_count
+    if weight is not None and bundle.classes is not None and bundle.valid is not None:
+        nll_count = weight.detach().to(nll.dtype)[bundle.classes].mul(bundle.valid).sum()
+    return ItemTerms(nll.view(items.shape), kl.view(items.shape), nll_count, kl_count)
+
+
+def _bundle(
+    target: Tensor,
+    items: Tensor,
+    num_classes: int,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Target:
+    if target.is_floating_point():
+        return Target(None, target.reshape(-1, num_classes), weight, label_smoothing, None)
+    index = items.reshape(-1).long()
+    valid = index != ignore_index
+    index = torch.where(valid, index, 0)
+    if target.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"target must hold class indices from 0 to {num_classes - 1} or "
+                f"ignore_index={ignore_index}, got {low if low < 0 else high}"
+            )
+    return Target(index, None, weight, label_smoothing, valid)
+
+
+def _check(logits: Tensor, target: Tensor, num_passes: int, weight: Tensor | None) -> Tensor:
+    """Return a tensor of the items' shape, the target itself when it holds class indices."""
+    check_floating("logits", logits)
+    check_stacked("logits", logits, target, num_passes)
+    if logits.dim() < 2:
+        raise ValueError(
+            f"logits must be (num_passes * batch, ..., classes), got shape {tuple(logits.shape)}"
+        )
+    if target.is_floating_point():
+        if target.shape[1:] != logits.shape[1:]:
+            raise ValueError(
+                f"target of class probabilities must have the shape of one pass, "
+                f"{(target.shape[0], *logits.shape[1:])}, got {tuple(target.shape)}"
+            )
+        items = target[..., 0]
+    elif target.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        if target.shape[1:] != logits.shape[1:-1]:
+            raise ValueError(
+                f"target of class indices must have the shape of one pass without the classes, "
+                f"{(target.shape[0], *logits.shape[1:-1])}, got {tuple(target.shape)} for logits "
+                f"{tuple(logits.shape)}; classes are the last dimension of logits"
+            )
+        items = target
+    else:
+        raise TypeError(f"target must hold integers or probabilities, got {target.dtype}")
+    if weight is not None and tuple(weight.shape) != (logits.shape[-1],):
+        raise ValueError(
+            f"weight must have one entry a class, shape ({logits.shape[-1]},), "
+            f"got {tuple(weight.shape)}"
+        )
+    return items
+
+
+class RDropCrossEntropyLoss(nn.Module):
+    """`rdrop_cross_entropy` as a module that holds the options; `alpha` may be changed at will."""
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        alpha: float,
+        *,
+        num_passes: int = 2,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+        scale: Scale = "sum",
+        backward_passes: int | None = None,
+        inplace: bool = False,
+        impl: Implementation = "auto",
+    ) -> None:
+        super().__init__()
+        check_options(
+            alpha=alpha,
+            num_passes=num_passes,
+            reduction=reduction,
+            scale=scale,
+            backward_passes=backward_passes,
+            label_smoothing=label_smoothing,
+        )
+        self.alpha = alpha
+        self.num_passes = num_passes
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.reduction: Reduction = reduction
+        self.scale: Scale = scale
+        self.backward_passes = backward_passes
+        self.inplace = inplace
+        self.impl: Implementation = impl
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        num_items: Tensor | float | None = None,
+        num_weight: Tensor | float | None = None,
+    ) -> RDropOutput:
+        """Return the loss of stacked `logits` and the unstacked `target`."""
+        return rdrop_cross_entropy(
+            logits,
+            target,
+            alpha=self.alpha,
+            num_passes=self.num_passes,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            num_items=num_items,
+            num_weight=num_weight,
+            scale=self.scale,
+            backward_passes=self.backward_passes,
+            inplace=self.inplace,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options that the module's printed form shows."""
+        return f"alpha={self.alpha}, num_passes={self.num_passes}, scale={self.scale!r}"

@@ -1,0 +1,22 @@
+"""What every loss of the library returns."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class RDropOutput(NamedTuple):
+    """The loss to minimise and its two parts, detached means over valid items.
+
+    Attributes:
+        loss: The objective; carries the gradient. A scalar, or one number an item under
+            `reduction="none"`.
+        nll: The likelihood term of one pass (mean over passes), comparable with the loss of
+            training without R-Drop.
+        kl: The symmetric KL divergence (or its counterpart for the output), mean over pairs of
+            passes.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor

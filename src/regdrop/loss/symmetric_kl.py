@@ -1,0 +1,62 @@
+"""The divergence between passes by itself."""
+
+import torch
+from torch import Tensor
+
+from regdrop.kernels import Target, rdrop_terms
+from regdrop.loss.checks import (
+    check_finite_divergence,
+    check_floating,
+    check_mask,
+    check_num_passes,
+    check_options,
+)
+from regdrop.loss.reduction import Reduction
+
+
+def symmetric_kl(
+    logits: Tensor,
+    *,
+    num_passes: int = 2,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Compute the symmetric KL divergence `1/2 [KL(P||Q) + KL(Q||P)]` between passes.
+
+    Args:
+        logits: (num_passes * batch, ..., C), floating point; pass 0 of the whole batch first.
+        num_passes: Number of passes; more than two are averaged over all pairs.
+        mask: Boolean, True where an item counts, broadcastable to (batch, ...).
+        reduction: "mean" over unmasked items, "sum", or "none" (one number an item).
+
+    Returns:
+        A scalar, or (batch, ...) under "none"; float32 for half-precision logits.
+
+    Raises:
+        TypeError: For tensors of the wrong kind.
+        ValueError: For shapes that do not fit, or a class masked with -inf in one pass only.
+    """
+    check_num_passes(num_passes)
+    check_options(alpha=1.0, num_passes=num_passes, reduction=reduction, scale="sum")
+    check_floating("logits", logits)
+    if logits.dim() < 2 or logits.shape[0] % num_passes:
+        raise ValueError(
+            f"logits must be (num_passes * batch, ..., classes) with num_passes={num_passes}, "
+            f"got shape {tuple(logits.shape)}"
+        )
+    passes = logits.reshape(num_passes, logits.shape[0] // num_passes, *logits.shape[1:])
+    items = passes[0, ..., 0]
+    mask = check_mask(mask, items)
+    valid = None if mask is None else mask.reshape(-1)
+    index = torch.zeros(items.numel(), dtype=torch.long, device=logits.device)
+    _, kl = rdrop_terms(
+        passes.reshape(num_passes, items.numel(), logits.shape[-1]),
+        Target(index, None, None, 0.0, valid),
+        backward_passes=num_passes,
+    )
+    check_finite_divergence(kl)
+    if reduction == "none":
+        return kl.view(items.shape)
+    if reduction == "sum":
+        return kl.sum()
+    return kl.sum() / (max(1, kl.numel()) if valid is None else valid.sum().clamp(min=1))

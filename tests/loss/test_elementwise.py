@@ -1,0 +1,214 @@
+"""Multi-label and regression losses, and the divergence by itself."""
+
+import math
+from itertools import combinations
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+
+from regdrop import (
+    RDropBCEWithLogitsLoss,
+    RDropMSELoss,
+    rdrop_binary_cross_entropy_with_logits,
+    rdrop_mse_loss,
+    symmetric_kl,
+)
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def slow_bernoulli_kl(a, b):
+    p, q = sigmoid(a), sigmoid(b)
+
+    def kl(p, q):
+        return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+    return (kl(p, q) + kl(q, p)) / 2
+
+
+def slow_mean(num_passes, stacked, target, likelihood, divergence, mask):
+    passes = stacked.double().reshape(num_passes, -1).tolist()
+    flat, counted = target.double().flatten().tolist(), mask.flatten().tolist()
+    nll, kl, count = 0.0, 0.0, 0
+    for n, (t, keep) in enumerate(zip(flat, counted, strict=True)):
+        if keep:
+            values = [p[n] for p in passes]
+            nll += sum(likelihood(v, t) for v in values) / num_passes
+            pairs = list(combinations(values, 2))
+            kl += sum(divergence(a, b) for a, b in pairs) / len(pairs)
+            count += 1
+    return nll / count, kl / count
+
+
+CASES = {
+    "bce": (
+        rdrop_binary_cross_entropy_with_logits,
+        lambda z, t: -t * math.log(sigmoid(z)) - (1 - t) * math.log(1 - sigmoid(z)),
+        slow_bernoulli_kl,
+        lambda stacked, target: F.binary_cross_entropy_with_logits(stacked, target),
+    ),
+    "mse": (
+        rdrop_mse_loss,
+        lambda z, t: (z - t) ** 2,
+        lambda a, b: (a - b) ** 2,
+        lambda stacked, target: F.mse_loss(stacked, target),
+    ),
+}
+
+
+def make(num_passes=2, shape=(4, 3)):
+    stacked = torch.randn(num_passes * shape[0], *shape[1:], dtype=torch.float64)
+    target = torch.randint(0, 2, shape).double()
+    return stacked, target
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("num_passes", [2, 3])
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+def test_value_is_that_of_the_formula(case, num_passes, scale):
+    loss, likelihood, divergence, _ = CASES[case]
+    stacked, target = make(num_passes)
+    mask = torch.tensor([[True, False, True]] * 3 + [[False] * 3])
+    nll, kl = slow_mean(num_passes, stacked, target, likelihood, divergence, mask)
+    stacked[num_passes * 4 - 1] = math.nan  # masked
+    output = loss(stacked, target, alpha=1.3, num_passes=num_passes, mask=mask, scale=scale)
+    total = num_passes * nll + 1.3 * kl
+    assert output.nll.item() == pytest.approx(nll)
+    assert output.kl.item() == pytest.approx(kl)
+    assert output.loss.item() == pytest.approx(total if scale == "sum" else total / num_passes)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck(case, reduction):
+    stacked, target = make(3)
+    options = {"alpha": 0.7, "num_passes": 3, "reduction": reduction}
+    loss = CASES[case][0]
+    assert torch.autograd.gradcheck(
+        lambda x: loss(x, target, **options).loss, stacked.requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_pass_without_alpha_is_torchs_loss(case):
+    loss, _, _, torch_loss = CASES[case]
+    stacked, target = make(1)
+    output = loss(stacked, target, alpha=0, num_passes=1)
+    torch.testing.assert_close(output.loss, torch_loss(stacked, target))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_masked_gives_zero_loss_and_gradient(case):
+    stacked, target = make()
+    stacked.requires_grad_()
+    mask = torch.zeros(4, 1, dtype=torch.bool)
+    output = CASES[case][0](stacked, target, alpha=1.0, mask=mask)
+    output.loss.backward()
+    assert output.loss.item() == 0
+    assert (stacked.grad == 0).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_accumulation_with_num_items_equals_one_batch(case):
+    loss = CASES[case][0]
+    stacked, target = make()
+    whole = loss(stacked, target, alpha=1.0).loss
+    first, second = stacked.chunk(2)
+    parts = [
+        loss(torch.cat([first[s], second[s]]), target[s], alpha=1.0, num_items=12).loss
+        for s in (slice(0, 1), slice(1, 4))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_backward_pass_is_twice_the_gradient_of_the_first(case):
+    loss = CASES[case][0]
+    stacked, target = make()
+    stacked.requires_grad_()
+    (full,) = torch.autograd.grad(loss(stacked, target, alpha=1.0).loss, stacked)
+    (one,) = torch.autograd.grad(
+        loss(stacked, target, alpha=1.0, backward_passes=1).loss, stacked
+    )
+    torch.testing.assert_close(one[:4], 2 * full[:4])
+    assert (one[4:] == 0).all()
+
+
+def test_class_weights_of_the_likelihood():
+    stacked, target = make()
+    weight, pos_weight = torch.rand(3), torch.rand(3)
+    output = rdrop_binary_cross_entropy_with_logits(
+        stacked, target, alpha=1.0, weight=weight, pos_weight=pos_weight
+    )
+    expected = F.binary_cross_entropy_with_logits(
+        stacked, target.repeat(2, 1), weight=weight.double(), pos_weight=pos_weight.double()
+    )
+    torch.testing.assert_close(output.nll, expected)
+    module = RDropBCEWithLogitsLoss(1.0, weight=weight, pos_weight=pos_weight)
+    torch.testing.assert_close(module(stacked, target).loss, output.loss)
+
+
+def test_label_masked_in_both_passes_and_in_one():
+    logits = torch.tensor([[-math.inf, 1.0], [-math.inf, 2.0]])
+    target = torch.tensor([[0.0, 1.0]])
+    output = rdrop_binary_cross_entropy_with_logits(logits, target, alpha=1.0)
+    assert output.kl.item() == pytest.approx(slow_bernoulli_kl(1.0, 2.0) / 2)
+    logits[0, 0] = 0.0
+    with pytest.raises(ValueError, match="-inf"):
+        rdrop_binary_cross_entropy_with_logits(logits, target, alpha=1.0)
+
+
+def test_mse_module_and_half_precision():
+    predictions, target = torch.randn(8).half(), torch.randn(4)
+    output = RDropMSELoss(2.0, scale="mean")(predictions, target)
+    assert output.loss.dtype == torch.float32
+    a, b = predictions.float().chunk(2)
+    torch.testing.assert_close(output.kl, (a - b).square().mean())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"target": torch.ones(4, 2)}, ValueError, "target must have the shape of one pass"),
+        ({"target": torch.ones(8, 3)}, ValueError, "target was stacked too"),
+        ({"mask": torch.ones(4, 3)}, TypeError, "mask must be a boolean"),
+        ({"mask": torch.ones(5, 3, dtype=torch.bool)}, ValueError, "mask must be broadcastable"),
+        ({"alpha": -1}, ValueError, "alpha must be finite"),
+    ],
+)
+def test_bad_input_is_named(case, change, error, message):
+    stacked, target = make()
+    arguments = {"target": target, "alpha": 1.0} | change
+    with pytest.raises(error, match=message):
+        CASES[case][0](stacked, **arguments)
+
+
+@pytest.mark.parametrize("num_passes", [2, 3])
+def test_symmetric_kl(num_passes):
+    logits = torch.randn(num_passes * 4, 5, 6, dtype=torch.float64)
+    mask = torch.rand(4, 5) < 0.6
+    rows = logits.view(num_passes, 20, 6).transpose(0, 1).tolist()
+    slow = torch.tensor([reference.symmetric_kl(row) for row in rows], dtype=torch.float64)
+    items = symmetric_kl(logits, num_passes=num_passes, reduction="none")
+    torch.testing.assert_close(items, slow.view(4, 5))
+    masked = symmetric_kl(logits, num_passes=num_passes, mask=mask)
+    torch.testing.assert_close(masked, items[mask].mean())
+    total = symmetric_kl(logits, num_passes=num_passes, mask=mask, reduction="sum")
+    torch.testing.assert_close(total, items[mask].sum())
+    assert torch.autograd.gradcheck(
+        lambda x: symmetric_kl(x, num_passes=num_passes, mask=mask), logits.requires_grad_()
+    )
+
+
+def test_symmetric_kl_checks_its_input():
+    with pytest.raises(ValueError, match="num_passes=2"):
+        symmetric_kl(torch.randn(5, 3))
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        symmetric_kl(torch.randn(4, 3), num_passes=1)
+    with pytest.raises(TypeError, match="logits must be floating point"):
+        symmetric_kl(torch.ones(4, 3, dtype=torch.long))
