@@ -1,5 +1,6 @@
 """R-Drop (Regularized Dropout, arXiv 2106.14448) for PyTorch."""
 
+from regdrop.config import RDropConfig
 from regdrop.loss import (
     RDropBCEWithLogitsLoss,
     RDropCrossEntropyLoss,
@@ -10,3 +11,23 @@ from regdrop.loss import (
     rdrop_mse_loss,
     symmetric_kl,
 )
+from regdrop.passes import DropoutSource, dropout_rates, find_dropout, repeat_batch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DropoutSource",
+    "RDropBCEWithLogitsLoss",
+    "RDropConfig",
+    "RDropCrossEntropyLoss",
+    "RDropMSELoss",
+    "RDropOutput",
+    "__version__",
+    "dropout_rates",
+    "find_dropout",
+    "rdrop_binary_cross_entropy_with_logits",
+    "rdrop_cross_entropy",
+    "rdrop_mse_loss",
+    "repeat_batch",
+    "symmetric_kl",
+]

@@ -131,9 +131,7 @@ def test_one_backward_pass_is_twice_the_gradient_of_the_first(case):
     stacked, target = make()
     stacked.requires_grad_()
     (full,) = torch.autograd.grad(loss(stacked, target, alpha=1.0).loss, stacked)
-    (one,) = torch.autograd.grad(
-        loss(stacked, target, alpha=1.0, backward_passes=1).loss, stacked
-    )
+    (one,) = torch.autograd.grad(loss(stacked, target, alpha=1.0, backward_passes=1).loss, stacked)
     torch.testing.assert_close(one[:4], 2 * full[:4])
     assert (one[4:] == 0).all()
 

@@ -1,0 +1,160 @@
+"""The options of training with R-Drop, shared by every integration and the command line."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+AlphaSchedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class RDropConfig:
+    """Options of training with R-Drop; steps are optimiser steps.
+
+    Attributes:
+        alpha: Weight of the divergence, the paper's.
+        num_passes: Passes a batch; 1 (with alpha 0) is training without R-Drop.
+        backward_passes: First passes that carry the gradient, scaled to stay unbiased; 1 costs
+            about 1.3 single-pass steps instead of 2. None: all.
+        fraction: Random part of the batch that the passes after the first see; its divergence is
+            weighted 1 / fraction.
+        every_n_steps: Apply R-Drop on every n-th step only.
+        rescale: Multiply alpha by every_n_steps on those steps, so that its mean stays alpha.
+        start_step: First step with R-Drop.
+        alpha_schedule: "constant", or a "linear" or "cosine" ramp from 0 over alpha_warmup_steps.
+        alpha_warmup_steps: Length of the ramp, counted from start_step.
+        dropout_rates: One dropout rate for each pass, with passes="sequential".
+        passes: "stacked" for one forward of the stacked batch, "sequential" for one a pass.
+        scale: "mean" for a loss on the scale of training without R-Drop, "sum" for the paper's.
+        class_weight: Weight of each class in the likelihood.
+        monitor_steps: Every so many steps measure the divergence also where a step has one pass,
+            by an extra pass that leaves the run as it is.
+        fused_linear: Whether the last linear layer and the loss are computed in one; "auto" where
+            the model allows it.
+
+    Raises:
+        TypeError: For an option of the wrong type.
+        ValueError: For an option out of range, or two that exclude each other.
+    """
+
+    alpha: float = 1.0
+    num_passes: int = 2
+    backward_passes: int | None = None
+    fraction: float = 1.0
+    every_n_steps: int = 1
+    rescale: bool = True
+    start_step: int = 0
+    alpha_schedule: AlphaSchedule = "constant"
+    alpha_warmup_steps: int = 0
+    dropout_rates: tuple[float, ...] | None = None
+    passes: Literal["stacked", "sequential"] = "stacked"
+    scale: Literal["sum", "mean"] = "mean"
+    class_weight: tuple[float, ...] | None = None
+    monitor_steps: int | None = None
+    fused_linear: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("dropout_rates", "class_weight"):
+            value = getattr(self, name)
+            if value is not None:
+                # JSON and the command line give lists.
+                object.__setattr__(self, name, tuple(float(x) for x in value))
+        self._check_numbers()
+        self._check_choices()
+        self._check_combinations()
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "RDropConfig":
+        """Build the config from a mapping of its fields, as `to_dict` writes it."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(options) - known):
+            raise ValueError(f"RDropConfig has no option {unknown}; it has {sorted(known)}")
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as a dictionary that JSON can hold."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    def _check_numbers(self) -> None:
+        _check_number("alpha", self.alpha, low=0)
+        _check_number("fraction", self.fraction, low=0, high=1)
+        if self.fraction == 0:
+            raise ValueError("fraction must be above 0 and at most 1, got 0")
+        for name, low in (
+            ("num_passes", 1),
+            ("every_n_steps", 1),
+            ("start_step", 0),
+            ("alpha_warmup_steps", 0),
+        ):
+            _check_integer(name, getattr(self, name), low)
+        if self.monitor_steps is not None:
+            _check_integer("monitor_steps", self.monitor_steps, 1)
+        if self.backward_passes is not None:
+            _check_integer("backward_passes", self.backward_passes, 1)
+        for rate in self.dropout_rates or ():
+            if not 0 <= rate < 1:
+                raise ValueError(f"dropout_rates must be from 0 up to 1, got {rate}")
+        for weight in self.class_weight or ():
+            _check_number("class_weight", weight, low=0)
+
+    def _check_choices(self) -> None:
+        choices = {
+            "alpha_schedule": get_args(AlphaSchedule),
+            "passes": ("stacked", "sequential"),
+            "scale": ("sum", "mean"),
+            "rescale": (True, False),
+            "fused_linear": ("auto", True, False),
+        }
+        for name, accepted in choices.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} must be one of {accepted}, got {getattr(self, name)!r}")
+
+    def _check_combinations(self) -> None:
+        if self.num_passes == 1 and self.alpha != 0:
+            raise ValueError(f"num_passes=1 needs alpha=0, got alpha={self.alpha}")
+        if self.backward_passes is not None and self.backward_passes > self.num_passes:
+            raise ValueError(
+                f"backward_passes must be at most num_passes={self.num_passes}, "
+                f"got {self.backward_passes}"
+            )
+        if self.alpha_schedule != "constant" and self.alpha_warmup_steps == 0:
+            raise ValueError(
+                f"alpha_schedule={self.alpha_schedule!r} needs alpha_warmup_steps above 0"
+            )
+        if self.alpha_schedule == "constant" and self.alpha_warmup_steps:
+            raise ValueError(
+                f"alpha_warmup_steps={self.alpha_warmup_steps} needs "
+                "alpha_schedule='linear' or 'cosine', got 'constant'"
+            )
+        if self.dropout_rates is not None:
+            if self.passes != "sequential":
+                raise ValueError(
+                    "dropout_rates needs passes='sequential': one forward has one rate, "
+                    f"got passes={self.passes!r}"
+                )
+            if len(self.dropout_rates) != self.num_passes:
+                raise ValueError(
+                    f"dropout_rates must have one rate for each of num_passes={self.num_passes}, "
+                    f"got {self.dropout_rates}"
+                )
+        if self.fused_linear is True:
+            raise ValueError("fused_linear=True is not available in this release; use 'auto'")
+
+
+def _check_number(name: str, value: Any, *, low: float, high: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and low <= value <= high):
+        bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name} must be finite and {bound}, got {value}")
+
+
+def _check_integer(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")

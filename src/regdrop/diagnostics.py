@@ -1,0 +1,155 @@
+"""Does R-Drop act at all: sources of dropout, the divergence between passes, the cost of a step."""
+
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regdrop.config import RDropConfig
+from regdrop.loss import TermsFunction
+from regdrop.passes import DropoutSource, find_dropout
+
+# One training step without R-Drop is one part forward and two parts backward.
+_FORWARD_SHARE = 1 / 3
+
+
+def warn_without_dropout(model: nn.Module) -> bool:
+    """Warn when no source of dropout is active in a model in training mode.
+
+    Returns:
+        Whether the warning was given.
+    """
+    if any(source.active for source in find_dropout(model)):
+        return False
+    warnings.warn(
+        "R-Drop has nothing to compare: the model has no active source of dropout, so all passes "
+        "are the same and the KL is exactly 0 at a multiple of the cost. "
+        f"{_advice(find_dropout(model))}",
+        stacklevel=2,
+    )
+    return True
+
+
+def warn_zero_divergence() -> None:
+    """Warn that a logged divergence was exactly 0."""
+    warnings.warn(
+        "the KL between passes is exactly 0: the passes are identical although R-Drop is on. "
+        "Check that the model is in training mode, that its dropout rates are above 0 "
+        "(regdrop.find_dropout) and that no random state is restored between passes.",
+        stacklevel=2,
+    )
+
+
+def expected_cost(config: RDropConfig) -> float:
+    """Return the cost of a step in steps of one pass, the mean over the steps of a run.
+
+    A forward counts as one third of a step and a backward as two thirds; loss, optimiser and data
+    count as nothing, so that the figure is an estimate, not a measurement.
+    """
+    passes = config.num_passes
+    graded = passes if config.backward_passes is None else config.backward_passes
+    forwards = 1 + (passes - 1) * config.fraction
+    backwards = 1 + (graded - 1) * config.fraction
+    step = _FORWARD_SHARE * forwards + (1 - _FORWARD_SHARE) * backwards
+    return (step + config.every_n_steps - 1) / config.every_n_steps
+
+
+def dropout_report(model: nn.Module, config: RDropConfig | None = None) -> list[str]:
+    """Return what a user should know before training a model with R-Drop, one line each."""
+    model_sources = find_dropout(model)
+    on = [source for source in model_sources if source.rate > 0]
+    config = RDropConfig() if config is None else config
+    lines = [
+        f"{len(on)} of {len(model_sources)} sources of dropout have a rate above 0.",
+        f"A step costs about {expected_cost(config):.2f} single-pass steps "
+        f"(num_passes={config.num_passes}, backward_passes={config.backward_passes}).",
+    ]
+    if not on:
+        lines.append(_advice(model_sources))
+    elif config.backward_passes is None and config.num_passes == 2:
+        lines.append(
+            "backward_passes=1 estimates the same gradient without bias at about "
+            f"{expected_cost(RDropConfig(backward_passes=1)):.2f} single-pass steps."
+        )
+    if any(source.kind == "layerdrop" and source.rate > 0 for source in on):
+        lines.append(
+            "LayerDrop draws once a forward, so that stacked passes share it: "
+            "use passes='sequential'."
+        )
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        lines.append("BatchNorm sees the stacked batch and updates its statistics with every pass.")
+    return lines
+
+
+def measure_divergence(
+    logits: Tensor, other: Tensor, target: Tensor, terms: TermsFunction
+) -> Tensor:
+    """Return the divergence of two passes of the same batch, a detached mean over its items.
+
+    Args:
+        logits: Output of one pass, (batch, ...).
+        other: Output of the other.
+        target: The target, which tells the items that count.
+        terms: The output family's terms of each item.
+    """
+    with torch.no_grad():
+        both = terms(torch.cat([logits.detach(), other.detach()]), target, 2, None)
+        return both.kl.sum() / both.kl_count.clamp(min=1)
+
+
+def extra_pass(model: nn.Module, forward: Callable[[Any], Tensor], batch: Any) -> Tensor:
+    """Run one more pass without gradient and leave the run exactly as it was.
+
+    The pass draws masks of its own; afterwards the random states of torch, Python and NumPy and
+    the model's buffers (BatchNorm statistics among them) are what they were.
+
+    Args:
+        model: The module whose buffers are kept.
+        forward: Maps a batch to the model's output.
+        batch: The original batch.
+    """
+    with torch.no_grad(), _forked_random_state(), _kept_buffers(model):
+        # Without a new seed the pass would draw the very masks of the pass that follows.
+        torch.manual_seed(int(torch.randint(2**62, ()).item()))
+        return forward(batch)
+
+
+@contextmanager
+def _forked_random_state() -> Iterator[None]:
+    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
+    python_state = random.getstate()
+    numpy_state = None if numpy_random is None else numpy_random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy_random is not None:
+            numpy_random.set_state(numpy_state)
+
+
+@contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+
+def _advice(sources: list[DropoutSource]) -> str:
+    if any(source.rate > 0 for source in sources):
+        return "Its rates are above 0 but it is in evaluation mode: call model.train()."
+    if any(source.kind == "lora" for source in sources):
+        return "Set lora_dropout above 0 in the LoraConfig (0.1 is usual)."
+    if sources:
+        names = ", ".join(sorted({source.name.rsplit(".", 1)[-1] for source in sources})[:4])
+        return f"Raise a dropout rate, now 0, in the model's configuration ({names})."
+    return "Add dropout to the model, for example torch.nn.Dropout(0.1) before its head."

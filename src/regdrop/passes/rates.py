@@ -1,0 +1,108 @@
+"""Dropout rates set from outside: one for all passes, or another for each pass."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from regdrop.passes.dropout import RateAttribute, rate_attributes
+
+_SETTABLE = ("dropout", "attention", "lora")
+
+
+@contextmanager
+def dropout_rates(model: nn.Module, rates: float | Sequence[float]) -> Iterator[None]:
+    """Run a model with other dropout rates; its own come back on exit.
+
+    Functional dropout takes one rate for a whole forward, so different rates need one forward a
+    pass. The rate of a forward is in force again while its own backward runs; run the backward
+    inside this context.
+
+    Args:
+        model: Its sources with a rate above 0 are set: dropout modules, attention and LoRA
+            dropout. Those that are off stay off.
+        rates: One rate for every forward, or a sequence through which the forwards of `model` in
+            training mode cycle, one a forward.
+
+    Raises:
+        TypeError: If `model` is no module.
+        ValueError: For a rate outside [0, 1), a model without an active rate, or one that uses
+            gradient checkpointing, whose recomputation would draw with another pass's rate.
+    """
+    sequence = (rates,) if isinstance(rates, (int, float)) else tuple(rates)
+    if not sequence or not all(0 <= rate < 1 for rate in sequence):
+        raise ValueError(f"rates must be one or more numbers from 0 up to 1, got {rates}")
+    if uses_gradient_checkpointing(model):
+        raise ValueError(
+            "dropout_rates cannot be used with gradient checkpointing: the recomputation would "
+            "run with another pass's rate; switch checkpointing off"
+        )
+    sources = [
+        found
+        for found in rate_attributes(model)
+        if found.source.rate > 0 and found.source.kind in _SETTABLE
+    ]
+    if not sources:
+        raise ValueError("model must have a dropout rate above 0 to be changed, found none")
+    state = _Rates(sources, sequence)
+    hooks = [
+        model.register_forward_pre_hook(state.before_forward),
+        model.register_forward_hook(state.after_forward),
+    ]
+    if len(sequence) == 1:
+        state.set(sequence[0])
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        state.restore()
+
+
+def uses_gradient_checkpointing(model: nn.Module) -> bool:
+    """Return whether a Hugging Face model has gradient checkpointing switched on."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+class _Rates:
+    """The rate in force, forward by forward and backward by backward."""
+
+    def __init__(self, sources: list[RateAttribute], sequence: tuple[float, ...]) -> None:
+        self.sources = sources
+        self.sequence = sequence
+        self.calls = 0
+        self.closed = False
+
+    def set(self, rate: float) -> None:
+        if not self.closed:
+            for found in self.sources:
+                setattr(found.owner, found.attribute, rate)
+
+    def restore(self) -> None:
+        for found in self.sources:
+            setattr(found.owner, found.attribute, found.source.rate)
+        self.closed = True
+
+    def before_forward(self, model: nn.Module, args: Any) -> None:
+        if model.training:
+            self.set(self.sequence[self.calls % len(self.sequence)])
+            self.calls += 1
+
+    def after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        if model.training:
+            rate = self.sequence[(self.calls - 1) % len(self.sequence)]
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda grad, rate=rate: self.set(rate))
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)

@@ -1,0 +1,77 @@
+"""How several passes of a batch go through a model: in one forward or one after the other."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from regdrop.passes.stacking import find_batch_size, repeat_batch, take_items
+
+Strategy = Literal["stacked", "sequential"]
+
+
+def run_passes(
+    forward: Callable[[Any], Tensor],
+    batch: Any,
+    *,
+    num_passes: int,
+    strategy: Strategy = "stacked",
+    backward_passes: int | None = None,
+    items: Tensor | None = None,
+    batch_size: int | None = None,
+    shared: Iterable[str] = (),
+) -> Tensor:
+    """Run a batch several times through a model and return the stacked outputs.
+
+    Args:
+        forward: Maps a batch to the model's output, (items, ...).
+        batch: The original batch; never changed.
+        num_passes: Number of passes.
+        strategy: "stacked" for one forward of the batch stacked in blocks, "sequential" for one
+            forward a pass.
+        backward_passes: Number of first passes with a gradient. The others run first and without
+            one, so that their activations are never stored. None: all.
+        items: Positions (n,) of the items that all passes but the first see. None: all items.
+        batch_size: As in `repeat_batch`.
+        shared: As in `repeat_batch`.
+
+    Returns:
+        The outputs of pass 0, of pass 1 and so on, along the first dimension.
+    """
+    size = find_batch_size(batch) if batch_size is None else batch_size
+    selections: list[Tensor | None] = [None, *[items] * (num_passes - 1)]
+    graded = num_passes if backward_passes is None else backward_passes
+    options: dict[str, Any] = {"strategy": strategy, "batch_size": size, "shared": tuple(shared)}
+    rest = None
+    if graded < num_passes:
+        with torch.no_grad():
+            rest = _run(forward, batch, selections[graded:], **options)
+    outputs = _run(forward, batch, selections[:graded], **options)
+    return outputs if rest is None else torch.cat([outputs, rest])
+
+
+def _run(
+    forward: Callable[[Any], Tensor],
+    batch: Any,
+    selections: list[Tensor | None],
+    *,
+    strategy: Strategy,
+    batch_size: int,
+    shared: tuple[str, ...],
+) -> Tensor:
+    """Run one pass for each selection of items; None selects the whole batch."""
+    if strategy == "stacked" and len(selections) > 1:
+        chosen = [s for s in selections if s is not None]
+        if not chosen:
+            return forward(
+                repeat_batch(batch, len(selections), batch_size=batch_size, shared=shared)
+            )
+        whole = torch.arange(batch_size, device=chosen[0].device)
+        index = torch.cat([whole if s is None else s for s in selections])
+        return forward(take_items(batch, index, batch_size=batch_size, shared=shared))
+    outputs = [
+        forward(batch if s is None else take_items(batch, s, batch_size=batch_size, shared=shared))
+        for s in selections
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
