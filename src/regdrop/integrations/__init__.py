@@ -1,1 +1,1 @@
-
+"""One package or file a training framework; each imports the core and its own framework only."""

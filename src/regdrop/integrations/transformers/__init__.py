@@ -1,0 +1,6 @@
+"""R-Drop in the Hugging Face Trainer (transformers 5)."""
+
+from regdrop.integrations.transformers.heads import Head, find_head
+from regdrop.integrations.transformers.trainer import RDropTrainer, RDropTrainerMixin
+
+__all__ = ["Head", "RDropTrainer", "RDropTrainerMixin", "find_head"]
