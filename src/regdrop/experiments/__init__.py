@@ -1,1 +1,21 @@
+"""Comparisons of ways of training: runs, their records, and reports drawn from records alone."""
 
+from regdrop.experiments.arms import Arm, build_arms
+from regdrop.experiments.compare import compare
+from regdrop.experiments.record import RunRecord, load_records
+from regdrop.experiments.report import write_report
+from regdrop.experiments.run import run_arm
+from regdrop.experiments.statistics import Estimate, estimate, paired_difference
+
+__all__ = [
+    "Arm",
+    "Estimate",
+    "RunRecord",
+    "build_arms",
+    "compare",
+    "estimate",
+    "load_records",
+    "paired_difference",
+    "run_arm",
+    "write_report",
+]

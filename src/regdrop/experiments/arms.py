@@ -1,0 +1,60 @@
+"""The five ways of training that `compare` sets against each other."""
+
+from dataclasses import dataclass, replace
+
+from regdrop.config import RDropConfig
+from regdrop.tasks import Task, TrainingSettings
+
+BASELINE = "baseline"
+_ORDER = (BASELINE, "baseline-2x", "alpha-0", "rdrop", "rdrop-one-backward")
+
+
+def arm_order(name: str) -> tuple[int, str]:
+    """Return the key by which tables and plots sort the arms; unknown names come last."""
+    return (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training a task.
+
+    Attributes:
+        name: Name in files and tables.
+        description: What it is.
+        rdrop: R-Drop's options; one pass with alpha 0 is training without it.
+        training: Optimisation.
+    """
+
+    name: str
+    description: str
+    rdrop: RDropConfig
+    training: TrainingSettings
+
+
+def build_arms(task: Task) -> dict[str, Arm]:
+    """Return the arms of a task by name, the baseline first.
+
+    All losses are on the baseline's scale, and all arms measure the KL between two passes at
+    every log, the baselines by an extra pass that leaves the run as it is.
+    """
+    training = task.training
+    rdrop = replace(task.rdrop, scale="mean")
+    single = RDropConfig(alpha=0.0, num_passes=1, monitor_steps=training.logging_steps)
+    arms = (
+        Arm(BASELINE, "one pass, no R-Drop", single, training),
+        Arm(
+            "baseline-2x",
+            "the baseline with twice the updates, its schedule stretched",
+            single,
+            training.stretched(2),
+        ),
+        Arm("alpha-0", "two passes without the KL", replace(rdrop, alpha=0.0), training),
+        Arm("rdrop", f"R-Drop, alpha {rdrop.alpha:g}", rdrop, training),
+        Arm(
+            "rdrop-one-backward",
+            f"R-Drop, alpha {rdrop.alpha:g}, gradient through one pass",
+            replace(rdrop, backward_passes=1),
+            training,
+        ),
+    )
+    return {arm.name: arm for arm in arms}

@@ -1,0 +1,153 @@
+"""The main job: every arm of a task over several seeds, in parallel, continued where it stopped."""
+
+import logging
+import multiprocessing
+import queue
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from regdrop.experiments.arms import Arm, build_arms
+from regdrop.experiments.record import RunRecord, load_records
+from regdrop.experiments.run import run_arm
+from regdrop.tasks import Task
+
+_POLL_SECONDS = 0.2
+
+
+class Update(NamedTuple):
+    """News of a run: its last step and the figures logged there."""
+
+    arm: str
+    seed: int
+    step: int
+    figures: dict[str, float]
+
+
+class Display(Protocol):
+    """What shows a comparison while it runs."""
+
+    def update(self, news: Update) -> None:
+        """Show the news of a run."""
+
+    def finish(self, record: RunRecord) -> None:
+        """Show that a run is done."""
+
+
+def compare(
+    task: Task,
+    *,
+    seeds: Sequence[int],
+    folder: Path,
+    workers: int = 1,
+    threads: int | None = None,
+    arms: Sequence[str] | None = None,
+    display: Display | None = None,
+) -> list[RunRecord]:
+    """Train the arms of a task over seeds and return their records.
+
+    Finished runs are read, not run again; interrupted ones go on from their last checkpoint.
+
+    Args:
+        task: The task.
+        seeds: Seeds, the same for every arm, so that differences are paired.
+        folder: Where records are kept.
+        workers: Runs at a time, each in a process of its own.
+        threads: Threads a run; None leaves torch's own number.
+        arms: Names of the arms to train; all by default.
+        display: Shown the progress.
+
+    Raises:
+        ValueError: For an unknown arm, no seeds, or a folder of other settings.
+    """
+    known = build_arms(task)
+    names = list(known) if arms is None else list(arms)
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"arms must be among {list(known)}, got {unknown}")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds must be different numbers, at least one, got {list(seeds)}")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    # The longest runs first, so that no worker waits for one at the end.
+    jobs = sorted(
+        ((known[name], seed) for seed in seeds for name in names),
+        key=lambda job: -job[0].training.max_steps * job[0].rdrop.num_passes,
+    )
+    _run_jobs(task, jobs, folder, workers, threads, display)
+    wanted = {(name, seed) for name in names for seed in seeds}
+    return [record for record in load_records(folder) if (record.arm, record.seed) in wanted]
+
+
+def _run_jobs(
+    task: Task,
+    jobs: Sequence[tuple[Arm, int]],
+    folder: Path,
+    workers: int,
+    threads: int | None,
+    display: Display | None,
+) -> None:
+    # A fresh interpreter a worker: CUDA and thread pools do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    news: Any = context.Manager().Queue()
+    with ProcessPoolExecutor(
+        min(workers, len(jobs)),
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(news, threads),
+    ) as pool:
+        pending: set[Future[RunRecord]] = {
+            pool.submit(_work, task, arm, seed, folder) for arm, seed in jobs
+        }
+        try:
+            while pending:
+                done, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
+                _show(news, display)
+                for future in done:
+                    record = future.result()
+                    if display is not None:
+                        display.finish(record)
+        except BaseException:
+            # An error or Ctrl-C: what has not begun is not begun, what runs has its checkpoint.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _show(news: Any, display: Display | None) -> None:
+    while True:
+        try:
+            update = news.get_nowait()
+        except queue.Empty:
+            return
+        if display is not None:
+            display.update(update)
+
+
+_news: Any = None
+
+
+def _start_worker(news: Any, threads: int | None) -> None:
+    global _news
+    _news = news
+    import torch
+    import transformers
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    # The display of the parent process shows the progress.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def _work(task: Task, arm: Arm, seed: int, folder: Path) -> RunRecord:
+    def progress(step: int, figures: dict[str, float]) -> None:
+        _news.put(Update(arm.name, seed, step, figures))
+
+    with warnings.catch_warnings():
+        # transformers looks for pinned memory on machines without an accelerator.
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        return run_arm(task, arm, seed, folder, progress=progress)

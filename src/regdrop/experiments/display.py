@@ -1,0 +1,95 @@
+"""The live display of a comparison and its table, on the terminal."""
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from regdrop.experiments.arms import Arm
+from regdrop.experiments.compare import Update
+from regdrop.experiments.record import RunRecord
+from regdrop.experiments.report import CAPTION, table_cells
+
+
+class LiveDisplay:
+    """One bar an arm, over the steps of all its seeds, with the last figures of the last news."""
+
+    def __init__(self, arms: Sequence[Arm], seeds: Sequence[int], console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+        )
+        self._bars: dict[str, TaskID] = {
+            arm.name: self.progress.add_task(
+                arm.name, total=arm.training.max_steps * len(seeds), figures=""
+            )
+            for arm in arms
+        }
+        self._steps: dict[tuple[str, int], int] = {}
+
+    def __enter__(self) -> "LiveDisplay":
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+
+    def update(self, news: Update) -> None:
+        """Show the news of a run."""
+        shown = {
+            name.removeprefix("eval_"): value
+            for name, value in news.figures.items()
+            if name.startswith("eval_") and name != "eval_loss"
+        }
+        text = " ".join(f"{name} {value:.3f}" for name, value in shown.items())
+        self._move(news.arm, news.seed, news.step, f"seed {news.seed}: {text}" if text else None)
+
+    def finish(self, record: RunRecord) -> None:
+        """Show that a run is done; on a terminal without live display, say so in a line."""
+        figures = " ".join(f"{name} {value:.3f}" for name, value in record.validation.items())
+        self._move(record.arm, record.seed, record.steps, None)
+        if not self.console.is_terminal:
+            self.console.print(f"{record.arm} seed {record.seed}: validation {figures}")
+
+    def _move(self, arm: str, seed: int, step: int, figures: str | None) -> None:
+        before = self._steps.get((arm, seed), 0)
+        self._steps[arm, seed] = max(before, step)
+        bar = self._bars[arm]
+        self.progress.advance(bar, max(0, step - before))
+        if figures is not None:
+            self.progress.update(bar, figures=figures)
+
+
+def print_table(records: Sequence[RunRecord], console: Console) -> None:
+    """Print the table of a comparison."""
+    header, rows = table_cells(records)
+    table = Table(title=f"{records[0].task}: {len(rows)} arms")
+    for position, name in enumerate(header):
+        table.add_column(name, justify="left" if position == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # A table wider than the terminal is better scrolled than cut.
+    wide = Console(file=console.file, width=max(console.width, 130))
+    wide.print(table)
+    console.print(CAPTION, style="dim")

@@ -1,0 +1,105 @@
+"""Curves from records alone: loss and metrics by step and by minute, the KL between passes."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regdrop.experiments.arms import arm_order
+from regdrop.experiments.record import RunRecord
+from regdrop.tasks import Metric
+
+# Distinct also for colour-blind readers (Okabe and Ito).
+_COLOURS = ("#000000", "#999999", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
+_AXES = {"step": ("step", 1.0), "minute": ("seconds", 60.0)}
+
+
+def draw_plots(
+    records: Sequence[RunRecord], metrics: Mapping[str, Metric], folder: Path
+) -> list[tuple[Path, str]]:
+    """Draw all curves of a comparison into its folder.
+
+    Args:
+        records: Records of one task.
+        metrics: Its figures.
+        folder: Where the images are written.
+
+    Returns:
+        The image files and their titles.
+    """
+    curves = [("nll", "training NLL (with dropout)", 1.0, True)]
+    for name, metric in metrics.items():
+        factor = 100.0 if metric.percent else 1.0
+        curves.append((f"eval_{name}", f"validation {metric.title}", factor, name == "nll"))
+    curves.append(("kl", "KL between passes", 1.0, True))
+    return [
+        (
+            _draw(records, curves, axis, folder / f"curves_by_{axis}.png"),
+            f"Training and validation curves and the KL between passes, by {axis}",
+        )
+        for axis in _AXES
+    ]
+
+
+def _draw(
+    records: Sequence[RunRecord],
+    curves: Sequence[tuple[str, str, float, bool]],
+    axis: str,
+    path: Path,
+) -> Path:
+    # The object interface draws without a display and without global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = 2
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(11, 3.8 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for (key, title, factor, logarithmic), panel in zip(curves, panels, strict=False):
+        _draw_panel(panel, records, key, axis, factor)
+        panel.set_title(title)
+        panel.set_xlabel("optimiser step" if axis == "step" else "training minutes")
+        if logarithmic:
+            panel.set_yscale("log")
+        panel.grid(alpha=0.3, which="both")
+    for panel in list(panels):
+        panel.set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _draw_panel(
+    panel: Any, records: Sequence[RunRecord], key: str, axis: str, factor: float
+) -> None:
+    by_arm: dict[str, list[RunRecord]] = defaultdict(list)
+    for record in records:
+        by_arm[record.arm].append(record)
+    names = sorted(by_arm, key=arm_order)
+    for colour, name in zip(_COLOURS * 2, names, strict=False):
+        x, values = _series(by_arm[name], key, axis)
+        if not len(x):
+            continue
+        values = values * factor
+        mean = values.mean(0)
+        panel.plot(x, mean, color=colour, label=name, linewidth=1.6)
+        if len(values) > 1:
+            panel.fill_between(
+                x, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0
+            )
+
+
+def _series(records: Sequence[RunRecord], key: str, axis: str) -> tuple[Any, Any]:
+    """Return the common steps (or the mean minutes at them) and the figures, (seeds, steps)."""
+    entries = [
+        {entry["step"]: entry for entry in record.history if key in entry} for record in records
+    ]
+    steps = sorted(set.intersection(*(set(own) for own in entries)))
+    values = np.array([[own[step][key] for step in steps] for own in entries])
+    field, unit = _AXES[axis]
+    positions = np.array([[own[step][field] / unit for step in steps] for own in entries])
+    return positions.mean(0), values

@@ -1,0 +1,153 @@
+"""The record of one run: everything that tables and plots need, in one JSON file."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regdrop.experiments.arms import Arm
+from regdrop.tasks import Task
+
+_PACKAGES = ("regdrop", "torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One finished run.
+
+    Attributes:
+        task: Name of the preset.
+        arm: Name of the arm.
+        seed: Seed of weights, order of the data and dropout masks.
+        config: The resolved settings of task, training and R-Drop.
+        steps: Optimiser steps taken.
+        seconds: Time of training alone, evaluation and checkpoints left out.
+        peak_memory_mib: Highest memory of the run: on a GPU what torch allocated, else the
+            resident memory of the process; None where the system does not tell.
+        best_step: Step of the selected checkpoint.
+        validation: Figures of the selected checkpoint on the validation split.
+        test: Figures of the selected checkpoint on the test split.
+        history: One entry a log or evaluation, with its `step` and training `seconds`.
+        versions: Versions of Python and the libraries.
+        hardware: Processor, cores, threads of the run and accelerator.
+    """
+
+    task: str
+    arm: str
+    seed: int
+    config: dict[str, Any]
+    steps: int
+    seconds: float
+    peak_memory_mib: float | None
+    best_step: int
+    validation: dict[str, float]
+    test: dict[str, float]
+    history: list[dict[str, float]]
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write the record; the file appears whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "RunRecord":
+        """Read a record.
+
+        Raises:
+            ValueError: If the file is no record.
+        """
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not the record of a run: {error}") from error
+
+
+def record_path(folder: Path, arm: str, seed: int) -> Path:
+    """Return the file of a run's record in the folder of a comparison."""
+    return folder / "records" / f"{arm}-seed{seed}.json"
+
+
+def load_records(folder: Path) -> list[RunRecord]:
+    """Read all records of a comparison, by arm and seed.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    paths = sorted((folder / "records").glob("*.json"))
+    if not paths:
+        raise FileNotFoundError(f"no records in {folder / 'records'}")
+    return [RunRecord.load(path) for path in paths]
+
+
+def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
+    """Return every setting of a run as JSON holds it."""
+    settings: dict[str, Any] = {
+        **asdict(task),
+        "training": asdict(arm.training),
+        "rdrop": arm.rdrop.to_dict(),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that are installed."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Return the processor, its cores, the threads in use and the accelerator."""
+    return {
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(terse=True),
+    }
+
+
+def reset_peak_memory() -> None:
+    """Begin a new measurement of the highest memory."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:  # Linux alone lets a process reset its own high-water mark.
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_memory_mib() -> float | None:
+    """Return the highest memory since the last reset, in MiB; None where it cannot be read."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 2**20
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    peaks = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(peaks[0]) / 1024 if peaks else None
+
+
+def _processor_name() -> str:
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if "model name" in line]
+    return names[0] if names else platform.machine()

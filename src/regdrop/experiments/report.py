@@ -1,0 +1,171 @@
+"""Tables from records alone: figures of every arm and its paired difference to the baseline."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from regdrop.experiments.arms import BASELINE, arm_order
+from regdrop.experiments.plots import draw_plots
+from regdrop.experiments.record import RunRecord, load_records
+from regdrop.experiments.statistics import Estimate, estimate, paired_difference
+from regdrop.tasks import PRESETS, Metric
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of one arm: its mean and its difference to the baseline."""
+
+    value: Estimate
+    difference: Estimate | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm of the table.
+
+    Attributes:
+        arm: Name of the arm.
+        cells: Test figures by metric.
+        cost: Training time in times of the baseline, mean over seeds.
+        best_part: Latest selected step of all seeds, as a part of the run.
+        seeds: Number of seeds.
+    """
+
+    arm: str
+    cells: dict[str, Cell]
+    cost: float | None
+    best_part: float
+    seeds: int
+
+
+def build_rows(records: Sequence[RunRecord]) -> list[Row]:
+    """Return the rows of the table, the baseline first.
+
+    Raises:
+        ValueError: If the records are of several tasks.
+    """
+    tasks = sorted({record.task for record in records})
+    if len(tasks) != 1:
+        raise ValueError(f"records must be of one task, got {tasks}")
+    by_arm: dict[str, list[RunRecord]] = defaultdict(list)
+    for record in records:
+        by_arm[record.arm].append(record)
+    baseline = by_arm.get(BASELINE, [])
+    rows = []
+    for arm in sorted(by_arm, key=arm_order):
+        runs = by_arm[arm]
+        cells = {}
+        for metric in runs[0].test:
+            values = {run.seed: run.test[metric] for run in runs}
+            own = {run.seed: run.test[metric] for run in baseline}
+            paired = arm != BASELINE and bool(values.keys() & own.keys())
+            cells[metric] = Cell(
+                estimate(list(values.values())),
+                paired_difference(values, own) if paired else None,
+            )
+        times = {run.seed: run.seconds for run in baseline}
+        ratios = [run.seconds / times[run.seed] for run in runs if run.seed in times]
+        rows.append(
+            Row(
+                arm,
+                cells,
+                sum(ratios) / len(ratios) if ratios else None,
+                max(run.best_step / run.steps for run in runs),
+                len(runs),
+            )
+        )
+    return rows
+
+
+def find_metrics(records: Sequence[RunRecord]) -> dict[str, Metric]:
+    """Return how the figures of the records are read; unknown ones are shown as they are."""
+    preset = PRESETS.get(records[0].task)
+    known = {} if preset is None else preset.metrics
+    return {name: known.get(name, Metric(name, True)) for name in records[0].test}
+
+
+def format_cell(cell: Cell, metric: Metric) -> str:
+    """Return a figure as text, with its 95 % interval and its difference to the baseline."""
+    factor, digits = (100, 2) if metric.percent else (1, 3)
+
+    def number(x: float) -> str:
+        return "n/a" if math.isinf(x) else f"{x * factor:.{digits}f}"
+
+    text = f"{number(cell.value.mean)} ± {number(cell.value.half_width)}"
+    if cell.difference is None:
+        return text
+    sign = "+" if cell.difference.mean >= 0 else "−"
+    change = f"{sign}{number(abs(cell.difference.mean))} ± {number(cell.difference.half_width)}"
+    return f"{text} ({change})"
+
+
+def table_cells(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of the table as text."""
+    metrics = find_metrics(records)
+    header = ["arm", *(f"test {m.title}" for m in metrics.values()), "time", "selected by", "seeds"]
+    rows = [
+        [
+            row.arm,
+            *(format_cell(row.cells[name], metric) for name, metric in metrics.items()),
+            "n/a" if row.cost is None else f"{row.cost:.2f}x",
+            f"{row.best_part:.0%}",
+            str(row.seeds),
+        ]
+        for row in build_rows(records)
+    ]
+    return header, rows
+
+
+CAPTION = (
+    "Mean over seeds ± half the 95 % interval (Student's t); in brackets the paired difference to "
+    "the baseline. Checkpoints are selected on the validation split; `time` is training time in "
+    "times of the baseline's; `selected by` is the part of the run by which the last seed's "
+    "checkpoint was selected."
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.md` and the plots of a comparison, from its records alone.
+
+    Raises:
+        FileNotFoundError: If there are no records.
+        ValueError: If they are of several tasks.
+    """
+    records = load_records(folder)
+    header, rows = table_cells(records)
+    lines = [
+        f"# {records[0].task}: comparison of {len(rows)} arms",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|" + " --- |" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+        CAPTION,
+        "",
+        *_setting_lines(records),
+        "",
+    ]
+    for path, title in draw_plots(records, find_metrics(records), folder):
+        lines += [f"![{title}]({path.name})", ""]
+    target = folder / "report.md"
+    target.write_text("\n".join(lines), encoding="utf-8")
+    return target
+
+
+def _setting_lines(records: Sequence[RunRecord]) -> list[str]:
+    first = records[0]
+    seeds = sorted({record.seed for record in records})
+    versions = ", ".join(f"{name} {number}" for name, number in first.versions.items())
+    hardware = ", ".join(f"{name}: {value}" for name, value in first.hardware.items())
+    memory = [r.peak_memory_mib for r in records if r.peak_memory_mib is not None]
+    lines = [
+        f"- {first.config.get('description', first.task)}",
+        f"- seeds: {', '.join(map(str, seeds))}",
+        f"- versions: {versions}",
+        f"- hardware: {hardware}",
+    ]
+    if memory:
+        lines.append(f"- peak memory of a run: {min(memory):.0f} to {max(memory):.0f} MiB")
+    return lines

@@ -1,0 +1,195 @@
+"""Images for classification: scikit-learn's digits, a `datasets` folder or a hub id."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+# Splits up to this size are decoded once and kept in memory.
+_IN_MEMORY_BYTES = 2**29
+_SPLIT_SEED = 0
+
+
+class ImageSplits(NamedTuple):
+    """The three splits of an image data set and the names of its classes."""
+
+    train: "Images"
+    validation: "Images"
+    test: "Images"
+    class_names: list[str]
+
+
+class Images(Dataset[dict[str, Any]]):
+    """Images and labels as model inputs `pixel_values` (C, H, W) and `labels`.
+
+    Args:
+        read: Returns the images of some positions as uint8, (n, C, H, W).
+        labels: (N,) class indices.
+        mean: Mean of a pixel between 0 and 1, subtracted.
+        std: Standard deviation, by which is divided.
+        augmentation: Applied to float images (n, C, H, W) between 0 and 1; None for none.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Sequence[int]], Tensor],
+        labels: Tensor,
+        *,
+        mean: Tensor,
+        std: Tensor,
+        augmentation: nn.Module | None = None,
+    ) -> None:
+        self.read = read
+        self.labels = labels
+        self.mean, self.std = (x.reshape(-1, 1, 1) for x in (mean, std))
+        self.augmentation = augmentation
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        pixels = self.read(positions).float() / 255
+        if self.augmentation is not None:
+            pixels = self.augmentation(pixels)
+        pixels = (pixels - self.mean) / self.std
+        labels = self.labels[list(positions)]
+        return [
+            {"pixel_values": image, "labels": label}
+            for image, label in zip(pixels, labels, strict=True)
+        ]
+
+
+def load_digits_splits(augmentation: nn.Module | None) -> ImageSplits:
+    """Load scikit-learn's 1797 digits, 8x8: 300 to train, 300 to validate, the rest to test.
+
+    The split is stratified by class and the same for every seed of a training.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pixels = torch.from_numpy(digits.images).div(16).mul(255).round().to(torch.uint8)[:, None]
+    labels = torch.from_numpy(digits.target).long()
+    rest, train = train_test_split(
+        np.arange(len(labels)), test_size=300, stratify=labels, random_state=_SPLIT_SEED
+    )
+    test, validation = train_test_split(
+        rest, test_size=300, stratify=labels[rest], random_state=_SPLIT_SEED
+    )
+    mean, std = torch.tensor([0.5]), torch.tensor([0.5])
+
+    def split(positions: Any, augmentation: nn.Module | None = None) -> Images:
+        own = pixels[positions]
+        return Images(
+            lambda chosen: own[list(chosen)],
+            labels[positions],
+            mean=mean,
+            std=std,
+            augmentation=augmentation,
+        )
+
+    names = [str(name) for name in digits.target_names]
+    return ImageSplits(split(train, augmentation), split(validation), split(test), names)
+
+
+def load_image_splits(
+    dataset: str,
+    *,
+    image_size: int,
+    num_channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    augmentation: nn.Module | None,
+) -> ImageSplits:
+    """Load a folder or a hub id by `datasets.load_dataset`.
+
+    A set without a validation split gives a tenth of its training split, drawn by a fixed seed;
+    one without a test split is tested on its validation split and validated on that tenth.
+
+    Args:
+        dataset: Folder or hub id, with one column of images and one of class labels.
+        image_size: Height and width to which images are resized.
+        num_channels: 1 for grey, 3 for RGB.
+        mean: Mean of each channel, between 0 and 1.
+        std: Standard deviation of each channel.
+        augmentation: Applied to the training split.
+
+    Raises:
+        ValueError: For a set without a training split, an image column or a label column.
+    """
+    import datasets
+
+    loaded = datasets.load_dataset(str(Path(dataset)) if Path(dataset).exists() else dataset)
+    if "train" not in loaded:
+        raise ValueError(f"dataset {dataset!r} must have a split 'train', got {sorted(loaded)}")
+    train = loaded["train"]
+    held_out = loaded.get("validation")
+    test = loaded.get("test", held_out)
+    if held_out is None or test is held_out:
+        parts = train.train_test_split(test_size=0.1, seed=_SPLIT_SEED)
+        train, held_out = parts["train"], parts["test"]
+        test = held_out if test is None else test
+    image_column, label_column = _columns(dataset, train)
+    label_feature = train.features[label_column]
+
+    def split(source: Any, augmentation: nn.Module | None = None) -> Images:
+        labels = torch.tensor(source[label_column][:]).long()
+        read = _reader(source, image_column, image_size, num_channels)
+        return Images(
+            read,
+            labels,
+            mean=torch.tensor(list(mean)),
+            std=torch.tensor(list(std)),
+            augmentation=augmentation,
+        )
+
+    splits = split(train, augmentation), split(held_out), split(test)
+    return ImageSplits(*splits, list(label_feature.names))
+
+
+def _columns(dataset: str, split: Any) -> tuple[str, str]:
+    import datasets
+
+    images = [n for n, f in split.features.items() if isinstance(f, datasets.Image)]
+    labels = [n for n, f in split.features.items() if isinstance(f, datasets.ClassLabel)]
+    if not images or not labels:
+        raise ValueError(
+            f"dataset {dataset!r} must have a column of images and one of class labels, "
+            f"got {dict(split.features)}"
+        )
+    preferred = [name for name in ("label", "labels", "fine_label") if name in labels]
+    return images[0], (preferred or labels)[0]
+
+
+def _reader(
+    source: Any, column: str, image_size: int, num_channels: int
+) -> Callable[[Sequence[int]], Tensor]:
+    """Return a function from positions to uint8 images, from memory where they fit."""
+
+    def decode(positions: Sequence[int]) -> Tensor:
+        images = source[list(positions)][column]
+        mode = "L" if num_channels == 1 else "RGB"
+        arrays = [
+            np.array(image.convert(mode).resize((image_size, image_size))) for image in images
+        ]
+        return (
+            torch.from_numpy(np.stack(arrays))
+            .reshape(len(arrays), image_size, image_size, num_channels)
+            .permute(0, 3, 1, 2)
+        )
+
+    if len(source) * num_channels * image_size**2 > _IN_MEMORY_BYTES:
+        return decode
+    blocks = [
+        decode(range(start, min(start + 1000, len(source))))
+        for start in range(0, len(source), 1000)
+    ]
+    pixels = torch.cat(blocks).contiguous()
+    return lambda positions: pixels[list(positions)]

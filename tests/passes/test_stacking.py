@@ -1,0 +1,387 @@
+import copy
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regdrop import repeat_batch
+from regdrop.passes import find_batch_size, take_items
+
+Pair = namedtuple("Pair", ["x", "note"])
+
+
+@dataclass
+class Plain:
+    x: Any
+    note: Any = "kept"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: Any
+    note: Any = "kept"
+    derived: Any = field(init=False, default=7)
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    x: Any
+    note: Any = "kept"
+
+
+class OwnMapping(MutableMapping):
+    """A mapping that keeps its items where it likes."""
+
+    def __init__(self, items):
+        self.store = dict(items)
+
+    def __getitem__(self, name):
+        return self.store[name]
+
+    def __setitem__(self, name, value):
+        self.store[name] = value
+
+    def __delitem__(self, name):
+        del self.store[name]
+
+    def __iter__(self):
+        return iter(self.store)
+
+    def __len__(self):
+        return len(self.store)
+
+
+class NamedDict(dict):
+    """A dictionary with an attribute that is none of its items."""
+
+    data = None
+
+
+def batch_encoding(x):
+    from transformers import BatchEncoding
+
+    return BatchEncoding({"input_ids": x, "note": "kept"})
+
+
+def model_output(x):
+    from transformers.modeling_outputs import BaseModelOutput
+
+    return BaseModelOutput(last_hidden_state=x, hidden_states=(x, x + 1))
+
+
+def default_dict(x):
+    batch = defaultdict(list)
+    batch["x"] = x
+    return batch
+
+
+STRUCTURES = {
+    "tensor": lambda x: x,
+    "tuple": lambda x: (x, "kept"),
+    "namedtuple": lambda x: Pair(x, "kept"),
+    "list": lambda x: ["kept", x, 3],
+    "dict": lambda x: {"x": x, "note": "kept"},
+    "UserDict": lambda x: UserDict(x=x, note="kept"),
+    "OrderedDict": lambda x: OrderedDict(note="kept", x=x),
+    "defaultdict": default_dict,
+    "mappingproxy": lambda x: MappingProxyType({"x": x, "note": "kept"}),
+    "own mapping": lambda x: OwnMapping({"x": x, "note": "kept"}),
+    "BatchEncoding": batch_encoding,
+    "ModelOutput": model_output,
+    "dataclass": Plain,
+    "frozen dataclass": Frozen,
+    "frozen dataclass with slots": Slotted,
+    "nested": lambda x: {"a": (x, [x + 1, {"b": Frozen(x + 2)}]), "c": Plain(Pair(x, None))},
+}
+
+
+def children(value):
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if is_dataclass(value):
+        return [getattr(value, f.name) for f in fields(value)]
+    return list(value) if isinstance(value, (tuple, list)) else []
+
+
+def nodes(value):
+    return [value, *(node for child in children(value) for node in nodes(child))]
+
+
+def tensors(value):
+    return [node for node in nodes(value) if isinstance(node, torch.Tensor)]
+
+
+def assert_same(a, b):
+    for x, y in zip(nodes(a), nodes(b), strict=True):
+        assert type(x) is type(y)
+        if isinstance(x, torch.Tensor):
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y)
+        elif not children(x):
+            assert x == y
+
+
+def make(size=3):
+    return torch.arange(size * 2).view(size, 2)
+
+
+@pytest.fixture(params=STRUCTURES)
+def batch(request):
+    return STRUCTURES[request.param](make())
+
+
+@pytest.mark.parametrize("num_passes", [1, 2, 3])
+def test_passes_follow_each_other_in_blocks(batch, num_passes):
+    stacked = repeat_batch(batch, num_passes)
+    for original, repeated in zip(tensors(batch), tensors(stacked), strict=True):
+        assert torch.equal(repeated, torch.cat([original] * num_passes))
+
+
+def test_items_are_taken_in_the_order_of_the_index(batch):
+    index = torch.tensor([2, 0, 2, 2])
+    taken = take_items(batch, index)
+    for original, part in zip(tensors(batch), tensors(taken), strict=True):
+        assert torch.equal(part, original[index])
+
+
+@pytest.mark.parametrize("function", [repeat_batch, lambda b: take_items(b, torch.arange(3))])
+def test_types_stay_what_they_are(batch, function):
+    changed = function(batch)
+    assert [type(node) for node in nodes(changed)] == [type(node) for node in nodes(batch)]
+
+
+@pytest.mark.parametrize("function", [repeat_batch, lambda b: take_items(b, torch.tensor([0, 1]))])
+def test_callers_batch_is_untouched(batch, function):
+    before, contents = nodes(batch), copy.deepcopy([*map(children, nodes(batch))])
+    function(batch)
+    assert all(a is b for a, b in zip(nodes(batch), before, strict=True))
+    for now, then in zip(map(children, nodes(batch)), contents, strict=True):
+        assert_same(now, then)
+
+
+@pytest.mark.parametrize("num_passes", [1, 2])
+def test_result_shares_no_memory_with_the_callers_batch(batch, num_passes):
+    contents = [x.clone() for x in tensors(batch)]
+    for tensor in tensors(repeat_batch(batch, num_passes)):
+        tensor.fill_(-1)
+    for tensor, content in zip(tensors(batch), contents, strict=True):
+        assert torch.equal(tensor, content)
+
+
+@pytest.mark.parametrize("kind", ["dict", "UserDict", "BatchEncoding", "OrderedDict", "own mapping"])
+def test_items_added_to_the_result_stay_there(kind):
+    batch = STRUCTURES[kind](make())
+    names = list(batch)
+    repeat_batch(batch)["new"] = 1
+    assert list(batch) == names
+
+
+def test_namedtuples_keep_their_names_and_mappings_their_order():
+    assert repeat_batch(Pair(make(), 1))._fields == ("x", "note")
+    assert list(repeat_batch(OrderedDict(b=make(), a=make()))) == ["b", "a"]
+
+
+def test_default_of_a_defaultdict_survives():
+    assert repeat_batch(default_dict(make()))["absent"] == []
+
+
+def test_attributes_of_a_mapping_survive():
+    batch = NamedDict(x=make())
+    batch.data = "digits"
+    assert repeat_batch(batch).data == "digits"
+
+
+def test_batch_encoding_keeps_its_encodings_and_attribute_access():
+    from transformers import BatchEncoding
+
+    encoding = BatchEncoding({"input_ids": make()}, n_sequences=1)
+    stacked = repeat_batch(encoding)
+    assert stacked.input_ids.shape == (6, 2)
+    assert stacked.n_sequences == 1
+    assert encoding.input_ids.shape == (3, 2)
+
+
+def test_model_output_keeps_attributes_and_items_alike():
+    batch = model_output(make())
+    stacked = repeat_batch(batch)
+    assert stacked.last_hidden_state is stacked["last_hidden_state"]
+    assert stacked.last_hidden_state.shape == (6, 2)
+    assert [x.shape for x in stacked.hidden_states] == [(6, 2)] * 2
+    assert stacked.attentions is None
+    assert batch.last_hidden_state.shape == (3, 2)
+
+
+def test_dataclass_fields_outside_the_constructor_are_stacked_too():
+    @dataclass
+    class Counted:
+        x: torch.Tensor
+        lengths: torch.Tensor = field(init=False)
+
+        def __post_init__(self):
+            self.lengths = self.x.sum(-1)
+
+    batch = Counted(make())
+    assert torch.equal(repeat_batch(batch).lengths, batch.lengths.repeat(2))
+
+
+def test_what_has_no_batch_dimension_passes_through_itself():
+    others = {
+        "scalar": torch.tensor(3.0),
+        "table": torch.randn(5, 2),
+        "none": None,
+        "number": 3,
+        "text": "abc",
+        "set": {1, 2, 3},
+        "short": [1, 2],
+    }
+    stacked = repeat_batch({"input_ids": make(), **others})
+    assert all(stacked[name] is value for name, value in others.items())
+
+
+@pytest.mark.parametrize("shared", ["mask", ["mask"], ("mask", "absent"), {"mask"}])
+def test_shared_names_pass_through_at_any_depth(shared):
+    mask = torch.eye(3)
+    batch = {"input_ids": make(), "mask": mask, "inner": Plain({"mask": mask, "y": make()})}
+    stacked = repeat_batch(batch, shared=shared)
+    assert stacked["mask"] is mask
+    assert stacked["inner"].x["mask"] is mask
+    assert stacked["inner"].x["y"].shape == (6, 2)
+    taken = take_items(batch, torch.tensor([1]), shared=shared)
+    assert taken["mask"] is mask
+    assert taken["input_ids"].shape == (1, 2)
+
+
+def test_shared_names_of_a_dataclass_pass_through():
+    x = make()
+    stacked = repeat_batch(Frozen(x, note=make()), shared="x")
+    assert stacked.x is x
+    assert stacked.note.shape == (6, 2)
+
+
+def test_lists_of_batch_length_without_tensors_are_stacked():
+    batch = {"input_ids": make(), "text": ["a", "b", "c"], "spans": [(0, 1), (2, 3), (4, 5)]}
+    stacked = repeat_batch(batch)
+    assert stacked["text"] == ["a", "b", "c"] * 2
+    assert stacked["spans"] == batch["spans"] * 2
+    assert take_items(batch, torch.tensor([2, 0]))["text"] == ["c", "a"]
+
+
+def test_lists_with_tensors_are_structures_whatever_their_length():
+    x = make()
+    stacked = repeat_batch({"input_ids": x, "pyramid": [x, x, x]})
+    assert [level.shape for level in stacked["pyramid"]] == [(6, 2)] * 3
+
+
+@pytest.mark.parametrize("name", ["input_ids", "inputs_embeds", "pixel_values", "input_features"])
+@pytest.mark.parametrize("build", [dict, UserDict, lambda **items: OrderedDict(items)])
+def test_batch_size_is_that_of_the_models_input_wherever_it_stands(name, build):
+    batch = build(bias=torch.ones(5, 2), **{name: make()})
+    assert find_batch_size(batch) == 3
+    assert repeat_batch(batch)["bias"].shape == (5, 2)
+    assert repeat_batch(batch)[name].shape == (6, 2)
+
+
+def test_batch_size_is_that_of_a_dataclass_field_by_the_same_names():
+    @dataclass
+    class Inputs:
+        bias: torch.Tensor
+        input_ids: torch.Tensor
+
+    assert find_batch_size(Inputs(torch.ones(5), make())) == 3
+
+
+def test_batch_size_is_input_ids_before_pixel_values():
+    assert find_batch_size({"pixel_values": torch.ones(5, 3), "input_ids": make()}) == 3
+    assert find_batch_size({"pixel_values": torch.ones(5, 3), "input_ids": None}) == 5
+
+
+def test_batch_size_is_else_that_of_the_first_tensor_with_a_dimension():
+    assert find_batch_size((torch.tensor(1.0), "a", [{"x": make()}, torch.ones(5)])) == 3
+
+
+def test_given_batch_size_decides():
+    batch = {"input_ids": make(), "patches": torch.ones(5, 2)}
+    stacked = repeat_batch(batch, batch_size=5)
+    assert stacked["input_ids"] is batch["input_ids"]
+    assert stacked["patches"].shape == (10, 2)
+    assert take_items(batch, torch.tensor([4]), batch_size=5)["patches"].shape == (1, 2)
+    assert repeat_batch(["a", "b"], batch_size=2) == ["a", "b"] * 2
+
+
+def test_gradient_flows_back_to_every_copy():
+    embeddings = torch.ones(3, 2, requires_grad=True)
+    repeat_batch({"inputs_embeds": embeddings}, 3)["inputs_embeds"].sum().backward()
+    assert torch.equal(embeddings.grad, torch.full((3, 2), 3.0))
+
+
+def test_empty_batch_stays_empty():
+    assert repeat_batch(torch.ones(0, 4)).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((make(), 0), ValueError, "num_passes must be at least 1, got 0"),
+        ((make(), 2.0), TypeError, "num_passes must be an integer, got float"),
+        ((make(), True), TypeError, "num_passes must be an integer, got bool"),
+        (({"a": 1},), ValueError, "batch must hold a tensor .* batch_size .* got dict"),
+        ((torch.tensor(1.0),), ValueError, "batch must hold a tensor"),
+        (([],), ValueError, "got list without one"),
+    ],
+)
+def test_bad_input_is_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        repeat_batch(*arguments)
+
+
+def test_items_of_a_batch_without_tensors_cannot_be_taken():
+    with pytest.raises(ValueError, match="batch must hold a tensor"):
+        take_items({"a": "text"}, torch.tensor([0]))
+
+
+@st.composite
+def batches(draw):
+    size = draw(st.integers(1, 4))
+    shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
+    leaves = st.one_of(
+        shapes.map(lambda shape: torch.rand(size, *shape)),
+        shapes.map(lambda shape: torch.rand(shape)),
+        st.lists(st.text(max_size=2), min_size=size, max_size=size),
+        st.integers(),
+        st.none(),
+        st.text(max_size=3),
+    )
+    names = st.sampled_from(["a", "b", "c"])
+
+    def containers(items):
+        several = st.lists(items, max_size=3)
+        named = st.dictionaries(names, items, max_size=3)
+        return st.one_of(
+            several,
+            several.map(tuple),
+            named,
+            named.map(UserDict),
+            named.map(OrderedDict),
+            items.map(Frozen),
+            items.map(lambda item: Pair(item, None)),
+        )
+
+    rest = draw(st.recursive(leaves, containers, max_leaves=8))
+    return {"input_ids": torch.rand(size, 2), "rest": rest}, size
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches(), st.integers(1, 4), st.booleans())
+def test_repeating_is_taking_every_item_again_and_again(drawn, num_passes, is_size_given):
+    batch, size = drawn
+    options = {"batch_size": size if is_size_given else None, "shared": ["c"]}
+    index = torch.arange(size).repeat(num_passes)
+    repeated = repeat_batch(batch, num_passes, **options)
+    assert repeated["input_ids"].shape == (num_passes * size, 2)
+    assert_same(take_items(batch, index, **options), repeated)
