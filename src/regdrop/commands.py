@@ -16,7 +16,7 @@ from regdrop.experiments import compare as run_comparison
 from regdrop.experiments.arms import Arm
 from regdrop.experiments.display import LiveDisplay, print_table
 from regdrop.experiments.record import load_records
-from regdrop.loading import load_model
+from regdrop.integrations.transformers.loading import load_model
 from regdrop.passes import find_dropout
 from regdrop.tasks import PRESETS, Task
 
@@ -60,7 +60,7 @@ def train(
     output: Output = None,
 ) -> None:
     """Train one arm with one seed; go on where it was interrupted."""
-    _compare(_task(task, dataset, model, alpha, steps), [arm], [seed], 1, None, output)
+    _compare(_task(task, dataset, model, alpha, steps), [arm], [seed], 1, output)
 
 
 @app.command()
@@ -85,7 +85,7 @@ def compare(
     """
     names = None if arms is None else [name.strip() for name in arms.split(",")]
     chosen = _task(task, dataset, model, alpha, steps)
-    _compare(chosen, names, list(range(seeds)), workers, arms, output)
+    _compare(chosen, names, list(range(seeds)), workers, output)
 
 
 @app.command()
@@ -132,7 +132,6 @@ def _compare(
     arms: list[str] | None,
     seeds: list[int],
     workers: int | None,
-    chosen: str | None,
     output: Path | None,
 ) -> None:
     known = build_arms(task)

@@ -34,6 +34,7 @@ class LiveDisplay:
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=console,
+            disable=not console.is_terminal,
         )
         self._bars: dict[str, TaskID] = {
             arm.name: self.progress.add_task(

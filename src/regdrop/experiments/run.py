@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    PrinterCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -79,6 +80,7 @@ def run_arm(
         compute_metrics=prepared.compute_metrics,
         callbacks=[history],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     best_step, validation = history.best(task.selection_metric, _is_greater_better(task))
     test = trainer.predict(prepared.test, metric_key_prefix="test").metrics or {}

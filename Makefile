@@ -1,0 +1,37 @@
+# Each target sets up the virtual environment that it needs, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.tasks ## train digits with and without R-Drop, over five seeds
+	$(BIN)/regdrop compare digits --output runs/digits
+
+test: check ## lint, type-check and test
+	$(RUN) pytest -n auto --dist loadfile -q
+
+check: $(VENV)/.dev ## lint and type-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev ## measure the loss against other implementations; writes results/bench_loss.json
+	$(BIN)/python benchmarks/bench_loss.py
+
+clean: ## remove the virtual environment and everything that was built
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/.python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "regdrop needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.tasks: $(VENV)/.python pyproject.toml constraints.txt
+	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tasks]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
+	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.tasks
