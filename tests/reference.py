@@ -6,7 +6,6 @@ Everything here is independent of the library, and the benchmarks compare with i
 import math
 from itertools import combinations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

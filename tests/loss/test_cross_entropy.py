@@ -1,12 +1,12 @@
 import math
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import reference
 from regdrop import RDropCrossEntropyLoss, rdrop_cross_entropy
 
 IMPLEMENTATIONS = ["eager", "chunked"]

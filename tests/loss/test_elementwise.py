@@ -4,10 +4,10 @@ import math
 from itertools import combinations
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 
+import reference
 from regdrop import (
     RDropBCEWithLogitsLoss,
     RDropMSELoss,

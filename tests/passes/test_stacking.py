@@ -174,7 +174,9 @@ def test_result_shares_no_memory_with_the_callers_batch(batch, num_passes):
         assert torch.equal(tensor, content)
 
 
-@pytest.mark.parametrize("kind", ["dict", "UserDict", "BatchEncoding", "OrderedDict", "own mapping"])
+@pytest.mark.parametrize(
+    "kind", ["dict", "UserDict", "BatchEncoding", "OrderedDict", "own mapping"]
+)
 def test_items_added_to_the_result_stay_there(kind):
     batch = STRUCTURES[kind](make())
     names = list(batch)
