@@ -132,9 +132,12 @@ def _rebuild_mapping(original: Mapping[Any, Any], changed: dict[Any, Any]) -> An
         constructor: Callable[[Any], Any] = type(original)
         return constructor(changed)
     result = copy.copy(original)
-    if getattr(result, "data", None) is getattr(original, "data", result):
-        # UserDict and BatchEncoding keep their items in an attribute that copy() shares.
-        object.__setattr__(result, "data", dict(original))
+    if not isinstance(original, dict):
+        # UserDict, BatchEncoding and their like keep their items in an attribute, which copy()
+        # shares.
+        for name, store in list(getattr(result, "__dict__", {}).items()):
+            if isinstance(store, dict):
+                object.__setattr__(result, name, copy.copy(store))
     for name, item in changed.items():
         result[name] = item
     return result
