@@ -66,7 +66,8 @@ def train(
 @app.command()
 def compare(
     task: TaskName,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 5,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
     arms: Annotated[
         str | None, typer.Option(help="Arms to train, by commas; all if absent.")
     ] = None,
@@ -85,7 +86,7 @@ def compare(
     """
     names = None if arms is None else [name.strip() for name in arms.split(",")]
     chosen = _task(task, dataset, model, alpha, steps)
-    _compare(chosen, names, list(range(seeds)), workers, output)
+    _compare(chosen, names, list(range(first_seed, first_seed + seeds)), workers, output)
 
 
 @app.command()

@@ -98,7 +98,7 @@ def measure_divergence(
         terms: The output family's terms of each item.
     """
     with torch.no_grad():
-        both = terms(torch.cat([logits.detach(), other.detach()]), target, 2, None)
+        both = terms(torch.cat([logits.detach(), other.detach()]), target, num_passes=2)
         return both.kl.sum() / both.kl_count.clamp(min=1)
 
 

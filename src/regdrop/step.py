@@ -50,7 +50,7 @@ def compute_step_loss(
     }
     if plan.num_passes == 1:
         output = combine_terms(
-            terms(forward(batch), target, 1, None), alpha=0.0, num_passes=1, **options
+            terms(forward(batch), target, num_passes=1), alpha=0.0, num_passes=1, **options
         )
         return output._replace(loss=output.loss * plan.factor)
     size = find_batch_size(batch) if batch_size is None else batch_size
@@ -66,7 +66,9 @@ def compute_step_loss(
         shared=shared,
     )
     if items is None:
-        step_terms = terms(outputs, target, plan.num_passes, config.backward_passes)
+        step_terms = terms(
+            outputs, target, num_passes=plan.num_passes, backward_passes=config.backward_passes
+        )
     else:
         step_terms = _partial_terms(outputs, target, items, terms, config, plan)
     return combine_terms(step_terms, alpha=plan.alpha, num_passes=plan.num_passes, **options)
@@ -90,9 +92,12 @@ def _partial_terms(
     """Return the likelihood of pass 0 and the divergence of a part, weighted by its inverse."""
     size = target.shape[0]
     first, others = outputs[:size], outputs[size:]
-    whole = terms(first, target, 1, None)
+    whole = terms(first, target, num_passes=1)
     part = terms(
-        torch.cat([first[items], others]), target[items], plan.num_passes, config.backward_passes
+        torch.cat([first[items], others]),
+        target[items],
+        num_passes=plan.num_passes,
+        backward_passes=config.backward_passes,
     )
     weight = size / items.numel()
     kl = torch.zeros_like(whole.nll).index_add(0, items, part.kl * weight)

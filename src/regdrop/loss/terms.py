@@ -1,7 +1,6 @@
 """The two terms of every item, before they are reduced: what the output families compute."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -22,5 +21,16 @@ class ItemTerms(NamedTuple):
     kl_count: Tensor
 
 
-# (stacked outputs, target, num_passes, backward_passes) -> the terms of the target's items.
-TermsFunction = Callable[[Tensor, Tensor, int, int | None], ItemTerms]
+class TermsFunction(Protocol):
+    """From stacked outputs and the target to the terms, the family's own options bound."""
+
+    def __call__(
+        self,
+        outputs: Tensor,
+        target: Tensor,
+        /,
+        *,
+        num_passes: int,
+        backward_passes: int | None = None,
+    ) -> ItemTerms:
+        """Return the terms of every item of the target."""

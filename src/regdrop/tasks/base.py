@@ -41,7 +41,7 @@ class TrainingSettings:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
-    optim: str = "adamw_torch"
+    optim: str = "adamw_torch_fused"
     optim_args: str | None = None
     gradient_accumulation_steps: int = 1
     mixed_precision: str | None = None

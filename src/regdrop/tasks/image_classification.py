@@ -183,20 +183,20 @@ DIGITS = ImageClassification(
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "intermediate_size": 128,
-        "patch_size": 2,
+        "patch_size": 4,
     },
     dropout=0.1,
     image_size=8,
     num_channels=1,
     augmentation="none",
     training=TrainingSettings(
-        max_steps=750,
+        max_steps=700,
         batch_size=64,
         learning_rate=1e-3,
         eval_steps=25,
         logging_steps=25,
     ),
-    rdrop=RDropConfig(alpha=1.0),
+    rdrop=RDropConfig(alpha=0.3),
     selection_metric="nll",
 )
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from regdrop.loss import (
-    ItemTerms,
     TermsFunction,
     binary_cross_entropy_terms,
     cross_entropy_terms,
@@ -80,7 +79,7 @@ def find_head(
     problem_type = config.problem_type or _problem_type(config.num_labels, labels)
     if problem_type == "single_label_classification":
         weight = _class_weight(class_weight, config.num_labels, labels.device)
-        terms = partial(_cross_entropy, weight=weight, label_smoothing=label_smoothing)
+        terms = partial(cross_entropy_terms, weight=weight, label_smoothing=label_smoothing)
         return Head(terms, labels.reshape(-1))
     if class_weight is not None or label_smoothing:
         raise ValueError(
@@ -88,10 +87,10 @@ def find_head(
             f"got problem_type={problem_type!r}"
         )
     if problem_type == "multi_label_classification":
-        return Head(_binary_cross_entropy, labels)
+        return Head(binary_cross_entropy_terms, labels)
     if problem_type == "regression":
         single = config.num_labels == 1
-        return Head(_mse, labels.reshape(-1) if single else labels, single)
+        return Head(mse_terms, labels.reshape(-1) if single else labels, single)
     raise ValueError(
         "config.problem_type must be None, 'single_label_classification', "
         f"'multi_label_classification' or 'regression', got {problem_type!r}"
@@ -117,36 +116,3 @@ def _class_weight(
             f"class_weight must have one entry for each of {num_labels} labels, got {len(weight)}"
         )
     return torch.tensor(weight, device=device)
-
-
-def _cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    num_passes: int,
-    backward_passes: int | None,
-    *,
-    weight: Tensor | None,
-    label_smoothing: float,
-) -> ItemTerms:
-    return cross_entropy_terms(
-        logits,
-        target,
-        num_passes=num_passes,
-        backward_passes=backward_passes,
-        weight=weight,
-        label_smoothing=label_smoothing,
-    )
-
-
-def _binary_cross_entropy(
-    logits: Tensor, target: Tensor, num_passes: int, backward_passes: int | None
-) -> ItemTerms:
-    return binary_cross_entropy_terms(
-        logits, target, num_passes=num_passes, backward_passes=backward_passes
-    )
-
-
-def _mse(
-    predictions: Tensor, target: Tensor, num_passes: int, backward_passes: int | None
-) -> ItemTerms:
-    return mse_terms(predictions, target, num_passes=num_passes, backward_passes=backward_passes)

@@ -1,0 +1,141 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from regdrop import dropout_rates
+from regdrop.passes import run_passes
+
+
+class Noted(nn.Module):
+    """Functional dropout that notes the rate in force forward and backward."""
+
+    def __init__(self, rate=0.1):
+        super().__init__()
+        self.dropout = rate
+        self.scale = nn.Parameter(torch.ones(()))
+        self.forward_rates, self.backward_rates = [], []
+
+    def forward(self, x):
+        self.forward_rates.append(self.dropout)
+        y = x * self.scale
+        if y.requires_grad:
+            y.register_hook(lambda grad: self.backward_rates.append(self.dropout))
+        return F.dropout(y, self.dropout, self.training)
+
+
+def run(model, rates, num_passes=2, size=8):
+    with dropout_rates(model, rates):
+        out = run_passes(model, torch.ones(size), num_passes=num_passes, strategy="sequential")
+        out.sum().backward()
+    return out.detach().view(num_passes, size)
+
+
+def test_one_rate_is_in_force_inside_and_gone_outside():
+    model = nn.Sequential(nn.Dropout(0.1), Noted(0.3))
+    with dropout_rates(model, 0.5):
+        assert (model[0].p, model[1].dropout) == (0.5, 0.5)
+    assert (model[0].p, model[1].dropout) == (0.1, 0.3)
+
+
+def test_each_pass_has_its_own_rate_forward_and_backward():
+    model = Noted().train()
+    run(model, (0.2, 0.6))
+    assert model.forward_rates == [0.2, 0.6]
+    # The last pass is the first to go backward.
+    assert model.backward_rates == [0.6, 0.2]
+    assert model.dropout == 0.1
+
+
+@pytest.mark.parametrize("rates", [(0.1, 0.5), (0.5, 0.1)])
+def test_kept_units_are_as_many_as_the_rate_says_and_scaled_by_it(rates):
+    torch.manual_seed(0)
+    passes = run(nn.Sequential(nn.Dropout(0.3), Noted(0.0)).train(), rates, size=20_000)
+    for outputs, rate in zip(passes, rates, strict=True):
+        assert (outputs == 0).float().mean().item() == pytest.approx(rate, abs=0.02)
+        assert outputs.max().item() == pytest.approx(1 / (1 - rate))
+
+
+def test_sources_that_are_off_stay_off():
+    model = nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.1))
+    with dropout_rates(model, 0.5):
+        assert (model[0].p, model[1].p) == (0.0, 0.5)
+
+
+def test_stochastic_depth_and_layerdrop_keep_their_rates():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout, self.layerdrop, self.drop_path_rate = 0.1, 0.2, 0.3
+
+    model = Model()
+    with dropout_rates(model, 0.5):
+        assert (model.dropout, model.layerdrop, model.drop_path_rate) == (0.5, 0.2, 0.3)
+
+
+def test_evaluation_does_not_use_up_a_rate():
+    model = Noted().eval()
+    with dropout_rates(model, (0.2, 0.6)):
+        model(torch.ones(2))
+        model.train()
+        model(torch.ones(2))
+    assert model.forward_rates[1] == 0.2
+
+
+def test_rates_come_back_after_an_error_and_stay_after_a_late_backward():
+    model, outputs = Noted().train(), []
+
+    def stop():
+        with dropout_rates(model, (0.2, 0.6)):
+            outputs.append(model(torch.ones(2)))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stop()
+    outputs[0].sum().backward()
+    assert model.dropout == 0.1
+    model(torch.ones(2))
+    assert model.forward_rates == [0.2, 0.1]
+
+
+def test_outputs_in_dictionaries_and_tuples_are_followed_too():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Noted()
+
+        def forward(self, x):
+            return {"logits": (self.inner(x), None)}
+
+    model = Wrapped().train()
+    with dropout_rates(model, (0.2, 0.6)):
+        first, second = (model(torch.ones(2))["logits"][0] for _ in range(2))
+        (first.sum() + second.sum()).backward()
+    assert model.inner.backward_rates == [0.6, 0.2]
+
+
+@pytest.mark.parametrize("rates", [1.0, -0.1, (), (0.1, 1.5)])
+def test_rates_out_of_range_are_refused(rates):
+    with (
+        pytest.raises(ValueError, match="rates must be one or more numbers from 0 up to 1"),
+        dropout_rates(nn.Dropout(0.1), rates),
+    ):
+        pass
+
+
+def test_a_model_without_an_active_rate_is_refused():
+    with (
+        pytest.raises(ValueError, match="must have a dropout rate above 0"),
+        dropout_rates(nn.Dropout(0.0), 0.1),
+    ):
+        pass
+
+
+def test_gradient_checkpointing_is_refused():
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = BertModel(BertConfig(**sizes, intermediate_size=8, vocab_size=20)).train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing"), dropout_rates(model, 0.3):
+        pass

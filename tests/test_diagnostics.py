@@ -1,0 +1,159 @@
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from regdrop import RDropConfig
+from regdrop.diagnostics import (
+    dropout_report,
+    expected_cost,
+    extra_pass,
+    measure_divergence,
+    warn_without_dropout,
+    warn_zero_divergence,
+)
+from regdrop.loss import cross_entropy_terms
+
+
+def noisy_model():
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+
+def train(model, steps=4, monitored=()):
+    """Train by random numbers of all three libraries and return what an extra pass may not move."""
+    optimizer = torch.optim.Adam(model.parameters())
+    for step in range(steps):
+        x = torch.randn(6, 4) + random.random() + np.random.rand()
+        if step in monitored:
+            extra = extra_pass(model, model, x)
+            assert not extra.requires_grad
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return [*model.parameters(), *model.buffers()]
+
+
+def seeded_run(monitored):
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    return train(noisy_model().train(), monitored=monitored)
+
+
+def test_a_monitored_run_is_the_same_run_bit_for_bit():
+    for plain, monitored in zip(seeded_run(()), seeded_run((0, 1, 3)), strict=True):
+        assert torch.equal(plain, monitored)
+
+
+def test_an_extra_pass_that_draws_from_all_generators_restores_them():
+    def forward(x):
+        return x + torch.rand(()) + random.random() + np.random.rand()
+
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    extra_pass(nn.Identity(), forward, torch.ones(2))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]
+
+
+def test_an_extra_pass_restores_after_an_error():
+    model, x = noisy_model(), torch.randn(5, 4)
+    before = torch.get_rng_state(), model[1].running_mean.clone()
+
+    def forward(x):
+        model(x)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        extra_pass(model, forward, x)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.equal(model[1].running_mean, before[1])
+
+
+def test_an_extra_pass_has_masks_of_its_own():
+    dropout = nn.Dropout(0.5)
+    x = torch.ones(1000)
+    extra = extra_pass(dropout, dropout, x)
+    assert not torch.equal(extra, dropout(x))
+
+
+def test_measured_divergence_is_the_mean_over_items_that_count():
+    logits, other = torch.randn(2, 4, 3, dtype=torch.float64).unbind()
+    target = torch.tensor([0, -100, 2, 1])
+    p, q = logits.softmax(-1), other.softmax(-1)
+    each = ((p - q) * (p.log() - q.log())).sum(-1) / 2
+    expected = each[target != -100].mean()
+    found = measure_divergence(logits.requires_grad_(), other, target, cross_entropy_terms)
+    torch.testing.assert_close(found, expected.detach())
+    assert not found.requires_grad
+
+
+def test_a_model_with_dropout_is_not_warned_about():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert warn_without_dropout(nn.Dropout(0.1).train()) is False
+
+
+@pytest.mark.parametrize(
+    ("model", "advice"),
+    [
+        (nn.Linear(2, 2), r"Add dropout to the model"),
+        (nn.Sequential(nn.Dropout(0.0)), r"Raise a dropout rate, now 0"),
+        (nn.Sequential(nn.Dropout(0.1)).eval(), r"evaluation mode: call model\.train"),
+    ],
+)
+def test_a_model_without_active_dropout_is_warned_about_with_advice(model, advice):
+    with pytest.warns(UserWarning, match=rf"R-Drop has nothing to compare.*{advice}"):
+        assert warn_without_dropout(model) is True
+
+
+def test_lora_without_dropout_is_told_the_name_of_its_option():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["0"], lora_dropout=0.0, r=2)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    with pytest.warns(UserWarning, match="has nothing to compare"):
+        warn_without_dropout(model.train())
+
+
+def test_a_divergence_of_zero_is_warned_about():
+    with pytest.warns(UserWarning, match="the KL between passes is exactly 0"):
+        warn_zero_divergence()
+
+
+@pytest.mark.parametrize(
+    ("options", "cost"),
+    [
+        ({"alpha": 0, "num_passes": 1}, 1),
+        ({}, 2),
+        ({"num_passes": 3}, 3),
+        ({"backward_passes": 1}, 4 / 3),
+        ({"fraction": 0.25}, 1.25),
+        ({"fraction": 0.25, "backward_passes": 1}, 1 + 1 / 12),
+        ({"every_n_steps": 4}, 1.25),
+        ({"every_n_steps": 2, "backward_passes": 1}, 7 / 6),
+    ],
+)
+def test_expected_cost_in_single_pass_steps(options, cost):
+    assert expected_cost(RDropConfig(**options)) == pytest.approx(cost)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (noisy_model(), ["1 of 1 sources", "2.00 single-pass", "1.33 single-pass", "BatchNorm"]),
+        (nn.Sequential(nn.Dropout(0.0)), ["0 of 1 sources", "Raise a dropout rate"]),
+    ],
+)
+def test_report_says_what_to_change(model, expected):
+    text = "\n".join(dropout_report(model))
+    assert all(part in text for part in expected)
+
+
+def test_report_of_layerdrop_asks_for_sequential_passes():
+    model = nn.Linear(2, 2)
+    model.layerdrop = 0.1
+    assert any("passes='sequential'" in line for line in dropout_report(model))

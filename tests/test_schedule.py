@@ -1,0 +1,73 @@
+import math
+
+import pytest
+
+from regdrop import RDropConfig
+from regdrop.schedule import is_monitored, plan_step
+
+
+def plans(steps, **options):
+    config = RDropConfig(**options)
+    return [plan_step(config, step) for step in range(steps)]
+
+
+def test_constant_alpha_on_every_step():
+    assert plans(3, alpha=2.0) == [(2, 2.0, 1.0)] * 3
+
+
+def test_one_pass_is_one_pass_on_any_scale():
+    assert plans(2, alpha=0, num_passes=1, scale="sum") == [(1, 0.0, 1.0)] * 2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0.0, 0.5, 1.0, 1.5, 2.0, 2.0]),
+        ("cosine", [1 - math.cos(math.pi * t / 4) for t in range(5)] + [2.0]),
+    ],
+)
+def test_ramps_go_from_zero_to_alpha(schedule, expected):
+    found = plans(6, alpha=2.0, alpha_schedule=schedule, alpha_warmup_steps=4)
+    assert [plan.alpha for plan in found] == pytest.approx(expected)
+
+
+def test_a_late_start_begins_its_ramp_there():
+    found = plans(
+        6, alpha=2.0, alpha_schedule="linear", alpha_warmup_steps=2, start_step=2, scale="sum"
+    )
+    assert [plan.alpha for plan in found] == [0.0, 0.0, 0.0, 1.0, 2.0, 2.0]
+    assert [plan.num_passes for plan in found] == [1, 1, 2, 2, 2, 2]
+    assert [plan.factor for plan in found] == [2.0, 2.0, 1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+@pytest.mark.parametrize("num_passes", [2, 3])
+def test_weight_of_the_likelihood_is_the_same_on_all_steps(scale, num_passes):
+    found = plans(6, scale=scale, num_passes=num_passes, every_n_steps=3, start_step=2)
+    for plan in found:
+        likelihoods = plan.num_passes if scale == "sum" else 1
+        assert plan.factor * likelihoods == (num_passes if scale == "sum" else 1)
+
+
+@pytest.mark.parametrize("start_step", [0, 2])
+def test_every_nth_step_counted_from_the_start(start_step):
+    found = plans(9, every_n_steps=3, start_step=start_step)
+    active = [step for step, plan in enumerate(found) if plan.num_passes == 2]
+    assert active == list(range(start_step, 9, 3))
+
+
+@pytest.mark.parametrize(("rescale", "total"), [(True, 12.0), (False, 3.0)])
+def test_rescaling_keeps_the_mean_of_alpha(rescale, total):
+    found = plans(12, alpha=1.0, every_n_steps=4, rescale=rescale)
+    assert sum(plan.alpha for plan in found) == total
+
+
+def test_monitored_steps():
+    config = RDropConfig(monitor_steps=3)
+    assert [step for step in range(7) if is_monitored(config, step)] == [0, 3, 6]
+    assert not is_monitored(RDropConfig(), 0)
+
+
+def test_negative_steps_are_refused():
+    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+        plan_step(RDropConfig(), -1)
