@@ -190,10 +190,10 @@ DIGITS = ImageClassification(
     num_channels=1,
     augmentation="none",
     training=TrainingSettings(
-        max_steps=700,
+        max_steps=800,
         batch_size=64,
         learning_rate=1e-3,
-        eval_steps=25,
+        eval_steps=50,
         logging_steps=25,
     ),
     rdrop=RDropConfig(alpha=0.3),

@@ -123,7 +123,7 @@ class RDropTrainerMixin(_Base):
         kl = result.kl if plan.num_passes > 1 else None
         if other is not None:
             kl = measure_divergence(head.outputs(last_output), other, head.target, head.terms)
-        self._parts.add(labels, result.nll, kl, plan)
+        self._parts.add(plan, result.nll, kl, self._weigh(labels), labels.ne(-100).sum())
         loss = result.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Gradients are averaged over the processes, the items were counted over all.
@@ -152,9 +152,8 @@ class RDropTrainerMixin(_Base):
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._num_weight = None
         if self.rdrop.class_weight is not None and num_items is not None:
-            weight = torch.tensor(self.rdrop.class_weight)
-            labels = torch.cat([sample["labels"].reshape(-1).cpu() for sample in samples])
-            total = weight[labels[labels != -100]].sum().to(device)
+            total = torch.stack([self._weigh(sample["labels"]) for sample in samples])
+            total = total.sum().to(device)
             if self.args.average_tokens_across_devices:
                 total = self.accelerator.gather(total).sum() / self.get_tp_size()
             self._num_weight = total
@@ -176,6 +175,14 @@ class RDropTrainerMixin(_Base):
             folder = Path(output_dir or self.args.output_dir or ".")
             text = json.dumps(self.rdrop.to_dict(), indent=2) + "\n"
             (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+
+    def _weigh(self, labels: Tensor) -> Tensor:
+        """Return the denominator of the likelihood's mean over these labels."""
+        valid = labels.ne(-100)
+        if self.rdrop.class_weight is None:
+            return valid.sum()
+        weight = torch.tensor(self.rdrop.class_weight, device=labels.device)
+        return (weight[labels.clamp(min=0)] * valid).sum()
 
     def _pop_labels(self, batch: dict[str, Any]) -> Tensor:
         labels = batch.pop("labels", None)
@@ -201,13 +208,14 @@ class _LoggedParts:
     def is_empty(self) -> bool:
         return self.sums is None
 
-    def add(self, labels: Tensor, nll: Tensor, kl: Tensor | None, plan: StepPlan) -> None:
+    def add(
+        self, plan: StepPlan, nll: Tensor, kl: Tensor | None, weight: Tensor, count: Tensor
+    ) -> None:
+        """Add the means of a micro-batch and what they are means over."""
         self.is_first = False
-        count = labels.ne(-100).sum().to(nll.dtype)
-        measured = torch.zeros_like(nll) if kl is None else kl
-        kl_count = torch.zeros_like(count) if kl is None else count
-        # An empty batch may have no finite mean; it has no weight either.
-        sums = torch.stack([nll * count, count, measured * kl_count, kl_count]).float()
+        if kl is None:
+            kl, count = torch.zeros_like(nll), torch.zeros_like(count)
+        sums = torch.stack([nll * weight, weight, kl * count, count]).float()
         self.sums = sums if self.sums is None else self.sums + sums
         if plan.num_passes > 1:
             self.alpha = plan.alpha

@@ -1,0 +1,159 @@
+"""The update of a step does not depend on how its batch is cut: masks are keyed by sample."""
+
+import os
+import socket
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from models import image_rows, key_dropout, text_rows, tiny_bert, tiny_vit
+from regdrop import RDropConfig
+from regdrop.integrations.transformers import RDropTrainer
+
+CASES = {
+    "bert": (tiny_bert, text_rows, 3, None, {}),
+    "bert multi-label": (tiny_bert, text_rows, 3, "multi_label_classification", {}),
+    "bert regression": (tiny_bert, text_rows, 1, "regression", {}),
+    "bert class weights": (tiny_bert, text_rows, 3, None, {"class_weight": (1.0, 5.0, 0.2)}),
+    "vit": (tiny_vit, image_rows, 3, None, {}),
+}
+
+
+def arguments(folder, **options):
+    defaults = {
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 2,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
+
+
+def train(folder, case, *, size=20, collator=None, config=None, resume=None, **options):
+    """Train for two epochs and return parameters, the log of the KL and the trainer."""
+    build, rows, num_labels, problem_type, changes = CASES[case]
+    config = RDropConfig(alpha=3.0, **changes) if config is None else config
+    trainer = RDropTrainer(
+        model=key_dropout(build(num_labels, problem_type, dropout=0.3), config.num_passes),
+        args=arguments(folder, **options),
+        rdrop=config,
+        train_dataset=rows(size, num_labels, problem_type),
+        data_collator=collator,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    logs = [entry for entry in trainer.state.log_history if "kl" in entry]
+    return [p.detach().clone() for p in trainer.model.parameters()], logs
+
+
+def assert_same(a, b):
+    (a_parameters, a_logs), (b_parameters, b_logs) = a, b
+    assert len(a_logs) == len(b_logs) > 0
+    for x, y in zip(a_logs, b_logs, strict=True):
+        assert x["kl"] > 1e-4
+        for name in ("kl", "nll", "loss"):
+            assert x[name] == pytest.approx(y[name], rel=1e-4)
+    for x, y in zip(a_parameters, b_parameters, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_accumulation_of_small_batches_is_one_large_batch(tmp_path, case):
+    # 20 samples: the last window of an epoch is half full.
+    whole = train(tmp_path / "a", case, per_device_train_batch_size=8)
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert_same(train(tmp_path / "b", case, **options), whole)
+
+
+def test_a_dropout_mask_of_another_pass_changes_the_update(tmp_path):
+    """The invariances are not vacuous: masks matter to the update they compare."""
+    options = {"per_device_train_batch_size": 8}
+    a, _ = train(tmp_path / "a", "bert", **options)
+    b, _ = train(tmp_path / "b", "bert", config=RDropConfig(alpha=0.0), **options)
+    assert max((x - y).abs().max() for x, y in zip(a, b, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("case", ["bert", "vit"])
+@pytest.mark.parametrize("num_passes", [2, 3])
+def test_sequential_passes_are_stacked_passes(tmp_path, case, num_passes):
+    found = [
+        train(
+            tmp_path / passes,
+            case,
+            config=RDropConfig(alpha=3.0, passes=passes, num_passes=num_passes),
+            per_device_train_batch_size=8,
+        )
+        for passes in ("stacked", "sequential")
+    ]
+    assert_same(*found)
+
+
+def pad(samples):
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    for name, value in (("input_ids", 70), ("attention_mask", 0)):
+        batch[name] = torch.nn.functional.pad(batch[name], (0, 4), value=value)
+    return batch
+
+
+def test_padding_changes_nothing(tmp_path):
+    options = {"per_device_train_batch_size": 8}
+    padded = train(tmp_path / "b", "bert", collator=pad, **options)
+    assert_same(padded, train(tmp_path / "a", "bert", **options))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RDropConfig(alpha=3.0),
+        RDropConfig(alpha=3.0, start_step=2, alpha_schedule="linear", alpha_warmup_steps=3),
+        RDropConfig(alpha=3.0, every_n_steps=2),
+    ],
+    ids=["constant", "late ramp", "every second step"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, config):
+    options = {
+        "config": config,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "steps",
+        "save_steps": 4,
+    }
+    parameters, logs = train(tmp_path / "a", "bert", **options)
+    again, resumed_logs = train(
+        tmp_path / "b", "bert", resume=str(tmp_path / "a" / "checkpoint-4"), **options
+    )
+    for x, y in zip(parameters, again, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+    assert [entry["alpha"] for entry in resumed_logs] == [entry["alpha"] for entry in logs]
+
+
+def _worker(rank, port, folder, case):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    result = train(folder, case, per_device_train_batch_size=4, ddp_backend="gloo", size=16)
+    if rank == 0:
+        torch.save(result, folder / "result.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["bert", "bert class weights", "vit"])
+def test_two_processes_are_one(tmp_path, case):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_worker, (port, tmp_path, case), nprocs=2)
+    two = torch.load(tmp_path / "result.pt", weights_only=False)
+    assert_same(two, train(tmp_path, case, per_device_train_batch_size=8, size=16))
