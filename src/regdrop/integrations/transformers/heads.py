@@ -25,11 +25,13 @@ class Head(NamedTuple):
         terms: The output family's terms of each item, its options bound.
         target: The labels in the shape that the terms expect.
         single_output: Whether logits (batch, 1) are one number an item.
+        class_weight: Weight of each class in the likelihood, bound in `terms` too.
     """
 
     terms: TermsFunction
     target: Tensor
     single_output: bool = False
+    class_weight: Tensor | None = None
 
     def outputs(self, model_output: Any) -> Tensor:
         """Return the logits (or predictions) of a model's output."""
@@ -37,6 +39,16 @@ class Head(NamedTuple):
             model_output["logits"] if isinstance(model_output, dict) else model_output[0]
         )
         return logits.reshape(logits.shape[0]) if self.single_output else logits
+
+    def num_items(self) -> Tensor:
+        """Return the number of items that count: the denominator of the divergence's mean."""
+        return self.target.ne(-100).sum()
+
+    def total_weight(self) -> Tensor:
+        """Return the denominator of the likelihood's mean."""
+        if self.class_weight is None:
+            return self.num_items()
+        return (self.class_weight[self.target.clamp(min=0)] * self.target.ne(-100)).sum()
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -80,7 +92,7 @@ def find_head(
     if problem_type == "single_label_classification":
         weight = _class_weight(class_weight, config.num_labels, labels.device)
         terms = partial(cross_entropy_terms, weight=weight, label_smoothing=label_smoothing)
-        return Head(terms, labels.reshape(-1))
+        return Head(terms, labels.reshape(-1), class_weight=weight)
     if class_weight is not None or label_smoothing:
         raise ValueError(
             f"class_weight and label_smoothing need single-label classification, "

@@ -65,6 +65,7 @@ class RDropTrainerMixin(_Base):
         self.model_accepts_loss_kwargs: bool = True
         self._num_weight: Tensor | None = None
         self._parts = _LoggedParts()
+        self._is_checked = self._has_warned = False
 
     def rdrop_head(self, model: nn.Module, labels: Tensor) -> Head:
         """Return the terms of the loss for the unwrapped model; override it for another head."""
@@ -98,8 +99,9 @@ class RDropTrainerMixin(_Base):
         batch = dict(inputs)
         labels = self._pop_labels(batch)
         head = self.rdrop_head(self.accelerator.unwrap_model(model), labels)
-        if self._parts.is_first and plan.num_passes > 1:
-            warn_without_dropout(model)
+        if plan.num_passes > 1 and not self._is_checked:
+            self._has_warned = warn_without_dropout(model)
+            self._is_checked = True
         last_output: Any = None
 
         def forward(items: dict[str, Any]) -> Tensor:
@@ -123,7 +125,7 @@ class RDropTrainerMixin(_Base):
         kl = result.kl if plan.num_passes > 1 else None
         if other is not None:
             kl = measure_divergence(head.outputs(last_output), other, head.target, head.terms)
-        self._parts.add(plan, result.nll, kl, self._weigh(labels), labels.ne(-100).sum())
+        self._parts.add(plan, result.nll, kl, head)
         loss = result.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Gradients are averaged over the processes, the items were counted over all.
@@ -152,8 +154,9 @@ class RDropTrainerMixin(_Base):
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._num_weight = None
         if self.rdrop.class_weight is not None and num_items is not None:
-            total = torch.stack([self._weigh(sample["labels"]) for sample in samples])
-            total = total.sum().to(device)
+            model = self.accelerator.unwrap_model(self.model)
+            heads = [self.rdrop_head(model, sample["labels"]) for sample in samples]
+            total = torch.stack([head.total_weight() for head in heads]).sum().to(device)
             if self.args.average_tokens_across_devices:
                 total = self.accelerator.gather(total).sum() / self.get_tp_size()
             self._num_weight = total
@@ -163,8 +166,10 @@ class RDropTrainerMixin(_Base):
         """Log; beside a training loss also its parts, means over the items since the last log."""
         if "loss" in logs and not self._parts.is_empty:
             parts = self._parts.collect(self.accelerator.reduce)
-            if parts.get("kl") == 0.0 and self._parts.had_passes:
+            # In its first step a new LoRA adapter is zero, and so is the divergence.
+            if parts.get("kl") == 0.0 and self.state.global_step > 1 and not self._has_warned:
                 warn_zero_divergence()
+                self._has_warned = True
             logs = {**logs, **parts}
         super().log(logs, start_time)
 
@@ -175,14 +180,6 @@ class RDropTrainerMixin(_Base):
             folder = Path(output_dir or self.args.output_dir or ".")
             text = json.dumps(self.rdrop.to_dict(), indent=2) + "\n"
             (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
-
-    def _weigh(self, labels: Tensor) -> Tensor:
-        """Return the denominator of the likelihood's mean over these labels."""
-        valid = labels.ne(-100)
-        if self.rdrop.class_weight is None:
-            return valid.sum()
-        weight = torch.tensor(self.rdrop.class_weight, device=labels.device)
-        return (weight[labels.clamp(min=0)] * valid).sum()
 
     def _pop_labels(self, batch: dict[str, Any]) -> Tensor:
         labels = batch.pop("labels", None)
@@ -199,8 +196,6 @@ class _LoggedParts:
     """The parts of the loss since the last log, summed on the device over items."""
 
     def __init__(self) -> None:
-        self.is_first = True
-        self.had_passes = False
         self.alpha = 0.0
         self.sums: Tensor | None = None
 
@@ -208,18 +203,15 @@ class _LoggedParts:
     def is_empty(self) -> bool:
         return self.sums is None
 
-    def add(
-        self, plan: StepPlan, nll: Tensor, kl: Tensor | None, weight: Tensor, count: Tensor
-    ) -> None:
-        """Add the means of a micro-batch and what they are means over."""
-        self.is_first = False
+    def add(self, plan: StepPlan, nll: Tensor, kl: Tensor | None, head: Head) -> None:
+        """Add the means of a micro-batch, each times what it is a mean over."""
+        weight, count = head.total_weight(), head.num_items()
         if kl is None:
             kl, count = torch.zeros_like(nll), torch.zeros_like(count)
         sums = torch.stack([nll * weight, weight, kl * count, count]).float()
         self.sums = sums if self.sums is None else self.sums + sums
         if plan.num_passes > 1:
             self.alpha = plan.alpha
-            self.had_passes = True
 
     def collect(self, reduce: Any) -> dict[str, float]:
         nll, count, kl, kl_count = reduce(self.sums, reduction="sum").tolist()
