@@ -195,8 +195,9 @@ DIGITS = ImageClassification(
         learning_rate=1e-3,
         eval_steps=50,
         logging_steps=25,
+        lr_scheduler_type="constant_with_warmup",
     ),
-    rdrop=RDropConfig(alpha=0.3),
+    rdrop=RDropConfig(alpha=1.0),
     selection_metric="nll",
 )
 

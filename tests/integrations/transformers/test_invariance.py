@@ -117,16 +117,17 @@ def test_padding_changes_nothing(tmp_path):
     ],
     ids=["constant", "late ramp", "every second step"],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, config):
+@pytest.mark.parametrize("case", ["bert", "vit"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, case, config):
     options = {
         "config": config,
         "per_device_train_batch_size": 4,
         "save_strategy": "steps",
         "save_steps": 4,
     }
-    parameters, logs = train(tmp_path / "a", "bert", **options)
+    parameters, logs = train(tmp_path / "a", case, **options)
     again, resumed_logs = train(
-        tmp_path / "b", "bert", resume=str(tmp_path / "a" / "checkpoint-4"), **options
+        tmp_path / "b", case, resume=str(tmp_path / "a" / "checkpoint-4"), **options
     )
     for x, y in zip(parameters, again, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)

@@ -16,6 +16,7 @@ from regdrop.diagnostics import (
     warn_without_dropout,
     warn_zero_divergence,
 )
+from regdrop.integrations.transformers.checkpoints import load_renamed_weights
 from regdrop.integrations.transformers.heads import Head, find_head
 from regdrop.passes import dropout_rates
 from regdrop.schedule import StepPlan, is_monitored, plan_step
@@ -180,6 +181,21 @@ class RDropTrainerMixin(_Base):
             folder = Path(output_dir or self.args.output_dir or ".")
             text = json.dumps(self.rdrop.to_dict(), indent=2) + "\n"
             (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if not self._load_renamed(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_renamed(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_renamed(self, checkpoint: str | None) -> bool:
+        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        return self.model is not None and load_renamed_weights(self.model, checkpoint)
 
     def _pop_labels(self, batch: dict[str, Any]) -> Tensor:
         labels = batch.pop("labels", None)

@@ -1,0 +1,109 @@
+import math
+
+import numpy as np
+import pytest
+
+from regdrop.experiments import write_report
+from regdrop.experiments.plots import draw_plots
+from regdrop.experiments.record import record_path
+from regdrop.experiments.report import build_rows, find_metrics, format_cell, table_cells
+from regdrop.tasks import Metric
+
+
+@pytest.fixture
+def records(record):
+    accuracies = {
+        "rdrop": [0.93, 0.94, 0.95],
+        "baseline": [0.90, 0.92, 0.91],
+        "baseline-2x": [0.91, 0.92, 0.93],
+    }
+    seconds = {"rdrop": 15.0, "baseline": 10.0, "baseline-2x": 20.0}
+    return [
+        record(arm, seed, value, nll=1 - value, seconds=seconds[arm])
+        for arm, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_rows_hold_means_paired_differences_and_cost(records):
+    rows = build_rows(records)
+    assert [row.arm for row in rows] == ["baseline", "baseline-2x", "rdrop"]
+    assert [row.cost for row in rows] == [1.0, 2.0, 1.5]
+    assert [row.seeds for row in rows] == [3, 3, 3]
+    assert [row.best_part for row in rows] == [0.5] * 3
+    baseline, _, rdrop = (row.cells["accuracy"] for row in rows)
+    assert baseline.difference is None
+    assert rdrop.value.mean == pytest.approx(0.94)
+    # Differences 0.03, 0.02 and 0.04: standard error 0.01 / sqrt(3), t = 4.302653.
+    assert rdrop.difference.mean == pytest.approx(0.03)
+    assert rdrop.difference.half_width == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-6)
+
+
+def test_selection_shown_is_that_of_the_latest_seed(record):
+    records = [record(seed=0, best_step=1), record(seed=1, best_step=3)]
+    assert build_rows(records)[0].best_part == 0.75
+
+
+def test_cells_as_text(records):
+    metrics = find_metrics(records)
+    cell = build_rows(records)[2].cells
+    assert format_cell(cell["accuracy"], metrics["accuracy"]) == "94.00 ± 2.48 (+3.00 ± 2.48)"
+    assert format_cell(cell["nll"], metrics["nll"]) == "0.060 ± 0.025 (−0.030 ± 0.025)"
+
+
+def test_one_seed_has_no_interval(record):
+    cells = build_rows([record(), record("rdrop")])[1].cells
+    text = format_cell(cells["nll"], Metric("NLL", greater_is_better=False))
+    assert text == "0.300 ± n/a (+0.000 ± n/a)"
+
+
+def test_without_a_baseline_there_are_no_differences(record):
+    header, rows = table_cells([record("rdrop", 0), record("rdrop", 1)])
+    assert header[1] == "test accuracy (%)"
+    assert "(" not in rows[0][1]
+    assert rows[0][3] == "n/a"
+
+
+def test_records_of_several_tasks_are_refused(record):
+    with pytest.raises(ValueError, match=r"records must be of one task, got \['digits', 'other'\]"):
+        build_rows([record(), record(task="other")])
+
+
+def test_report_is_made_from_records_alone(tmp_path, records):
+    for one in records:
+        one.save(record_path(tmp_path, one.arm, one.seed))
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "| rdrop | 94.00 ± 2.48 (+3.00 ± 2.48) |" in text
+    assert "seeds: 0, 1, 2" in text
+    assert "torch 2.13.0" in text
+    for axis in ("step", "minute"):
+        assert f"(curves_by_{axis}.png)" in text
+        assert (tmp_path / f"curves_by_{axis}.png").stat().st_size > 10_000
+
+
+def test_curves_are_the_means_of_the_records(tmp_path, record, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
+    )
+    records = [record(seed=0, accuracy=0.8, seconds=60.0), record(seed=1, seconds=120.0)]
+    draw_plots(records, find_metrics(records), tmp_path)
+    by_step, by_minute = figures
+    panels = {axes.get_title(): axes for axes in by_step.axes}
+    assert list(panels) == [
+        "training NLL (with dropout)",
+        "validation accuracy (%)",
+        "validation NLL",
+        "KL between passes",
+    ]
+    line = panels["validation accuracy (%)"].lines[0]
+    np.testing.assert_allclose(line.get_xdata(), [2, 4])
+    np.testing.assert_allclose(line.get_ydata(), [85, 85])
+    np.testing.assert_allclose(
+        panels["KL between passes"].lines[0].get_ydata(), 0.1 / np.arange(1, 5)
+    )
+    minutes = by_minute.axes[0].lines[0].get_xdata()
+    np.testing.assert_allclose(minutes, 1.5 * np.arange(1, 5) / 4)
