@@ -30,7 +30,6 @@ def test_rows_hold_means_paired_differences_and_cost(records):
     assert [row.arm for row in rows] == ["baseline", "baseline-2x", "rdrop"]
     assert [row.cost for row in rows] == [1.0, 2.0, 1.5]
     assert [row.seeds for row in rows] == [3, 3, 3]
-    assert [row.best_part for row in rows] == [0.5] * 3
     baseline, _, rdrop = (row.cells["accuracy"] for row in rows)
     assert baseline.difference is None
     assert rdrop.value.mean == pytest.approx(0.94)
@@ -39,9 +38,21 @@ def test_rows_hold_means_paired_differences_and_cost(records):
     assert rdrop.difference.half_width == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-6)
 
 
-def test_selection_shown_is_that_of_the_latest_seed(record):
-    records = [record(seed=0, best_step=1), record(seed=1, best_step=3)]
-    assert build_rows(records)[0].best_part == 0.75
+@pytest.mark.parametrize(("metric", "part"), [("nll", 0.5), ("accuracy", 0.75), ("bleu", None)])
+def test_best_part_is_that_of_the_mean_validation_curve(record, metric, part):
+    curves = {"eval_nll": ([3, 1, 2, 3], [3, 3, 2.5, 1]), "eval_accuracy": ([0, 1, 2, 1], [1] * 4)}
+    records = [
+        record(
+            seed=seed,
+            config={"selection_metric": metric},
+            history=[
+                {"step": i + 1, "seconds": 0.0} | {k: v[seed][i] for k, v in curves.items()}
+                for i in range(4)
+            ],
+        )
+        for seed in (0, 1)
+    ]
+    assert build_rows(records)[0].best_part == part
 
 
 def test_cells_as_text(records):

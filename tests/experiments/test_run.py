@@ -5,7 +5,9 @@ import torch
 from transformers import TrainerCallback
 
 from regdrop.experiments import build_arms, run_arm
+from regdrop.experiments import run as run_module
 from regdrop.experiments.record import record_path
+from regdrop.integrations.transformers import RDropTrainer
 from regdrop.tasks import Metric
 from regdrop.tasks.image_classification import ImageClassification
 
@@ -77,36 +79,43 @@ def test_a_finished_run_is_not_run_again(tmp_path, short, monkeypatch):
     assert run_arm(short, arm, 0, tmp_path) == first
 
 
-class Interruption(TrainerCallback):
-    """Stops a run at a step, as Ctrl-C would."""
+class AtStep5(TrainerCallback):
+    """Stops a run after a step, as Ctrl-C would."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 5:
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_end(
-    tmp_path, short, monkeypatch
-):
-    from regdrop.experiments import run as module
+class WhileSaving(RDropTrainer):
+    """Stops a run while it writes its second checkpoint."""
 
+    def _save_rng_state(self, output_dir):
+        if output_dir.endswith("checkpoint-4"):
+            raise KeyboardInterrupt
+        super()._save_rng_state(output_dir)
+
+
+def interrupt_after_a_step(*args, callbacks, **kwargs):
+    return RDropTrainer(*args, callbacks=[*callbacks, AtStep5()], **kwargs)
+
+
+@pytest.mark.parametrize(("trainer", "next_step"), [(interrupt_after_a_step, 5), (WhileSaving, 3)])
+def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_end(
+    tmp_path, short, monkeypatch, trainer, next_step
+):
     arm = build_arms(short)["rdrop"]
     whole = run_arm(short, arm, 0, tmp_path / "whole")
-    trainer = module.RDropTrainer
-
-    def interrupted(*args, callbacks, **kwargs):
-        return trainer(*args, callbacks=[*callbacks, Interruption()], **kwargs)
-
-    monkeypatch.setattr(module, "RDropTrainer", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_arm(short, arm, 0, tmp_path / "cut")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "RDropTrainer", trainer)
+        with pytest.raises(KeyboardInterrupt):
+            run_arm(short, arm, 0, tmp_path / "cut")
     assert not record_path(tmp_path / "cut", "rdrop", 0).exists()
     steps = []
     resumed = run_arm(
         short, arm, 0, tmp_path / "cut", progress=lambda step, figures: steps.append(step)
     )
-    assert min(steps) == 5
+    assert min(steps) == next_step
     assert without_times(resumed) == without_times(whole)
 
 
@@ -114,10 +123,8 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_end(
 def test_results_of_other_settings_are_never_mixed_or_overwritten(
     tmp_path, short, monkeypatch, finished
 ):
-    from regdrop.experiments import run as module
-
     if not finished:
-        monkeypatch.setattr(module, "RDropTrainer", lambda *args, **kwargs: 1 / 0)
+        monkeypatch.setattr(run_module, "RDropTrainer", lambda *args, **kwargs: 1 / 0)
     try:
         run_arm(short, build_arms(short)["rdrop"], 0, tmp_path)
     except ZeroDivisionError:

@@ -138,9 +138,10 @@ def _start_worker(news: Any, threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     # The display of the parent process shows the progress.
-    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    # Beside what may matter, transformers says how it sorts its checkpoints.
+    for name in ("accelerate", "transformers.trainer_utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _work(task: Task, arm: Arm, seed: int, folder: Path) -> RunRecord:

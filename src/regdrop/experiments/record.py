@@ -53,10 +53,7 @@ class RunRecord:
 
     def save(self, path: Path) -> None:
         """Write the record; the file appears whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> "RunRecord":
@@ -69,6 +66,14 @@ class RunRecord:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not the record of a run: {error}") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def record_path(folder: Path, arm: str, seed: int) -> Path:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,14 +29,15 @@ class Row:
         arm: Name of the arm.
         cells: Test figures by metric.
         cost: Training time in times of the baseline, mean over seeds.
-        best_part: Latest selected step of all seeds, as a part of the run.
+        best_part: Where the mean validation curve over seeds is best, as a part of the run; None
+            if the records do not tell by which figure checkpoints were selected.
         seeds: Number of seeds.
     """
 
     arm: str
     cells: dict[str, Cell]
     cost: float | None
-    best_part: float
+    best_part: float | None
     seeds: int
 
 
@@ -72,11 +73,23 @@ def build_rows(records: Sequence[RunRecord]) -> list[Row]:
                 arm,
                 cells,
                 sum(ratios) / len(ratios) if ratios else None,
-                max(run.best_step / run.steps for run in runs),
+                _best_part(runs, find_metrics(records)),
                 len(runs),
             )
         )
     return rows
+
+
+def _best_part(runs: Sequence[RunRecord], metrics: Mapping[str, Metric]) -> float | None:
+    name = runs[0].config.get("selection_metric")
+    if not isinstance(name, str) or name not in metrics:
+        return None
+    key = f"eval_{name}"
+    curves = [{int(e["step"]): e[key] for e in run.history if key in e} for run in runs]
+    steps = set.intersection(*(set(curve) for curve in curves))
+    sign = 1 if metrics[name].greater_is_better else -1
+    best = max(sorted(steps), key=lambda step: sign * sum(curve[step] for curve in curves))
+    return best / runs[0].steps
 
 
 def find_metrics(records: Sequence[RunRecord]) -> dict[str, Metric]:
@@ -104,13 +117,13 @@ def format_cell(cell: Cell, metric: Metric) -> str:
 def table_cells(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of the table as text."""
     metrics = find_metrics(records)
-    header = ["arm", *(f"test {m.title}" for m in metrics.values()), "time", "selected by", "seeds"]
+    header = ["arm", *(f"test {m.title}" for m in metrics.values()), "time", "best at", "seeds"]
     rows = [
         [
             row.arm,
             *(format_cell(row.cells[name], metric) for name, metric in metrics.items()),
             "n/a" if row.cost is None else f"{row.cost:.2f}x",
-            f"{row.best_part:.0%}",
+            "n/a" if row.best_part is None else f"{row.best_part:.0%}",
             str(row.seeds),
         ]
         for row in build_rows(records)
@@ -121,8 +134,8 @@ def table_cells(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]
 CAPTION = (
     "Mean over seeds ± half the 95 % interval (Student's t); in brackets the paired difference to "
     "the baseline. Checkpoints are selected on the validation split; `time` is training time in "
-    "times of the baseline's; `selected by` is the part of the run by which the last seed's "
-    "checkpoint was selected."
+    "times of the baseline's; `best at` is the part of the run at which the mean validation "
+    "curve over seeds is best."
 )
 
 

@@ -18,6 +18,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from regdrop.experiments.arms import Arm
@@ -29,6 +30,7 @@ from regdrop.experiments.record import (
     record_path,
     reset_peak_memory,
     resolved_config,
+    write_json,
 )
 from regdrop.integrations.transformers import RDropTrainer
 from regdrop.tasks import Task
@@ -237,12 +239,24 @@ def _is_greater_better(task: Task) -> bool:
 def _find_checkpoint(work: Path, config: dict[str, Any]) -> str | None:
     """Return the last checkpoint of an interrupted run with the same settings."""
     path = work / "config.json"
-    if path.exists():
-        _check_same_config(path, json.loads(path.read_text(encoding="utf-8")), config)
-        checkpoint: str | None = get_last_checkpoint(str(work))
-        return checkpoint
-    path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    return None
+    if not path.exists():
+        write_json(path, config)
+        return None
+    _check_same_config(path, json.loads(path.read_text(encoding="utf-8")), config)
+    for folder in work.glob("checkpoint-*"):
+        # The Trainer writes its state last: without it the run was stopped while it saved.
+        if not _is_json(folder / TRAINER_STATE_NAME):
+            shutil.rmtree(folder)
+    checkpoint: str | None = get_last_checkpoint(str(work))
+    return checkpoint
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
 
 
 def _check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

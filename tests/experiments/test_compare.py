@@ -1,0 +1,95 @@
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from regdrop.experiments import build_arms, compare, run_arm
+from regdrop.experiments.compare import Update
+from regdrop.experiments.display import LiveDisplay, print_table
+from regdrop.experiments.record import record_path
+
+
+class Noted:
+    """Notes what a display is told."""
+
+    def __init__(self):
+        self.updates, self.finished = [], []
+
+    def update(self, news):
+        self.updates.append(news)
+
+    def finish(self, record):
+        self.finished.append((record.arm, record.seed))
+
+
+@pytest.mark.slow
+def test_arms_and_seeds_in_parallel_and_what_is_missing_later(tmp_path, short):
+    display = Noted()
+    options = {"folder": tmp_path, "workers": 2, "threads": 1}
+    first = compare(short, seeds=[0, 1], arms=["baseline", "rdrop"], display=display, **options)
+    runs = {(arm, seed) for arm in ("baseline", "rdrop") for seed in (0, 1)}
+    assert {(record.arm, record.seed) for record in first} == runs == set(display.finished)
+    assert {(news.arm, news.seed) for news in display.updates} == runs
+    assert all(record.hardware["threads"] == 1 for record in first)
+    # The result of a run does not depend on what runs beside it.
+    alone = run_arm(short, build_arms(short)["rdrop"], 1, tmp_path / "alone")
+    beside = next(r for r in first if (r.arm, r.seed) == ("rdrop", 1))
+    assert alone.test["nll"] == pytest.approx(beside.test["nll"], rel=1e-5)
+
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "records").iterdir()}
+    display = Noted()
+    compare(short, seeds=[1, 2], arms=["rdrop"], display=display, **options)
+    assert {news.seed for news in display.updates} == {2}
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+    assert record_path(tmp_path, "rdrop", 2).exists()
+
+
+@pytest.mark.slow
+def test_an_error_in_a_run_reaches_the_caller(tmp_path, short):
+    changed = replace(short, dataset=str(tmp_path / "nowhere"))
+    with pytest.raises(Exception, match="nowhere"):
+        compare(changed, seeds=[0], arms=["baseline"], folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": []}, "seeds must be different numbers, at least one"),
+        ({"seeds": [1, 1]}, "seeds must be different numbers"),
+        ({"seeds": [0], "arms": ["rdrop", "magic"]}, r"arms must be among .* got \['magic'\]"),
+        ({"seeds": [0], "workers": 0}, "workers must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_runs(tmp_path, short, options, message):
+    with pytest.raises(ValueError, match=message):
+        compare(short, folder=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_live_display_shows_every_arm_its_steps_and_its_figures(short, record):
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=140)
+    arms = [build_arms(short)[name] for name in ("baseline", "rdrop")]
+    with LiveDisplay(arms, [0, 1], console) as display:
+        display.update(Update("rdrop", 1, 4, {"eval_accuracy": 0.5, "eval_loss": 1.0, "kl": 2.0}))
+        display.update(Update("rdrop", 1, 2, {}))  # news may come late
+        display.finish(record("baseline", 0, steps=6))
+    text = stream.getvalue()
+    assert " 4/12" in text
+    assert " 6/12" in text
+    assert "seed 1: accuracy 0.500" in text
+
+
+def test_without_a_terminal_finished_runs_are_lines(short, record):
+    stream = io.StringIO()
+    with LiveDisplay([build_arms(short)["rdrop"]], [0], Console(file=stream)) as display:
+        display.update(Update("rdrop", 0, 4, {"eval_accuracy": 0.5}))
+        display.finish(record("rdrop", 0, 0.75, 0.5, steps=6))
+    assert stream.getvalue() == "rdrop seed 0: validation accuracy 0.750 nll 0.500\n"
+
+
+def test_table_is_never_cut(record):
+    stream = io.StringIO()
+    print_table([record(), record("rdrop", 0, 0.95)], Console(file=stream, width=40))
+    assert "95.00 ± n/a (+5.00 ± n/a)" in stream.getvalue()

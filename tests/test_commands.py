@@ -1,0 +1,158 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from models import tiny_bert, tiny_vit
+from regdrop.commands import app
+
+RUNNER = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def run(*arguments):
+    return RUNNER.invoke(app, [str(argument) for argument in arguments])
+
+
+def test_help_lists_the_commands():
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in ("tasks", "train", "compare", "report", "doctor"):
+        assert command in result.output
+
+
+def test_tasks():
+    result = run("tasks")
+    assert result.exit_code == 0
+    assert "digits" in result.output
+    assert "images" in result.output
+
+
+@pytest.mark.slow
+def test_train_compare_and_report_on_real_digits(tmp_path):
+    options = ("--steps", 60, "--output", tmp_path)
+    result = run("train", "digits", "--seed", 3, *options)
+    assert result.exit_code == 0, result.output
+    assert "rdrop seed 3: validation accuracy" in result.output
+    result = run("compare", "digits", "--arms", "baseline, rdrop", "--seeds", 2, *options)
+    assert result.exit_code == 0, result.output
+    names = {path.stem for path in (tmp_path / "records").iterdir()}
+    assert names == {"baseline-seed0", "baseline-seed1", *(f"rdrop-seed{i}" for i in (0, 1, 3))}
+    for path in (tmp_path / "records").iterdir():
+        record = json.loads(path.read_text())
+        assert record["test"]["accuracy"] > 0.5
+        assert record["config"]["training"]["max_steps"] == 60
+    (tmp_path / "report.md").unlink()
+    result = run("report", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "test accuracy (%)" in result.output
+    assert (tmp_path / "report.md").exists()
+
+    # Results of other settings are not overwritten.
+    result = run("train", "digits", "--seed", 3, "--alpha", 9, *options)
+    assert result.exit_code == 2
+    assert "made with other settings" in " ".join(result.output.split())
+
+
+@pytest.mark.slow
+def test_interrupting_and_repeating_the_command_goes_on(tmp_path):
+    command = [shutil.which("regdrop") or "regdrop", "compare", "digits", "--steps", "200"]
+    command += ["--arms", "rdrop", "--seeds", "1", "--output", str(tmp_path)]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    unfinished = tmp_path / "unfinished" / "rdrop-seed0"
+    deadline = time.monotonic() + 120
+    while not list(unfinished.glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from here" in output
+    assert not (tmp_path / "records").exists()
+    before = (unfinished / "history.jsonl").read_text().splitlines()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "rdrop seed 0" in done.stdout
+    record = json.loads((tmp_path / "records" / "rdrop-seed0.json").read_text())
+    assert record["steps"] == 200
+    assert json.loads(before[0]) == record["history"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("compare", "digit"), "TASK must be one of digits"),
+        (("compare", "digits", "--arms", "rdrop,magic"), "got magic"),
+        (("compare", "digits", "--alpha", "-1"), "alpha must be finite and at least 0"),
+        (("train", "digits", "--arm", "magic"), "arms must be among baseline"),
+        (("report", "/nowhere"), "no records in"),
+        (("doctor", "nowhere:nothing"), "cannot be imported"),
+        (("doctor", "math:sqrt2"), "cannot be imported"),
+        (("doctor", "x", "--rdrop", "alpha"), "--rdrop must be name=value"),
+        (("doctor", "x", "--rdrop", "beta=1"), "RDropConfig has no option"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    text = " ".join(result.output.replace("│", " ").split())
+    assert message in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_on_a_saved_model(tmp_path):
+    tiny_bert(dropout=0.15).save_pretrained(tmp_path)
+    result = run("doctor", tmp_path, "--rdrop", "alpha=2,backward_passes=1")
+    assert result.exit_code == 0, result.output
+    assert "BertForSequenceClassification: sources of dropout" in result.output
+    assert "0.15" in result.output
+    assert "about 1.33 single-pass steps" in result.output
+
+
+def test_doctor_on_a_model_without_dropout_says_what_to_change(tmp_path):
+    tiny_vit(dropout=0.0).save_pretrained(tmp_path)
+    result = run("doctor", tmp_path)
+    assert result.exit_code == 1
+    assert "0 of" in result.output
+    assert "Raise a dropout rate, now 0" in result.output
+
+
+def test_doctor_on_the_model_of_a_script(tmp_path, monkeypatch):
+    (tmp_path / "my_script.py").write_text(
+        "from torch import nn\n"
+        "def build():\n    return nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.3))\n"
+        "def wrong():\n    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    result = run("doctor", "my_script:build")
+    assert result.exit_code == 0, result.output
+    assert "0.3" in result.output
+    result = run("doctor", "my_script:wrong")
+    assert result.exit_code == 2
+    assert "must return a torch.nn.Module, got int" in " ".join(result.output.split())
+    assert str(tmp_path) not in sys.path
+
+
+def test_the_command_without_extras_says_what_to_install(monkeypatch):
+    from regdrop import cli
+
+    monkeypatch.setitem(sys.modules, "regdrop.commands", None)
+    monkeypatch.delitem(sys.modules, "typer", raising=False)
+
+    class NoTyper:
+        def find_spec(self, name, path=None, target=None):
+            if name == "typer":
+                raise ModuleNotFoundError("No module named 'typer'", name="typer")
+
+    monkeypatch.delitem(sys.modules, "regdrop.commands")
+    monkeypatch.setattr(sys, "meta_path", [NoTyper(), *sys.meta_path])
+    with pytest.raises(SystemExit, match=r"needs typer.*pip install 'regdrop\[tasks\]'"):
+        cli.main()
