@@ -197,7 +197,7 @@ DIGITS = ImageClassification(
         logging_steps=25,
         lr_scheduler_type="constant_with_warmup",
     ),
-    rdrop=RDropConfig(alpha=1.0),
+    rdrop=RDropConfig(alpha=0.3),
     selection_metric="nll",
 )
 
