@@ -1,6 +1,6 @@
 """R-Drop in a loop of your own: the two marked lines are all that changes.
 
-    python examples/plain_pytorch.py
+python examples/plain_pytorch.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """R-Drop in a Hugging Face Trainer script: the two marked lines are all that changes.
 
-    python examples/transformers_trainer.py
+python examples/transformers_trainer.py
 """
 
 import torch

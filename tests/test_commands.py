@@ -1,11 +1,9 @@
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -60,29 +58,49 @@ def test_train_compare_and_report_on_real_digits(tmp_path):
     assert "made with other settings" in " ".join(result.output.split())
 
 
+def start(output):
+    """Start the command in a group of processes of its own, until its first checkpoint."""
+    command = [sys.executable, "-c", "from regdrop.cli import main; main()", "compare", "digits"]
+    command += ["--steps", "200", "--arms", "rdrop", "--seeds", "1", "--output", str(output)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    unfinished = output / "unfinished" / "rdrop-seed0"
+    deadline = time.monotonic() + 120
+    while not list(unfinished.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return command, process, unfinished
+
+
 @pytest.mark.slow
 def test_interrupting_and_repeating_the_command_goes_on(tmp_path):
-    command = [shutil.which("regdrop") or "regdrop", "compare", "digits", "--steps", "200"]
-    command += ["--arms", "rdrop", "--seeds", "1", "--output", str(tmp_path)]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    unfinished = tmp_path / "unfinished" / "rdrop-seed0"
-    deadline = time.monotonic() + 120
-    while not list(unfinished.glob("checkpoint-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    command, process, unfinished = start(tmp_path)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command goes on from here" in output
     assert not (tmp_path / "records").exists()
     before = (unfinished / "history.jsonl").read_text().splitlines()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "rdrop seed 0" in done.stdout
     record = json.loads((tmp_path / "records" / "rdrop-seed0.json").read_text())
     assert record["steps"] == 200
     assert json.loads(before[0]) == record["history"][0]
+
+
+@pytest.mark.slow
+def test_killing_the_command_ends_its_runs(tmp_path):
+    _, process, _ = start(tmp_path)
+    process.kill()
+    process.wait(timeout=60)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert not (tmp_path / "records").exists()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_record_of_a_run(tmp_path, short):
     assert times == sorted(times)
     assert 0 < times[0] <= record.seconds
     assert {step for step, _ in news} == {1, 2, 3, 4, 5, 6}
-    assert not (tmp_path / "unfinished" / "rdrop-seed1").exists()
+    assert not (tmp_path / "unfinished").exists()
 
 
 class WorstIsSelected(ImageClassification):

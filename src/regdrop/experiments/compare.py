@@ -2,7 +2,9 @@
 
 import logging
 import multiprocessing
+import os
 import queue
+import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -90,7 +92,7 @@ def _run_jobs(
 ) -> None:
     # A fresh interpreter a worker: CUDA and thread pools do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    news: Any = context.Manager().Queue()
+    news: Any = context.Queue()
     with ProcessPoolExecutor(
         min(workers, len(jobs)),
         mp_context=context,
@@ -132,6 +134,7 @@ _news: Any = None
 def _start_worker(news: Any, threads: int | None) -> None:
     global _news
     _news = news
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     import torch
     import transformers
 
@@ -142,6 +145,14 @@ def _start_worker(news: Any, threads: int | None) -> None:
     # Beside what may matter, transformers says how it sorts its checkpoints.
     for name in ("accelerate", "transformers.trainer_utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _exit_with_parent() -> None:
+    """End this process when the command is killed, so that no run goes on unseen."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(task: Task, arm: Arm, seed: int, folder: Path) -> RunRecord:

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def run_arm(
     )
     record.save(path)
     shutil.rmtree(work)
+    with suppress(OSError):  # other runs may be unfinished
+        work.parent.rmdir()
     return record
 
 

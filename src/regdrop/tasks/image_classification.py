@@ -190,14 +190,14 @@ DIGITS = ImageClassification(
     num_channels=1,
     augmentation="none",
     training=TrainingSettings(
-        max_steps=800,
+        max_steps=600,
         batch_size=64,
         learning_rate=1e-3,
         eval_steps=50,
         logging_steps=25,
         lr_scheduler_type="constant_with_warmup",
     ),
-    rdrop=RDropConfig(alpha=0.3),
+    rdrop=RDropConfig(alpha=3.0),
     selection_metric="nll",
 )
 
