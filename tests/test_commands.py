@@ -65,7 +65,8 @@ def start(output):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     unfinished = output / "unfinished" / "rdrop-seed0"
     deadline = time.monotonic() + 120
-    while not list(unfinished.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+    while not list(unfinished.glob("checkpoint-*/trainer_state.json")):
+        assert time.monotonic() < deadline, "no checkpoint was written"
         time.sleep(0.05)
     return command, process, unfinished
 
