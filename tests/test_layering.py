@@ -12,7 +12,7 @@ import regdrop
 PACKAGE = Path(regdrop.__file__).parent
 
 FLOORS = [
-    {"kernels", "passes", "config"},
+    {"kernels", "passes", "config", "conventions"},
     {"loss", "schedule"},
     {"step", "diagnostics"},
     {"integrations"},

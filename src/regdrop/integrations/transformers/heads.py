@@ -1,10 +1,12 @@
-"""What a model predicts: from a Hugging Face model and its labels to the terms of the loss."""
+"""What a model predicts: from a Hugging Face model and its batch to the terms of the loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regdrop.loss import (
@@ -14,41 +16,46 @@ from regdrop.loss import (
     mse_terms,
 )
 
-# Heads whose loss is decided by config.problem_type.
-_CLASSIFICATION = ("ForSequenceClassification", "ForImageClassification")
+_IGNORED = -100
 
 
-class Head(NamedTuple):
-    """How one model's outputs and labels enter the loss.
+def _logits(output: Any) -> Tensor:
+    logits: Tensor = output["logits"] if isinstance(output, Mapping) else output[0]
+    return logits
+
+
+@dataclass(frozen=True)
+class Head:
+    """How one batch enters the model, and its outputs the loss.
 
     Attributes:
-        terms: The output family's terms of each item, its options bound.
+        inputs: What the model is given: the batch without its labels.
         target: The labels in the shape that the terms expect.
-        single_output: Whether logits (batch, 1) are one number an item.
+        terms: The output family's terms of each item, its options bound.
+        outputs: From the model's output to the logits, (items, ...).
         class_weight: Weight of each class in the likelihood, bound in `terms` too.
+        ignore_index: The label that does not count.
+        takes_inplace: Whether `terms` can overwrite the logits.
     """
 
-    terms: TermsFunction
+    inputs: dict[str, Any]
     target: Tensor
-    single_output: bool = False
+    terms: TermsFunction
+    outputs: Callable[[Any], Tensor] = _logits
     class_weight: Tensor | None = None
-
-    def outputs(self, model_output: Any) -> Tensor:
-        """Return the logits (or predictions) of a model's output."""
-        logits: Tensor = (
-            model_output["logits"] if isinstance(model_output, dict) else model_output[0]
-        )
-        return logits.reshape(logits.shape[0]) if self.single_output else logits
+    ignore_index: int = _IGNORED
+    takes_inplace: bool = False
 
     def num_items(self) -> Tensor:
         """Return the number of items that count: the denominator of the divergence's mean."""
-        return self.target.ne(-100).sum()
+        return self.target.ne(self.ignore_index).sum()
 
     def total_weight(self) -> Tensor:
         """Return the denominator of the likelihood's mean."""
         if self.class_weight is None:
             return self.num_items()
-        return (self.class_weight[self.target.clamp(min=0)] * self.target.ne(-100)).sum()
+        valid = self.target.ne(self.ignore_index)
+        return (self.class_weight[self.target.clamp(min=0)] * valid).sum()
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -59,50 +66,54 @@ def base_model(model: nn.Module) -> nn.Module:
 
 def find_head(
     model: nn.Module,
-    labels: Tensor,
+    inputs: Mapping[str, Any],
     *,
     label_smoothing: float = 0.0,
     class_weight: Sequence[float] | None = None,
 ) -> Head:
-    """Choose the terms of the loss by the model's class and the library's own rule.
+    """Choose the terms of the loss by the model's class and the library's own rules.
 
     Args:
-        model: An unwrapped Hugging Face model for sequence or image classification.
-        labels: The labels of the batch.
+        model: An unwrapped Hugging Face model.
+        inputs: A batch with its labels; never changed.
         label_smoothing: Smoothing of the likelihood's target.
         class_weight: Weight of each class in the likelihood.
 
     Raises:
-        ValueError: For a model whose loss is another one, or options that its outputs do not have.
+        ValueError: For a head that is not known, a batch without its labels, or options that the
+            model's outputs do not have.
     """
     model = base_model(model)
     name = type(model).__name__
-    if not name.endswith(_CLASSIFICATION):
-        raise ValueError(
-            f"model must be one of {', '.join('*' + suffix for suffix in _CLASSIFICATION)}, "
-            f"got {name}; for another head override RDropTrainerMixin.rdrop_head"
-        )
-    if getattr(model, "_loss_function", None) is not None:
-        raise ValueError(
-            f"{name} has a loss_function of its own, which R-Drop would bypass; "
-            "override RDropTrainerMixin.rdrop_head"
-        )
-    config: Any = model.config
+    for suffixes, build in _HEADS:
+        if name.endswith(suffixes):
+            return build(model, dict(inputs), label_smoothing, class_weight)
+    known = ", ".join(f"*{suffix}" for suffixes, _ in _HEADS for suffix in suffixes)
+    raise ValueError(
+        f"model must be one of {known}, got {name}; "
+        "for another head override RDropTrainerMixin.rdrop_head"
+    )
+
+
+def _classification(
+    model: Any, inputs: dict[str, Any], smoothing: float, weight: Sequence[float] | None
+) -> Head:
+    """Sequences and images: single-label, multi-label or regression, by config.problem_type."""
+    labels, config = _pop(inputs, "labels"), model.config
     problem_type = config.problem_type or _problem_type(config.num_labels, labels)
     if problem_type == "single_label_classification":
-        weight = _class_weight(class_weight, config.num_labels, labels.device)
-        terms = partial(cross_entropy_terms, weight=weight, label_smoothing=label_smoothing)
-        return Head(terms, labels.reshape(-1), class_weight=weight)
-    if class_weight is not None or label_smoothing:
+        return _classes(inputs, labels.reshape(-1), config.num_labels, smoothing, weight)
+    if weight is not None or smoothing:
         raise ValueError(
-            f"class_weight and label_smoothing need single-label classification, "
+            "class_weight and label_smoothing need single-label classification, "
             f"got problem_type={problem_type!r}"
         )
     if problem_type == "multi_label_classification":
-        return Head(binary_cross_entropy_terms, labels)
+        return Head(inputs, labels, binary_cross_entropy_terms)
     if problem_type == "regression":
-        single = config.num_labels == 1
-        return Head(mse_terms, labels.reshape(-1) if single else labels, single)
+        if config.num_labels > 1:
+            return Head(inputs, labels, mse_terms)
+        return Head(inputs, labels.reshape(-1), mse_terms, lambda out: _logits(out).flatten())
     raise ValueError(
         "config.problem_type must be None, 'single_label_classification', "
         f"'multi_label_classification' or 'regression', got {problem_type!r}"
@@ -118,13 +129,106 @@ def _problem_type(num_labels: int, labels: Tensor) -> str:
     return "multi_label_classification"
 
 
-def _class_weight(
-    weight: Sequence[float] | None, num_labels: int, device: torch.device
-) -> Tensor | None:
-    if weight is None:
-        return None
-    if len(weight) != num_labels:
+def _tokens(
+    model: Any, inputs: dict[str, Any], smoothing: float, weight: Sequence[float] | None
+) -> Head:
+    """One label a token."""
+    return _classes(inputs, _pop(inputs, "labels"), model.config.num_labels, smoothing, weight)
+
+
+def _masked(
+    model: Any, inputs: dict[str, Any], smoothing: float, weight: Sequence[float] | None
+) -> Head:
+    """The words behind masked tokens."""
+    return _classes(inputs, _pop(inputs, "labels"), _vocabulary(model), smoothing, weight)
+
+
+def _choices(
+    model: Any, inputs: dict[str, Any], smoothing: float, weight: Sequence[float] | None
+) -> Head:
+    """The right one of several choices, which have no weights: their order means nothing."""
+    if weight is not None:
+        raise ValueError("class_weight does not apply to multiple choice")
+    return _classes(inputs, _pop(inputs, "labels"), None, smoothing, None)
+
+
+def _causal(
+    model: Any, inputs: dict[str, Any], smoothing: float, weight: Sequence[float] | None
+) -> Head:
+    """The next token: the labels move by one, and the last position counts no more."""
+    labels = _pop(inputs, "labels")
+    # Padding the labels leaves the logits as they are; slicing them would copy a vocabulary.
+    shifted = inputs.pop("shift_labels", None)
+    target = F.pad(labels[..., 1:], (0, 1), value=_IGNORED) if shifted is None else shifted
+    return _classes(inputs, target, _vocabulary(model), smoothing, weight)
+
+
+def _generation(
+    model: Any, inputs: dict[str, Any], smoothing: float, weight: Sequence[float] | None
+) -> Head:
+    """An encoder-decoder: the decoder reads the labels moved right, and predicts them."""
+    if not model.config.is_encoder_decoder:
+        return _causal(model, inputs, smoothing, weight)
+    labels = _pop(inputs, "labels")
+    if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
+        # Without labels the model would read its own input.
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    return _classes(inputs, labels, _vocabulary(model), smoothing, weight)
+
+
+def _spans(
+    model: Any, inputs: dict[str, Any], smoothing: float, weight: Sequence[float] | None
+) -> Head:
+    """Question answering: the first and the last token of the answer, two items a sample."""
+    if weight is not None or smoothing:
+        raise ValueError("class_weight and label_smoothing do not apply to question answering")
+    ends = [_pop(inputs, name).reshape(-1) for name in ("start_positions", "end_positions")]
+    length = inputs["input_ids"].shape[-1]
+    # An answer beyond the truncated text counts in neither term, as in the library.
+    target = torch.stack(ends, dim=1).clamp(0, length)
+    terms = partial(cross_entropy_terms, ignore_index=length)
+
+    def outputs(output: Any) -> Tensor:
+        return torch.stack([output["start_logits"], output["end_logits"]], dim=1)
+
+    return Head(inputs, target, terms, outputs, ignore_index=length, takes_inplace=True)
+
+
+def _classes(
+    inputs: dict[str, Any],
+    target: Tensor,
+    num_labels: int | None,
+    smoothing: float,
+    weight: Sequence[float] | None,
+) -> Head:
+    if weight is not None and num_labels is not None and len(weight) != num_labels:
         raise ValueError(
             f"class_weight must have one entry for each of {num_labels} labels, got {len(weight)}"
         )
-    return torch.tensor(weight, device=device)
+    class_weight = None if weight is None else torch.tensor(weight, device=target.device)
+    terms = partial(cross_entropy_terms, weight=class_weight, label_smoothing=smoothing)
+    return Head(inputs, target, terms, class_weight=class_weight, takes_inplace=True)
+
+
+def _vocabulary(model: Any) -> int:
+    size: int = model.config.get_text_config().vocab_size
+    return size
+
+
+def _pop(inputs: dict[str, Any], name: str) -> Tensor:
+    labels = inputs.pop(name, None)
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"inputs must hold a tensor named {name!r}, got {sorted(inputs)}")
+    return labels
+
+
+# By the end of the class's name; the first that fits.
+_HEADS: tuple[tuple[tuple[str, ...], Callable[..., Head]], ...] = (
+    (("ForSequenceClassification", "ForImageClassification"), _classification),
+    (("ForTokenClassification",), _tokens),
+    (("ForMaskedLM",), _masked),
+    (("ForMultipleChoice",), _choices),
+    (("ForQuestionAnswering",), _spans),
+    (("ForCausalLM", "LMHeadModel"), _causal),
+    (("ForConditionalGeneration", "MTModel"), _generation),
+)

@@ -1,13 +1,13 @@
 """The Hugging Face Trainer with R-Drop."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Seq2SeqTrainer, Trainer
 
 from regdrop.config import RDropConfig
 from regdrop.diagnostics import (
@@ -17,12 +17,16 @@ from regdrop.diagnostics import (
     warn_zero_divergence,
 )
 from regdrop.integrations.transformers.checkpoints import load_renamed_weights
+from regdrop.integrations.transformers.forward import HeadForward
 from regdrop.integrations.transformers.heads import Head, find_head
+from regdrop.integrations.transformers.parts import LoggedParts
+from regdrop.integrations.transformers.verify import check_own_loss
 from regdrop.passes import dropout_rates
-from regdrop.schedule import StepPlan, is_monitored, plan_step
+from regdrop.schedule import is_monitored, plan_step
 from regdrop.step import compute_step_loss
 
 CONFIG_NAME = "rdrop_config.json"
+STATE_NAME = "rdrop_state.json"
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -60,19 +64,30 @@ class RDropTrainerMixin(_Base):
                 f"R-Drop needs one process a GPU, got {self.args.n_gpu} GPUs in one process; "
                 "start it by torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
             )
+        graded = self.rdrop.backward_passes or self.rdrop.num_passes
+        if self.is_deepspeed_enabled and (
+            self.rdrop.passes == "sequential" or graded < self.rdrop.num_passes
+        ):
+            raise ValueError(
+                "DeepSpeed takes one forward for each backward: R-Drop needs passes='stacked' and "
+                f"backward_passes=None there, got {self.rdrop.passes!r} and {graded}"
+            )
         self._model_counts_items: bool = getattr(self, "model_accepts_loss_kwargs", False)
         # The Trainer counts the items of an accumulation window only for models that ask for it;
         # R-Drop divides by them whatever the model does.
         self.model_accepts_loss_kwargs: bool = True
         self._num_weight: Tensor | None = None
-        self._parts = _LoggedParts()
-        self._is_checked = self._has_warned = False
+        self._parts = LoggedParts()
+        self._is_loss_checked = self._is_dropout_checked = self._has_warned = False
 
-    def rdrop_head(self, model: nn.Module, labels: Tensor) -> Head:
-        """Return the terms of the loss for the unwrapped model; override it for another head."""
+    def rdrop_head(self, model: nn.Module, inputs: Mapping[str, Any]) -> Head:
+        """Return how a batch with its labels enters the unwrapped model, and its outputs the loss.
+
+        Override it for a head that is not known, or a loss of your own.
+        """
         return find_head(
             model,
-            labels,
+            inputs,
             label_smoothing=self.args.label_smoothing_factor,
             class_weight=self.rdrop.class_weight,
         )
@@ -89,49 +104,35 @@ class RDropTrainerMixin(_Base):
         With `return_outputs` in training, the outputs are those of the last forward, stacked.
         """
         if not model.training:
-            return super().compute_loss(
-                model,
-                inputs,
-                return_outputs,
-                num_items_in_batch if self._model_counts_items else None,
-            )
+            count = num_items_in_batch if self._model_counts_items else None
+            return super().compute_loss(model, inputs, return_outputs, count)
         step = self.state.global_step
         plan = plan_step(self.rdrop, step)
-        batch = dict(inputs)
-        labels = self._pop_labels(batch)
-        head = self.rdrop_head(self.accelerator.unwrap_model(model), labels)
-        if plan.num_passes > 1 and not self._is_checked:
-            self._has_warned = warn_without_dropout(model)
-            self._is_checked = True
-        last_output: Any = None
-
-        def forward(items: dict[str, Any]) -> Tensor:
-            nonlocal last_output
-            last_output = model(**items)
-            return head.outputs(last_output)
-
+        head = self.rdrop_head(self.accelerator.unwrap_model(model), inputs)
+        self._check(model, head, inputs, plan.num_passes)
+        forward = HeadForward(model, head, may_overwrite=not return_outputs)
         monitored = plan.num_passes == 1 and is_monitored(self.rdrop, step)
-        other = extra_pass(model, forward, batch) if monitored else None
+        other = extra_pass(model, forward, head.inputs) if monitored else None
         result = compute_step_loss(
             forward,
-            batch,
+            head.inputs,
             head.target,
-            head.terms,
+            forward.terms,
             self.rdrop,
             plan,
             num_items=num_items_in_batch,
             num_weight=self._num_weight,
-            batch_size=labels.shape[0],
+            batch_size=head.target.shape[0],
         )
         kl = result.kl if plan.num_passes > 1 else None
         if other is not None:
-            kl = measure_divergence(head.outputs(last_output), other, head.target, head.terms)
+            kl = measure_divergence(forward.last_logits, other, head.target, head.terms)
         self._parts.add(plan, result.nll, kl, head)
-        loss = result.loss
+        loss = result.loss + forward.auxiliary_loss(self.rdrop, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Gradients are averaged over the processes, the items were counted over all.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        return (loss, last_output) if return_outputs else loss
+        return (loss, forward.last_output) if return_outputs else loss
 
     def training_step(
         self,
@@ -151,17 +152,18 @@ class RDropTrainerMixin(_Base):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """Collect an accumulation window; count its items and, with class weights, their weight."""
+        """Collect an accumulation window, and count its items and their weight over all ranks."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._num_weight = None
-        if self.rdrop.class_weight is not None and num_items is not None:
-            model = self.accelerator.unwrap_model(self.model)
-            heads = [self.rdrop_head(model, sample["labels"]) for sample in samples]
-            total = torch.stack([head.total_weight() for head in heads]).sum().to(device)
-            if self.args.average_tokens_across_devices:
-                total = self.accelerator.gather(total).sum() / self.get_tp_size()
-            self._num_weight = total
-        return samples, num_items
+        if not samples:
+            return samples, num_items
+        model = self.accelerator.unwrap_model(self.model)
+        heads = [self.rdrop_head(model, sample) for sample in samples]
+        counts = [(head.num_items().float(), head.total_weight().float()) for head in heads]
+        totals = torch.stack([torch.stack(pair) for pair in counts]).sum(0).to(device)
+        if self.args.average_tokens_across_devices:
+            totals = self.accelerator.reduce(totals, reduction="sum") / self.get_tp_size()
+        count, self._num_weight = totals.unbind()
+        return samples, count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; beside a training loss also its parts, means over the items since the last log."""
@@ -175,18 +177,23 @@ class RDropTrainerMixin(_Base):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model and, beside it, the R-Drop config."""
+        """Save the model and, beside it, the R-Drop config; in checkpoints also its state."""
         super().save_model(output_dir, _internal_call)
+        state = self._parts.state(self.accelerator.reduce) if _internal_call else None
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
-            text = json.dumps(self.rdrop.to_dict(), indent=2) + "\n"
-            (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+            _write(folder / CONFIG_NAME, self.rdrop.to_dict())
+            if state is not None:
+                _write(folder / STATE_NAME, state)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         if not self._load_renamed(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        state = Path(resume_from_checkpoint) / STATE_NAME
+        if self.accelerator.is_main_process and state.exists():
+            self._parts.load(json.loads(state.read_text(encoding="utf-8")), self.args.device)
 
     def _load_best_model(self) -> None:
         if not self._load_renamed(self.state.best_model_checkpoint):
@@ -197,40 +204,27 @@ class RDropTrainerMixin(_Base):
             return False
         return self.model is not None and load_renamed_weights(self.model, checkpoint)
 
-    def _pop_labels(self, batch: dict[str, Any]) -> Tensor:
-        labels = batch.pop("labels", None)
-        if not isinstance(labels, Tensor):
-            raise ValueError(f"inputs must hold a tensor named 'labels', got {sorted(batch)}")
-        return labels
+    def _check(
+        self, model: nn.Module, head: Head, inputs: Mapping[str, Any], num_passes: int
+    ) -> None:
+        """Refuse another loss than the model's own before the first step, and warn once."""
+        if not self._is_loss_checked:
+            self._is_loss_checked = True
+            is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            if type(self).rdrop_head is RDropTrainerMixin.rdrop_head and not is_sharded:
+                check_own_loss(self.accelerator.unwrap_model(model), inputs)
+        if num_passes > 1 and not self._is_dropout_checked:
+            self._is_dropout_checked = True
+            self._has_warned = warn_without_dropout(model)
 
 
 class RDropTrainer(RDropTrainerMixin, Trainer):
     """`transformers.Trainer` with R-Drop: the same arguments, and `rdrop=RDropConfig(...)`."""
 
 
-class _LoggedParts:
-    """The parts of the loss since the last log, summed on the device over items."""
+class RDropSeq2SeqTrainer(RDropTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with R-Drop: the same, and `rdrop=RDropConfig(...)`."""
 
-    def __init__(self) -> None:
-        self.alpha = 0.0
-        self.sums: Tensor | None = None
 
-    @property
-    def is_empty(self) -> bool:
-        return self.sums is None
-
-    def add(self, plan: StepPlan, nll: Tensor, kl: Tensor | None, head: Head) -> None:
-        """Add the means of a micro-batch, each times what it is a mean over."""
-        weight, count = head.total_weight(), head.num_items()
-        if kl is None:
-            kl, count = torch.zeros_like(nll), torch.zeros_like(count)
-        sums = torch.stack([nll * weight, weight, kl * count, count]).float()
-        self.sums = sums if self.sums is None else self.sums + sums
-        if plan.num_passes > 1:
-            self.alpha = plan.alpha
-
-    def collect(self, reduce: Any) -> dict[str, float]:
-        nll, count, kl, kl_count = reduce(self.sums, reduction="sum").tolist()
-        self.sums = None
-        parts = {"nll": nll / max(count, 1), "alpha": self.alpha}
-        return parts | ({"kl": kl / kl_count} if kl_count else {})
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,60 @@
+"""The parts of the loss between two logs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regdrop.integrations.transformers.heads import Head
+from regdrop.schedule import StepPlan
+
+
+class LoggedParts:
+    """Likelihood and divergence since the last log, summed on the device over items.
+
+    Nothing is read back from the device before `collect` or `state`.
+    """
+
+    def __init__(self) -> None:
+        self.alpha = 0.0
+        self._sums: Tensor | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added since the last log."""
+        return self._sums is None
+
+    def add(self, plan: StepPlan, nll: Tensor, kl: Tensor | None, head: Head) -> None:
+        """Add the means of a micro-batch, each times what it is a mean over.
+
+        Args:
+            plan: What the step did.
+            nll: Mean likelihood of the micro-batch.
+            kl: Mean divergence; None where it was not measured.
+            head: Tells what they are means over.
+        """
+        weight, count = head.total_weight(), head.num_items()
+        if kl is None:
+            kl, count = torch.zeros_like(nll), torch.zeros_like(count)
+        sums = torch.stack([nll * weight, weight, kl * count, count]).float()
+        self._sums = sums if self._sums is None else self._sums + sums
+        if plan.num_passes > 1:
+            self.alpha = plan.alpha
+
+    def collect(self, reduce: Callable[..., Any]) -> dict[str, float]:
+        """Return the means over all processes, and begin anew."""
+        nll, weight, kl, count = reduce(self._sums, reduction="sum").tolist()
+        self._sums = None
+        parts = {"nll": nll / max(weight, 1e-30), "alpha": self.alpha}
+        return parts | ({"kl": kl / count} if count else {})
+
+    def state(self, reduce: Callable[..., Any]) -> dict[str, Any]:
+        """Return what a checkpoint keeps: the sums over all processes."""
+        sums = None if self._sums is None else reduce(self._sums, reduction="sum").tolist()
+        return {"alpha": self.alpha, "sums": sums}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take up the sums of a checkpoint; one process of all does so."""
+        self.alpha = state["alpha"]
+        self._sums = None if state["sums"] is None else torch.tensor(state["sums"], device=device)
