@@ -3,6 +3,7 @@
 from collections import Counter
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -51,6 +52,33 @@ def tiny_bert(num_labels=3, problem_type=None, dropout=0.1, **options) -> PreTra
     return BertForSequenceClassification(config)
 
 
+def tiny_bert_of(head: str):
+    """Return a function like `tiny_bert` for another head."""
+
+    def build(num_labels=3, problem_type=None, dropout=0.1) -> PreTrainedModel:
+        config = tiny_bert(num_labels, problem_type, dropout).config
+        torch.manual_seed(5)
+        return getattr(transformers, f"Bert{head}")(config)
+
+    return build
+
+
+def tiny_gpt2(num_labels=None, problem_type=None, dropout=0.1) -> PreTrainedModel:
+    torch.manual_seed(5)
+    config = transformers.GPT2Config(
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        vocab_size=VOCABULARY,
+        n_positions=16,
+        embd_pdrop=dropout,
+        resid_pdrop=dropout,
+        attn_pdrop=0.0,
+        initializer_range=0.3,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
 def tiny_vit(num_labels=3, problem_type=None, dropout=0.1) -> PreTrainedModel:
     torch.manual_seed(5)
     config = ViTConfig(
@@ -86,6 +114,16 @@ def text_rows(size=16, num_labels=3, problem_type=None) -> Rows:
         attention_mask=torch.ones_like(words),
         labels=labels_for(problem_type, size, num_labels),
     )
+
+
+def token_rows(size=16, num_labels=3, problem_type=None) -> Rows:
+    """Return the sentences of `text_rows` with a label a word, of which some are ignored."""
+    rows = text_rows(size)
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, num_labels, (size, LENGTH), generator=generator)
+    labels[torch.rand(size, LENGTH, generator=generator) < 0.3] = -100
+    rows.columns["labels"] = labels
+    return rows
 
 
 def image_rows(size=16, num_labels=3, problem_type=None) -> Rows:

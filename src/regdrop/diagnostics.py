@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from regdrop.config import RDropConfig
 from regdrop.loss import TermsFunction
-from regdrop.passes import DropoutSource, find_dropout
+from regdrop.passes import find_dropout
 
 # One training step without R-Drop is one part forward and two parts backward.
 _FORWARD_SHARE = 1 / 3
@@ -29,7 +29,7 @@ def warn_without_dropout(model: nn.Module) -> bool:
     warnings.warn(
         "R-Drop has nothing to compare: the model has no active source of dropout, so all passes "
         "are the same and the KL is exactly 0 at a multiple of the cost. "
-        f"{_advice(find_dropout(model))}",
+        f"{_advice(model)}",
         stacklevel=2,
     )
     return True
@@ -70,7 +70,7 @@ def dropout_report(model: nn.Module, config: RDropConfig | None = None) -> list[
         f"(num_passes={config.num_passes}, backward_passes={config.backward_passes}).",
     ]
     if not on:
-        lines.append(_advice(model_sources))
+        lines.append(_advice(model))
     elif config.backward_passes is None and config.num_passes == 2:
         lines.append(
             "backward_passes=1 estimates the same gradient without bias at about "
@@ -144,10 +144,12 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def _advice(sources: list[DropoutSource]) -> str:
+def _advice(model: nn.Module) -> str:
+    sources = find_dropout(model)
     if any(source.rate > 0 for source in sources):
         return "Its rates are above 0 but it is in evaluation mode: call model.train()."
-    if any(source.kind == "lora" for source in sources):
+    # With a rate of 0 an adapter has no dropout module at all, but a place for one.
+    if any(hasattr(module, "lora_dropout") for module in model.modules()):
         return "Set lora_dropout above 0 in the LoraConfig (0.1 is usual)."
     if sources:
         names = ", ".join(sorted({source.name.rsplit(".", 1)[-1] for source in sources})[:4])

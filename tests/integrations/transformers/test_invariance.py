@@ -2,12 +2,22 @@
 
 import os
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import TrainingArguments
 
-from models import image_rows, key_dropout, text_rows, tiny_bert, tiny_vit
+from models import (
+    image_rows,
+    key_dropout,
+    text_rows,
+    tiny_bert,
+    tiny_bert_of,
+    tiny_gpt2,
+    tiny_vit,
+    token_rows,
+)
 from regdrop import RDropConfig
 from regdrop.integrations.transformers import RDropTrainer
 
@@ -17,12 +27,16 @@ CASES = {
     "bert regression": (tiny_bert, text_rows, 1, "regression", {}),
     "bert class weights": (tiny_bert, text_rows, 3, None, {"class_weight": (1.0, 5.0, 0.2)}),
     "vit": (tiny_vit, image_rows, 3, None, {}),
+    "bert tokens": (tiny_bert_of("ForTokenClassification"), token_rows, 3, None, {}),
+    "gpt2": (tiny_gpt2, token_rows, 3, None, {}),
 }
+ONE_BACKWARD = RDropConfig(alpha=3.0, backward_passes=1)
+SEQUENTIAL = RDropConfig(alpha=3.0, passes="sequential")
 
 
 def arguments(folder, **options):
     defaults = {
-        "learning_rate": 0.1,
+        "learning_rate": 0.03,
         "optim": "sgd",
         "max_grad_norm": 0.0,
         "lr_scheduler_type": "constant",
@@ -65,11 +79,14 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_accumulation_of_small_batches_is_one_large_batch(tmp_path, case):
+@pytest.mark.parametrize("config", [None, ONE_BACKWARD], ids=["both", "one backward"])
+def test_accumulation_of_small_batches_is_one_large_batch(tmp_path, case, config):
+    if config is not None:
+        config = replace(config, **CASES[case][-1])
     # 20 samples: the last window of an epoch is half full.
-    whole = train(tmp_path / "a", case, per_device_train_batch_size=8)
+    whole = train(tmp_path / "a", case, config=config, per_device_train_batch_size=8)
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    assert_same(train(tmp_path / "b", case, **options), whole)
+    assert_same(train(tmp_path / "b", case, config=config, **options), whole)
 
 
 def test_a_dropout_mask_of_another_pass_changes_the_update(tmp_path):
@@ -80,7 +97,7 @@ def test_a_dropout_mask_of_another_pass_changes_the_update(tmp_path):
     assert max((x - y).abs().max() for x, y in zip(a, b, strict=True)) > 1e-3
 
 
-@pytest.mark.parametrize("case", ["bert", "vit"])
+@pytest.mark.parametrize("case", ["bert", "vit", "gpt2"])
 @pytest.mark.parametrize("num_passes", [2, 3])
 def test_sequential_passes_are_stacked_passes(tmp_path, case, num_passes):
     found = [
@@ -97,15 +114,19 @@ def test_sequential_passes_are_stacked_passes(tmp_path, case, num_passes):
 
 def pad(samples):
     batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-    for name, value in (("input_ids", 70), ("attention_mask", 0)):
+    values = {"input_ids": 70, "attention_mask": 0}
+    if batch["labels"].dim() > 1:
+        values["labels"] = -100
+    for name, value in values.items():
         batch[name] = torch.nn.functional.pad(batch[name], (0, 4), value=value)
     return batch
 
 
-def test_padding_changes_nothing(tmp_path):
+@pytest.mark.parametrize("case", ["bert", "bert tokens", "gpt2"])
+def test_padding_changes_nothing(tmp_path, case):
     options = {"per_device_train_batch_size": 8}
-    padded = train(tmp_path / "b", "bert", collator=pad, **options)
-    assert_same(padded, train(tmp_path / "a", "bert", **options))
+    padded = train(tmp_path / "b", case, collator=pad, **options)
+    assert_same(padded, train(tmp_path / "a", case, **options))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +155,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, case, config):
     assert [entry["alpha"] for entry in resumed_logs] == [entry["alpha"] for entry in logs]
 
 
-def _worker(rank, port, folder, case):
+def _worker(rank, port, folder, case, config, options):
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -143,18 +164,33 @@ def _worker(rank, port, folder, case):
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    result = train(folder, case, per_device_train_batch_size=4, ddp_backend="gloo", size=16)
+    result = train(folder, case, config=config, ddp_backend="gloo", size=16, **options)
     if rank == 0:
         torch.save(result, folder / "result.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["bert", "bert class weights", "vit"])
-def test_two_processes_are_one(tmp_path, case):
+@pytest.mark.parametrize(
+    ("case", "config", "accumulation"),
+    [
+        ("bert", None, 1),
+        ("bert", SEQUENTIAL, 1),
+        ("bert", ONE_BACKWARD, 2),
+        ("bert class weights", None, 2),
+        ("gpt2", None, 2),
+        ("vit", None, 1),
+    ],
+)
+def test_two_processes_are_one(tmp_path, case, config, accumulation):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (port, tmp_path, case), nprocs=2)
+    options = {
+        "per_device_train_batch_size": 4 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+    }
+    torch.multiprocessing.spawn(_worker, (port, tmp_path, case, config, options), nprocs=2)
     two = torch.load(tmp_path / "result.pt", weights_only=False)
-    assert_same(two, train(tmp_path, case, per_device_train_batch_size=8, size=16))
+    one = train(tmp_path, case, config=config, per_device_train_batch_size=8, size=16)
+    assert_same(two, one)

@@ -108,7 +108,7 @@ class RDropTrainerMixin(_Base):
             return super().compute_loss(model, inputs, return_outputs, count)
         step = self.state.global_step
         plan = plan_step(self.rdrop, step)
-        head = self.rdrop_head(self.accelerator.unwrap_model(model), inputs)
+        head = self.rdrop_head(self._bare(model), inputs)
         self._check(model, head, inputs, plan.num_passes)
         forward = HeadForward(model, head, may_overwrite=not return_outputs)
         monitored = plan.num_passes == 1 and is_monitored(self.rdrop, step)
@@ -146,7 +146,7 @@ class RDropTrainerMixin(_Base):
             return super().training_step(model, inputs, num_items_in_batch)
         # Where passes are not treated alike, chance decides which rate each of them gets.
         shuffled = [rates[i] for i in torch.randperm(len(rates)).tolist()]
-        with dropout_rates(self.accelerator.unwrap_model(model), shuffled):
+        with dropout_rates(self._bare(model), shuffled):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def get_batch_samples(
@@ -156,7 +156,7 @@ class RDropTrainerMixin(_Base):
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not samples:
             return samples, num_items
-        model = self.accelerator.unwrap_model(self.model)
+        model = self._bare(self.model)
         heads = [self.rdrop_head(model, sample) for sample in samples]
         counts = [(head.num_items().float(), head.total_weight().float()) for head in heads]
         totals = torch.stack([torch.stack(pair) for pair in counts]).sum(0).to(device)
@@ -204,6 +204,11 @@ class RDropTrainerMixin(_Base):
             return False
         return self.model is not None and load_renamed_weights(self.model, checkpoint)
 
+    def _bare(self, model: Any) -> nn.Module:
+        """Return the model without what distribution and compilation wrap around it."""
+        bare: nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return bare
+
     def _check(
         self, model: nn.Module, head: Head, inputs: Mapping[str, Any], num_passes: int
     ) -> None:
@@ -212,7 +217,7 @@ class RDropTrainerMixin(_Base):
             self._is_loss_checked = True
             is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             if type(self).rdrop_head is RDropTrainerMixin.rdrop_head and not is_sharded:
-                check_own_loss(self.accelerator.unwrap_model(model), inputs)
+                check_own_loss(self._bare(model), inputs)
         if num_passes > 1 and not self._is_dropout_checked:
             self._is_dropout_checked = True
             self._has_warned = warn_without_dropout(model)

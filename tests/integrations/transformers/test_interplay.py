@@ -1,0 +1,232 @@
+"""R-Drop together with what else people switch on in the Trainer."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from models import key_dropout, text_rows, tiny_bert
+from regdrop import RDropConfig, find_dropout
+from regdrop.integrations.transformers import RDropTrainer
+from regdrop.integrations.transformers.forward import is_free_to_overwrite
+
+
+def run(folder, model=None, rdrop=None, kind=RDropTrainer, **options):
+    defaults = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 8,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    trainer = kind(
+        model=tiny_bert(dropout=0.3) if model is None else model,
+        args=TrainingArguments(str(folder), **{**defaults, **options}),
+        train_dataset=text_rows(),
+        eval_dataset=text_rows(),
+        rdrop=RDropConfig(alpha=2.0) if rdrop is None else rdrop,
+    )
+    trainer.train()
+    return trainer
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def assert_same(a, b, tolerance=1e-5):
+    for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+    assert logged(a, "kl") == pytest.approx(logged(b, "kl"), rel=100 * tolerance)
+    assert min(logged(a, "kl")) > 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize(
+    "rdrop",
+    [RDropConfig(alpha=2.0), RDropConfig(alpha=2.0, backward_passes=1)],
+    ids=["both", "one"],
+)
+def test_gradient_checkpointing_recomputes_the_same_masks(tmp_path, use_reentrant, rdrop):
+    plain = run(tmp_path, rdrop=rdrop)
+    options = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    checkpointed = run(tmp_path, rdrop=rdrop, gradient_checkpointing=True, **options)
+    assert_same(checkpointed, plain)
+
+
+@pytest.mark.slow
+def test_compiled_models_train_the_same_and_their_passes_differ(tmp_path):
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    assert min(logged(run(tmp_path, **options), "kl")) > 0
+    keyless = {"rdrop": RDropConfig(alpha=0.0), "max_steps": 2}
+    with pytest.warns(UserWarning, match="nothing to compare"):
+        plain = run(tmp_path, tiny_bert(dropout=0.0), **keyless)
+    with pytest.warns(UserWarning, match="nothing to compare"):
+        compiled = run(tmp_path, tiny_bert(dropout=0.0), **keyless, **options)
+    for x, y in zip(compiled.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_autocast_stays_near_float32(tmp_path):
+    full = run(tmp_path, key_dropout(tiny_bert(dropout=0.3)))
+    mixed = run(tmp_path, key_dropout(tiny_bert(dropout=0.3)), bf16=True)
+    assert logged(mixed, "loss") == pytest.approx(logged(full, "loss"), rel=0.05)
+    assert logged(mixed, "kl") == pytest.approx(logged(full, "kl"), rel=0.2)
+    assert {p.dtype for p in mixed.model.parameters()} == {torch.float32}
+
+
+def test_a_frozen_trunk_stays_and_its_head_learns(tmp_path):
+    model = tiny_bert(dropout=0.3)
+    model.bert.requires_grad_(False)
+    before = [p.clone() for p in model.parameters()]
+    trainer = run(tmp_path, model)
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert changed == [name.startswith("classifier") for name, _ in model.named_parameters()]
+    assert min(logged(trainer, "kl")) > 0
+
+
+def test_lora_without_dropout_is_told_so_by_the_name_of_its_option(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], lora_dropout=0.0)
+    model = peft.get_peft_model(tiny_bert(dropout=0.0), config)
+    assert not any(source.active for source in find_dropout(model.train()))
+    with pytest.warns(UserWarning, match="nothing to compare.*lora_dropout above 0"):
+        run(tmp_path, model)
+
+
+class Normalised(nn.Module):
+    """A BatchNorm before the classifier."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.norm, self.classifier = nn.BatchNorm1d(classifier.in_features), classifier
+
+    def forward(self, x):
+        return self.classifier(self.norm(x))
+
+
+@pytest.mark.parametrize("backward_passes", [None, 1])
+def test_batch_norm_sees_every_pass_and_monitoring_leaves_it_alone(tmp_path, backward_passes):
+    def build():
+        model = tiny_bert(dropout=0.3)
+        model.classifier = Normalised(model.classifier)
+        return model
+
+    rdrop = RDropConfig(alpha=2.0, backward_passes=backward_passes)
+    trainer = run(tmp_path, build(), rdrop)
+    updates = trainer.model.classifier.norm.num_batches_tracked.item()
+    assert updates == 3 * (1 if backward_passes is None else 2)
+    single = RDropConfig(alpha=0.0, num_passes=1, monitor_steps=1)
+    assert run(tmp_path, build(), single).model.classifier.norm.num_batches_tracked == 3
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    arguments._n_gpu = 2
+    with pytest.raises(ValueError, match="one process a GPU, got 2 GPUs in one process"):
+        RDropTrainer(model=tiny_bert(), args=arguments, rdrop=RDropConfig())
+
+
+class UnderDeepSpeed(RDropTrainer):
+    """Believes that DeepSpeed is on."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.is_deepspeed_enabled = True
+
+
+@pytest.mark.parametrize("changes", [{"passes": "sequential"}, {"backward_passes": 1}])
+def test_several_forwards_for_one_backward_are_refused_under_deepspeed(tmp_path, changes):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    UnderDeepSpeed(model=tiny_bert(), args=arguments, rdrop=RDropConfig())
+    with pytest.raises(ValueError, match="DeepSpeed takes one forward for each backward"):
+        UnderDeepSpeed(model=tiny_bert(), args=arguments, rdrop=RDropConfig(**changes))
+
+
+def test_parts_of_a_log_survive_a_resume_in_its_middle(tmp_path):
+    options = {"max_steps": 6, "logging_steps": 3, "learning_rate": 1e-3}
+    whole = run(tmp_path / "a", save_strategy="steps", save_steps=4, **options)
+    trainer = RDropTrainer(
+        model=tiny_bert(dropout=0.3),
+        args=whole.args,
+        train_dataset=text_rows(),
+        rdrop=whole.rdrop,
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    for name in ("nll", "kl", "alpha"):
+        assert logged(trainer, name) == pytest.approx(logged(whole, name), rel=1e-5)
+
+
+# --- the gradient over the logits ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "is_free"),
+    [
+        (lambda x: nn.functional.linear(x, torch.ones(3, 4)), True),
+        (lambda x: nn.functional.linear(x, torch.ones(3, 4)).view(1, 2, 3), True),
+        (lambda x: nn.functional.linear(x[None], torch.ones(3, 4), torch.ones(3)), True),
+        (lambda x: torch.cat([x * 2, x * 3]), True),
+        (lambda x: (x * 2).to(torch.float64), True),
+        (lambda x: nn.functional.linear(x, torch.ones(3, 4)).tanh() * 30, True),
+        (lambda x: x.tanh(), False),
+        (lambda x: x.exp().view(-1), False),
+        (lambda x: x.relu(), False),
+        (lambda x: x.softmax(-1), False),
+        (lambda x: x, False),
+        (lambda x: x.detach(), False),
+    ],
+)
+def test_logits_are_overwritten_only_where_no_backward_needs_them(build, is_free):
+    x = torch.randn(2, 4, requires_grad=True)
+    logits = build(x)
+    assert is_free_to_overwrite(logits) is is_free
+    if is_free:  # and indeed none does
+        expected = torch.autograd.grad(logits.sum(), x, retain_graph=True)[0]
+        with torch.no_grad():
+            logits.zero_()
+        torch.testing.assert_close(torch.autograd.grad(logits.sum(), x)[0], expected)
+
+
+def test_training_overwrites_logits_and_gives_the_same_model(tmp_path):
+    overwritten = []
+
+    class Watching(RDropTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            kept = []
+            handle = model.register_forward_hook(
+                lambda module, args, output: kept.append((output.logits, output.logits.clone()))
+            )
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            handle.remove()
+            overwritten.append(not torch.equal(*kept[-1]))
+            return loss
+
+    class Copying(Watching):
+        def rdrop_head(self, model, inputs):
+            from dataclasses import replace
+
+            return replace(super().rdrop_head(model, inputs), takes_inplace=False)
+
+    a, b = run(tmp_path, kind=Watching), run(tmp_path, kind=Copying)
+    assert overwritten == [True] * 3 + [False] * 3
+    assert_same(a, b, 1e-6)
+
+
+def test_outputs_that_are_asked_for_stay_readable(tmp_path):
+    class Reading(RDropTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            if model.training:
+                self.seen = outputs.logits, outputs.logits.detach().clone()
+            return (loss, outputs) if return_outputs else loss
+
+    trainer = run(tmp_path, kind=Reading)
+    assert torch.equal(*trainer.seen)
+    assert issubclass(Reading, Trainer)
