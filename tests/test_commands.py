@@ -21,7 +21,7 @@ def run(*arguments):
 def test_help_lists_the_commands():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("tasks", "train", "compare", "report", "doctor"):
+    for command in ("tasks", "train", "compare", "report", "doctor", "convert-alpha"):
         assert command in result.output
 
 
@@ -30,6 +30,15 @@ def test_tasks():
     assert result.exit_code == 0
     assert "digits" in result.output
     assert "images" in result.output
+
+
+def test_convert_alpha():
+    result = run("convert-alpha", 0.3, "--from", "official-vit", "--batch-size", 64)
+    assert result.exit_code == 0
+    assert "alpha = 38.4" in result.output
+    result = run("convert-alpha", 1, "--from", "bert4torch")
+    assert result.exit_code == 2
+    assert "bert4torch needs num_classes" in " ".join(result.output.split())
 
 
 @pytest.mark.slow

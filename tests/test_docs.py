@@ -55,7 +55,7 @@ def test_python_blocks_run_one_after_the_other(name, tmp_path):
 
 def test_commands_exist():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
-    commands = {command.callback.__name__ for command in app.registered_commands}
+    commands = {c.name or c.callback.__name__ for c in app.registered_commands}
     lines = [
         line for path in DOCUMENTS for block in blocks(path, "bash") for line in block.splitlines()
     ]

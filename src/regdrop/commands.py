@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from regdrop.config import RDropConfig
+from regdrop.conventions import CONVENTIONS
+from regdrop.conventions import convert_alpha as convert
 from regdrop.diagnostics import dropout_report
 from regdrop.experiments import build_arms, write_report
 from regdrop.experiments import compare as run_comparison
@@ -126,6 +128,33 @@ def doctor(
         console.print(f"- {line}")
     if not any(source.active for source in sources):
         raise typer.Exit(1)
+
+
+@app.command(name="convert-alpha")
+def convert_alpha(
+    value: Annotated[float, typer.Argument(help="The coefficient in the other implementation.")],
+    convention: Annotated[
+        str, typer.Option("--from", help=f"Whose it is: {', '.join(CONVENTIONS)}.")
+    ],
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples of its micro-batch, before they are doubled.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Target tokens of its micro-batch, for token tasks.")
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Number of classes, or size of the vocabulary.")
+    ] = None,
+) -> None:
+    """Convert another implementation's KL coefficient to the paper's alpha, which is ours."""
+    try:
+        alpha = convert(
+            value, convention, batch_size=batch_size, tokens=tokens, num_classes=num_classes
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    console.print(f"{CONVENTIONS[convention].loss}", style="dim", highlight=False)
+    console.print(f"alpha = {alpha:g}")
 
 
 def _compare(
