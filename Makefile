@@ -17,8 +17,9 @@ check: $(VENV)/.dev ## lint and type-check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev ## measure the loss against other implementations; writes results/bench_loss.json
+bench: $(VENV)/.dev ## measure the loss and the Trainer against others; writes results/bench_*.json
 	$(BIN)/python benchmarks/bench_loss.py
+	$(BIN)/python benchmarks/bench_trainer.py
 
 clean: ## remove the virtual environment and everything that was built
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache

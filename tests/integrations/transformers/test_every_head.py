@@ -327,3 +327,22 @@ def test_label_smoothing_of_the_trainer_under_the_causal_shift(tmp_path):
 
     for x, y in zip(run(RDropTrainer), run(Trainer), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_question_answering_of_another_kind_is_refused():
+    config = transformers.XLNetConfig(vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    model = transformers.XLNetForQuestionAnswering(config)
+    with pytest.raises(ValueError, match="output must have start_logits, got XLNetForQuestion"):
+        check_own_loss(
+            model,
+            {"input_ids": torch.ones(1, 7).long()}
+            | {f"{end}_positions": torch.tensor([2]) for end in ("start", "end")},
+        )
+
+
+def test_an_auxiliary_loss_without_a_coefficient_is_refused():
+    model = build("MixtralForCausalLM")
+    output = model(**find_head(model, batch_for("MixtralForCausalLM")).inputs)
+    model.config = transformers.BertConfig()
+    with pytest.raises(ValueError, match="BertConfig has no router_aux_loss_coef"):
+        auxiliary_loss(model, output)

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,7 +48,7 @@ def test_options_of_the_likelihood():
     expected = F.cross_entropy(
         logits, labels, weight=torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.2
     )
-    torch.testing.assert_close(one_pass(head, {"logits": logits}), expected)
+    torch.testing.assert_close(one_pass(head, SimpleNamespace(logits=logits)), expected)
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), CASES[1:])

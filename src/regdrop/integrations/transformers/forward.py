@@ -79,7 +79,12 @@ def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | None:
     if loss is None:
         return None
     config: Any = base_model(getattr(model, "module", model)).config
-    coefficient: float = config.get_text_config().router_aux_loss_coef
+    coefficient: float | None = getattr(config.get_text_config(), "router_aux_loss_coef", None)
+    if coefficient is None:
+        raise ValueError(
+            f"{type(config).__name__} has no router_aux_loss_coef for the auxiliary loss that the "
+            "model returns; set it, or switch the auxiliary loss off"
+        )
     return loss * coefficient
 
 

@@ -19,9 +19,18 @@ from regdrop.loss import (
 _IGNORED = -100
 
 
-def _logits(output: Any) -> Tensor:
-    logits: Tensor = output["logits"] if isinstance(output, Mapping) else output[0]
+def _read(output: Any, name: str) -> Tensor:
+    logits: Tensor | None = getattr(output, name, None)
+    if logits is None:
+        raise ValueError(
+            f"the model's output must have {name}, got {type(output).__name__}; "
+            "for another head override RDropTrainerMixin.rdrop_head"
+        )
     return logits
+
+
+def _logits(output: Any) -> Tensor:
+    return _read(output, "logits")
 
 
 @dataclass(frozen=True)
@@ -183,13 +192,14 @@ def _spans(
     if weight is not None or smoothing:
         raise ValueError("class_weight and label_smoothing do not apply to question answering")
     ends = [_pop(inputs, name).reshape(-1) for name in ("start_positions", "end_positions")]
-    length = inputs["input_ids"].shape[-1]
+    words = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    length = words.shape[1]
     # An answer beyond the truncated text counts in neither term, as in the library.
     target = torch.stack(ends, dim=1).clamp(0, length)
     terms = partial(cross_entropy_terms, ignore_index=length)
 
     def outputs(output: Any) -> Tensor:
-        return torch.stack([output["start_logits"], output["end_logits"]], dim=1)
+        return torch.stack([_read(output, "start_logits"), _read(output, "end_logits")], dim=1)
 
     return Head(inputs, target, terms, outputs, ignore_index=length, takes_inplace=True)
 
