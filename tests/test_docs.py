@@ -43,7 +43,7 @@ def test_python_blocks_run_one_after_the_other(name, tmp_path):
     found = blocks(ROOT / name, "python")
     assert len(found) >= 3
     for block in found:
-        is_trainer = "Trainer(" in block
+        is_trainer = "RDropTrainer(model" in block
         namespace = {**setting, "model": tiny_vit() if is_trainer else classifier.train()}
         # A block may go on from the one before, as its reader does.
         setting = {**namespace}

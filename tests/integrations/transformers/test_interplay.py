@@ -81,6 +81,30 @@ def test_bfloat16_autocast_stays_near_float32(tmp_path):
     assert {p.dtype for p in mixed.model.parameters()} == {torch.float32}
 
 
+def test_float16_autocast_with_a_gradient_scaler_stays_near_float32(tmp_path):
+    model = key_dropout(tiny_bert(dropout=0.3)).train()
+    trainer = RDropTrainer(
+        model=model,
+        args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]),
+        rdrop=RDropConfig(alpha=2.0),
+    )
+    batch = torch.utils.data.default_collate([text_rows()[i] for i in range(8)])
+
+    def gradient(dtype):
+        model.zero_grad()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = trainer.compute_loss(model, dict(batch))
+        assert loss.dtype == torch.float32
+        scaler.scale(loss).backward()
+        return loss, torch.cat([p.grad.flatten() / 2**10 for p in model.parameters()])
+
+    loss, full = gradient(torch.float32)
+    half_loss, half = gradient(torch.float16)
+    torch.testing.assert_close(half_loss, loss, rtol=1e-2, atol=1e-2)
+    assert (half - full).norm() < 0.02 * full.norm()
+
+
 def test_a_frozen_trunk_stays_and_its_head_learns(tmp_path):
     model = tiny_bert(dropout=0.3)
     model.bert.requires_grad_(False)

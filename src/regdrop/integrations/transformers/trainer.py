@@ -48,8 +48,9 @@ class RDropTrainerMixin(_Base):
 
     Raises:
         TypeError: If `rdrop` is no RDropConfig.
-        ValueError: For a `compute_loss_func`, for several GPUs in one process, or, at the first
-            step, for a model whose loss R-Drop does not know.
+        ValueError: For a `compute_loss_func`, for several GPUs in one process, for several
+            forwards a step under DeepSpeed, or, at the first step, for a model whose loss is
+            another than R-Drop's.
     """
 
     def __init__(self, *args: Any, rdrop: RDropConfig | None = None, **kwargs: Any) -> None:
@@ -121,7 +122,7 @@ class RDropTrainerMixin(_Base):
             self.rdrop,
             plan,
             num_items=num_items_in_batch,
-            num_weight=self._num_weight,
+            num_weight=None if num_items_in_batch is None else self._num_weight,
             batch_size=head.target.shape[0],
         )
         kl = result.kl if plan.num_passes > 1 else None
