@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from regdrop import find_dropout
+from regdrop.experiments import build_arms, run_arm
 from regdrop.tasks import PRESETS
 from regdrop.tasks.image_classification import (
     DIGITS,
@@ -106,3 +107,48 @@ def test_metrics_by_hand():
     found = classification_metrics(SimpleNamespace(predictions=logits, label_ids=[0, 1, 2]))
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["nll"] == pytest.approx(-np.log([0.7, 0.8, 0.2]).mean())
+
+
+def test_photographs_from_a_folder_fine_tune_a_checkpoint_of_another_size(tmp_path):
+    """The `images` preset as `--dataset` and `--model` change it: it learns, on real files."""
+    from PIL import Image
+    from transformers import ViTConfig, ViTForImageClassification
+
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 8)):
+        for name, tone in (("dark", 60), ("light", 190)):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.normal(tone, 30, (20, 24, 3)).clip(0, 255).astype("uint8")
+                Image.fromarray(pixels).save(folder / f"{i}.jpeg")
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=16,
+        patch_size=8,
+        num_labels=5,
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    training = replace(
+        IMAGES.training,
+        max_steps=20,
+        batch_size=12,
+        gradient_accumulation_steps=2,
+        learning_rate=0.1,
+        eval_steps=10,
+        logging_steps=5,
+    )
+    task = replace(
+        IMAGES,
+        dataset=str(tmp_path / "data"),
+        model=str(tmp_path / "model"),
+        training=training,
+    )
+    record = run_arm(task, build_arms(task)["rdrop"], 0, tmp_path / "out")
+    assert record.test["accuracy"] > 0.9
+    likelihoods = [entry["nll"] for entry in record.history if "nll" in entry]
+    assert likelihoods[-1] < 0.5 * likelihoods[0]
+    assert min(entry["kl"] for entry in record.history if "kl" in entry) > 0

@@ -26,7 +26,7 @@ class ImageClassification:
         model: Hub id or folder of a checkpoint to fine-tune; None to train `model_config`.
         model_config: Hugging Face configuration of a new model, `model_type` included.
         dropout: Dropout rate, set wherever the model's configuration has one.
-        image_size: Height and width of the images.
+        image_size: Height and width of the images; a checkpoint that has one of its own decides.
         num_channels: 1 for grey, 3 for RGB.
         augmentation: "shift" moves and turns slightly (characters), "flip" crops and mirrors
             (photographs), "none" does nothing.
@@ -74,18 +74,27 @@ class ImageClassification:
         )
 
     def _load(self) -> ImageSplits:
-        augmentation = build_augmentation(self.augmentation, self.image_size)
+        image_size = self._image_size()
+        augmentation = build_augmentation(self.augmentation, image_size)
         if self.dataset == "digits":
             return load_digits_splits(augmentation)
         mean, std = self._normalisation()
         return load_image_splits(
             self.dataset,
-            image_size=self.image_size,
+            image_size=image_size,
             num_channels=self.num_channels,
             mean=mean,
             std=std,
             augmentation=augmentation,
         )
+
+    def _image_size(self) -> int:
+        if self.model is None:
+            return self.image_size
+        from transformers import AutoConfig
+
+        size = getattr(AutoConfig.from_pretrained(self.model), "image_size", None)
+        return size if isinstance(size, int) else self.image_size
 
     def _normalisation(self) -> tuple[list[float], list[float]]:
         """Return the checkpoint's own mean and standard deviation where it has them."""
