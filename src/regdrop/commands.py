@@ -1,9 +1,11 @@
 """The commands, one function each."""
 
 import os
-from dataclasses import fields, replace
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -15,12 +17,20 @@ from regdrop.conventions import convert_alpha as convert
 from regdrop.diagnostics import dropout_report
 from regdrop.experiments import build_arms, write_report
 from regdrop.experiments import compare as run_comparison
+from regdrop.experiments.alone import run_alone
 from regdrop.experiments.arms import Arm
-from regdrop.experiments.display import LiveDisplay, print_table
-from regdrop.experiments.record import load_records
+from regdrop.experiments.display import LiveDisplay, print_figures, print_table
+from regdrop.experiments.evaluate import evaluate as run_evaluation
+from regdrop.experiments.evaluate import load_run
+from regdrop.experiments.progress import quiet_libraries
+from regdrop.experiments.record import RunRecord, load_records
+from regdrop.experiments.run import MODEL_FOLDER, RunPaths
 from regdrop.integrations.transformers.loading import load_model
 from regdrop.passes import find_dropout
 from regdrop.tasks import PRESETS, Task
+from regdrop.tasks.generate import generate_lines
+from regdrop.tasks.iwslt import prepare_iwslt
+from regdrop.tasks.options import change_task, find_task, parse_value
 
 app = typer.Typer(
     help="Train with R-Drop (Regularized Dropout), compare it with training without it, and "
@@ -31,64 +41,192 @@ app = typer.Typer(
 )
 console = Console()
 
-TaskName = Annotated[str, typer.Argument(help="A preset: see `regdrop tasks`.", metavar="TASK")]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Folder of the results; runs/TASK if absent.")
+TaskName = Annotated[
+    str, typer.Argument(help="A task or one of its presets: see `regdrop tasks`.", metavar="TASK")
 ]
-DatasetOption = Annotated[str | None, typer.Option(help="A `datasets` folder or hub id.")]
+Preset = Annotated[str | None, typer.Option(help="A preset of the task; its first if absent.")]
+Data = Annotated[
+    str | None, typer.Option("--data", "--dataset", help="A folder of data, or a hub id.")
+]
 ModelOption = Annotated[str | None, typer.Option(help="A checkpoint: folder or hub id.")]
 Alpha = Annotated[float | None, typer.Option(help="Weight of the KL, instead of the preset's.")]
 Steps = Annotated[int | None, typer.Option(help="Optimiser steps, instead of the preset's.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any other setting of the preset: dropout=0.2, training.learning_rate=1e-4, "
+        "rdrop.fraction=0.5. Repeat it for several.",
+    ),
+]
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run of `regdrop train`.")]
 
 
 @app.command()
 def tasks() -> None:
-    """List the tasks."""
-    table = Table("task", "what", "steps", "alpha")
+    """List the tasks and their presets."""
+    table = Table("task", "preset", "what", "steps", "alpha")
     for name, task in PRESETS.items():
-        table.add_row(name, task.description, str(task.training.max_steps), f"{task.rdrop.alpha:g}")
+        steps, alpha = task.training.max_steps, task.rdrop.alpha
+        table.add_row(task.family, name, task.description, f"{steps:,}", f"{alpha:g}")
     console.print(table)
 
 
 @app.command()
 def train(
     task: TaskName,
-    arm: Annotated[str, typer.Option(help="Way of training.")] = "rdrop",
-    seed: Annotated[int, typer.Option(help="Seed of weights, data order and masks.")] = 0,
-    dataset: DatasetOption = None,
+    preset: Preset = None,
+    data: Data = None,
     model: ModelOption = None,
     alpha: Alpha = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, data order and masks.")] = 0,
     steps: Steps = None,
-    output: Output = None,
+    settings: Settings = None,
+    arm: Annotated[str, typer.Option(help="Way of training: see `regdrop compare`.")] = "rdrop",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the run; runs/PRESET-ARM-seedN if absent."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted run in the folder.")
+    ] = False,
 ) -> None:
-    """Train one arm with one seed; go on where it was interrupted."""
-    _compare(_task(task, dataset, model, alpha, steps), [arm], [seed], 1, output)
+    """Train once; keep the model with its tokenizer, and the record of the run."""
+    with _usage_errors():
+        chosen = change_task(
+            find_task(task, preset),
+            data=data,
+            model=model,
+            alpha=alpha,
+            steps=steps,
+            settings=settings or (),
+        )
+        known = build_arms(chosen)
+        if arm not in known:
+            raise ValueError(f"arm must be one of {', '.join(known)}; got {arm!r}")
+        folder = output or Path("runs") / f"{chosen.name}-{arm}-seed{seed}"
+        paths = RunPaths.alone(folder)
+        if paths.work.exists() and not resume:
+            raise ValueError(
+                f"{folder} holds an interrupted run: go on with --resume, or choose "
+                "another --output"
+            )
+        is_finished = paths.record.exists()
+        console.print(f"[bold]{chosen.name}[/bold]: {chosen.description}; {known[arm].description}")
+        record = _train_shown(chosen, known[arm], seed, folder)
+    print_figures(record, console)
+    console.print(f"{'Finished before' if is_finished else 'Model and record'}: {folder}")
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    split: Annotated[
+        str, typer.Option(help="train, validation, test, or another test split of the task.")
+    ] = "test",
+    data: Data = None,
+    settings: Settings = None,
+) -> None:
+    """Evaluate the model of a run on a split, with 95 % intervals over its examples."""
+    with _usage_errors():
+        result = run_evaluation(run, split, data=data, settings=settings or ())
+    print_figures(result, console)
+    console.print(f"Kept in {result.path}")
+
+
+@app.command()
+def generate(
+    run: RunFolder,
+    source: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="Lines; standard input if absent."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File; standard output if absent."),
+    ] = None,
+    num_beams: Annotated[
+        int | None, typer.Option(min=1, help="Number of beams; the run's own if absent.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Lines at a time.")] = 32,
+) -> None:
+    """Generate a line of text for each line with the model of a run, such as its translation."""
+    with _usage_errors(OSError), ExitStack() as files:
+        load_run(run)
+        if output is not None and output.exists():
+            raise ValueError(f"--output {output} exists; choose another file, or remove it")
+        lines: TextIO = (
+            sys.stdin if source is None else files.enter_context(source.open(encoding="utf-8"))
+        )
+        target = (
+            sys.stdout
+            if output is None
+            else files.enter_context(output.open("w", encoding="utf-8"))
+        )
+        quiet_libraries()
+        for text in generate_lines(
+            run / MODEL_FOLDER, lines, batch_size=batch_size, num_beams=num_beams
+        ):
+            print(text, file=target, flush=output is None)
+
+
+@app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(metavar="SET", help="iwslt14 (and IWSLT17's pairs).")],
+    archive: Annotated[Path, typer.Argument(help="The official archive, as downloaded.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Turn a downloaded archive into a folder of data, with the paper's cleaning and splits."""
+    with _usage_errors():
+        if name != "iwslt14":
+            raise ValueError(f"SET must be iwslt14, got {name!r}")
+        sizes = prepare_iwslt(archive, output)
+    counts = ", ".join(f"{split} {size:,}" for split, size in sizes.items())
+    console.print(f"{counts} pairs in {output}")
 
 
 @app.command()
 def compare(
     task: TaskName,
+    preset: Preset = None,
+    data: Data = None,
+    model: ModelOption = None,
+    alpha: Alpha = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 5,
     first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
     arms: Annotated[
         str | None, typer.Option(help="Arms to train, by commas; all if absent.")
     ] = None,
-    dataset: DatasetOption = None,
-    model: ModelOption = None,
-    alpha: Alpha = None,
     steps: Steps = None,
+    settings: Settings = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time; one a core, or one on a GPU.")
     ] = None,
-    output: Output = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the results; runs/PRESET if absent."),
+    ] = None,
 ) -> None:
     """Train the baseline, its equal-compute and two-pass controls, and R-Drop; print the result.
 
     Finished runs are kept: repeating the command trains only what is missing.
     """
-    names = None if arms is None else [name.strip() for name in arms.split(",")]
-    chosen = _task(task, dataset, model, alpha, steps)
-    _compare(chosen, names, list(range(first_seed, first_seed + seeds)), workers, output)
+    with _usage_errors():
+        chosen = change_task(
+            find_task(task, preset),
+            data=data,
+            model=model,
+            alpha=alpha,
+            steps=steps,
+            settings=settings or (),
+        )
+        known = build_arms(chosen)
+        names = list(known) if arms is None else [name.strip() for name in arms.split(",")]
+        if unknown := sorted(set(names) - set(known)):
+            raise ValueError(f"arms must be among {', '.join(known)}; got {', '.join(unknown)}")
+        all_seeds = list(range(first_seed, first_seed + seeds))
+        _compare(chosen, [known[name] for name in names], all_seeds, workers, output)
 
 
 @app.command()
@@ -96,10 +234,8 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a comparison.")],
 ) -> None:
     """Draw the table and the plots of a comparison from its records."""
-    try:
+    with _usage_errors(FileNotFoundError):
         target = write_report(folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
     print_table(load_records(folder), console)
     console.print(f"Report and plots: {target}")
 
@@ -114,11 +250,9 @@ def doctor(
     ] = "",
 ) -> None:
     """Show a model's sources of dropout, the cost of a step, and what to change."""
-    try:
+    with _usage_errors(TypeError, OSError):
         config = _parse_rdrop(options)
         loaded = load_model(model).train()
-    except (ValueError, TypeError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
     sources = find_dropout(loaded)
     table = Table("source", "kind", "rate", title=f"{type(loaded).__name__}: sources of dropout")
     for source in sources:
@@ -147,53 +281,60 @@ def convert_alpha(
     ] = None,
 ) -> None:
     """Convert another implementation's KL coefficient to the paper's alpha, which is ours."""
-    try:
+    with _usage_errors():
         alpha = convert(
             value, convention, batch_size=batch_size, tokens=tokens, num_classes=num_classes
         )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     console.print(f"{CONVENTIONS[convention].loss}", style="dim", highlight=False)
     console.print(f"alpha = {alpha:g}")
 
 
 def _compare(
-    task: Task,
-    arms: list[str] | None,
-    seeds: list[int],
-    workers: int | None,
-    output: Path | None,
+    task: Task, arms: list[Arm], seeds: list[int], workers: int | None, output: Path | None
 ) -> None:
-    known = build_arms(task)
-    names = list(known) if arms is None else arms
-    if unknown := sorted(set(names) - set(known)):
-        raise typer.BadParameter(f"arms must be among {', '.join(known)}; got {', '.join(unknown)}")
     folder = Path("runs") / task.name if output is None else output
     workers, threads = _workers(workers)
-    shown: list[Arm] = [known[name] for name in names]
     console.print(
-        f"[bold]{task.name}[/bold]: {task.description}; {len(shown)} arms, {len(seeds)} seeds, "
+        f"[bold]{task.name}[/bold]: {task.description}; {len(arms)} arms, {len(seeds)} seeds, "
         f"results in {folder}"
     )
-    try:
-        with LiveDisplay(shown, seeds, console) as display:
-            run_comparison(
-                task,
-                seeds=seeds,
-                folder=folder,
-                workers=workers,
-                threads=threads,
-                arms=names,
-                display=display,
-            )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    except KeyboardInterrupt:
-        console.print("Interrupted; the same command goes on from here.")
-        raise typer.Exit(130) from None
+    with _interruptible(), LiveDisplay(arms, seeds, console) as display:
+        run_comparison(
+            task,
+            seeds=seeds,
+            folder=folder,
+            workers=workers,
+            threads=threads,
+            arms=[arm.name for arm in arms],
+            display=display,
+        )
     target = write_report(folder)
     print_table(load_records(folder), console)
     console.print(f"Report and plots: {target}")
+
+
+def _train_shown(task: Task, arm: Arm, seed: int, folder: Path) -> RunRecord:
+    with _interruptible(), LiveDisplay([arm], [seed], console) as display:
+        return run_alone(task, arm, seed, folder, display=display)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("Interrupted; the same command (train: with --resume) goes on from here.")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _usage_errors(*others: type[Exception]) -> Iterator[None]:
+    """Turn the errors of bad input into messages without a traceback."""
+    expected: tuple[type[Exception], ...] = (ValueError, *others)
+    try:
+        yield
+    except expected as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _workers(workers: int | None) -> tuple[int, int | None]:
@@ -208,40 +349,12 @@ def _workers(workers: int | None) -> tuple[int, int | None]:
     return workers, max(1, cores // workers)
 
 
-def _task(
-    name: str, dataset: str | None, model: str | None, alpha: float | None, steps: int | None
-) -> Task:
-    if name not in PRESETS:
-        raise typer.BadParameter(f"TASK must be one of {', '.join(PRESETS)}; got {name!r}")
-    changes: dict[str, Any] = {"dataset": dataset, "model": model}
-    changes = {key: value for key, value in changes.items() if value is not None}
-    task: Any = PRESETS[name]
-    if unknown := sorted(changes.keys() - {field.name for field in fields(task)}):
-        raise typer.BadParameter(f"task {name!r} takes no {', '.join(unknown)}")
-    if model is not None:
-        changes["model_config"] = {}
-    try:
-        if alpha is not None:
-            changes["rdrop"] = replace(task.rdrop, alpha=alpha)
-        if steps is not None:
-            changes["training"] = replace(task.training, max_steps=steps)
-        changed: Task = replace(task, **changes)
-    except (ValueError, TypeError) as error:
-        raise typer.BadParameter(str(error)) from error
-    return changed
-
-
 def _parse_rdrop(text: str) -> RDropConfig:
     """Return the options of "name=value,..." with JSON values."""
-    import json
-
     options: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, separator, value = part.partition("=")
         if not separator:
             raise ValueError(f"--rdrop must be name=value,..., got {part!r}")
-        try:
-            options[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name.strip()] = value
+        options[name.strip()] = parse_value(value)
     return RDropConfig.from_dict(options)

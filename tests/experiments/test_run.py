@@ -75,7 +75,7 @@ def test_a_seed_is_a_run_and_another_is_another(tmp_path, short):
 def test_a_finished_run_is_not_run_again(tmp_path, short, monkeypatch):
     arm = build_arms(short)["baseline"]
     first = run_arm(short, arm, 0, tmp_path)
-    monkeypatch.setattr(type(short), "prepare", lambda self: pytest.fail("was run again"))
+    monkeypatch.setattr(type(short), "prepare", lambda *args: pytest.fail("was run again"))
     assert run_arm(short, arm, 0, tmp_path) == first
 
 
@@ -96,8 +96,8 @@ class WhileSaving(RDropTrainer):
         super()._save_rng_state(output_dir)
 
 
-def interrupt_after_a_step(*args, callbacks, **kwargs):
-    return RDropTrainer(*args, callbacks=[*callbacks, AtStep5()], **kwargs)
+def interrupt_after_a_step(*args, **kwargs):
+    return RDropTrainer(*args, callbacks=[AtStep5()], **kwargs)
 
 
 @pytest.mark.parametrize(("trainer", "next_step"), [(interrupt_after_a_step, 5), (WhileSaving, 3)])
@@ -130,7 +130,9 @@ def test_results_of_other_settings_are_never_mixed_or_overwritten(
     except ZeroDivisionError:
         assert not finished
     changed = replace(short, dropout=0.2, rdrop=replace(short.rdrop, alpha=7.0))
-    with pytest.raises(ValueError, match=r"other settings \(dropout, rdrop\); choose another"):
+    with pytest.raises(
+        ValueError, match=r"other settings \(dropout, rdrop\.alpha\); choose another"
+    ):
         run_arm(changed, build_arms(changed)["rdrop"], 0, tmp_path)
 
 

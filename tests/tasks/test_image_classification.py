@@ -9,13 +9,8 @@ from transformers import AutoConfig
 from regdrop import find_dropout
 from regdrop.experiments import build_arms, run_arm
 from regdrop.tasks import PRESETS
-from regdrop.tasks.image_classification import (
-    DIGITS,
-    IMAGES,
-    build_augmentation,
-    classification_metrics,
-    set_dropout,
-)
+from regdrop.tasks.classification import classification_statistics, set_dropout
+from regdrop.tasks.image_classification import DIGITS, IMAGES, build_augmentation
 
 
 def test_presets_go_by_their_names():
@@ -31,7 +26,7 @@ def test_digits_are_a_small_vision_transformer_with_dropout():
     assert model.config.num_labels == 10
     active = [source.rate for source in find_dropout(model) if source.active]
     assert set(active) == {0.1}
-    batch = torch.utils.data.default_collate([prepared.train[i] for i in range(3)])
+    batch = torch.utils.data.default_collate([prepared.splits["train"][i] for i in range(3)])
     assert model(**batch).logits.shape == (3, 10)
 
 
@@ -104,7 +99,9 @@ def test_no_augmentation_and_an_unknown_one():
 
 def test_metrics_by_hand():
     logits = np.log([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.5, 0.3, 0.2]]) + 3
-    found = classification_metrics(SimpleNamespace(predictions=logits, label_ids=[0, 1, 2]))
+    found = DIGITS.figures(
+        classification_statistics(SimpleNamespace(predictions=logits, label_ids=[0, 1, 2]))
+    )
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["nll"] == pytest.approx(-np.log([0.7, 0.8, 0.2]).mean())
 

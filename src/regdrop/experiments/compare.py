@@ -1,6 +1,5 @@
 """The main job: every arm of a task over several seeds, in parallel, continued where it stopped."""
 
-import logging
 import multiprocessing
 import os
 import queue
@@ -9,33 +8,15 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from regdrop.experiments.arms import Arm, build_arms
+from regdrop.experiments.progress import Display, Update, quiet_libraries
 from regdrop.experiments.record import RunRecord, load_records
 from regdrop.experiments.run import run_arm
 from regdrop.tasks import Task
 
 _POLL_SECONDS = 0.2
-
-
-class Update(NamedTuple):
-    """News of a run: its last step and the figures logged there."""
-
-    arm: str
-    seed: int
-    step: int
-    figures: dict[str, float]
-
-
-class Display(Protocol):
-    """What shows a comparison while it runs."""
-
-    def update(self, news: Update) -> None:
-        """Show the news of a run."""
-
-    def finish(self, record: RunRecord) -> None:
-        """Show that a run is done."""
 
 
 def compare(
@@ -136,15 +117,10 @@ def _start_worker(news: Any, threads: int | None) -> None:
     _news = news
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     import torch
-    import transformers
 
     if threads is not None:
         torch.set_num_threads(threads)
-    # The display of the parent process shows the progress.
-    transformers.utils.logging.disable_progress_bar()
-    # Beside what may matter, transformers says how it sorts its checkpoints.
-    for name in ("accelerate", "transformers.trainer_utils"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_libraries()
 
 
 def _exit_with_parent() -> None:

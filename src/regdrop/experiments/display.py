@@ -16,9 +16,10 @@ from rich.progress import (
 from rich.table import Table
 
 from regdrop.experiments.arms import Arm
-from regdrop.experiments.compare import Update
+from regdrop.experiments.evaluate import Evaluation
+from regdrop.experiments.progress import Update
 from regdrop.experiments.record import RunRecord
-from regdrop.experiments.report import CAPTION, table_cells
+from regdrop.experiments.report import CAPTION, find_metrics, table_cells
 
 
 class LiveDisplay:
@@ -80,6 +81,29 @@ class LiveDisplay:
         self.progress.advance(bar, max(0, step - before))
         if figures is not None:
             self.progress.update(bar, figures=figures)
+
+
+def print_figures(result: RunRecord | Evaluation, console: Console) -> None:
+    """Print the figures of one run on its test splits, or of one evaluation with intervals."""
+    if isinstance(result, RunRecord):
+        title, figures = f"{result.task}: {result.arm}, seed {result.seed}", result.test
+        metrics, intervals = find_metrics([result]), {}
+        heading = "test"
+    else:
+        title, figures = f"{result.task.name}: {result.examples} examples", result.figures
+        metrics, intervals = result.task.metrics, result.intervals
+        heading = result.split
+    table = Table("figure", heading, title=title)
+    if intervals:
+        table.add_column("95 % interval over examples")
+    for name, value in figures.items():
+        row = [metrics[name].title, metrics[name].format(value)]
+        if intervals:
+            row.append(" to ".join(metrics[name].format(x) for x in intervals[name]))
+        table.add_row(*row)
+    console.print(table)
+    for name, signature in result.signatures.items():
+        console.print(f"{metrics[name].title}: {signature}", style="dim", highlight=False)
 
 
 def print_table(records: Sequence[RunRecord], console: Console) -> None:

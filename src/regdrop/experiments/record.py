@@ -3,7 +3,8 @@
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,17 @@ import torch
 from regdrop.experiments.arms import Arm
 from regdrop.tasks import Task
 
-_PACKAGES = ("regdrop", "torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn")
+_PACKAGES = (
+    "regdrop",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "scikit-learn",
+    "sacrebleu",
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,9 @@ class RunRecord:
         history: One entry a log or evaluation, with its `step` and training `seconds`.
         versions: Versions of Python and the libraries.
         hardware: Processor, cores, threads of the run and accelerator.
+        examples: Statistics of each example of every test split, from which `Task.figures` computes
+            the figures of any part of them.
+        signatures: What a metric's own library says of how it was computed, by metric.
     """
 
     task: str
@@ -50,6 +64,8 @@ class RunRecord:
     history: list[dict[str, float]]
     versions: dict[str, str]
     hardware: dict[str, Any]
+    examples: dict[str, list[list[float]]] = field(default_factory=dict)
+    signatures: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the record; the file appears whole or not at all."""
@@ -72,8 +88,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(_dump(content), encoding="utf-8")
     os.replace(partial, path)
+
+
+def _dump(content: dict[str, Any]) -> str:
+    """Return indented JSON in which a list of numbers takes one line."""
+    text = json.dumps(content, indent=1)
+    return re.sub(r"\[[\s\d.,e+-]*\]", lambda m: re.sub(r"\s+", " ", m[0]), text) + "\n"
 
 
 def record_path(folder: Path, arm: str, seed: int) -> Path:
@@ -97,6 +119,7 @@ def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
     """Return every setting of a run as JSON holds it."""
     settings: dict[str, Any] = {
         **asdict(task),
+        "family": task.family,
         "training": asdict(arm.training),
         "rdrop": arm.rdrop.to_dict(),
     }

@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from regdrop.experiments.arms import BASELINE, arm_order
@@ -96,7 +96,15 @@ def find_metrics(records: Sequence[RunRecord]) -> dict[str, Metric]:
     """Return how the figures of the records are read; unknown ones are shown as they are."""
     preset = PRESETS.get(records[0].task)
     known = {} if preset is None else preset.metrics
-    return {name: known.get(name, Metric(name, True)) for name in records[0].test}
+    metrics = {}
+    for name in records[0].test:
+        # Figures of a further test split begin with its name.
+        split, _, own = name.partition("_")
+        if name not in known and own in known:
+            metrics[name] = replace(known[own], title=f"{split} {known[own].title}")
+        else:
+            metrics[name] = known.get(name, Metric(name, True))
+    return metrics
 
 
 def format_cell(cell: Cell, metric: Metric) -> str:

@@ -2,27 +2,19 @@
 
 import json
 import math
-import os
 import shutil
-import time
-from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from regdrop.experiments.arms import Arm
+from regdrop.experiments.history import HistoryCallback, Progress
 from regdrop.experiments.record import (
     RunRecord,
     describe_hardware,
@@ -34,59 +26,102 @@ from regdrop.experiments.record import (
     write_json,
 )
 from regdrop.integrations.transformers import RDropTrainer
-from regdrop.tasks import Task
+from regdrop.integrations.transformers.checkpoints import average_weights
+from regdrop.passes import find_dropout
+from regdrop.tasks import PreparedTask, Task
 
-# Called with the step and the figures of every log and evaluation.
-Progress = Callable[[int, dict[str, float]], None]
+RECORD_NAME = "record.json"
+MODEL_FOLDER = "model"
+# Significant digits of the statistics of single examples: more than any figure shows.
+_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where a run writes.
+
+    Attributes:
+        record: File of its record.
+        work: Folder of its checkpoints, removed at its end.
+        model: Folder of the selected model; None to keep none.
+    """
+
+    record: Path
+    work: Path
+    model: Path | None = None
+
+    @classmethod
+    def alone(cls, folder: Path) -> "RunPaths":
+        """Return the paths of a run with a folder of its own, which keeps its model."""
+        return cls(folder / RECORD_NAME, folder / "unfinished", folder / MODEL_FOLDER)
+
+    @classmethod
+    def compared(cls, folder: Path, arm: str, seed: int) -> "RunPaths":
+        """Return the paths of a run in the folder of a comparison."""
+        return cls(record_path(folder, arm, seed), folder / "unfinished" / f"{arm}-seed{seed}")
 
 
 def run_arm(
     task: Task, arm: Arm, seed: int, folder: Path, *, progress: Progress | None = None
 ) -> RunRecord:
+    """Train one arm of a task with one seed in the folder of a comparison; see `train_run`."""
+    return train_run(task, arm, seed, RunPaths.compared(folder, arm.name, seed), progress=progress)
+
+
+def train_run(
+    task: Task, arm: Arm, seed: int, paths: RunPaths, *, progress: Progress | None = None
+) -> RunRecord:
     """Train one arm of a task with one seed, or return the record if that was done before.
 
     An interrupted run goes on from its last checkpoint. The checkpoint with the best selection
-    metric on the validation split is evaluated once on the test split.
+    metric on the validation split, or the mean of the last ones, is evaluated once on the test
+    splits.
 
     Args:
         task: The task.
         arm: The way of training.
         seed: Seed of weights, order of the data and dropout masks.
-        folder: Folder of the comparison.
+        paths: Where the run writes.
         progress: Called with the step and the figures of every log and evaluation.
 
     Raises:
-        ValueError: If the folder holds a record or an interrupted run with other settings.
+        ValueError: If there is a record or an interrupted run with other settings, or the model
+            has no dropout for several passes to differ by.
     """
-    path = record_path(folder, arm.name, seed)
     config = resolved_config(task, arm)
-    if path.exists():
-        record = RunRecord.load(path)
-        _check_same_config(path, record.config, config)
+    if paths.record.exists():
+        record = RunRecord.load(paths.record)
+        _check_same_config(paths.record, record.config, config)
         return record
 
-    work = folder / "unfinished" / f"{arm.name}-seed{seed}"
-    work.mkdir(parents=True, exist_ok=True)
-    checkpoint = _find_checkpoint(work, config)
+    paths.work.mkdir(parents=True, exist_ok=True)
+    checkpoint = _find_checkpoint(paths.work, config)
     set_seed(seed)
     reset_peak_memory()
-    prepared = task.prepare()
-    set_seed(seed)
-    history = HistoryCallback(work / "history.jsonl", progress)
-    trainer = RDropTrainer(
-        model=prepared.build_model(),
-        args=training_arguments(task, arm, seed, work, prepared.arguments),
-        rdrop=arm.rdrop,
-        train_dataset=prepared.train,
-        eval_dataset=prepared.validation,
-        data_collator=prepared.data_collator,
-        compute_metrics=prepared.compute_metrics,
-        callbacks=[history],
+    try:
+        prepared = task.prepare(paths.work / "learned")
+        train, validation = prepared.splits["train"], prepared.splits["validation"]
+        tests = {name: prepared.splits[name] for name in ("test", *prepared.further_tests)}
+        set_seed(seed)
+        model = prepared.build_model()
+        _check_dropout(model, arm)
+    except ValueError:
+        if checkpoint is None:
+            _remove_work(paths)
+        raise
+    history = HistoryCallback(paths.work / "history.jsonl", progress)
+    trainer = build_trainer(
+        task, arm, seed, paths.work, prepared, model, train=train, validation=validation
     )
-    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(history)
     trainer.train(resume_from_checkpoint=checkpoint)
-    best_step, validation = history.best(task.selection_metric, _is_greater_better(task))
-    test = trainer.predict(prepared.test, metric_key_prefix="test").metrics or {}
+    best_step, figures = _select(task, arm, trainer, history, paths.work)
+    test, examples = {}, {}
+    for name, split in tests.items():
+        statistics = prepared.example_statistics(trainer.predict(split))
+        prefix = "" if name == "test" else f"{name}_"
+        test.update({prefix + key: value for key, value in task.figures(statistics).items()})
+        examples[name] = [[float(f"{x:.{_DIGITS}g}") for x in row] for row in statistics]
     record = RunRecord(
         task=task.name,
         arm=arm.name,
@@ -96,31 +131,99 @@ def run_arm(
         seconds=history.seconds,
         peak_memory_mib=peak_memory_mib(),
         best_step=best_step,
-        validation={name: validation[f"eval_{name}"] for name in task.metrics},
-        test={name: test[f"test_{name}"] for name in task.metrics},
+        validation={name: figures[f"eval_{name}"] for name in task.metrics},
+        test=test,
         history=history.entries,
         versions=library_versions(),
         hardware=describe_hardware(),
+        examples=examples,
+        signatures=prepared.signatures,
     )
-    record.save(path)
-    shutil.rmtree(work)
-    with suppress(OSError):  # other runs may be unfinished
-        work.parent.rmdir()
+    if paths.model is not None:
+        trainer.save_model(str(paths.model))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        record.save(paths.record)
+        _remove_work(paths)
     return record
 
 
+def _remove_work(paths: RunPaths) -> None:
+    """Remove a run's checkpoints, and the folders above that hold nothing else."""
+    shutil.rmtree(paths.work)
+    with suppress(OSError):  # other runs may be unfinished
+        for folder in list(paths.work.parents)[:3]:
+            folder.rmdir()
+
+
+def build_trainer(
+    task: Task,
+    arm: Arm,
+    seed: int,
+    folder: Path,
+    prepared: PreparedTask,
+    model: Any,
+    *,
+    train: Any = None,
+    validation: Any = None,
+) -> RDropTrainer:
+    """Return the trainer of a run; without data it only predicts."""
+    make = prepared.trainer or RDropTrainer
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        return task.figures(prepared.example_statistics(prediction))
+
+    trainer: RDropTrainer = make(
+        model=model,
+        args=training_arguments(task, arm, seed, folder, prepared, with_training=train is not None),
+        rdrop=arm.rdrop,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=prepared.data_collator,
+        processing_class=prepared.processing_class,
+        compute_metrics=compute_metrics,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 def training_arguments(
-    task: Task, arm: Arm, seed: int, folder: Path, further: dict[str, Any]
+    task: Task,
+    arm: Arm,
+    seed: int,
+    folder: Path,
+    prepared: PreparedTask,
+    *,
+    with_training: bool = True,
 ) -> TrainingArguments:
     """Return the Trainer's arguments of one run."""
     settings = arm.training
     on_gpu = torch.cuda.is_available()
-    return TrainingArguments(
+    make = prepared.arguments or TrainingArguments
+    batch_size = settings.batch_size // settings.gradient_accumulation_steps
+    selection: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": settings.eval_steps,
+        "save_strategy": "steps",
+        "save_steps": settings.eval_steps,
+        "save_total_limit": settings.average_checkpoints,
+    }
+    if settings.average_checkpoints == 1:  # else the best would take the place of a last one
+        selection |= {
+            "load_best_model_at_end": True,
+            "metric_for_best_model": task.selection_metric,
+            "greater_is_better": _is_greater_better(task),
+        }
+    options = {
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": 4 * batch_size,
+        **(selection if with_training else {}),
+        **prepared.options,
+    }
+    arguments: TrainingArguments = make(
         output_dir=str(folder),
         seed=seed,
         max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size // settings.gradient_accumulation_steps,
-        per_device_eval_batch_size=4 * settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler_type,
@@ -130,109 +233,39 @@ def training_arguments(
         label_smoothing_factor=settings.label_smoothing,
         optim=settings.optim,
         optim_args=settings.optim_args,
+        adam_beta2=settings.adam_beta2,
         bf16=on_gpu and settings.mixed_precision == "bf16",
         fp16=on_gpu and settings.mixed_precision == "fp16",
         use_cpu=not on_gpu,
-        eval_strategy="steps",
-        eval_steps=settings.eval_steps,
-        save_strategy="steps",
-        save_steps=settings.eval_steps,
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        metric_for_best_model=task.selection_metric,
-        greater_is_better=_is_greater_better(task),
         logging_steps=settings.logging_steps,
         logging_first_step=True,
         disable_tqdm=True,
         report_to=[],
-        **further,
+        **options,
     )
+    return arguments
 
 
-class HistoryCallback(TrainerCallback):
-    """Writes every log and evaluation with the time of training alone, as it happens."""
+def _select(
+    task: Task, arm: Arm, trainer: RDropTrainer, history: HistoryCallback, work: Path
+) -> tuple[int, dict[str, float]]:
+    """Return the step and the validation figures of the selected weights, which are loaded."""
+    count = arm.training.average_checkpoints
+    if count == 1:
+        return history.best(task.selection_metric, _is_greater_better(task))
+    folders = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    average_weights(trainer.accelerator.unwrap_model(trainer.model), folders[-count:])
+    return trainer.state.global_step, trainer.evaluate()
 
-    def __init__(self, path: Path, progress: Progress | None = None) -> None:
-        self.path = path
-        self.progress = progress
-        self.entries: list[dict[str, float]] = []
-        self.seconds = 0.0
-        self._mark = 0.0
 
-    def best(self, metric: str, greater_is_better: bool) -> tuple[int, dict[str, float]]:
-        """Return the step and the figures of the first best evaluation."""
-        evaluations = [entry for entry in self.entries if f"eval_{metric}" in entry]
-        sign = 1 if greater_is_better else -1
-        best = max(evaluations, key=lambda entry: sign * entry[f"eval_{metric}"])
-        return int(best["step"]), best
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take up the entries up to the checkpoint, or begin anew."""
-        kept = []
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            entries = [json.loads(line) for line in lines if line.endswith("}")]
-            kept = [entry for entry in entries if entry["step"] <= state.global_step]
-        self.entries = kept if state.global_step else []
-        self.seconds = self.entries[-1]["seconds"] if self.entries else 0.0
-        text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
-        self.path.write_text(text, encoding="utf-8")
-        self._mark = time.perf_counter()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Count the time since the last step, or since the evaluation after it."""
-        now = time.perf_counter()
-        self.seconds += now - self._mark
-        self._mark = now
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Keep the figures of training; evaluations come by `on_evaluate`."""
-        if logs is not None and "loss" in logs:
-            self._add(state, logs)
-
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Keep the figures of an evaluation, and leave its time out."""
-        self._add(state, metrics or {})
-        self._mark = time.perf_counter()
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave the time of a checkpoint out."""
-        self._mark = time.perf_counter()
-
-    def _add(self, state: TrainerState, figures: dict[str, float]) -> None:
-        numbers = {
-            name: float(value)
-            for name, value in figures.items()
-            if isinstance(value, (int, float)) and not name.endswith(("per_second", "runtime"))
-        }
-        entry = {**numbers, "step": state.global_step, "seconds": self.seconds}
-        self.entries.append(entry)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if self.progress is not None:
-            self.progress(state.global_step, numbers)
+def _check_dropout(model: Any, arm: Arm) -> None:
+    rates = arm.rdrop.dropout_rates
+    wanted = arm.rdrop.num_passes > 1 and not (rates is not None and any(rates))
+    if wanted and not any(source.active for source in find_dropout(model.train())):
+        raise ValueError(
+            f"model {type(model).__name__} has no dropout above 0, so several passes cannot "
+            "differ; set dropout above 0"
+        )
 
 
 def _is_greater_better(task: Task) -> bool:
@@ -263,9 +296,21 @@ def _is_json(path: Path) -> bool:
 
 
 def _check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    if found != wanted:
-        names = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+    if names := _differences(found, wanted):
         raise ValueError(
             f"{path} was made with other settings ({', '.join(names)}); "
             "choose another output folder, or remove it to train again"
         )
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Return the names of settings that differ; what did not exist then cannot differ."""
+    names = []
+    for name in sorted(found.keys() | wanted.keys()):
+        if name in found and name not in wanted:
+            names.append(name)
+        elif isinstance(found.get(name), dict) and isinstance(wanted.get(name), dict):
+            names += [f"{name}.{inner}" for inner in _differences(found[name], wanted[name])]
+        elif name in found and found[name] != wanted[name]:
+            names.append(name)
+    return names

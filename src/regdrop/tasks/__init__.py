@@ -1,15 +1,40 @@
 """The tasks of the paper, data to metric; presets are typed Python."""
 
-from regdrop.tasks.base import Metric, PreparedTask, Task, TrainingSettings
+from regdrop.tasks import translation_presets, understanding
+from regdrop.tasks.base import LazySplits, Metric, PreparedTask, Task, TrainingSettings
 from regdrop.tasks.image_classification import DIGITS, IMAGES, ImageClassification
+from regdrop.tasks.translation import Translation
+from regdrop.tasks.understanding import LanguageUnderstanding
 
-PRESETS: dict[str, Task] = {preset.name: preset for preset in (DIGITS, IMAGES)}
+_ALL: tuple[Task, ...] = (
+    DIGITS,
+    IMAGES,
+    *understanding.SMALL_PRESETS,
+    *translation_presets.SMALL_PRESETS,
+    *understanding.PAPER_PRESETS,
+    *translation_presets.PAPER_PRESETS,
+)
+PRESETS = {preset.name: preset for preset in _ALL}
+# The class of each family, and the preset that stands for it on the command line.
+FAMILIES: dict[str, type[Task]] = {
+    cls.family: cls for cls in (ImageClassification, LanguageUnderstanding, Translation)
+}
+DEFAULT_PRESETS = {
+    "images": "images",
+    "understanding": "minilm-cola",
+    "translation": "multi30k-de-en",
+}
 
 __all__ = [
+    "DEFAULT_PRESETS",
+    "FAMILIES",
     "PRESETS",
     "ImageClassification",
+    "LanguageUnderstanding",
+    "LazySplits",
     "Metric",
     "PreparedTask",
     "Task",
     "TrainingSettings",
+    "Translation",
 ]

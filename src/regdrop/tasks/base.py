@@ -1,9 +1,11 @@
 """What every task is made of: settings as typed Python, and data, model and metrics from them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -27,8 +29,11 @@ class TrainingSettings:
         label_smoothing: Smoothing of the likelihood's target.
         optim: Name of the optimiser.
         optim_args: Its options, "name=value,...".
+        adam_beta2: Decay of Adam's second moment.
         gradient_accumulation_steps: Micro-batches a step.
         mixed_precision: "bf16" or "fp16" where a GPU is used, else float32.
+        average_checkpoints: Checkpoints whose mean weights are the result: the last so many. With 1
+            it is the checkpoint that is best on the validation split.
     """
 
     max_steps: int
@@ -43,8 +48,24 @@ class TrainingSettings:
     label_smoothing: float = 0.0
     optim: str = "adamw_torch_fused"
     optim_args: str | None = None
+    adam_beta2: float = 0.999
     gradient_accumulation_steps: int = 1
     mixed_precision: str | None = None
+    average_checkpoints: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "eval_steps", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.average_checkpoints < 1:
+            raise ValueError(
+                f"average_checkpoints must be at least 1, got {self.average_checkpoints}"
+            )
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"gradient_accumulation_steps must divide batch_size, got "
+                f"{self.gradient_accumulation_steps} and {self.batch_size}"
+            )
 
     def stretched(self, factor: int) -> "TrainingSettings":
         """Return the same settings with `factor` times the steps and the schedule stretched."""
@@ -65,38 +86,81 @@ class Metric:
     greater_is_better: bool
     percent: bool = False
 
+    def format(self, value: float) -> str:
+        """Return a figure as tables show it."""
+        return f"{value * 100:.2f}" if self.percent else f"{value:.3f}"
+
+
+class LazySplits(Mapping[str, Dataset[Any]]):
+    """Splits by name, each made when it is first asked for.
+
+    Args:
+        makers: From the name of a split to the function that makes it.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], Dataset[Any]]]) -> None:
+        self._makers = dict(makers)
+        self._made: dict[str, Dataset[Any]] = {}
+
+    def __getitem__(self, name: str) -> Dataset[Any]:
+        if name not in self._made:
+            if name not in self._makers:
+                raise ValueError(f"split must be one of {sorted(self._makers)}, got {name!r}")
+            self._made[name] = self._makers[name]()
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
 
 @dataclass
 class PreparedTask:
     """Data, model and metrics of a task, ready for the trainer.
 
     Attributes:
-        train: Training split.
-        validation: Split on which checkpoints and settings are selected.
-        test: Split that is evaluated once, with the selected checkpoint.
+        splits: "train"; "validation", on which checkpoints and settings are selected; "test",
+            which is evaluated once, with the selected checkpoint; and further test splits.
         build_model: Returns a new model; draws its weights from torch's random state.
-        compute_metrics: From `transformers.EvalPrediction` to the task's figures.
+        load_model: Returns a model that was saved in a folder.
+        example_statistics: From `transformers.EvalPrediction` to an array (examples, statistics)
+            from which `Task.figures` computes the task's figures.
+        further_tests: Names of the splits that are tested beside "test".
         data_collator: Makes a batch of items; None for the Trainer's own.
-        arguments: Further `transformers.TrainingArguments`.
+        processing_class: Tokenizer or image processor, saved with the model.
+        trainer: Makes the trainer; None for `RDropTrainer`.
+        arguments: Makes its arguments; None for `transformers.TrainingArguments`.
+        options: Further arguments of the trainer's arguments.
+        signatures: What a metric's own library says of how it is computed, by metric.
     """
 
-    train: Dataset[Any]
-    validation: Dataset[Any]
-    test: Dataset[Any]
+    splits: Mapping[str, Dataset[Any]]
     build_model: Callable[[], nn.Module]
-    compute_metrics: Callable[[Any], dict[str, float]]
+    load_model: Callable[[Path], nn.Module]
+    example_statistics: Callable[[Any], np.ndarray]
+    further_tests: tuple[str, ...] = ()
     data_collator: Callable[[Any], Any] | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
+    processing_class: Any = None
+    trainer: Callable[..., Any] | None = None
+    arguments: Callable[..., Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    signatures: dict[str, str] = field(default_factory=dict)
 
 
 class Task(Protocol):
     """A task of the command line: a frozen dataclass whose fields are its resolved settings."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    family: ClassVar[str]
 
     @property
     def name(self) -> str:
-        """Name on the command line."""
+        """Name of the preset on the command line."""
 
     @property
     def description(self) -> str:
@@ -112,11 +176,19 @@ class Task(Protocol):
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """The figures, by the names that `compute_metrics` gives them."""
+        """The figures, by the names that `figures` gives them."""
 
     @property
     def selection_metric(self) -> str:
         """The figure on the validation split by which the checkpoint is selected."""
 
-    def prepare(self) -> PreparedTask:
-        """Load the data and return everything that a trainer needs."""
+    def figures(self, statistics: np.ndarray) -> dict[str, float]:
+        """Return the figures of some examples from their statistics (examples, statistics)."""
+
+    def prepare(self, folder: Path | None = None) -> PreparedTask:
+        """Load the data and return everything that a trainer needs.
+
+        Args:
+            folder: Holds what is learned from data before the model is (a vocabulary): read where
+                it is there, else written. None keeps nothing.
+        """

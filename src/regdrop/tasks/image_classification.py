@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import nn
 
 from regdrop.config import RDropConfig
-from regdrop.tasks.base import Metric, PreparedTask, TrainingSettings
+from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings
+from regdrop.tasks.classification import accuracy, classification_statistics, nll, set_dropout
 from regdrop.tasks.image_data import ImageSplits, load_digits_splits, load_image_splits
 
 Augmentation = Literal["none", "shift", "flip"]
@@ -35,6 +37,8 @@ class ImageClassification:
         selection_metric: Figure on the validation split that selects the checkpoint.
     """
 
+    family: ClassVar[str] = "images"
+
     name: str
     description: str
     dataset: str
@@ -56,8 +60,12 @@ class ImageClassification:
             "nll": Metric("NLL", greater_is_better=False),
         }
 
-    def prepare(self) -> PreparedTask:
-        """Load the data and return what the trainer needs.
+    def figures(self, statistics: np.ndarray) -> dict[str, float]:
+        """Return the figures from rows of label, prediction and likelihood."""
+        return {"accuracy": accuracy(statistics), "nll": nll(statistics)}
+
+    def prepare(self, folder: Path | None = None) -> PreparedTask:
+        """Load the data and return what the trainer needs; nothing is kept in the folder.
 
         Raises:
             ValueError: For a model that has no dropout to set, or a data set that does not fit.
@@ -65,12 +73,19 @@ class ImageClassification:
         if (self.model is None) == (not self.model_config):
             raise ValueError("exactly one of model and model_config must be given")
         splits = self._load()
+        from transformers import AutoModelForImageClassification
+
         return PreparedTask(
-            train=splits.train,
-            validation=splits.validation,
-            test=splits.test,
+            splits=LazySplits(
+                {
+                    "train": lambda: splits.train,
+                    "validation": lambda: splits.validation,
+                    "test": lambda: splits.test,
+                }
+            ),
             build_model=partial(self._build_model, splits.class_names),
-            compute_metrics=classification_metrics,
+            load_model=AutoModelForImageClassification.from_pretrained,
+            example_statistics=classification_statistics,
         )
 
     def _load(self) -> ImageSplits:
@@ -130,26 +145,6 @@ class ImageClassification:
         return new_model
 
 
-def set_dropout(config: Any, rate: float) -> None:
-    """Set every dropout rate of a Hugging Face configuration.
-
-    Raises:
-        ValueError: If it has none and `rate` is above 0.
-    """
-    names = [
-        name
-        for name, value in vars(config).items()
-        if "dropout" in name and isinstance(value, (int, float)) and not isinstance(value, bool)
-    ]
-    if not names and rate > 0:
-        raise ValueError(
-            f"{type(config).__name__} has no dropout rate to set to {rate}; "
-            "R-Drop needs a model with dropout"
-        )
-    for name in names:
-        setattr(config, name, rate)
-
-
 def build_augmentation(kind: Augmentation, image_size: int) -> nn.Module | None:
     """Return the augmentation of float images (n, C, H, W) between 0 and 1."""
     if kind == "none":
@@ -165,21 +160,6 @@ def build_augmentation(kind: Augmentation, image_size: int) -> nn.Module | None:
             K.RandomCrop(size, padding=padding, padding_mode="reflect"), K.RandomHorizontalFlip()
         )
     raise ValueError(f"augmentation must be 'none', 'shift' or 'flip', got {kind!r}")
-
-
-def classification_metrics(prediction: Any) -> dict[str, float]:
-    """Return accuracy and mean negative log-likelihood of an evaluation's logits."""
-    from scipy.special import log_softmax
-    from sklearn.metrics import accuracy_score
-
-    logits = prediction.predictions
-    logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits, dtype=np.float64)
-    labels = np.asarray(prediction.label_ids)
-    log_p = log_softmax(logits, axis=-1)
-    return {
-        "accuracy": float(accuracy_score(labels, logits.argmax(-1))),
-        "nll": float(-log_p[np.arange(len(labels)), labels].mean()),
-    }
 
 
 DIGITS = ImageClassification(

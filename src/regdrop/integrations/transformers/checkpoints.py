@@ -1,4 +1,4 @@
-"""Checkpoints whose parameters have other names than the model's.
+"""Checkpoints: those whose parameters have other names than the model's, and means of several.
 
 Since version 5, `save_pretrained` writes the names of the hub where a model class has renamed its
 parameters (ViT and mixtures of experts among them). `from_pretrained` translates them back; the
@@ -7,8 +7,10 @@ https://github.com/huggingface/transformers/issues/48805
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -32,6 +34,35 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | Path) -> bool:
     loaded = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
     model.load_state_dict(loaded.state_dict())
     return True
+
+
+def average_weights(model: PreTrainedModel, checkpoints: Sequence[str | Path]) -> None:
+    """Give a model the mean weights of several of its checkpoints.
+
+    Args:
+        model: Takes the weights over in place.
+        checkpoints: Folders that the Trainer wrote.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not checkpoints:
+        raise ValueError("checkpoints must hold at least one folder, got none")
+    mean: dict[str, torch.Tensor] = {}
+    for checkpoint in checkpoints:
+        loaded = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
+        for name, value in loaded.state_dict().items():
+            # Counters (whole numbers) are taken from the last checkpoint.
+            is_summed = value.is_floating_point() and name in mean
+            mean[name] = mean[name] + value.double() if is_summed else _wide(value)
+    count = len(checkpoints)
+    model.load_state_dict(
+        {name: v / count if v.is_floating_point() else v for name, v in mean.items()}
+    )
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    return value.double() if value.is_floating_point() else value
 
 
 def _saved_names(checkpoint: Path) -> set[str]:

@@ -1,0 +1,97 @@
+"""Data sets by folder or hub id, through `datasets.load_dataset`; errors name what is wrong."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# The part of a training split held out where a set has no split of its own to select on, and the
+# seed by which it is drawn: the same for every seed of a training.
+HELD_OUT = 0.1
+SPLIT_SEED = 0
+
+
+def load_raw_splits(
+    dataset: str, config_name: str | None = None, split_names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Load all splits of a local folder or a hub id.
+
+    Args:
+        dataset: Folder of data files, one or more a split, or hub id.
+        config_name: Configuration of the hub's set; a folder has none.
+        split_names: Splits that a folder holds as files of these names; `datasets` would join
+            "validation_matched" and "validation_mismatched".
+
+    Returns:
+        From the names of the splits to `datasets.Dataset`.
+
+    Raises:
+        ValueError: If it cannot be found or read, or a split is empty.
+    """
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    folder = Path(dataset)
+    if dataset.startswith((".", "/", "~")) and not folder.expanduser().exists():
+        raise ValueError(f"data must be a folder or a hub id; there is no folder {dataset!r}")
+    try:
+        if folder.expanduser().exists():
+            files = {
+                path.stem: path.name
+                for path in folder.expanduser().iterdir()
+                if path.is_file() and path.stem in split_names
+            }
+            loaded = datasets.load_dataset(str(folder.expanduser()), data_files=files or None)
+        else:
+            loaded = datasets.load_dataset(dataset, config_name)
+    except (DatasetNotFoundError, ConnectionError, OSError) as error:
+        raise ValueError(f"data {dataset!r} cannot be found: {error}") from error
+    except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"data {dataset!r} cannot be read: {reason}") from error
+    for name, split in loaded.items():
+        if len(split) == 0:
+            raise ValueError(f"split {name!r} of data {dataset!r} is empty")
+    return dict(loaded)
+
+
+def require_columns(dataset: str, splits: Mapping[str, Any], columns: Iterable[str]) -> None:
+    """Check that every split has some columns.
+
+    Raises:
+        ValueError: If one is missing, by its name.
+    """
+    for name, split in splits.items():
+        missing = sorted(set(columns) - set(split.column_names))
+        if missing:
+            raise ValueError(
+                f"split {name!r} of data {dataset!r} must have the columns "
+                f"{sorted(columns)}; it lacks {missing} and has {split.column_names}"
+            )
+
+
+def hold_out(train: Any) -> tuple[Any, Any]:
+    """Return nine tenths of a training split and the tenth on which to select.
+
+    Raises:
+        ValueError: If it is too small to be split.
+    """
+    if len(train) < 10:
+        raise ValueError(f"split 'train' must have at least 10 rows to hold out some, got {train}")
+    parts = train.train_test_split(test_size=HELD_OUT, seed=SPLIT_SEED)
+    return parts["train"], parts["test"]
+
+
+def take_part(train: Any, size: int | None) -> Any:
+    """Return so many rows of a training split, drawn by a fixed seed; all for None.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    if size is None:
+        return train
+    if not 1 <= size <= len(train):
+        raise ValueError(
+            f"train_examples must be between 1 and the {len(train)} of the training split, "
+            f"got {size}"
+        )
+    return train.shuffle(seed=SPLIT_SEED).select(range(size))

@@ -1,0 +1,86 @@
+"""The trainer of tasks that are scored by what the model generates."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from regdrop.integrations.transformers import RDropSeq2SeqTrainer
+from regdrop.tasks.token_batches import TokenBatchLoader, TokenBatchSampler
+
+# The column that tells which example an output is of; the model does not see it.
+EXAMPLE_ID = "example_id"
+
+
+class GenerationTrainer(RDropSeq2SeqTrainer):
+    """Trains on batches by tokens and predicts by generation, with the likelihood beside it.
+
+    Predictions are the generated tokens and, for each example, the summed negative log-likelihood
+    of its labels; label_ids are the labels and the examples' ids.
+
+    Args:
+        max_tokens: Most tokens a micro-batch and process, before it is stacked.
+        args: Everything else is `RDropSeq2SeqTrainer`'s; `generation_num_beams` is the number of
+            beams on the validation split, the model's own generation config that of predictions.
+    """
+
+    def __init__(self, *args: Any, max_tokens: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.max_tokens = max_tokens
+
+    def get_train_dataloader(self) -> TokenBatchLoader:
+        """Return the batches of this process."""
+        dataset: Any = self.train_dataset
+        lengths = [
+            max(len(source), len(target))
+            for source, target in zip(dataset["input_ids"], dataset["labels"], strict=True)
+        ]
+        sampler = TokenBatchSampler(
+            lengths,
+            self.max_tokens,
+            seed=self.args.seed,
+            rank=self.args.process_index,
+            num_ranks=self.args.world_size,
+        )
+        return TokenBatchLoader(
+            dataset.remove_columns(EXAMPLE_ID),
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predict with the beams of the model's generation config."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        kwargs.setdefault("num_beams", model.generation_config.num_beams)
+        return super().predict(test_dataset, *args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
+    ) -> Any:
+        """Return the mean loss a token, generated tokens and likelihoods, labels and ids."""
+        inputs = dict(self._prepare_inputs(inputs))
+        example_ids, labels = inputs.pop(EXAMPLE_ID), inputs.pop("labels")
+        bare: Any = self.accelerator.unwrap_model(self.model)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            shifted = bare.prepare_decoder_input_ids_from_labels(labels)
+            logits = model(**inputs, decoder_input_ids=shifted).logits.float()
+            token_nll = F.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+            )
+            nll = token_nll.view_as(labels).sum(1)
+            if prediction_loss_only:
+                tokens = None
+            else:
+                options = {**getattr(self, "_gen_kwargs", {}), **gen_kwargs}
+                options = {name: value for name, value in options.items() if value is not None}
+                tokens = bare.generate(**inputs, **options)
+        loss = nll.sum() / labels.ne(-100).sum().clamp(min=1)
+        return loss, None if tokens is None else (tokens, nll), (labels, example_ids)

@@ -1,0 +1,114 @@
+"""The eight tasks of GLUE that the paper reports: their columns, labels, sizes and metrics."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from regdrop.tasks.base import Metric
+from regdrop.tasks.classification import LABEL, NLL, PREDICTION, accuracy, nll
+
+Figure = Callable[[np.ndarray], float]
+
+
+def matthews_correlation(statistics: np.ndarray) -> float:
+    """Return Matthews' correlation of labels and predictions; 0 where either are all the same."""
+    from sklearn.metrics import matthews_corrcoef
+
+    label, prediction = statistics[:, LABEL], statistics[:, PREDICTION]
+    if np.ptp(label) == 0 or np.ptp(prediction) == 0:
+        return 0.0
+    return float(matthews_corrcoef(label, prediction))
+
+
+def f1(statistics: np.ndarray) -> float:
+    """Return the F1 of class 1."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(statistics[:, LABEL], statistics[:, PREDICTION], zero_division=0.0))
+
+
+def pearson(statistics: np.ndarray) -> float:
+    """Return Pearson's correlation; 0 where the predictions are all the same."""
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, statistics)
+
+
+def spearman(statistics: np.ndarray) -> float:
+    """Return Spearman's rank correlation; 0 where the predictions are all the same."""
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, statistics)
+
+
+def mean_squared_error(statistics: np.ndarray) -> float:
+    """Return the mean squared difference of scores and predictions."""
+    return float(statistics[:, NLL].mean())
+
+
+def _correlation(function: Callable[..., tuple[float, float]], statistics: np.ndarray) -> float:
+    label, prediction = statistics[:, LABEL], statistics[:, PREDICTION]
+    if np.ptp(label) == 0 or np.ptp(prediction) == 0:
+        return 0.0
+    return float(function(label, prediction)[0])
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """One task of GLUE.
+
+    Attributes:
+        title: Its name as papers write it.
+        sentences: Columns of its text: one sentence or a pair.
+        num_labels: Number of classes; 1 for a score.
+        figures: How its figures are computed from rows of label, prediction and loss; the first
+            selects checkpoints.
+        train_size: Examples of its training split.
+        batch_size: Batch of the paper.
+        tests: From the names of tested splits to those of the data set.
+    """
+
+    title: str
+    sentences: tuple[str, ...]
+    num_labels: int
+    figures: Mapping[str, Figure]
+    train_size: int
+    batch_size: int
+    tests: Mapping[str, str]
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether it predicts a score."""
+        return self.num_labels == 1
+
+
+TITLES = {
+    "matthews_correlation": Metric("Matthews", greater_is_better=True, percent=True),
+    "accuracy": Metric("accuracy (%)", greater_is_better=True, percent=True),
+    "f1": Metric("F1", greater_is_better=True, percent=True),
+    "pearson": Metric("Pearson", greater_is_better=True, percent=True),
+    "spearman": Metric("Spearman", greater_is_better=True, percent=True),
+    "nll": Metric("NLL", greater_is_better=False),
+    "mse": Metric("MSE", greater_is_better=False),
+}
+
+_MATTHEWS = {"matthews_correlation": matthews_correlation, "accuracy": accuracy, "nll": nll}
+_ACCURACY = {"accuracy": accuracy, "nll": nll}
+_F1 = {"accuracy": accuracy, "f1": f1, "nll": nll}
+_SCORE = {"pearson": pearson, "spearman": spearman, "mse": mean_squared_error}
+_PAIR = ("sentence1", "sentence2")
+# GLUE keeps the labels of its test splits: what is reported is the validation split.
+_TEST = {"test": "validation"}
+_MNLI_TESTS = {"test": "validation_matched", "mismatched": "validation_mismatched"}
+
+GLUE = {
+    "cola": GlueTask("CoLA", ("sentence",), 2, _MATTHEWS, 8_551, 16, _TEST),
+    "mnli": GlueTask("MNLI", ("premise", "hypothesis"), 3, _ACCURACY, 392_702, 32, _MNLI_TESTS),
+    "mrpc": GlueTask("MRPC", _PAIR, 2, _F1, 3_668, 16, _TEST),
+    "qnli": GlueTask("QNLI", ("question", "sentence"), 2, _ACCURACY, 104_743, 32, _TEST),
+    "qqp": GlueTask("QQP", ("question1", "question2"), 2, _F1, 363_846, 32, _TEST),
+    "rte": GlueTask("RTE", _PAIR, 2, _ACCURACY, 2_490, 8, _TEST),
+    "sst2": GlueTask("SST-2", ("sentence",), 2, _ACCURACY, 67_349, 32, _TEST),
+    "stsb": GlueTask("STS-B", _PAIR, 1, _SCORE, 5_749, 16, _TEST),
+}

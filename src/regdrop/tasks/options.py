@@ -1,0 +1,118 @@
+"""From what a user writes on the command line to a task: family, preset and changed settings."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from regdrop.config import RDropConfig
+from regdrop.tasks import DEFAULT_PRESETS, FAMILIES, PRESETS, Task
+
+
+def find_task(name: str, preset: str | None = None) -> Task:
+    """Return a preset by the name of its family and its own, or by its own alone.
+
+    Raises:
+        ValueError: If there is none, with the names that there are.
+    """
+    if name in FAMILIES:
+        own = [key for key, task in PRESETS.items() if task.family == name]
+        chosen = DEFAULT_PRESETS[name] if preset is None else preset
+        if chosen not in own:
+            raise ValueError(f"preset of {name!r} must be one of {', '.join(own)}; got {preset!r}")
+        return PRESETS[chosen]
+    if name not in PRESETS:
+        known = ", ".join([*FAMILIES, *(key for key in PRESETS if key not in FAMILIES)])
+        raise ValueError(f"TASK must be one of {known}; got {name!r}")
+    if preset not in (None, name):
+        raise ValueError(f"TASK {name!r} is a preset itself; it takes no preset {preset!r}")
+    return PRESETS[name]
+
+
+def change_task(
+    task: Task,
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    alpha: float | None = None,
+    steps: int | None = None,
+    settings: Sequence[str] = (),
+) -> Task:
+    """Return a task with changed settings.
+
+    Args:
+        task: The preset.
+        data: Folder or hub id of other data.
+        model: Checkpoint to fine-tune.
+        alpha: Weight of the KL.
+        steps: Optimiser steps.
+        settings: Further ones, each "name=value" with a JSON value; "training.NAME" and
+            "rdrop.NAME" for the fields of those.
+
+    Raises:
+        ValueError: For a setting that the task has not, or a value that it refuses.
+    """
+    changes: list[tuple[str, Any]] = [
+        ("dataset", data),
+        ("model", model),
+        ("rdrop.alpha", alpha),
+        ("training.max_steps", steps),
+    ]
+    changes = [(name, value) for name, value in changes if value is not None]
+    if model is not None and "model_config" in task.__dataclass_fields__:
+        changes.append(("model_config", {}))
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        if not separator:
+            raise ValueError(f"a setting must be name=value, got {setting!r}")
+        changes.append((name.strip(), parse_value(text)))
+    changed: Any = task
+    for name, value in changes:
+        changed = _change(changed, name.split("."), value)
+    result: Task = changed
+    return result
+
+
+def task_from_config(config: dict[str, Any]) -> Task:
+    """Return the task of a run from the resolved settings in its record.
+
+    Raises:
+        ValueError: If they are of no known task.
+    """
+    family = config.get("family")
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {sorted(FAMILIES)}, got {family!r}")
+    cls: Any = FAMILIES[family]
+    options = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+    training = PRESETS[DEFAULT_PRESETS[family]].training
+    options["training"] = replace(training, **config["training"])
+    options["rdrop"] = RDropConfig.from_dict(config["rdrop"])
+    task: Task = cls(**options)
+    return task
+
+
+def parse_value(text: str) -> Any:
+    """Return a JSON value, or the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _change(holder: Any, path: Sequence[str], value: Any) -> Any:
+    name = path[0]
+    known = [field.name for field in fields(holder)]
+    if name not in known:
+        raise ValueError(
+            f"{getattr(holder, 'name', type(holder).__name__)} has no setting {name!r}; "
+            f"it has {', '.join(known)}"
+        )
+    if len(path) > 1:
+        inner = getattr(holder, name)
+        if not is_dataclass(inner):
+            raise ValueError(f"setting {name!r} has no parts, got {'.'.join(path)!r}")
+        value = _change(inner, path[1:], value)
+    try:
+        return replace(holder, **{name: value})
+    except TypeError as error:
+        raise ValueError(f"setting {name!r} cannot be {value!r}: {error}") from error

@@ -1,0 +1,284 @@
+"""Translation with a Transformer trained from scratch (section 3.1 of arXiv 2106.14448)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import nn
+
+from regdrop.config import RDropConfig
+from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings
+from regdrop.tasks.bleu import (
+    BLEU_STATISTICS,
+    bleu,
+    bleu_signature,
+    default_tokenizer,
+    sentence_statistics,
+)
+from regdrop.tasks.data import hold_out, load_raw_splits, require_columns, take_part
+from regdrop.tasks.vocabulary import learn_vocabulary
+
+# The column that the hub's translation sets keep their languages in.
+_TRANSLATION = "translation"
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A Transformer (Marian's class: post-norm, sinusoidal positions, shared embeddings).
+
+    Attributes:
+        name: Name of the preset.
+        description: One line of what is trained on what.
+        dataset: Folder or hub id, with a column for each language or one named "translation".
+        source: Language that is translated.
+        target: Language into which it is translated.
+        model_config: Options of `transformers.MarianConfig`.
+        training: Optimisation without R-Drop; `batch_size` counts tokens of the longer side,
+            padding included, on one process.
+        rdrop: R-Drop's options.
+        dataset_config: Configuration of the hub's data set.
+        vocabulary_size: Tokens of the joint BPE vocabulary.
+        lowercase: Whether text is lower-cased before it is encoded.
+        max_length: Tokens of a sentence: longer training pairs are left out, others are cut.
+        num_beams: Beams of the test.
+        validation_num_beams: Beams of the evaluations during training.
+        length_penalty: Exponent of the length by which a beam's score is divided.
+        train_examples: Size of the part of the training split that is used; None for all of it.
+        selection_metric: Figure on the validation split that selects the checkpoint.
+    """
+
+    family: ClassVar[str] = "translation"
+
+    name: str
+    description: str
+    dataset: str
+    source: str
+    target: str
+    training: TrainingSettings
+    rdrop: RDropConfig
+    model_config: Mapping[str, Any] = field(default_factory=dict)
+    dataset_config: str | None = None
+    vocabulary_size: int = 10_000
+    lowercase: bool = True
+    max_length: int = 175
+    num_beams: int = 5
+    validation_num_beams: int = 5
+    length_penalty: float = 1.0
+    train_examples: int | None = None
+    selection_metric: str = "bleu_lowercase"
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Return BLEU, lower-cased BLEU and the likelihood of a token."""
+        return {
+            "bleu": Metric("BLEU", greater_is_better=True, percent=True),
+            "bleu_lowercase": Metric("BLEU, lower-cased", greater_is_better=True, percent=True),
+            "nll": Metric("NLL", greater_is_better=False),
+        }
+
+    def figures(self, statistics: np.ndarray) -> dict[str, float]:
+        """Return the figures from rows of BLEU's statistics, likelihood and tokens."""
+        cased, lower = np.split(statistics[:, : 2 * BLEU_STATISTICS], 2, axis=1)
+        nll, tokens = statistics[:, 2 * BLEU_STATISTICS :].sum(0)
+        return {"bleu": bleu(cased), "bleu_lowercase": bleu(lower), "nll": float(nll / tokens)}
+
+    def prepare(self, folder: Path | None = None) -> PreparedTask:
+        """Load the data; learn the vocabulary of its training split, or read it from the folder.
+
+        Raises:
+            ValueError: For data that cannot be found or does not fit, by name.
+        """
+        from transformers import (
+            AutoModelForSeq2SeqLM,
+            AutoTokenizer,
+            DataCollatorForSeq2Seq,
+            Seq2SeqTrainingArguments,
+        )
+
+        from regdrop.tasks.generation import GenerationTrainer
+
+        raw = self._load_raw()
+        if folder is not None and (folder / "tokenizer.json").exists():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        else:
+            if "train" not in raw:
+                raise ValueError(f"data {self.dataset!r} must have a split 'train'")
+            tokenizer = learn_vocabulary(
+                _texts(raw["train"]),
+                size=self.vocabulary_size,
+                lowercase=self.lowercase,
+                max_length=self.max_length,
+            )
+            if folder is not None:
+                tokenizer.save_pretrained(folder)
+        references: list[str] = []
+        makers = {
+            name: partial(self._encode, name, split, tokenizer, references)
+            for name, split in raw.items()
+        }
+        max_tokens = self.training.batch_size // self.training.gradient_accumulation_steps
+        tokenize = default_tokenizer(self.target)
+        return PreparedTask(
+            splits=LazySplits(makers),
+            build_model=partial(self._build_model, tokenizer),
+            load_model=AutoModelForSeq2SeqLM.from_pretrained,
+            example_statistics=partial(
+                generation_statistics, tokenizer, references, tokenize=tokenize
+            ),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            processing_class=tokenizer,
+            trainer=partial(GenerationTrainer, max_tokens=max_tokens),
+            arguments=Seq2SeqTrainingArguments,
+            options={
+                "predict_with_generate": True,
+                "generation_num_beams": self.validation_num_beams,
+                "per_device_train_batch_size": 1,  # batches are by tokens
+                "per_device_eval_batch_size": max(1, max_tokens // 32),
+                "remove_unused_columns": False,
+            },
+            signatures={
+                name: bleu_signature(tokenize=tokenize, lowercase=lowercase)
+                for name, lowercase in (("bleu", False), ("bleu_lowercase", True))
+            },
+        )
+
+    def _load_raw(self) -> dict[str, Any]:
+        raw = load_raw_splits(self.dataset, self.dataset_config)
+        splits = {}
+        for name, split in raw.items():
+            if _TRANSLATION in split.column_names:
+                split = split.flatten()
+                names = {f"{_TRANSLATION}.{x}": x for x in (self.source, self.target)}
+                present = {k: v for k, v in names.items() if k in split.column_names}
+                split = split.rename_columns(present)
+            splits[name] = split
+        require_columns(self.dataset, splits, (self.source, self.target))
+        splits = {
+            name: split.select_columns([self.source, self.target]).rename_columns(
+                {self.source: "source", self.target: "target"}
+            )
+            for name, split in splits.items()
+        }
+        if "train" not in splits:
+            return splits
+        if "validation" not in splits:
+            splits["train"], splits["validation"] = hold_out(splits["train"])
+        splits["train"] = take_part(splits["train"], self.train_examples)
+        return splits
+
+    def _encode(self, name: str, split: Any, tokenizer: Any, references: list[str]) -> Any:
+        """Return token ids; ids of examples are positions in the list of all references."""
+        first = len(references)
+        references.extend(split["target"][:])
+        is_train = name == "train"
+
+        def encode(rows: Mapping[str, list[Any]], positions: list[int]) -> dict[str, Any]:
+            # Training pairs are cut nowhere, so that too long ones can be left out.
+            cut: dict[str, Any] = (
+                {} if is_train else {"truncation": True, "max_length": self.max_length}
+            )
+            source = tokenizer(_strings(rows["source"]), **cut)
+            target = tokenizer(_strings(rows["target"]), **cut)
+            return {
+                **source,
+                "labels": target["input_ids"],
+                "example_id": [first + i for i in positions],
+            }
+
+        encoded = split.map(
+            encode,
+            batched=True,
+            with_indices=True,
+            remove_columns=split.column_names,
+            keep_in_memory=True,
+        )
+        if not is_train:
+            return encoded
+        # One token is the end of an empty sentence.
+        kept = encoded.filter(
+            lambda row: all(
+                1 < len(row[side]) <= self.max_length for side in ("input_ids", "labels")
+            ),
+            keep_in_memory=True,
+        )
+        if len(kept) == 0:
+            raise ValueError(
+                f"split 'train' of data {self.dataset!r} has no pair of 1 to {self.max_length - 1} "
+                "tokens"
+            )
+        return kept
+
+    def _build_model(self, tokenizer: Any) -> nn.Module:
+        from transformers import GenerationConfig, MarianMTModel
+
+        model = MarianMTModel(self.build_config(tokenizer))
+        model.generation_config = GenerationConfig(
+            num_beams=self.num_beams,
+            length_penalty=self.length_penalty,
+            early_stopping=True,
+            max_length=self.max_length,
+            decoder_start_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=[tokenizer.pad_token_id],
+        )
+        return model
+
+    def build_config(self, tokenizer: Any) -> Any:
+        """Return the model's whole configuration for a vocabulary."""
+        from transformers import MarianConfig
+
+        width = self.model_config.get("d_model", MarianConfig().d_model)
+        common = {
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": max(256, self.max_length + 1),
+            "activation_function": "relu",
+            "attention_dropout": 0.0,
+            "activation_dropout": 0.0,
+            "scale_embedding": True,
+            # Embeddings of unit variance once they are scaled, and Xavier's for square matrices.
+            "init_std": width**-0.5,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+            "forced_eos_token_id": None,
+            # As in fairseq, the decoder begins with the end of the sentence before.
+            "decoder_start_token_id": tokenizer.eos_token_id,
+            "decoder_vocab_size": len(tokenizer),
+        }
+        return MarianConfig(**{**common, **self.model_config})
+
+
+def generation_statistics(
+    tokenizer: Any, references: Sequence[str], prediction: Any, *, tokenize: str
+) -> np.ndarray:
+    """Return BLEU's statistics (cased, lower-cased), likelihood and tokens, (sentences, 22)."""
+    tokens, nll = prediction.predictions
+    labels, example_ids = prediction.label_ids
+    tokens = np.where(tokens < 0, tokenizer.pad_token_id, tokens)
+    outputs = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    chosen = [references[int(i)] for i in example_ids]
+    return np.concatenate(
+        [
+            sentence_statistics(outputs, chosen, tokenize=tokenize, lowercase=False),
+            sentence_statistics(outputs, chosen, tokenize=tokenize, lowercase=True),
+            np.asarray(nll, dtype=np.float64).reshape(-1, 1),
+            np.asarray(labels != -100).sum(1, keepdims=True),
+        ],
+        axis=1,
+    )
+
+
+def _texts(split: Any) -> Iterator[str]:
+    for column in ("source", "target"):
+        yield from _strings(split[column][:])
+
+
+def _strings(texts: Sequence[Any]) -> list[str]:
+    wrong = next((text for text in texts if not isinstance(text, str)), None)
+    if wrong is not None or None in texts:
+        raise ValueError(f"columns of languages must hold text, got {wrong!r}")
+    return list(texts)

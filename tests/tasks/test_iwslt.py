@@ -1,0 +1,74 @@
+import io
+import json
+import tarfile
+
+import pytest
+
+from regdrop.tasks.data import load_raw_splits
+from regdrop.tasks.iwslt import prepare_iwslt
+
+SENTENCES = 60
+
+
+def archive(path, **changes):
+    """Write a small archive of the official layout."""
+    files = {}
+    for language, word in (("de", "Satz"), ("en", "Sentence")):
+        lines = ["<url>http://x</url>", "<keywords>a, b</keywords>", "<talkid>1</talkid>"]
+        lines += [f"<title>{word} title</title>", f"<description>{word} one</description>"]
+        lines += [f"{word} number {i} is Here ." for i in range(SENTENCES)]
+        lines.append("too " * (200 if language == "de" else 190))
+        lines.append("one two three four" if language == "de" else "one")
+        lines.append("")
+        files[f"train.tags.de-en.{language}"] = "\n".join(lines) + "\n"
+        for test in ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012"):
+            segments = "".join(
+                f'<seg id="{i}"> {word}\u2019s &amp; {test} </seg>\n' for i in (1, 2)
+            )
+            files[f"IWSLT14.{test}.de-en.{language}.xml"] = f"<doc>\n{segments}</doc>\n"
+        files[f"IWSLT14.TED.tst2013.de-en.{language}.xml"] = '<seg id="1"> no </seg>'
+    files.update(changes)
+    with tarfile.open(path, "w:gz") as file:
+        for name, text in files.items():
+            if text is not None:
+                data = text.encode()
+                info = tarfile.TarInfo(f"de-en/{name}")
+                info.size = len(data)
+                file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_splits_and_cleaning(tmp_path):
+    sizes = prepare_iwslt(archive(tmp_path / "de-en.tgz"), tmp_path / "out")
+    # Title, description and sentences are kept; a too long, a lopsided and an empty pair are not.
+    kept = SENTENCES + 2
+    assert sizes == {"train": kept - kept // 23, "validation": kept // 23, "test": 10}
+    validation = [
+        json.loads(x) for x in (tmp_path / "out/validation.jsonl").read_text().split("\n")[:-1]
+    ]
+    assert validation[0] == {"de": "satz number 20 is here .", "en": "sentence number 20 is here ."}
+    raw = load_raw_splits(str(tmp_path / "out"))
+    assert {name: len(split) for name, split in raw.items()} == sizes
+    assert raw["train"][0] == {"de": "satz title", "en": "sentence title"}
+    assert raw["test"][0]["en"] == "sentence's & ted.dev2010"
+    assert not any(row["en"] == "no" for row in raw["test"])
+
+
+def test_bad_archives_are_named(tmp_path):
+    names = {f"train.tags.de-en.{x}": None for x in ("de", "en")}
+    with pytest.raises(ValueError, match=r"must hold train\.tags\.SOURCE-TARGET\.SOURCE"):
+        prepare_iwslt(archive(tmp_path / "a.tgz", **names), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"must hold train\.tags\.de-en\.en"):
+        prepare_iwslt(
+            archive(tmp_path / "b.tgz", **{"train.tags.de-en.en": None}), tmp_path / "out"
+        )
+    with pytest.raises(ValueError, match="as many de as en training lines, got 64 and 1"):
+        prepare_iwslt(archive(tmp_path / "c.tgz", **{"train.tags.de-en.en": "x"}), tmp_path / "out")
+    (tmp_path / "d.tgz").write_text("no archive")
+    with pytest.raises(ValueError, match=r"d\.tgz cannot be read"):
+        prepare_iwslt(tmp_path / "d.tgz", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    with pytest.raises(ValueError, match="OUTPUT must be a new or empty folder"):
+        prepare_iwslt(archive(tmp_path / "e.tgz"), tmp_path / "full")

@@ -1,0 +1,206 @@
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from regdrop import find_dropout
+from regdrop.experiments import build_arms, run_arm
+from regdrop.experiments.evaluate import evaluate
+from regdrop.experiments.run import RunPaths, train_run
+from regdrop.tasks import PRESETS
+from regdrop.tasks.glue import GLUE
+from regdrop.tasks.understanding import MINILM, regression_statistics
+from text_data import write_encoder, write_glue, write_rows
+
+
+def small(folder, task="cola", kind="bert", **changes):
+    preset = PRESETS[f"bert-base-{task}"]
+    training = replace(
+        preset.training,
+        max_steps=100,
+        batch_size=16,
+        learning_rate=1e-2,
+        eval_steps=50,
+        logging_steps=5,
+    )
+    options = {
+        "dataset": str(write_glue(folder / "data", task)),
+        "model": str(write_encoder(folder / "model", kind, initializer_range=0.2)),
+        "training": training,
+        "max_length": 32,
+    }
+    return replace(preset, **{**options, **changes})
+
+
+@pytest.mark.parametrize("task", sorted(GLUE))
+def test_each_task_learns_and_reports_its_own_figures(tmp_path, task):
+    chosen = small(tmp_path, task)
+    record = run_arm(chosen, build_arms(chosen)["rdrop"], 0, tmp_path / "out")
+    losses = [entry["nll"] for entry in record.history if "nll" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    names = list(GLUE[task].figures)
+    further = [f"mismatched_{name}" for name in names] if task == "mnli" else []
+    assert list(record.test) == [*names, *further]
+    assert list(record.validation) == names
+    assert record.test[names[0]] > 0.5
+    assert {name: len(rows) for name, rows in record.examples.items()} == dict.fromkeys(
+        GLUE[task].tests, 20
+    )
+    again = chosen.figures(np.array(record.examples["test"]))
+    assert again == pytest.approx({name: record.test[name] for name in names}, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlnet", "electra"])
+def test_any_encoder_is_fine_tuned(tmp_path, kind):
+    chosen = small(tmp_path, "rte", kind)
+    record = run_arm(chosen, build_arms(chosen)["rdrop"], 0, tmp_path / "out")
+    losses = [entry["nll"] for entry in record.history if "nll" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    assert max(entry["kl"] for entry in record.history if "kl" in entry) > 0
+
+
+def test_a_run_keeps_a_model_that_evaluates_to_the_same_figures(tmp_path):
+    chosen = small(tmp_path)
+    record = train_run(chosen, build_arms(chosen)["rdrop"], 1, RunPaths.alone(tmp_path / "run"))
+    assert evaluate(tmp_path / "run", "test").figures == pytest.approx(record.test)
+    validation = evaluate(tmp_path / "run", "validation")
+    assert validation.figures == pytest.approx(record.validation)
+    kept = json.loads(validation.path.read_text())
+    assert kept["examples"] == 6
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert model(**tokenizer(["the film was good"], return_tensors="pt")).logits.shape == (1, 2)
+    other = write_glue(tmp_path / "other", "cola", test=9)
+    assert evaluate(tmp_path / "run", "test", data=str(other)).examples == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "expected"),
+    [
+        # Embeddings, layers and pooler of BERT-base and RoBERTa-large, and the heads.
+        ("bert-base", "bert", 109_482_240 + 2 * 769),
+        ("roberta-large", "roberta", 354_310_144 + 1024 * 1024 + 1024 + 2 * 1025),
+    ],
+)
+def test_paper_presets_have_the_papers_settings_and_sizes(name, encoder, expected):
+    for task, glue in GLUE.items():
+        preset = PRESETS[f"{name}-{task}"]
+        settings = preset.training
+        assert settings.batch_size == glue.batch_size
+        epochs = settings.max_steps * settings.batch_size / glue.train_size
+        assert epochs == pytest.approx(10, rel=0.01)
+        assert (settings.learning_rate, settings.adam_beta2) == (1e-5, 0.98)
+        assert (settings.warmup_ratio, settings.weight_decay) == (0.06, 0.01)
+        assert len(build_arms(preset)) == 5
+    sizes = {
+        "bert": {"vocab_size": 30522},
+        "roberta": {
+            "vocab_size": 50265,
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "max_position_embeddings": 514,
+            "type_vocab_size": 1,
+        },
+    }[encoder]
+    config = AutoConfig.for_model(encoder, num_labels=2, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == expected
+
+
+def test_figures_by_hand():
+    statistics = np.array([[1, 1, 0.1], [1, 0, 0.9], [0, 0, 0.2], [0, 0, 0.4], [1, 1, 0.4]])
+    found = PRESETS["bert-base-mrpc"].figures(statistics)
+    assert found == pytest.approx({"accuracy": 4 / 5, "f1": 2 * 2 / (2 * 2 + 1), "nll": 0.4})
+    # (TP TN - FP FN) / sqrt((TP+FP)(TP+FN)(TN+FP)(TN+FN))
+    found = PRESETS["bert-base-cola"].figures(statistics)
+    assert found["matthews_correlation"] == pytest.approx((2 * 2 - 0) / (2 * 3 * 2 * 3) ** 0.5)
+    scores = regression_statistics(
+        SimpleNamespace(predictions=np.array([[1.0], [2.0], [6.0]]), label_ids=[1.0, 3.0, 5.0])
+    )
+    found = PRESETS["bert-base-stsb"].figures(scores)
+    assert found["pearson"] == pytest.approx(10 / (14 * 8) ** 0.5)
+    assert found["spearman"] == pytest.approx(1.0)
+    assert found["mse"] == pytest.approx(2 / 3)
+    same = np.array([[1.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+    assert PRESETS["bert-base-stsb"].figures(same)["pearson"] == 0.0
+
+
+def test_bad_data_is_named_before_work_is_lost(tmp_path):
+    good = small(tmp_path)
+    rows = [{"sentence": "good", "label": 0}] * 20
+
+    def prepare(name, train, **changes):
+        folder = tmp_path / name
+        write_rows(folder / "train.jsonl", train)
+        first = [{**train[0], "label": 0}] if train else rows
+        write_rows(folder / "validation.jsonl", first)
+        chosen = replace(good, dataset=str(folder), **changes)
+        run_arm(chosen, build_arms(chosen)["rdrop"], 0, tmp_path / "out")
+
+    with pytest.raises(ValueError, match=r"lacks \['sentence'\] and has \['text', 'label'\]"):
+        prepare("columns", [{"text": "good", "label": 0}] * 20)
+    with pytest.raises(ValueError, match="must hold classes from 0 to 1, got 7"):
+        prepare("labels", [{"sentence": "good", "label": 7}] * 20)
+    with pytest.raises(ValueError, match=r"(?:cannot be read|must hold numbers): .*'yes'"):
+        prepare("words", [{"sentence": "good", "label": "yes"}] * 20)
+    with pytest.raises(ValueError, match="train_examples must be between 1 and the 18"):
+        prepare("few", rows, train_examples=19)
+    with pytest.raises(ValueError, match="at least 10 rows"):
+        prepare("tiny", rows[:3])
+    with pytest.raises(ValueError, match="empty"):
+        prepare("empty", [])
+    with pytest.raises(ValueError, match="there is no folder"):
+        replace(good, dataset="./nowhere").prepare()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.jsonl").write_text("{no json")
+    with pytest.raises(ValueError, match="cannot be read"):
+        replace(good, dataset=str(tmp_path / "broken")).prepare()
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_checkpoints_are_named(tmp_path):
+    from models import tiny_vit
+
+    good = small(tmp_path)
+    tiny_vit().save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match=r"must be an encoder with .*, got .* 'vit'"):
+        replace(good, model=str(tmp_path / "vit")).prepare()
+    with pytest.raises(ValueError, match="there is no folder"):
+        replace(good, model="./nowhere").prepare()
+    with pytest.raises(ValueError, match="needs the package nowhere_at_all"):
+        replace(good, model="package:nowhere_at_all/model").prepare()
+    with pytest.raises(ValueError, match="glue_task must be one of"):
+        replace(good, glue_task="wnli")
+    still = replace(good, dropout=0.0)
+    with pytest.raises(ValueError, match="has no dropout above 0"):
+        run_arm(still, build_arms(still)["rdrop"], 0, tmp_path / "out")
+
+
+def test_the_packaged_minilm_is_loaded_with_its_weights_and_dropout(tmp_path):
+    chosen = small(tmp_path, model=MINILM)
+    model = chosen.prepare().build_model().train()
+    assert sum(p.numel() for p in model.base_model.parameters()) == 22_713_216
+    assert {source.rate for source in find_dropout(model)} == {0.1}
+
+
+@pytest.mark.slow
+def test_minilm_learns_real_linguistic_acceptability(tmp_path):
+    folder = Path(os.environ.get("REGDROP_TEST_DATA", "nowhere")) / "glue_cola"
+    if not folder.is_dir():
+        pytest.skip("REGDROP_TEST_DATA names no folder that holds glue_cola")
+    preset = PRESETS["minilm-cola"]
+    training = replace(preset.training, max_steps=60, eval_steps=30, logging_steps=10)
+    chosen = replace(preset, dataset=str(folder), training=training, train_examples=600)
+    record = run_arm(chosen, build_arms(chosen)["rdrop"], 0, tmp_path)
+    losses = [entry["nll"] for entry in record.history if "nll" in entry]
+    assert losses[-1] < losses[0]
+    assert len(record.examples["test"]) == 1043
