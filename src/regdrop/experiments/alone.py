@@ -15,8 +15,6 @@ def run_alone(
 ) -> RunRecord:
     """Train once, or return the record if that was done before; keep the model in `model/`.
 
-    Under a distributed launcher every process calls it.
-
     Args:
         task: The task.
         arm: The way of training.

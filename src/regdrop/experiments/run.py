@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,12 +117,7 @@ def train_run(
     trainer.add_callback(history)
     trainer.train(resume_from_checkpoint=checkpoint)
     best_step, figures = _select(task, arm, trainer, history, paths.work)
-    test, examples = {}, {}
-    for name, split in tests.items():
-        statistics = prepared.example_statistics(trainer.predict(split))
-        prefix = "" if name == "test" else f"{name}_"
-        test.update({prefix + key: value for key, value in task.figures(statistics).items()})
-        examples[name] = [[float(f"{x:.{_DIGITS}g}") for x in row] for row in statistics]
+    test, examples = _test(task, trainer, prepared, tests)
     record = RunRecord(
         task=task.name,
         arm=arm.name,
@@ -146,6 +142,19 @@ def train_run(
         record.save(paths.record)
         _remove_work(paths)
     return record
+
+
+def _test(
+    task: Task, trainer: RDropTrainer, prepared: PreparedTask, splits: Mapping[str, Any]
+) -> tuple[dict[str, float], dict[str, list[list[float]]]]:
+    """Return the figures of all test splits, and the statistics of their examples by split."""
+    figures, examples = {}, {}
+    for name, split in splits.items():
+        statistics = prepared.example_statistics(trainer.predict(split))
+        prefix = "" if name == "test" else f"{name}_"
+        figures.update({prefix + key: value for key, value in task.figures(statistics).items()})
+        examples[name] = [[float(f"{x:.{_DIGITS}g}") for x in row] for row in statistics]
+    return figures, examples
 
 
 def _remove_work(paths: RunPaths) -> None:
