@@ -107,12 +107,12 @@ def train(
             raise ValueError(f"arm must be one of {', '.join(known)}; got {arm!r}")
         folder = output or Path("runs") / f"{chosen.name}-{arm}-seed{seed}"
         paths = RunPaths.alone(folder)
-        if paths.work.exists() and not resume:
+        is_finished = paths.record.exists()
+        if paths.work.exists() and not is_finished and not resume:
             raise ValueError(
                 f"{folder} holds an interrupted run: go on with --resume, or choose "
                 "another --output"
             )
-        is_finished = paths.record.exists()
         console.print(f"[bold]{chosen.name}[/bold]: {chosen.description}; {known[arm].description}")
         record = _train_shown(chosen, known[arm], seed, folder)
     print_figures(record, console)

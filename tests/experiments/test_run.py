@@ -142,3 +142,20 @@ def test_random_state_of_the_machine_does_not_matter(tmp_path, short):
     a = run_arm(short, arm, 0, tmp_path / "a")
     torch.manual_seed(456)
     assert run_arm(short, arm, 0, tmp_path / "b").test == a.test
+
+
+def test_what_stands_in_the_folders_around_a_refused_run_is_left_there(tmp_path, short):
+    task = replace(short, dropout=0.0)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="has no dropout above 0"):
+        run_arm(task, build_arms(task)["rdrop"], 0, tmp_path / "mine" / "new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_a_run_stopped_after_its_record_leaves_nothing_behind(tmp_path, short):
+    arm = build_arms(short)["baseline"]
+    record = run_arm(short, arm, 0, tmp_path)
+    (tmp_path / "unfinished" / "baseline-seed0").mkdir(parents=True)
+    assert run_arm(short, arm, 0, tmp_path) == record
+    assert not (tmp_path / "unfinished").exists()

@@ -10,6 +10,15 @@ from regdrop.tasks.iwslt import prepare_iwslt
 SENTENCES = 60
 
 
+def test_chinese_is_not_measured_by_words(tmp_path):
+    changes = {f"train.tags.de-en.{x}": None for x in ("de", "en")}
+    for language, line in (("zh", "\u6211\u5f88\u9ad8\u5174"), ("en", "I am very glad to be here")):
+        changes[f"train.tags.zh-en.{language}"] = f"{line}\n" * 30
+        changes[f"IWSLT17.TED.dev2010.zh-en.{language}.xml"] = f'<seg id="1">{line}</seg>'
+    sizes = prepare_iwslt(archive(tmp_path / "zh-en.tgz", **changes), tmp_path / "out")
+    assert sizes == {"train": 29, "validation": 1, "test": 1}
+
+
 def archive(path, **changes):
     """Write a small archive of the official layout."""
     files = {}

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +93,11 @@ def train_run(
     if paths.record.exists():
         record = RunRecord.load(paths.record)
         _check_same_config(paths.record, record.config, config)
+        if paths.work.exists():  # stopped after the record was written
+            _remove_work(paths)
         return record
 
+    created = [folder for folder in paths.work.parents if not folder.exists()]
     paths.work.mkdir(parents=True, exist_ok=True)
     checkpoint = _find_checkpoint(paths.work, config)
     set_seed(seed)
@@ -108,7 +111,8 @@ def train_run(
         _check_dropout(model, arm)
     except ValueError:
         if checkpoint is None:
-            _remove_work(paths)
+            shutil.rmtree(paths.work)
+            _remove_empty(created)
         raise
     history = HistoryCallback(paths.work / "history.jsonl", progress)
     trainer = build_trainer(
@@ -158,10 +162,16 @@ def _test(
 
 
 def _remove_work(paths: RunPaths) -> None:
-    """Remove a run's checkpoints, and the folders above that hold nothing else."""
+    """Remove a run's checkpoints, and in a comparison their folder with the last of them."""
     shutil.rmtree(paths.work)
-    with suppress(OSError):  # other runs may be unfinished
-        for folder in list(paths.work.parents)[:3]:
+    if paths.model is None:
+        _remove_empty([paths.work.parent])
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, the innermost first, as far as they hold nothing."""
+    with suppress(OSError):
+        for folder in folders:
             folder.rmdir()
 
 

@@ -113,7 +113,7 @@ class Translation:
                 max_length=self.max_length,
             )
             if folder is not None:
-                tokenizer.save_pretrained(folder)
+                _save_whole(tokenizer, folder)
         references: list[str] = []
         makers = {
             name: partial(self._encode, name, split, tokenizer, references)
@@ -270,6 +270,13 @@ def generation_statistics(
         ],
         axis=1,
     )
+
+
+def _save_whole(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer in a new folder, which appears whole or not at all."""
+    partial_folder = folder.with_name(f"{folder.name}.partial")
+    tokenizer.save_pretrained(partial_folder)
+    partial_folder.replace(folder)
 
 
 def _texts(split: Any) -> Iterator[str]:
