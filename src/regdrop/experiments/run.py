@@ -101,7 +101,7 @@ def train_run(
     paths.work.mkdir(parents=True, exist_ok=True)
     checkpoint = _find_checkpoint(paths.work, config)
     set_seed(seed)
-    reset_peak_memory()
+    measures_memory = reset_peak_memory()
     try:
         prepared = task.prepare(paths.work / "learned")
         train, validation = prepared.splits["train"], prepared.splits["validation"]
@@ -129,7 +129,7 @@ def train_run(
         config=config,
         steps=trainer.state.global_step,
         seconds=history.seconds,
-        peak_memory_mib=peak_memory_mib(),
+        peak_memory_mib=peak_memory_mib() if measures_memory else None,
         best_step=best_step,
         validation={name: figures[f"eval_{name}"] for name in task.metrics},
         test=test,
@@ -253,7 +253,7 @@ def training_arguments(
         optim=settings.optim,
         optim_args=settings.optim_args,
         adam_beta2=settings.adam_beta2,
-        bf16=on_gpu and settings.mixed_precision == "bf16",
+        bf16=settings.mixed_precision == "bf16",
         fp16=on_gpu and settings.mixed_precision == "fp16",
         use_cpu=not on_gpu,
         logging_steps=settings.logging_steps,

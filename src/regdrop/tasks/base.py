@@ -31,7 +31,8 @@ class TrainingSettings:
         optim_args: Its options, "name=value,...".
         adam_beta2: Decay of Adam's second moment.
         gradient_accumulation_steps: Micro-batches a step.
-        mixed_precision: "bf16" or "fp16" where a GPU is used, else float32.
+        mixed_precision: None, "bf16" or, where a GPU is used, "fp16": autocast's type. Without a
+            GPU "fp16" is float32.
         average_checkpoints: Checkpoints whose mean weights are the result: the last so many. With 1
             it is the checkpoint that is best on the validation split.
     """

@@ -38,6 +38,7 @@ class LanguageUnderstanding:
         dropout: Dropout rate, set wherever the model's configuration has one.
         max_length: Tokens to which an example is cut.
         train_examples: Size of the part of the training split that is used; None for all of it.
+        group_by_length: Whether a batch's examples are of about one length, which saves padding.
         training: Optimisation without R-Drop.
         rdrop: R-Drop's options.
     """
@@ -54,6 +55,7 @@ class LanguageUnderstanding:
     dropout: float = 0.1
     max_length: int = 128
     train_examples: int | None = None
+    group_by_length: bool = False
 
     def __post_init__(self) -> None:
         if self.glue_task not in GLUE:
@@ -101,6 +103,7 @@ class LanguageUnderstanding:
             further_tests=tuple(name for name in self.glue.tests if name != "test"),
             data_collator=DataCollatorWithPadding(tokenizer),
             processing_class=tokenizer,
+            options={"train_sampling_strategy": "group_by_length"} if self.group_by_length else {},
         )
 
     def _load_raw(self) -> dict[str, Any]:
@@ -230,6 +233,7 @@ def _small_preset(
         description=f"MiniLM (6 layers, 22.7 M parameters) fine-tuned on {glue.title}",
         glue_task=glue_task,
         model=MINILM,
+        group_by_length=True,
         training=TrainingSettings(
             max_steps=steps,
             batch_size=batch_size,
@@ -238,6 +242,7 @@ def _small_preset(
             logging_steps=max(1, steps // 20),
             lr_scheduler_type="linear",
             warmup_ratio=0.06,
+            mixed_precision="bf16",
         ),
         rdrop=RDropConfig(alpha=1.0),
     )
@@ -252,7 +257,7 @@ PAPER_PRESETS = tuple(
     for glue_task in GLUE
 )
 SMALL_PRESETS = (
-    _small_preset("cola", epochs=4),
+    _small_preset("cola", epochs=4, learning_rate=5e-5),
     _small_preset("mrpc", epochs=5),
     _small_preset("rte", epochs=5),
     _small_preset("stsb", epochs=5),
