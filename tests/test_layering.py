@@ -20,6 +20,7 @@ FLOORS = [
     {"experiments"},
     {"commands"},
     {"cli", "__init__"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 # The public names are gathered from the lower floors alone.

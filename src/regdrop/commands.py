@@ -22,6 +22,7 @@ from regdrop.experiments.arms import Arm
 from regdrop.experiments.display import LiveDisplay, print_figures, print_table
 from regdrop.experiments.evaluate import evaluate as run_evaluation
 from regdrop.experiments.evaluate import load_run
+from regdrop.experiments.processes import is_main_process, require_one_process
 from regdrop.experiments.progress import quiet_libraries
 from regdrop.experiments.record import RunRecord, load_records
 from regdrop.experiments.run import MODEL_FOLDER, RunPaths
@@ -39,7 +40,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+# Of several processes of one run the main one alone speaks.
+console = Console(quiet=not is_main_process())
 
 TaskName = Annotated[
     str, typer.Argument(help="A task or one of its presets: see `regdrop tasks`.", metavar="TASK")
@@ -92,7 +94,10 @@ def train(
         bool, typer.Option("--resume", help="Go on with the interrupted run in the folder.")
     ] = False,
 ) -> None:
-    """Train once; keep the model with its tokenizer, and the record of the run."""
+    """Train once; keep the model with its tokenizer, and the record of the run.
+
+    torchrun can start it in several processes, which share each batch.
+    """
     with _usage_errors():
         chosen = change_task(
             find_task(task, preset),
@@ -108,7 +113,8 @@ def train(
         folder = output or Path("runs") / f"{chosen.name}-{arm}-seed{seed}"
         paths = RunPaths.alone(folder)
         is_finished = paths.record.exists()
-        if paths.work.exists() and not is_finished and not resume:
+        # The other processes may come here after the main one has begun.
+        if paths.work.exists() and not is_finished and not resume and is_main_process():
             raise ValueError(
                 f"{folder} holds an interrupted run: go on with --resume, or choose "
                 "another --output"
@@ -130,6 +136,7 @@ def evaluate(
 ) -> None:
     """Evaluate the model of a run on a split, with 95 % intervals over its examples."""
     with _usage_errors():
+        require_one_process("evaluate")
         result = run_evaluation(run, split, data=data, settings=settings or ())
     print_figures(result, console)
     console.print(f"Kept in {result.path}")
@@ -153,6 +160,7 @@ def generate(
 ) -> None:
     """Generate a line of text for each line with the model of a run, such as its translation."""
     with _usage_errors(OSError), ExitStack() as files:
+        require_one_process("generate")
         load_run(run)
         if output is not None and output.exists():
             raise ValueError(f"--output {output} exists; choose another file, or remove it")
@@ -179,6 +187,7 @@ def prepare(
 ) -> None:
     """Turn a downloaded archive into a folder of data, with the paper's cleaning and splits."""
     with _usage_errors():
+        require_one_process("prepare")
         if name != "iwslt14":
             raise ValueError(f"SET must be iwslt14, got {name!r}")
         sizes = prepare_iwslt(archive, output)
@@ -213,6 +222,7 @@ def compare(
     Finished runs are kept: repeating the command trains only what is missing.
     """
     with _usage_errors():
+        require_one_process("compare")
         chosen = change_task(
             find_task(task, preset),
             data=data,
@@ -334,6 +344,8 @@ def _usage_errors(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
+        if not is_main_process():  # the main process says it
+            raise typer.Exit(2) from error
         raise typer.BadParameter(str(error)) from error
 
 

@@ -1,12 +1,21 @@
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from regdrop.experiments import write_report
+from regdrop.experiments import build_arms, write_report
+from regdrop.experiments.examples import example_intervals
 from regdrop.experiments.plots import draw_plots
-from regdrop.experiments.record import record_path
-from regdrop.experiments.report import build_rows, find_metrics, format_cell, table_cells
+from regdrop.experiments.record import record_path, resolved_config
+from regdrop.experiments.report import (
+    build_rows,
+    example_cells,
+    find_metrics,
+    format_cell,
+    table_cells,
+)
 from regdrop.tasks import Metric
 
 
@@ -90,6 +99,47 @@ def test_report_is_made_from_records_alone(tmp_path, records):
     for axis in ("step", "minute"):
         assert f"(curves_by_{axis}.png)" in text
         assert (tmp_path / f"curves_by_{axis}.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def with_examples(record, short):
+    """Return records of two arms over two seeds, R-Drop's right on one more of four examples."""
+
+    def make(arm, seed, right):
+        rows = [[1, float(i < right), 0.5] for i in range(4)] * 100
+        config = resolved_config(short, build_arms(short)[arm])
+        return record(arm, seed, right / 4, nll=0.5, config=config, examples={"test": rows})
+
+    return [make(arm, seed, r) for arm, r in (("baseline", 2), ("rdrop", 3)) for seed in (0, 1)]
+
+
+def test_intervals_over_examples_are_of_the_paired_difference(with_examples):
+    found = example_intervals(with_examples)
+    assert list(found) == ["baseline", "rdrop"]
+    own, difference = found["rdrop"]["accuracy"]
+    # Binomial errors of 400 examples: of their accuracy 0.75, and of a quarter that differs.
+    half = 1.96 * (0.25 * 0.75 / 400) ** 0.5
+    assert own == pytest.approx((0.75 - half, 0.75 + half), abs=0.01)
+    assert difference == pytest.approx((0.25 - half, 0.25 + half), abs=0.01)
+    assert found["baseline"]["accuracy"][1] is None
+    assert found["rdrop"]["nll"] == ((0.5, 0.5), (0.0, 0.0))
+
+
+def test_intervals_over_examples_pair_the_seeds_that_both_have(with_examples, record, short):
+    extra = replace(with_examples[-1], seed=7, examples={"test": [[1, 0.0, 0.5]] * 400})
+    found = example_intervals([*with_examples, extra])
+    assert found["rdrop"]["accuracy"][0].high < 0.6
+    assert found["rdrop"]["accuracy"][1] == example_intervals(with_examples)["rdrop"]["accuracy"][1]
+
+
+def test_the_report_shows_intervals_over_examples_where_records_tell(tmp_path, with_examples):
+    for one in with_examples:
+        one.save(record_path(tmp_path, one.arm, one.seed))
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    (line,) = [x for x in text.split("\n") if x.startswith("| rdrop") and " to " in x]
+    assert re.search(r"\| 7\d\.\d\d to 7\d\.\d\d \(\+2\d\.\d\d to \+2\d\.\d\d\) \|", line)
+    older = [replace(one, examples={}) for one in with_examples]
+    assert example_cells(older)[1] == []
 
 
 def test_curves_are_the_means_of_the_records(tmp_path, record, monkeypatch):

@@ -1,16 +1,19 @@
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from regdrop.experiments import build_arms, run_arm
+from regdrop.experiments import build_arms, compare, run_arm
 from regdrop.experiments import run as run_module
 from regdrop.experiments.evaluate import evaluate
 from regdrop.experiments.run import RunPaths, train_run
-from regdrop.tasks import PRESETS
+from regdrop.tasks import PRESETS, translation
 from regdrop.tasks.generate import generate_lines
 from regdrop.tasks.vocabulary import learn_vocabulary
 from text_data import write_rows, write_translation
@@ -139,6 +142,48 @@ def test_an_interrupted_run_goes_on_with_the_same_batches_and_vocabulary(tmp_pat
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_runs_that_share_a_folder_learn_one_vocabulary(tmp_path, monkeypatch):
+    """Also when they begin at the same time."""
+    learned = []
+    original = translation.learn_vocabulary
+
+    def slowly(*args, **kwargs):
+        learned.append(kwargs["size"])
+        time.sleep(0.2)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(translation, "learn_vocabulary", slowly)
+    chosen, folder = small(tmp_path), tmp_path / "shared" / "vocabulary"
+    with ThreadPoolExecutor(3) as pool:
+        prepared = list(pool.map(lambda _: chosen.prepare(folder), range(3)))
+    assert learned == [80]
+    assert len({p.processing_class.backend_tokenizer.to_str() for p in prepared}) == 1
+
+
+def test_a_comparison_learns_one_vocabulary_and_leaves_nothing_unfinished(tmp_path):
+    training = replace(small(tmp_path).training, max_steps=2, eval_steps=2)
+    chosen = small(tmp_path, training=training)
+    out = tmp_path / "out"
+    records = compare(chosen, seeds=[0, 1], arms=["baseline"], folder=out, workers=2, threads=1)
+    assert len(records) == 2
+    assert [path.name for path in out.iterdir()] == ["records"]
+
+
+def test_tested_sentences_are_ordered_by_length_and_scored_with_their_own_reference(tmp_path):
+    prepared = small(tmp_path).prepare()
+    split = prepared.splits["test"]
+    decode = prepared.processing_class.decode
+    lengths = [len(decode(ids, skip_special_tokens=True)) for ids in split["input_ids"]]
+    assert lengths == sorted(lengths)
+    labels = np.array([row + [-100] * (12 - len(row)) for row in split["labels"]])
+    tokens = np.where(labels < 0, prepared.processing_class.pad_token_id, labels)
+    prediction = SimpleNamespace(
+        predictions=(tokens, np.ones(len(split))), label_ids=(labels, split["example_id"])
+    )
+    figures = small(tmp_path).figures(prepared.example_statistics(prediction))
+    assert figures["bleu_lowercase"] == pytest.approx(1.0)
+
+
 def test_a_vocabulary_gives_text_back_and_cuts_punctuation_off():
     texts = ["Zwei Hunde laufen, schnell.", "Two dogs run fast!"] * 3
     tokenizer = learn_vocabulary(texts, size=90, lowercase=True, max_length=50)
@@ -164,8 +209,6 @@ def parameters(vocabulary, width, feed_forward, layers):
     [("iwslt", (10_000, 512, 1024, 6), 0.3, 5), ("wmt14", (32_000, 1024, 4096, 6), None, 5)],
 )
 def test_paper_presets_have_the_papers_settings_and_sizes(prefix, sizes, rate, alpha):
-    from types import SimpleNamespace
-
     from transformers import MarianMTModel
 
     presets = [task for name, task in PRESETS.items() if name.startswith(prefix)]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from regdrop import find_dropout
@@ -76,6 +77,7 @@ def test_a_run_keeps_a_model_that_evaluates_to_the_same_figures(tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     assert model(**tokenizer(["the film was good"], return_tensors="pt")).logits.shape == (1, 2)
+    assert model.config.id2label == {0: "unacceptable", 1: "acceptable"}
     other = write_glue(tmp_path / "other", "cola", test=9)
     assert evaluate(tmp_path / "run", "test", data=str(other)).examples == 9
 
@@ -178,9 +180,15 @@ def test_bad_checkpoints_are_named(tmp_path):
         replace(good, model="./nowhere").prepare()
     with pytest.raises(ValueError, match="needs the package nowhere_at_all"):
         replace(good, model="package:nowhere_at_all/model").prepare()
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    kept = {k: v for k, v in state.items() if "word_embeddings" not in k and "pooler" not in k}
+    save_file(kept, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 of its encoder's, .*word_embeddings"):
+        good.prepare().build_model()
     with pytest.raises(ValueError, match="glue_task must be one of"):
         replace(good, glue_task="wnli")
-    still = replace(good, dropout=0.0)
+    whole = small(tmp_path / "whole")
+    still = replace(whole, dropout=0.0)
     with pytest.raises(ValueError, match="has no dropout above 0"):
         run_arm(still, build_arms(still)["rdrop"], 0, tmp_path / "out")
 

@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 
 from regdrop.experiments.arms import Arm
+from regdrop.experiments.processes import leave_process_group
 from regdrop.experiments.progress import Display, Update, quiet_libraries
 from regdrop.experiments.record import RunRecord
 from regdrop.experiments.run import RunPaths, train_run
@@ -34,7 +35,10 @@ def run_alone(
     with warnings.catch_warnings():
         # transformers looks for pinned memory on machines without an accelerator.
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        record = train_run(task, arm, seed, RunPaths.alone(folder), progress=progress)
+        try:
+            record = train_run(task, arm, seed, RunPaths.alone(folder), progress=progress)
+        finally:
+            leave_process_group()
     if display is not None:
         display.finish(record)
     return record

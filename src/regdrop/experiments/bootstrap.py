@@ -18,47 +18,37 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap(
-    figures: Figures,
-    runs: Sequence[np.ndarray],
-    baseline: Sequence[np.ndarray] | None = None,
-    *,
-    samples: int = SAMPLES,
-) -> dict[str, Interval]:
-    """Return intervals of the mean figures of several runs, or of their difference to others.
+def resample(
+    figures: Figures, runs: Sequence[np.ndarray], *, samples: int = SAMPLES
+) -> dict[str, np.ndarray]:
+    """Return the mean figures of several runs on resampled test sets, (samples,) each.
 
-    The same examples are drawn for every run, with replacement, as many as there are (Koehn 2004).
+    The same examples are drawn for every run and in every call with test sets of one size, with
+    replacement, as many as there are (Koehn 2004): results of two calls are paired.
 
     Args:
         figures: Computes the figures of some examples from their statistics.
         runs: Statistics of each run, (examples, statistics), of the same examples.
-        baseline: Those of the runs whose mean figures are subtracted.
         samples: Number of resampled test sets.
 
     Raises:
         ValueError: If there are no runs, or they have different numbers of examples.
     """
-    everything = [*runs, *(baseline or ())]
-    sizes = {len(statistics) for statistics in everything}
-    if not runs or len(sizes) != 1:
+    sizes = {len(statistics) for statistics in runs}
+    if len(sizes) != 1:
         raise ValueError(f"runs must be of the same examples, got sizes {sorted(sizes)}")
     (size,) = sizes
     generator = np.random.default_rng(_SEED)
     drawn: dict[str, list[float]] = {}
     for _ in range(samples):
         chosen = generator.integers(size, size=size)
-        means = _mean_figures(figures, runs, chosen)
-        others = {} if baseline is None else _mean_figures(figures, baseline, chosen)
-        for name, value in means.items():
-            drawn.setdefault(name, []).append(value - others.get(name, 0.0))
-    return {
-        name: Interval(*(float(q) for q in np.quantile(values, (0.025, 0.975))))
-        for name, values in drawn.items()
-    }
+        each = [figures(statistics[chosen]) for statistics in runs]
+        for name in each[0]:
+            drawn.setdefault(name, []).append(float(np.mean([own[name] for own in each])))
+    return {name: np.array(values) for name, values in drawn.items()}
 
 
-def _mean_figures(
-    figures: Figures, runs: Sequence[np.ndarray], chosen: np.ndarray
-) -> dict[str, float]:
-    each = [figures(statistics[chosen]) for statistics in runs]
-    return {name: float(np.mean([own[name] for own in each])) for name in each[0]}
+def interval(values: np.ndarray) -> Interval:
+    """Return the interval that 95 % of resampled figures, or of their differences, lie in."""
+    low, high = np.quantile(values, (0.025, 0.975))
+    return Interval(float(low), float(high))

@@ -3,17 +3,20 @@
 import multiprocessing
 import os
 import queue
+import shutil
 import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from regdrop.experiments.arms import Arm, build_arms
+from regdrop.experiments.processes import require_one_process
 from regdrop.experiments.progress import Display, Update, quiet_libraries
-from regdrop.experiments.record import RunRecord, load_records
-from regdrop.experiments.run import run_arm
+from regdrop.experiments.record import RunRecord, load_records, settings_digest
+from regdrop.experiments.run import UNFINISHED, run_arm
 from regdrop.tasks import Task
 
 _POLL_SECONDS = 0.2
@@ -43,7 +46,7 @@ def compare(
         display: Shown the progress.
 
     Raises:
-        ValueError: For an unknown arm, no seeds, or a folder of other settings.
+        ValueError: For an unknown arm, no seeds, a folder of other settings, or several processes.
     """
     known = build_arms(task)
     names = list(known) if arms is None else list(arms)
@@ -51,6 +54,7 @@ def compare(
         raise ValueError(f"arms must be among {list(known)}, got {unknown}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be different numbers, at least one, got {list(seeds)}")
+    require_one_process("compare")
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     # The longest runs first, so that no worker waits for one at the end.
@@ -58,7 +62,12 @@ def compare(
         ((known[name], seed) for seed in seeds for name in names),
         key=lambda job: -job[0].training.max_steps * job[0].rdrop.num_passes,
     )
-    _run_jobs(task, jobs, folder, workers, threads, display)
+    # Named by its settings, so that what an interrupted comparison learned is never another's.
+    learned = folder / UNFINISHED / "learned"
+    _run_jobs(task, jobs, folder, learned / settings_digest(task), workers, threads, display)
+    shutil.rmtree(learned, ignore_errors=True)
+    with suppress(OSError):
+        learned.parent.rmdir()
     wanted = {(name, seed) for name in names for seed in seeds}
     return [record for record in load_records(folder) if (record.arm, record.seed) in wanted]
 
@@ -67,6 +76,7 @@ def _run_jobs(
     task: Task,
     jobs: Sequence[tuple[Arm, int]],
     folder: Path,
+    learned: Path,
     workers: int,
     threads: int | None,
     display: Display | None,
@@ -81,7 +91,7 @@ def _run_jobs(
         initargs=(news, threads),
     ) as pool:
         pending: set[Future[RunRecord]] = {
-            pool.submit(_work, task, arm, seed, folder) for arm, seed in jobs
+            pool.submit(_work, task, arm, seed, folder, learned) for arm, seed in jobs
         }
         try:
             while pending:
@@ -131,11 +141,11 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
 
-def _work(task: Task, arm: Arm, seed: int, folder: Path) -> RunRecord:
+def _work(task: Task, arm: Arm, seed: int, folder: Path, learned: Path) -> RunRecord:
     def progress(step: int, figures: dict[str, float]) -> None:
         _news.put(Update(arm.name, seed, step, figures))
 
     with warnings.catch_warnings():
         # transformers looks for pinned memory on machines without an accelerator.
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        return run_arm(task, arm, seed, folder, progress=progress)
+        return run_arm(task, arm, seed, folder, learned=learned, progress=progress)

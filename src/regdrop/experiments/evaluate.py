@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from regdrop.experiments.arms import build_arms
-from regdrop.experiments.bootstrap import Interval, bootstrap
+from regdrop.experiments.bootstrap import Interval, interval, resample
 from regdrop.experiments.progress import quiet_libraries
 from regdrop.experiments.record import RunRecord, write_json
 from regdrop.experiments.run import MODEL_FOLDER, RECORD_NAME, build_trainer
@@ -86,7 +86,10 @@ def evaluate(
         split=split,
         examples=len(statistics),
         figures=changed.figures(statistics),
-        intervals=bootstrap(changed.figures, [statistics]),
+        intervals={
+            name: interval(values)
+            for name, values in resample(changed.figures, [statistics]).items()
+        },
         signatures=prepared.signatures,
         path=folder / f"evaluation-{name}.json",
     )

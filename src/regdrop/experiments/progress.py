@@ -32,6 +32,17 @@ def quiet_libraries() -> None:
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    # Beside what may matter, transformers says how it sorts, loads and shards its checkpoints.
-    for name in ("accelerate", "transformers.trainer_utils", "transformers.distributed"):
+    # Beside what may matter, transformers says how it sorts, loads and shards its checkpoints,
+    # that a new head is new (a missing encoder is our own error) and that tied weights are tied.
+    for name in (
+        "accelerate",
+        "transformers.trainer_utils",
+        "transformers.distributed",
+        "transformers.modeling_utils",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("transformers.trainer").addFilter(_is_not_about_tied_weights)
+
+
+def _is_not_about_tied_weights(record: logging.LogRecord) -> bool:
+    return "There were missing keys in the checkpoint model loaded" not in record.getMessage()

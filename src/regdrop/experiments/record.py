@@ -1,5 +1,6 @@
 """The record of one run: everything that tables and plots need, in one JSON file."""
 
+import hashlib
 import json
 import os
 import platform
@@ -127,6 +128,12 @@ def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
+
+
+def settings_digest(task: Task) -> str:
+    """Return a short name for the settings of a task beside those of its optimisation."""
+    settings = {k: v for k, v in asdict(task).items() if k not in ("training", "rdrop")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def library_versions() -> dict[str, str]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from regdrop.experiments.arms import BASELINE, arm_order
+from regdrop.experiments.bootstrap import SAMPLES, Interval
+from regdrop.experiments.examples import example_intervals
 from regdrop.experiments.plots import draw_plots
 from regdrop.experiments.record import RunRecord, load_records
 from regdrop.experiments.statistics import Estimate, estimate, paired_difference
@@ -147,6 +149,34 @@ CAPTION = (
 )
 
 
+def example_cells(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of the table of intervals over examples as text."""
+    metrics = find_metrics(records)
+
+    def text(interval: Interval, metric: Metric, signed: bool) -> str:
+        factor, digits = (100, 2) if metric.percent else (1, 3)
+        sign = "+" if signed else ""
+        return " to ".join(f"{x * factor:{sign}.{digits}f}".replace("-", "−") for x in interval)
+
+    rows = []
+    for arm, intervals in example_intervals(records).items():
+        row = [arm]
+        for name, metric in metrics.items():
+            own, difference = intervals[name]
+            row.append(text(own, metric, signed=False))
+            if difference is not None:
+                row[-1] += f" ({text(difference, metric, signed=True)})"
+        rows.append(row)
+    return ["arm", *(f"test {metric.title}" for metric in metrics.values())], rows
+
+
+EXAMPLE_CAPTION = (
+    f"95 % intervals over the test examples (percentile bootstrap, {SAMPLES} test sets) of the "
+    "mean over seeds; in brackets those of the paired difference to the baseline. They tell what "
+    "another test set would change, as the table above tells what other seeds would."
+)
+
+
 def write_report(folder: Path) -> Path:
     """Write `report.md` and the plots of a comparison, from its records alone.
 
@@ -159,12 +189,10 @@ def write_report(folder: Path) -> Path:
     lines = [
         f"# {records[0].task}: comparison of {len(rows)} arms",
         "",
-        "| " + " | ".join(header) + " |",
-        "|" + " --- |" * len(header),
-        *("| " + " | ".join(row) + " |" for row in rows),
-        "",
+        *_markdown_table(header, rows),
         CAPTION,
         "",
+        *_example_lines(records),
         *_setting_lines(records),
         "",
     ]
@@ -173,6 +201,20 @@ def write_report(folder: Path) -> Path:
     target = folder / "report.md"
     target.write_text("\n".join(lines), encoding="utf-8")
     return target
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + " --- |" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
+
+
+def _example_lines(records: Sequence[RunRecord]) -> list[str]:
+    header, rows = example_cells(records)
+    return [*_markdown_table(header, rows), EXAMPLE_CAPTION, ""] if rows else []
 
 
 def _setting_lines(records: Sequence[RunRecord]) -> list[str]:

@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from regdrop.experiments.arms import Arm
 from regdrop.experiments.history import HistoryCallback, Progress
+from regdrop.experiments.processes import is_main_process, main_process_first, num_processes
 from regdrop.experiments.record import (
     RunRecord,
     describe_hardware,
@@ -33,6 +34,7 @@ from regdrop.tasks import PreparedTask, Task
 
 RECORD_NAME = "record.json"
 MODEL_FOLDER = "model"
+UNFINISHED = "unfinished"
 # Significant digits of the statistics of single examples: more than any figure shows.
 _DIGITS = 6
 
@@ -45,28 +47,39 @@ class RunPaths:
         record: File of its record.
         work: Folder of its checkpoints, removed at its end.
         model: Folder of the selected model; None to keep none.
+        learned: Folder of what is learned from data before the model is, where runs share it; None
+            for one inside `work`.
     """
 
     record: Path
     work: Path
     model: Path | None = None
+    learned: Path | None = None
 
     @classmethod
     def alone(cls, folder: Path) -> "RunPaths":
         """Return the paths of a run with a folder of its own, which keeps its model."""
-        return cls(folder / RECORD_NAME, folder / "unfinished", folder / MODEL_FOLDER)
+        return cls(folder / RECORD_NAME, folder / UNFINISHED, folder / MODEL_FOLDER)
 
     @classmethod
-    def compared(cls, folder: Path, arm: str, seed: int) -> "RunPaths":
+    def compared(cls, folder: Path, arm: str, seed: int, learned: Path | None = None) -> "RunPaths":
         """Return the paths of a run in the folder of a comparison."""
-        return cls(record_path(folder, arm, seed), folder / "unfinished" / f"{arm}-seed{seed}")
+        work = folder / UNFINISHED / f"{arm}-seed{seed}"
+        return cls(record_path(folder, arm, seed), work, learned=learned)
 
 
 def run_arm(
-    task: Task, arm: Arm, seed: int, folder: Path, *, progress: Progress | None = None
+    task: Task,
+    arm: Arm,
+    seed: int,
+    folder: Path,
+    *,
+    learned: Path | None = None,
+    progress: Progress | None = None,
 ) -> RunRecord:
     """Train one arm of a task with one seed in the folder of a comparison; see `train_run`."""
-    return train_run(task, arm, seed, RunPaths.compared(folder, arm.name, seed), progress=progress)
+    paths = RunPaths.compared(folder, arm.name, seed, learned)
+    return train_run(task, arm, seed, paths, progress=progress)
 
 
 def train_run(
@@ -85,35 +98,26 @@ def train_run(
         paths: Where the run writes.
         progress: Called with the step and the figures of every log and evaluation.
 
+    Under torchrun all processes call it; the main one alone writes.
+
     Raises:
-        ValueError: If there is a record or an interrupted run with other settings, or the model
-            has no dropout for several passes to differ by.
+        ValueError: If there is a record or an interrupted run with other settings, the batch
+            cannot be shared among the processes, or the model has no dropout for several passes
+            to differ by.
     """
     config = resolved_config(task, arm)
     if paths.record.exists():
         record = RunRecord.load(paths.record)
         _check_same_config(paths.record, record.config, config)
-        if paths.work.exists():  # stopped after the record was written
+        if paths.work.exists() and is_main_process():  # stopped after the record was written
             _remove_work(paths)
         return record
 
-    created = [folder for folder in paths.work.parents if not folder.exists()]
-    paths.work.mkdir(parents=True, exist_ok=True)
-    checkpoint = _find_checkpoint(paths.work, config)
-    set_seed(seed)
     measures_memory = reset_peak_memory()
-    try:
-        prepared = task.prepare(paths.work / "learned")
-        train, validation = prepared.splits["train"], prepared.splits["validation"]
-        tests = {name: prepared.splits[name] for name in ("test", *prepared.further_tests)}
-        set_seed(seed)
-        model = prepared.build_model()
-        _check_dropout(model, arm)
-    except ValueError:
-        if checkpoint is None:
-            shutil.rmtree(paths.work)
-            _remove_empty(created)
-        raise
+    with main_process_first():
+        checkpoint, prepared, model = _begin(task, arm, seed, paths, config)
+    train, validation = prepared.splits["train"], prepared.splits["validation"]
+    tests = {name: prepared.splits[name] for name in ("test", *prepared.further_tests)}
     history = HistoryCallback(paths.work / "history.jsonl", progress)
     trainer = build_trainer(
         task, arm, seed, paths.work, prepared, model, train=train, validation=validation
@@ -146,6 +150,33 @@ def train_run(
         record.save(paths.record)
         _remove_work(paths)
     return record
+
+
+def _begin(
+    task: Task, arm: Arm, seed: int, paths: RunPaths, config: dict[str, Any]
+) -> tuple[str | None, PreparedTask, Any]:
+    """Return the checkpoint to go on from, the data, all of it loaded, and a new model.
+
+    A run that is refused leaves no folder behind.
+    """
+    created = [folder for folder in paths.work.parents if not folder.exists()]
+    paths.work.mkdir(parents=True, exist_ok=True)
+    checkpoint = _find_checkpoint(paths.work, config)
+    set_seed(seed)
+    try:
+        _check_batch_size(arm)
+        prepared = task.prepare(paths.learned or paths.work / "learned")
+        for name in ("train", "validation", "test", *prepared.further_tests):
+            prepared.splits[name]
+        set_seed(seed)
+        model = prepared.build_model()
+        _check_dropout(model, arm)
+    except ValueError:
+        if checkpoint is None:
+            shutil.rmtree(paths.work)
+            _remove_empty(created)
+        raise
+    return checkpoint, prepared, model
 
 
 def _test(
@@ -219,7 +250,7 @@ def training_arguments(
     settings = arm.training
     on_gpu = torch.cuda.is_available()
     make = prepared.arguments or TrainingArguments
-    batch_size = settings.batch_size // settings.gradient_accumulation_steps
+    batch_size = settings.batch_size // (settings.gradient_accumulation_steps * num_processes())
     selection: dict[str, Any] = {
         "eval_strategy": "steps",
         "eval_steps": settings.eval_steps,
@@ -275,6 +306,16 @@ def _select(
     folders = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     average_weights(trainer.accelerator.unwrap_model(trainer.model), folders[-count:])
     return trainer.state.global_step, trainer.evaluate()
+
+
+def _check_batch_size(arm: Arm) -> None:
+    settings, processes = arm.training, num_processes()
+    if settings.batch_size % (settings.gradient_accumulation_steps * processes):
+        raise ValueError(
+            f"training.batch_size must be a multiple of gradient_accumulation_steps times the "
+            f"number of processes, got {settings.batch_size}, "
+            f"{settings.gradient_accumulation_steps} and {processes}"
+        )
 
 
 def _check_dropout(model: Any, arm: Arm) -> None:

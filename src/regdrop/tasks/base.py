@@ -18,7 +18,7 @@ class TrainingSettings:
 
     Attributes:
         max_steps: Optimiser steps.
-        batch_size: Items a step, before they are stacked.
+        batch_size: Items a step over all processes, before they are stacked.
         learning_rate: Peak learning rate.
         eval_steps: Steps between evaluations on the validation split (and checkpoints).
         logging_steps: Steps between logs, and between measurements of the divergence.

@@ -20,7 +20,7 @@ class GenerationTrainer(RDropSeq2SeqTrainer):
     of its labels; label_ids are the labels and the examples' ids.
 
     Args:
-        max_tokens: Most tokens a micro-batch and process, before it is stacked.
+        max_tokens: Most tokens a micro-batch of all processes, before it is stacked.
         args: Everything else is `RDropSeq2SeqTrainer`'s; `generation_num_beams` is the number of
             beams on the validation split, the model's own generation config that of predictions.
     """
@@ -38,7 +38,7 @@ class GenerationTrainer(RDropSeq2SeqTrainer):
         ]
         sampler = TokenBatchSampler(
             lengths,
-            self.max_tokens,
+            self.max_tokens // self.args.world_size,
             seed=self.args.seed,
             rank=self.args.process_index,
             num_ranks=self.args.world_size,
@@ -50,6 +50,12 @@ class GenerationTrainer(RDropSeq2SeqTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; of several processes, without the examples that fill up their last batch."""
+        # Seq2SeqTrainer gathers these too, and would count some examples twice.
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Predict with the beams of the model's generation config."""

@@ -61,7 +61,7 @@ class GlueTask:
     Attributes:
         title: Its name as papers write it.
         sentences: Columns of its text: one sentence or a pair.
-        num_labels: Number of classes; 1 for a score.
+        labels: Names of the classes, in the order of the hub's numbers; none for a score.
         figures: How its figures are computed from rows of label, prediction and loss; the first
             selects checkpoints.
         train_size: Examples of its training split.
@@ -71,7 +71,7 @@ class GlueTask:
 
     title: str
     sentences: tuple[str, ...]
-    num_labels: int
+    labels: tuple[str, ...]
     figures: Mapping[str, Figure]
     train_size: int
     batch_size: int
@@ -80,7 +80,12 @@ class GlueTask:
     @property
     def is_regression(self) -> bool:
         """Whether it predicts a score."""
-        return self.num_labels == 1
+        return not self.labels
+
+    @property
+    def num_labels(self) -> int:
+        """Number of the model's outputs."""
+        return max(1, len(self.labels))
 
 
 TITLES = {
@@ -102,13 +107,22 @@ _PAIR = ("sentence1", "sentence2")
 _TEST = {"test": "validation"}
 _MNLI_TESTS = {"test": "validation_matched", "mismatched": "validation_mismatched"}
 
+_ENTAILMENT = ("entailment", "not_entailment")
+_MNLI = ("entailment", "neutral", "contradiction")
+
 GLUE = {
-    "cola": GlueTask("CoLA", ("sentence",), 2, _MATTHEWS, 8_551, 16, _TEST),
-    "mnli": GlueTask("MNLI", ("premise", "hypothesis"), 3, _ACCURACY, 392_702, 32, _MNLI_TESTS),
-    "mrpc": GlueTask("MRPC", _PAIR, 2, _F1, 3_668, 16, _TEST),
-    "qnli": GlueTask("QNLI", ("question", "sentence"), 2, _ACCURACY, 104_743, 32, _TEST),
-    "qqp": GlueTask("QQP", ("question1", "question2"), 2, _F1, 363_846, 32, _TEST),
-    "rte": GlueTask("RTE", _PAIR, 2, _ACCURACY, 2_490, 8, _TEST),
-    "sst2": GlueTask("SST-2", ("sentence",), 2, _ACCURACY, 67_349, 32, _TEST),
-    "stsb": GlueTask("STS-B", _PAIR, 1, _SCORE, 5_749, 16, _TEST),
+    "cola": GlueTask(
+        "CoLA", ("sentence",), ("unacceptable", "acceptable"), _MATTHEWS, 8_551, 16, _TEST
+    ),
+    "mnli": GlueTask("MNLI", ("premise", "hypothesis"), _MNLI, _ACCURACY, 392_702, 32, _MNLI_TESTS),
+    "mrpc": GlueTask("MRPC", _PAIR, ("not_equivalent", "equivalent"), _F1, 3_668, 16, _TEST),
+    "qnli": GlueTask("QNLI", ("question", "sentence"), _ENTAILMENT, _ACCURACY, 104_743, 32, _TEST),
+    "qqp": GlueTask(
+        "QQP", ("question1", "question2"), ("not_duplicate", "duplicate"), _F1, 363_846, 32, _TEST
+    ),
+    "rte": GlueTask("RTE", _PAIR, _ENTAILMENT, _ACCURACY, 2_490, 8, _TEST),
+    "sst2": GlueTask(
+        "SST-2", ("sentence",), ("negative", "positive"), _ACCURACY, 67_349, 32, _TEST
+    ),
+    "stsb": GlueTask("STS-B", _PAIR, (), _SCORE, 5_749, 16, _TEST),
 }

@@ -37,7 +37,7 @@ class Translation:
         target: Language into which it is translated.
         model_config: Options of `transformers.MarianConfig`.
         training: Optimisation without R-Drop; `batch_size` counts tokens of the longer side,
-            padding included, on one process.
+            padding included.
         rdrop: R-Drop's options.
         dataset_config: Configuration of the hub's data set.
         vocabulary_size: Tokens of the joint BPE vocabulary.
@@ -93,7 +93,6 @@ class Translation:
         """
         from transformers import (
             AutoModelForSeq2SeqLM,
-            AutoTokenizer,
             DataCollatorForSeq2Seq,
             Seq2SeqTrainingArguments,
         )
@@ -101,19 +100,7 @@ class Translation:
         from regdrop.tasks.generation import GenerationTrainer
 
         raw = self._load_raw()
-        if folder is not None and (folder / "tokenizer.json").exists():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        else:
-            if "train" not in raw:
-                raise ValueError(f"data {self.dataset!r} must have a split 'train'")
-            tokenizer = learn_vocabulary(
-                _texts(raw["train"]),
-                size=self.vocabulary_size,
-                lowercase=self.lowercase,
-                max_length=self.max_length,
-            )
-            if folder is not None:
-                _save_whole(tokenizer, folder)
+        tokenizer = self._find_vocabulary(raw, folder)
         references: list[str] = []
         makers = {
             name: partial(self._encode, name, split, tokenizer, references)
@@ -136,13 +123,39 @@ class Translation:
                 "predict_with_generate": True,
                 "generation_num_beams": self.validation_num_beams,
                 "per_device_train_batch_size": 1,  # batches are by tokens
-                "per_device_eval_batch_size": max(1, max_tokens // 32),
+                "per_device_eval_batch_size": max(128, max_tokens // 32),
                 "remove_unused_columns": False,
             },
             signatures={
                 name: bleu_signature(tokenize=tokenize, lowercase=lowercase)
                 for name, lowercase in (("bleu", False), ("bleu_lowercase", True))
             },
+        )
+
+    def _find_vocabulary(self, raw: Mapping[str, Any], folder: Path | None) -> Any:
+        """Return the tokenizer in the folder, or learn it and leave it there."""
+        if folder is None:
+            return self._learn_vocabulary(raw)
+        if not _has_tokenizer(folder):
+            from filelock import FileLock
+
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            # Runs beside this one may want the same vocabulary at the same time.
+            with FileLock(folder.with_name(f"{folder.name}.lock")):
+                if not _has_tokenizer(folder):
+                    _save_whole(self._learn_vocabulary(raw), folder)
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder)
+
+    def _learn_vocabulary(self, raw: Mapping[str, Any]) -> Any:
+        if "train" not in raw:
+            raise ValueError(f"data {self.dataset!r} must have a split 'train'")
+        return learn_vocabulary(
+            _texts(raw["train"]),
+            size=self.vocabulary_size,
+            lowercase=self.lowercase,
+            max_length=self.max_length,
         )
 
     def _load_raw(self) -> dict[str, Any]:
@@ -171,9 +184,12 @@ class Translation:
 
     def _encode(self, name: str, split: Any, tokenizer: Any, references: list[str]) -> Any:
         """Return token ids; ids of examples are positions in the list of all references."""
+        is_train = name == "train"
+        if not is_train:  # sentences of about one length share a batch, and end together
+            lengths = [len(text) for text in _strings(split["source"][:])]
+            split = split.select(np.argsort(lengths, kind="stable"))
         first = len(references)
         references.extend(split["target"][:])
-        is_train = name == "train"
 
         def encode(rows: Mapping[str, list[Any]], positions: list[int]) -> dict[str, Any]:
             # Training pairs are cut nowhere, so that too long ones can be left out.
@@ -215,10 +231,10 @@ class Translation:
         from transformers import GenerationConfig, MarianMTModel
 
         model = MarianMTModel(self.build_config(tokenizer))
+        beams: dict[str, Any] = {"length_penalty": self.length_penalty, "early_stopping": True}
         model.generation_config = GenerationConfig(
             num_beams=self.num_beams,
-            length_penalty=self.length_penalty,
-            early_stopping=True,
+            **(beams if self.num_beams > 1 else {}),
             max_length=self.max_length,
             decoder_start_token_id=tokenizer.eos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -270,6 +286,10 @@ def generation_statistics(
         ],
         axis=1,
     )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").exists()
 
 
 def _save_whole(tokenizer: Any, folder: Path) -> None:

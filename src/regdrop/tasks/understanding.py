@@ -148,12 +148,18 @@ class LanguageUnderstanding:
         )
 
         problem = "regression" if self.glue.is_regression else "single_label_classification"
+        labels = self.glue.labels
+        names = {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
         config = load_config(
             checkpoint,
             "an encoder with a sequence classifier",
             MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
             num_labels=self.glue.num_labels,
             problem_type=problem,
+            **(names if labels else {}),
         )
         set_dropout(config, self.dropout)
         return config
@@ -162,10 +168,21 @@ class LanguageUnderstanding:
 def _build_model(checkpoint: str, config: Any) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
 
-    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-        checkpoint, config=config, ignore_mismatched_sizes=True
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        checkpoint, config=config, ignore_mismatched_sizes=True, output_loading_info=True
     )
-    return model
+    # A new head is what fine-tuning begins with, and many checkpoints have no pooler.
+    body = f"{model.base_model_prefix}."
+    missing = sorted(
+        name for name in report["missing_keys"] if name.startswith(body) and "pooler" not in name
+    )
+    if missing:
+        raise ValueError(
+            f"model {checkpoint!r} must hold the weights of a {type(model).__name__}; it lacks "
+            f"{len(missing)} of its encoder's, {missing[0]!r} among them"
+        )
+    built: nn.Module = model
+    return built
 
 
 def regression_statistics(prediction: Any) -> np.ndarray:
@@ -224,8 +241,9 @@ def _paper_preset(glue_task: str, model: str, title: str, hub_id: str) -> Langua
 
 
 def _small_preset(
-    glue_task: str, epochs: float, batch_size: int = 32, learning_rate: float = 1e-4
+    glue_task: str, epochs: float, learning_rate: float = 1e-4, alpha: float = 1.0
 ) -> LanguageUnderstanding:
+    batch_size = 32
     glue = GLUE[glue_task]
     steps = math.ceil(epochs * 0.9 * glue.train_size / batch_size)
     return LanguageUnderstanding(
@@ -244,7 +262,7 @@ def _small_preset(
             warmup_ratio=0.06,
             mixed_precision="bf16",
         ),
-        rdrop=RDropConfig(alpha=1.0),
+        rdrop=RDropConfig(alpha=alpha),
     )
 
 
@@ -257,7 +275,7 @@ PAPER_PRESETS = tuple(
     for glue_task in GLUE
 )
 SMALL_PRESETS = (
-    _small_preset("cola", epochs=4, learning_rate=5e-5),
+    _small_preset("cola", epochs=4, learning_rate=5e-5, alpha=3.0),
     _small_preset("mrpc", epochs=5),
     _small_preset("rte", epochs=5),
     _small_preset("stsb", epochs=5),

@@ -1,0 +1,5 @@
+"""`python -m regdrop`, and so `torchrun -m regdrop`: the command line."""
+
+from regdrop.cli import main
+
+main()

@@ -1,0 +1,58 @@
+"""What the test examples say beside the seeds: every arm's figures on resampled test sets."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from regdrop.experiments.arms import BASELINE, arm_order
+from regdrop.experiments.bootstrap import Interval, interval, resample
+from regdrop.experiments.record import RunRecord
+from regdrop.tasks.options import task_from_config
+
+# From the names of figures to the interval of an arm, and to that of its difference.
+ArmIntervals = dict[str, tuple[Interval, Interval | None]]
+
+
+def example_intervals(records: Sequence[RunRecord]) -> dict[str, ArmIntervals]:
+    """Return 95 % intervals over the test examples of every arm's mean over seeds.
+
+    A difference to the baseline is that of the seeds which both have, on the same examples. Arms
+    whose records hold no statistics of examples are left out.
+
+    Args:
+        records: Records of one task.
+    """
+    by_arm: dict[str, dict[int, RunRecord]] = {}
+    for record in sorted(records, key=lambda record: arm_order(record.arm)):
+        if record.examples:
+            by_arm.setdefault(record.arm, {})[record.seed] = record
+    baseline = by_arm.get(BASELINE, {})
+    drawn = {arm: _resample(list(runs.values())) for arm, runs in by_arm.items()}
+    result: dict[str, ArmIntervals] = {}
+    for arm, runs in by_arm.items():
+        differences: Mapping[str, np.ndarray] = {}
+        common = sorted(runs.keys() & baseline.keys())
+        if arm != BASELINE and common:
+            ours, theirs = (
+                drawn[name]
+                if len(all_of) == len(common)
+                else _resample([all_of[s] for s in common])
+                for name, all_of in ((arm, runs), (BASELINE, baseline))
+            )
+            differences = {name: values - theirs[name] for name, values in ours.items()}
+        result[arm] = {
+            name: (interval(values), interval(differences[name]) if differences else None)
+            for name, values in drawn[arm].items()
+        }
+    return result
+
+
+def _resample(runs: Sequence[RunRecord]) -> dict[str, np.ndarray]:
+    """Return the resampled figures of all test splits, named as in the records."""
+    task = task_from_config(runs[0].config)
+    result = {}
+    for split in runs[0].examples:
+        prefix = "" if split == "test" else f"{split}_"
+        drawn = resample(task.figures, [np.asarray(run.examples[split]) for run in runs])
+        result.update({prefix + name: values for name, values in drawn.items()})
+    return result
