@@ -11,8 +11,9 @@ RUN := $(BIN)/python -m
 demo: $(VENV)/.tasks ## train digits with and without R-Drop, over five seeds
 	$(BIN)/regdrop compare digits --output runs/digits
 
+# One thread a process: two workers that each use all cores hinder each other.
 test: check ## lint, type-check and test
-	$(RUN) pytest -n auto --dist loadfile -q
+	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist worksteal -q
 
 check: $(VENV)/.dev ## lint and type-check
 	$(BIN)/ruff check .

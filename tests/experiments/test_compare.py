@@ -91,5 +91,9 @@ def test_without_a_terminal_finished_runs_are_lines(short, record):
 
 def test_table_is_never_cut(record):
     stream = io.StringIO()
-    print_table([record(), record("rdrop", 0, 0.95)], Console(file=stream, width=40))
+    figures = {f"{name}_accuracy": 0.95 for name in ("far", "further", "still further", "last")}
+    arms = [record(), record("rdrop", 0, 0.95)]
+    wide = [replace(one, test={**one.test, **figures}) for one in arms]
+    print_table(wide, Console(file=stream, width=40))
     assert "95.00 ± n/a (+5.00 ± n/a)" in stream.getvalue()
+    assert "…" not in stream.getvalue()

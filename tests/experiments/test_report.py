@@ -64,6 +64,15 @@ def test_best_part_is_that_of_the_mean_validation_curve(record, metric, part):
     assert build_rows(records)[0].best_part == part
 
 
+def test_the_preset_tells_by_what_checkpoints_are_selected_where_settings_do_not(record):
+    history = [
+        {"step": i, "seconds": 0.0, "eval_matthews_correlation": value}
+        for i, value in enumerate([0.1, 0.4, 0.3, 0.2], start=1)
+    ]
+    runs = [record(task="minilm-cola", test={"matthews_correlation": 0.3}, history=history)]
+    assert build_rows(runs)[0].best_part == 0.5
+
+
 def test_cells_as_text(records):
     metrics = find_metrics(records)
     cell = build_rows(records)[2].cells

@@ -164,7 +164,7 @@ def test_a_comparison_learns_one_vocabulary_and_leaves_nothing_unfinished(tmp_pa
     training = replace(small(tmp_path).training, max_steps=2, eval_steps=2)
     chosen = small(tmp_path, training=training)
     out = tmp_path / "out"
-    records = compare(chosen, seeds=[0, 1], arms=["baseline"], folder=out, workers=2, threads=1)
+    records = compare(chosen, seeds=[0, 1], arms=["baseline"], folder=out, threads=1)
     assert len(records) == 2
     assert [path.name for path in out.iterdir()] == ["records"]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import matthews_corrcoef
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from regdrop import find_dropout
@@ -125,6 +126,9 @@ def test_figures_by_hand():
     # (TP TN - FP FN) / sqrt((TP+FP)(TP+FN)(TN+FP)(TN+FN))
     found = PRESETS["bert-base-cola"].figures(statistics)
     assert found["matthews_correlation"] == pytest.approx((2 * 2 - 0) / (2 * 3 * 2 * 3) ** 0.5)
+    assert found["matthews_correlation"] == pytest.approx(
+        matthews_corrcoef(statistics[:, 0], statistics[:, 1])
+    )
     scores = regression_statistics(
         SimpleNamespace(predictions=np.array([[1.0], [2.0], [6.0]]), label_ids=[1.0, 3.0, 5.0])
     )
@@ -206,7 +210,7 @@ def test_minilm_learns_real_linguistic_acceptability(tmp_path):
     if not folder.is_dir():
         pytest.skip("REGDROP_TEST_DATA names no folder that holds glue_cola")
     preset = PRESETS["minilm-cola"]
-    training = replace(preset.training, max_steps=60, eval_steps=30, logging_steps=10)
+    training = replace(preset.training, max_steps=30, eval_steps=30, logging_steps=10)
     chosen = replace(preset, dataset=str(folder), training=training, train_examples=600)
     record = run_arm(chosen, build_arms(chosen)["rdrop"], 0, tmp_path)
     losses = [entry["nll"] for entry in record.history if "nll" in entry]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -115,6 +116,6 @@ def print_table(records: Sequence[RunRecord], console: Console) -> None:
     for row in rows:
         table.add_row(*row)
     # A table wider than the terminal is better scrolled than cut.
-    wide = Console(file=console.file, width=max(console.width, 130))
-    wide.print(table)
+    width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    Console(file=console.file, width=max(console.width, width)).print(table)
     console.print(CAPTION, style="dim")

@@ -32,7 +32,7 @@ class Row:
         cells: Test figures by metric.
         cost: Training time in times of the baseline, mean over seeds.
         best_part: Where the mean validation curve over seeds is best, as a part of the run; None
-            if the records do not tell by which figure checkpoints were selected.
+            if the records do not tell of which task they are.
         seeds: Number of seeds.
     """
 
@@ -83,7 +83,8 @@ def build_rows(records: Sequence[RunRecord]) -> list[Row]:
 
 
 def _best_part(runs: Sequence[RunRecord], metrics: Mapping[str, Metric]) -> float | None:
-    name = runs[0].config.get("selection_metric")
+    preset = PRESETS.get(runs[0].task)
+    name = runs[0].config.get("selection_metric", preset and preset.selection_metric)
     if not isinstance(name, str) or name not in metrics:
         return None
     key = f"eval_{name}"

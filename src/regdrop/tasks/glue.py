@@ -12,13 +12,14 @@ Figure = Callable[[np.ndarray], float]
 
 
 def matthews_correlation(statistics: np.ndarray) -> float:
-    """Return Matthews' correlation of labels and predictions; 0 where either are all the same."""
-    from sklearn.metrics import matthews_corrcoef
+    """Return Matthews' correlation of labels and predictions; 0 where either are all the same.
 
+    Of two classes it is Pearson's correlation of their numbers.
+    """
     label, prediction = statistics[:, LABEL], statistics[:, PREDICTION]
     if np.ptp(label) == 0 or np.ptp(prediction) == 0:
         return 0.0
-    return float(matthews_corrcoef(label, prediction))
+    return float(np.corrcoef(label, prediction)[0, 1])
 
 
 def f1(statistics: np.ndarray) -> float:

@@ -1,5 +1,7 @@
 """Presets of translation: the paper's, and small ones for a small machine."""
 
+from dataclasses import replace
+
 from regdrop.config import RDropConfig
 from regdrop.tasks.base import TrainingSettings
 from regdrop.tasks.translation import Translation
@@ -25,7 +27,8 @@ def _transformer(
 
 IWSLT = _transformer(512, 1024, 4, 6, 0.3)
 BIG = _transformer(1024, 4096, 16, 6, 0.1)
-SMALL = _transformer(128, 512, 4, 3, 0.3)
+# One layer a side: on few sentences it learns several times as fast as three narrower ones.
+SMALL = _transformer(256, 1024, 4, 1, 0.1)
 
 # The four language pairs with English of IWSLT, by the year of the set.
 _IWSLT_PAIRS = {"de": "iwslt14", "fr": "iwslt17", "zh": "iwslt17", "es": "iwslt17"}
@@ -99,7 +102,7 @@ def _wmt14(target: str, hub_config: str, dropout: float) -> Translation:
 def _small(data: str, title: str, source: str, target: str, steps: int) -> Translation:
     return Translation(
         name=f"{data}-{source}-{target}".replace("_", "-"),
-        description=f"a 1.9 M parameter Transformer on {title} {source}-{target}",
+        description=f"a small Transformer on {title} {source}-{target}",
         dataset=f"data/{data}" if data == "multi30k" else f"data/{data}_de_en",
         source=source,
         target=target,
@@ -110,7 +113,7 @@ def _small(data: str, title: str, source: str, target: str, steps: int) -> Trans
         training=TrainingSettings(
             max_steps=steps,
             batch_size=2048,
-            learning_rate=3e-3,
+            learning_rate=2e-3,
             eval_steps=max(1, steps // 20),
             logging_steps=max(1, steps // 40),
             lr_scheduler_type="inverse_sqrt",
@@ -121,6 +124,21 @@ def _small(data: str, title: str, source: str, target: str, steps: int) -> Trans
             adam_beta2=0.98,
         ),
         rdrop=RDropConfig(alpha=5.0),
+    )
+
+
+def _part(task: Translation, pairs: int) -> Translation:
+    """Return a task on a part of its training split so small that it overfits within minutes."""
+    training = replace(
+        task.training, max_steps=2_400, batch_size=256, eval_steps=300, logging_steps=100
+    )
+    return replace(
+        task,
+        name=task.name.replace("-", "-part-", 1),
+        description=f"{task.description}, {pairs:,} training pairs",
+        train_examples=pairs,
+        vocabulary_size=1_500,
+        training=training,
     )
 
 
@@ -138,6 +156,7 @@ SMALL_PRESETS = (
         for target in _MULTI30K
         if source != target
     ),
+    _part(_small("multi30k", "Multi30k", "de", "en", 6_000), 2_000),
     _small("tatoeba", "Tatoeba", "de", "en", 20_000),
     _small("tatoeba", "Tatoeba", "en", "de", 20_000),
 )
