@@ -21,7 +21,7 @@ def run(*arguments):
 def test_help_lists_the_commands():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("tasks", "train", "compare", "report", "doctor", "convert-alpha"):
+    for command in ("tasks", "train", "compare", "sweep", "report", "doctor", "convert-alpha"):
         assert command in result.output
 
 
@@ -57,6 +57,24 @@ def test_train_compare_and_report_on_real_digits(tmp_path):
     assert result.exit_code == 0, result.output
     assert "test accuracy (%)" in result.output
     assert (tmp_path / "report.md").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_what_a_longer_grid_adds(tmp_path):
+    options = ("--task", "digits", "--steps", 20, "--seeds", 1, "--output", tmp_path)
+    result = run("sweep", "alpha", "--grid", "0,1", *options)
+    assert result.exit_code == 0, result.output
+    assert "How strongly should the passes agree?" in result.output
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "records").iterdir()}
+    assert {path.stem for path in written} == {"alpha-0-seed0", "alpha-1-seed0"}
+    result = run("sweep", "alpha", "--grid", "0,1,4", *options)
+    assert result.exit_code == 0, result.output
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+    assert (tmp_path / "records" / "alpha-4-seed0.json").exists()
+    assert (tmp_path / "alpha.png").exists()
+    result = run("compare", "digits", "--steps", 20, "--seeds", 1, "--output", tmp_path)
+    assert result.exit_code == 2
+    assert "holds results of 'alpha'" in " ".join(result.output.split())
 
 
 @pytest.mark.slow
@@ -166,6 +184,9 @@ def test_killing_the_command_ends_its_runs(tmp_path):
         (("prepare", "iwslt99", "a", "b"), "SET must be iwslt14"),
         (("prepare", "iwslt14", "nowhere.tgz", "b"), "nowhere.tgz cannot be read"),
         (("report", "/nowhere"), "no records in"),
+        (("sweep", "alphas", "--task", "digits"), "STUDY must be one of alpha, every-n-steps"),
+        (("sweep", "alpha", "--task", "digits", "--grid", "1,x"), "--grid must be numbers"),
+        (("sweep", "cost", "--task", "digits", "--grid", "1"), "takes no grid"),
         (("doctor", "nowhere:nothing"), "cannot be imported"),
         (("doctor", "math:sqrt2"), "cannot be imported"),
         (("doctor", "x", "--rdrop", "alpha"), "--rdrop must be name=value"),
@@ -225,7 +246,8 @@ def test_the_command_without_extras_says_what_to_install(monkeypatch):
             if name == "typer":
                 raise ModuleNotFoundError("No module named 'typer'", name="typer")
 
-    monkeypatch.delitem(sys.modules, "regdrop.commands")
+    for name in [name for name in sys.modules if name.startswith("regdrop.commands")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [NoTyper(), *sys.meta_path])
     with pytest.raises(SystemExit, match=r"needs typer.*pip install 'regdrop\[tasks\]'"):
         cli.main()

@@ -2,7 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from regdrop.experiments import RunRecord
+from regdrop.experiments import RunRecord, build_arms
+from regdrop.experiments.record import resolved_config
 from regdrop.tasks.image_classification import DIGITS
 
 SHORT = replace(
@@ -49,3 +50,30 @@ def make_record(arm="baseline", seed=0, accuracy=0.9, nll=0.3, seconds=10.0, **c
 def record():
     """Make records by hand."""
     return make_record
+
+
+@pytest.fixture
+def records(record):
+    accuracies = {
+        "rdrop": [0.93, 0.94, 0.95],
+        "baseline": [0.90, 0.92, 0.91],
+        "baseline-2x": [0.91, 0.92, 0.93],
+    }
+    seconds = {"rdrop": 15.0, "baseline": 10.0, "baseline-2x": 20.0}
+    return [
+        record(arm, seed, value, nll=1 - value, seconds=seconds[arm])
+        for arm, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+@pytest.fixture
+def with_examples(record, short):
+    """Return records of two arms over two seeds, R-Drop's right on one more of four examples."""
+
+    def make(arm, seed, right):
+        rows = [[1, float(i < right), 0.5] for i in range(4)] * 100
+        config = resolved_config(short, build_arms(short)[arm])
+        return record(arm, seed, right / 4, nll=0.5, config=config, examples={"test": rows})
+
+    return [make(arm, seed, r) for arm, r in (("baseline", 2), ("rdrop", 3)) for seed in (0, 1)]

@@ -5,8 +5,8 @@ import pytest
 from rich.console import Console
 
 from regdrop.experiments import build_arms, compare, run_arm
-from regdrop.experiments.compare import Update
 from regdrop.experiments.display import LiveDisplay, print_table
+from regdrop.experiments.progress import Update
 from regdrop.experiments.record import record_path
 
 

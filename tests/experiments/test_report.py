@@ -1,107 +1,23 @@
-import math
+import base64
 import re
 from dataclasses import replace
+from html.parser import HTMLParser
 
-import numpy as np
-import pytest
-
-from regdrop.experiments import build_arms, write_report
-from regdrop.experiments.examples import example_intervals
-from regdrop.experiments.plots import draw_plots
-from regdrop.experiments.record import record_path, resolved_config
-from regdrop.experiments.report import (
-    build_rows,
-    example_cells,
-    find_metrics,
-    format_cell,
-    table_cells,
-)
-from regdrop.tasks import Metric
+from regdrop.experiments import write_report
+from regdrop.experiments.manifest import note_command
+from regdrop.experiments.record import record_path
+from regdrop.experiments.tables import example_cells
 
 
-@pytest.fixture
-def records(record):
-    accuracies = {
-        "rdrop": [0.93, 0.94, 0.95],
-        "baseline": [0.90, 0.92, 0.91],
-        "baseline-2x": [0.91, 0.92, 0.93],
-    }
-    seconds = {"rdrop": 15.0, "baseline": 10.0, "baseline-2x": 20.0}
-    return [
-        record(arm, seed, value, nll=1 - value, seconds=seconds[arm])
-        for arm, values in accuracies.items()
-        for seed, value in enumerate(values)
-    ]
-
-
-def test_rows_hold_means_paired_differences_and_cost(records):
-    rows = build_rows(records)
-    assert [row.arm for row in rows] == ["baseline", "baseline-2x", "rdrop"]
-    assert [row.cost for row in rows] == [1.0, 2.0, 1.5]
-    assert [row.seeds for row in rows] == [3, 3, 3]
-    baseline, _, rdrop = (row.cells["accuracy"] for row in rows)
-    assert baseline.difference is None
-    assert rdrop.value.mean == pytest.approx(0.94)
-    # Differences 0.03, 0.02 and 0.04: standard error 0.01 / sqrt(3), t = 4.302653.
-    assert rdrop.difference.mean == pytest.approx(0.03)
-    assert rdrop.difference.half_width == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-6)
-
-
-@pytest.mark.parametrize(("metric", "part"), [("nll", 0.5), ("accuracy", 0.75), ("bleu", None)])
-def test_best_part_is_that_of_the_mean_validation_curve(record, metric, part):
-    curves = {"eval_nll": ([3, 1, 2, 3], [3, 3, 2.5, 1]), "eval_accuracy": ([0, 1, 2, 1], [1] * 4)}
-    records = [
-        record(
-            seed=seed,
-            config={"selection_metric": metric},
-            history=[
-                {"step": i + 1, "seconds": 0.0} | {k: v[seed][i] for k, v in curves.items()}
-                for i in range(4)
-            ],
-        )
-        for seed in (0, 1)
-    ]
-    assert build_rows(records)[0].best_part == part
-
-
-def test_the_preset_tells_by_what_checkpoints_are_selected_where_settings_do_not(record):
-    history = [
-        {"step": i, "seconds": 0.0, "eval_matthews_correlation": value}
-        for i, value in enumerate([0.1, 0.4, 0.3, 0.2], start=1)
-    ]
-    runs = [record(task="minilm-cola", test={"matthews_correlation": 0.3}, history=history)]
-    assert build_rows(runs)[0].best_part == 0.5
-
-
-def test_cells_as_text(records):
-    metrics = find_metrics(records)
-    cell = build_rows(records)[2].cells
-    assert format_cell(cell["accuracy"], metrics["accuracy"]) == "94.00 ± 2.48 (+3.00 ± 2.48)"
-    assert format_cell(cell["nll"], metrics["nll"]) == "0.060 ± 0.025 (−0.030 ± 0.025)"
-
-
-def test_one_seed_has_no_interval(record):
-    cells = build_rows([record(), record("rdrop")])[1].cells
-    text = format_cell(cells["nll"], Metric("NLL", greater_is_better=False))
-    assert text == "0.300 ± n/a (+0.000 ± n/a)"
-
-
-def test_without_a_baseline_there_are_no_differences(record):
-    header, rows = table_cells([record("rdrop", 0), record("rdrop", 1)])
-    assert header[1] == "test accuracy (%)"
-    assert "(" not in rows[0][1]
-    assert rows[0][3] == "n/a"
-
-
-def test_records_of_several_tasks_are_refused(record):
-    with pytest.raises(ValueError, match=r"records must be of one task, got \['digits', 'other'\]"):
-        build_rows([record(), record(task="other")])
+def save(folder, records):
+    for one in records:
+        one.save(record_path(folder, one.arm, one.seed))
+    return folder
 
 
 def test_report_is_made_from_records_alone(tmp_path, records):
-    for one in records:
-        one.save(record_path(tmp_path, one.arm, one.seed))
-    text = write_report(tmp_path).read_text(encoding="utf-8")
+    write_report(save(tmp_path, records))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| rdrop | 94.00 ± 2.48 (+3.00 ± 2.48) |" in text
     assert "seeds: 0, 1, 2" in text
     assert "torch 2.13.0" in text
@@ -110,70 +26,53 @@ def test_report_is_made_from_records_alone(tmp_path, records):
         assert (tmp_path / f"curves_by_{axis}.png").stat().st_size > 10_000
 
 
-@pytest.fixture
-def with_examples(record, short):
-    """Return records of two arms over two seeds, R-Drop's right on one more of four examples."""
-
-    def make(arm, seed, right):
-        rows = [[1, float(i < right), 0.5] for i in range(4)] * 100
-        config = resolved_config(short, build_arms(short)[arm])
-        return record(arm, seed, right / 4, nll=0.5, config=config, examples={"test": rows})
-
-    return [make(arm, seed, r) for arm, r in (("baseline", 2), ("rdrop", 3)) for seed in (0, 1)]
-
-
-def test_intervals_over_examples_are_of_the_paired_difference(with_examples):
-    found = example_intervals(with_examples)
-    assert list(found) == ["baseline", "rdrop"]
-    own, difference = found["rdrop"]["accuracy"]
-    # Binomial errors of 400 examples: of their accuracy 0.75, and of a quarter that differs.
-    half = 1.96 * (0.25 * 0.75 / 400) ** 0.5
-    assert own == pytest.approx((0.75 - half, 0.75 + half), abs=0.01)
-    assert difference == pytest.approx((0.25 - half, 0.25 + half), abs=0.01)
-    assert found["baseline"]["accuracy"][1] is None
-    assert found["rdrop"]["nll"] == ((0.5, 0.5), (0.0, 0.0))
-
-
-def test_intervals_over_examples_pair_the_seeds_that_both_have(with_examples, record, short):
-    extra = replace(with_examples[-1], seed=7, examples={"test": [[1, 0.0, 0.5]] * 400})
-    found = example_intervals([*with_examples, extra])
-    assert found["rdrop"]["accuracy"][0].high < 0.6
-    assert found["rdrop"]["accuracy"][1] == example_intervals(with_examples)["rdrop"]["accuracy"][1]
-
-
 def test_the_report_shows_intervals_over_examples_where_records_tell(tmp_path, with_examples):
-    for one in with_examples:
-        one.save(record_path(tmp_path, one.arm, one.seed))
-    text = write_report(tmp_path).read_text(encoding="utf-8")
+    write_report(save(tmp_path, with_examples))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
     (line,) = [x for x in text.split("\n") if x.startswith("| rdrop") and " to " in x]
     assert re.search(r"\| 7\d\.\d\d to 7\d\.\d\d \(\+2\d\.\d\d to \+2\d\.\d\d\) \|", line)
     older = [replace(one, examples={}) for one in with_examples]
     assert example_cells(older)[1] == []
 
 
-def test_curves_are_the_means_of_the_records(tmp_path, record, monkeypatch):
-    from matplotlib.figure import Figure
+class Page(HTMLParser):
+    """Collects what a page shows, and what it would load."""
 
-    figures = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
-    )
-    records = [record(seed=0, accuracy=0.8, seconds=60.0), record(seed=1, seconds=120.0)]
-    draw_plots(records, find_metrics(records), tmp_path)
-    by_step, by_minute = figures
-    panels = {axes.get_title(): axes for axes in by_step.axes}
-    assert list(panels) == [
-        "training NLL (with dropout)",
-        "validation accuracy (%)",
-        "validation NLL",
-        "KL between passes",
-    ]
-    line = panels["validation accuracy (%)"].lines[0]
-    np.testing.assert_allclose(line.get_xdata(), [2, 4])
-    np.testing.assert_allclose(line.get_ydata(), [85, 85])
-    np.testing.assert_allclose(
-        panels["KL between passes"].lines[0].get_ydata(), 0.1 / np.arange(1, 5)
-    )
-    minutes = by_minute.axes[0].lines[0].get_xdata()
-    np.testing.assert_allclose(minutes, 1.5 * np.arange(1, 5) / 4)
+    def __init__(self):
+        super().__init__()
+        self.cells, self.sources, self.links, self.open = [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.sources += [given["src"]] if "src" in given else []
+        self.links += [given["href"]] if "href" in given else []
+        self.open += [] if tag in ("meta", "img") else [tag]
+        self.cells += [""] if tag in ("td", "th") else []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells[-1] += data
+
+
+def test_the_page_needs_no_other_file_and_shows_what_the_markdown_does(tmp_path, records):
+    note_command(save(tmp_path, records), "compare", "regdrop compare digits --set 'a<b'")
+    target = write_report(tmp_path)
+    text = target.read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert "94.00 ± 2.48 (+3.00 ± 2.48)" in page.cells
+    assert "regdrop compare digits --set &#39;a&lt;b&#39;" in text
+    assert page.links == []
+    assert len(page.sources) == 2
+    for source in page.sources:
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data).startswith(b"\x89PNG")
+    assert 'name="viewport"' in text
+    assert "@media print" in text
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "```bash\nregdrop compare digits --set 'a<b'\n```" in markdown

@@ -2,6 +2,7 @@
 
 from regdrop.experiments.arms import Arm, build_arms
 from regdrop.experiments.compare import compare
+from regdrop.experiments.parallel import run_arms
 from regdrop.experiments.record import RunRecord, load_records
 from regdrop.experiments.report import write_report
 from regdrop.experiments.run import run_arm
@@ -17,5 +18,6 @@ __all__ = [
     "load_records",
     "paired_difference",
     "run_arm",
+    "run_arms",
     "write_report",
 ]

@@ -1,17 +1,29 @@
 """The five ways of training that `compare` sets against each other."""
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from regdrop.config import RDropConfig
 from regdrop.tasks import Task, TrainingSettings
 
 BASELINE = "baseline"
-_ORDER = (BASELINE, "baseline-2x", "alpha-0", "rdrop", "rdrop-one-backward")
+CONTROL = "alpha-0"
+_ORDER = (BASELINE, "baseline-2x", CONTROL, "rdrop", "rdrop-one-backward")
 
 
-def arm_order(name: str) -> tuple[int, str]:
-    """Return the key by which tables and plots sort the arms; unknown names come last."""
-    return (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)
+def arm_order(name: str) -> tuple[int, list[tuple[bool, float, str]]]:
+    """Return the key by which tables and plots sort the arms: the five first, numbers by value."""
+    parts = [
+        (True, float(part), "") if part[:1].isdigit() else (False, 0.0, part)
+        for part in re.split(r"(\d+(?:\.\d+)?)", name)
+    ]
+    return (_ORDER.index(name) if name in _ORDER else len(_ORDER), parts)
+
+
+def reference_arm(names: Collection[str]) -> str | None:
+    """Return the arm to which the others are compared: the baseline, else two passes without KL."""
+    return next((name for name in (BASELINE, CONTROL) if name in names), None)
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ def build_arms(task: Task) -> dict[str, Arm]:
             single,
             training.stretched(2),
         ),
-        Arm("alpha-0", "two passes without the KL", replace(rdrop, alpha=0.0), training),
+        Arm(CONTROL, "two passes without the KL", replace(rdrop, alpha=0.0), training),
         Arm("rdrop", f"R-Drop, alpha {rdrop.alpha:g}", rdrop, training),
         Arm(
             "rdrop-one-backward",

@@ -20,7 +20,7 @@ from regdrop.experiments.arms import Arm
 from regdrop.experiments.evaluate import Evaluation
 from regdrop.experiments.progress import Update
 from regdrop.experiments.record import RunRecord
-from regdrop.experiments.report import CAPTION, find_metrics, table_cells
+from regdrop.experiments.tables import caption, find_metrics, table_cells
 
 
 class LiveDisplay:
@@ -118,4 +118,4 @@ def print_table(records: Sequence[RunRecord], console: Console) -> None:
     # A table wider than the terminal is better scrolled than cut.
     width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
     Console(file=console.file, width=max(console.width, width)).print(table)
-    console.print(CAPTION, style="dim")
+    console.print(caption(records), style="dim")

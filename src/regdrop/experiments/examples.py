@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from regdrop.experiments.arms import BASELINE, arm_order
+from regdrop.experiments.arms import arm_order, reference_arm
 from regdrop.experiments.bootstrap import Interval, interval, resample
 from regdrop.experiments.record import RunRecord
 from regdrop.tasks.options import task_from_config
@@ -26,18 +26,19 @@ def example_intervals(records: Sequence[RunRecord]) -> dict[str, ArmIntervals]:
     for record in sorted(records, key=lambda record: arm_order(record.arm)):
         if record.examples:
             by_arm.setdefault(record.arm, {})[record.seed] = record
-    baseline = by_arm.get(BASELINE, {})
+    reference = reference_arm(by_arm)
+    baseline = by_arm.get(reference or "", {})
     drawn = {arm: _resample(list(runs.values())) for arm, runs in by_arm.items()}
     result: dict[str, ArmIntervals] = {}
     for arm, runs in by_arm.items():
         differences: Mapping[str, np.ndarray] = {}
         common = sorted(runs.keys() & baseline.keys())
-        if arm != BASELINE and common:
+        if reference is not None and arm != reference and common:
             ours, theirs = (
                 drawn[name]
                 if len(all_of) == len(common)
                 else _resample([all_of[s] for s in common])
-                for name, all_of in ((arm, runs), (BASELINE, baseline))
+                for name, all_of in ((arm, runs), (reference, baseline))
             )
             differences = {name: values - theirs[name] for name, values in ours.items()}
         result[arm] = {

@@ -1,7 +1,7 @@
 """Curves from records alone: loss and metrics by step and by minute, the KL between passes."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ from regdrop.experiments.record import RunRecord
 from regdrop.tasks import Metric
 
 # Distinct also for colour-blind readers (Okabe and Ito).
-_COLOURS = ("#000000", "#999999", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
+COLOURS = ("#000000", "#999999", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
+_STYLES = ("-", "--", ":")
+_COLUMNS = 2
+_LEGEND_COLUMNS = 5
 _AXES = {"step": ("step", 1.0), "minute": ("seconds", 60.0)}
 
 
@@ -49,15 +52,7 @@ def _draw(
     axis: str,
     path: Path,
 ) -> Path:
-    # The object interface draws without a display and without global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = 2
-    rows = -(-len(curves) // columns)
-    figure = Figure(figsize=(11, 3.8 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    figure, panels = new_figure(len(curves))
     for (key, title, factor, logarithmic), panel in zip(curves, panels, strict=False):
         _draw_panel(panel, records, key, axis, factor)
         panel.set_title(title)
@@ -65,10 +60,30 @@ def _draw(
         if logarithmic:
             panel.set_yscale("log")
         panel.grid(alpha=0.3, which="both")
-    for panel in list(panels):
+    return save_figure(figure, path)
+
+
+def new_figure(count: int) -> tuple[Any, Iterator[Any]]:
+    """Return a figure and the panels of a grid of two columns, at least so many."""
+    # The object interface draws without a display and without global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = -(-count // _COLUMNS)
+    figure = Figure(figsize=(11, 3.8 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, _COLUMNS, squeeze=False).flat
+    for panel in list(panels)[count:]:
         panel.set_visible(False)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure, iter(figure.axes[:count])
+
+
+def save_figure(figure: Any, path: Path, *, legend: bool = True) -> Path:
+    """Save a figure, below it the legend of its first panel."""
+    if legend:
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        columns = min(len(labels), _LEGEND_COLUMNS)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     figure.savefig(path, dpi=110)
     return path
 
@@ -80,13 +95,16 @@ def _draw_panel(
     for record in records:
         by_arm[record.arm].append(record)
     names = sorted(by_arm, key=arm_order)
-    for colour, name in zip(_COLOURS * 2, names, strict=False):
+    for i, name in enumerate(names):
+        colour = COLOURS[i % len(COLOURS)]
+        style = _STYLES[i // len(COLOURS) % len(_STYLES)]
         x, values = _series(by_arm[name], key, axis)
         if not len(x):
             continue
         values = values * factor
         mean = values.mean(0)
-        panel.plot(x, mean, color=colour, label=name, linewidth=1.6)
+        marker = "o" if len(x) == 1 else None
+        panel.plot(x, mean, color=colour, linestyle=style, marker=marker, label=name, linewidth=1.6)
         if len(values) > 1:
             panel.fill_between(
                 x, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0

@@ -1,0 +1,62 @@
+"""The application, its console, and what all commands share."""
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from regdrop.experiments.processes import is_main_process
+
+app = typer.Typer(
+    help="Train with R-Drop (Regularized Dropout), compare it with training without it, and "
+    "see whether it acts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# Of several processes of one run the main one alone speaks.
+console = Console(quiet=not is_main_process())
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn Ctrl-C into a message that tells how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("Interrupted; the same command (train: with --resume) goes on from here.")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def usage_errors(*others: type[Exception]) -> Iterator[None]:
+    """Turn the errors of bad input into messages without a traceback."""
+    expected: tuple[type[Exception], ...] = (ValueError, *others)
+    try:
+        yield
+    except expected as error:
+        if not is_main_process():  # the main process says it
+            raise typer.Exit(2) from error
+        raise typer.BadParameter(str(error)) from error
+
+
+def command_line() -> str:
+    """Return the command as it was typed."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def workers_and_threads(workers: int | None) -> tuple[int, int | None]:
+    """Return the runs at a time and the threads of each: all cores, or one run on a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return workers or 1, None
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    workers = workers or cores
+    return workers, max(1, cores // workers)

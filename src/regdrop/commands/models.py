@@ -1,0 +1,75 @@
+"""Commands about models and about other implementations."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from regdrop.commands.app import app, console, usage_errors
+from regdrop.config import RDropConfig
+from regdrop.conventions import CONVENTIONS
+from regdrop.conventions import convert_alpha as convert
+from regdrop.diagnostics import dropout_report
+from regdrop.integrations.transformers.loading import load_model
+from regdrop.passes import find_dropout
+from regdrop.tasks.options import parse_value
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str, typer.Argument(help="A saved model's folder, a hub id, or module:callable.")
+    ],
+    options: Annotated[
+        str, typer.Option("--rdrop", help="R-Drop's options: alpha=1,backward_passes=1,...")
+    ] = "",
+) -> None:
+    """Show a model's sources of dropout, the cost of a step, and what to change."""
+    with usage_errors(TypeError, OSError):
+        config = _parse_rdrop(options)
+        loaded = load_model(model).train()
+    sources = find_dropout(loaded)
+    table = Table("source", "kind", "rate", title=f"{type(loaded).__name__}: sources of dropout")
+    for source in sources:
+        table.add_row(source.name or "(the model)", source.kind, f"{source.rate:g}")
+    console.print(table)
+    for line in dropout_report(loaded, config):
+        console.print(f"- {line}")
+    if not any(source.active for source in sources):
+        raise typer.Exit(1)
+
+
+@app.command(name="convert-alpha")
+def convert_alpha(
+    value: Annotated[float, typer.Argument(help="The coefficient in the other implementation.")],
+    convention: Annotated[
+        str, typer.Option("--from", help=f"Whose it is: {', '.join(CONVENTIONS)}.")
+    ],
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples of its micro-batch, before they are doubled.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Target tokens of its micro-batch, for token tasks.")
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Number of classes, or size of the vocabulary.")
+    ] = None,
+) -> None:
+    """Convert another implementation's KL coefficient to the paper's alpha, which is ours."""
+    with usage_errors():
+        alpha = convert(
+            value, convention, batch_size=batch_size, tokens=tokens, num_classes=num_classes
+        )
+    console.print(f"{CONVENTIONS[convention].loss}", style="dim", highlight=False)
+    console.print(f"alpha = {alpha:g}")
+
+
+def _parse_rdrop(text: str) -> RDropConfig:
+    """Return the options of "name=value,..." with JSON values."""
+    options: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, separator, value = part.partition("=")
+        if not separator:
+            raise ValueError(f"--rdrop must be name=value,..., got {part!r}")
+        options[name.strip()] = parse_value(value)
+    return RDropConfig.from_dict(options)

@@ -1,0 +1,58 @@
+"""The options of the commands that train, and the task that they choose."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from regdrop.tasks import Task
+from regdrop.tasks.options import change_task, find_task
+
+TaskName = Annotated[
+    str, typer.Argument(help="A task or one of its presets: see `regdrop tasks`.", metavar="TASK")
+]
+Preset = Annotated[str | None, typer.Option(help="A preset of the task; its first if absent.")]
+Data = Annotated[
+    str | None, typer.Option("--data", "--dataset", help="A folder of data, or a hub id.")
+]
+ModelOption = Annotated[str | None, typer.Option(help="A checkpoint: folder or hub id.")]
+Alpha = Annotated[float | None, typer.Option(help="Weight of the KL, instead of the preset's.")]
+Steps = Annotated[int | None, typer.Option(help="Optimiser steps, instead of the preset's.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any other setting of the preset: dropout=0.2, training.learning_rate=1e-4, "
+        "rdrop.fraction=0.5. Repeat it for several.",
+    ),
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds.")]
+FirstSeed = Annotated[int, typer.Option(min=0, help="The first of them.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Runs at a time; one a core, or one on a GPU.")
+]
+
+
+def chosen_task(
+    task: str,
+    preset: str | None,
+    data: str | None,
+    model: str | None,
+    alpha: float | None,
+    steps: int | None,
+    settings: Sequence[str] | None,
+) -> Task:
+    """Return the task that the options of a command choose.
+
+    Raises:
+        ValueError: For a task, preset or setting that there is not.
+    """
+    return change_task(
+        find_task(task, preset),
+        data=data,
+        model=model,
+        alpha=alpha,
+        steps=steps,
+        settings=settings or (),
+    )

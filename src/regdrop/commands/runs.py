@@ -1,0 +1,153 @@
+"""Commands of single runs: train, and use what was trained."""
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import typer
+
+from regdrop.commands.app import app, console, interruptible, usage_errors
+from regdrop.commands.options import (
+    Alpha,
+    Data,
+    ModelOption,
+    Preset,
+    Settings,
+    Steps,
+    TaskName,
+    chosen_task,
+)
+from regdrop.experiments import build_arms
+from regdrop.experiments.alone import run_alone
+from regdrop.experiments.arms import Arm
+from regdrop.experiments.display import LiveDisplay, print_figures
+from regdrop.experiments.evaluate import evaluate as run_evaluation
+from regdrop.experiments.evaluate import load_run
+from regdrop.experiments.processes import is_main_process, require_one_process
+from regdrop.experiments.progress import quiet_libraries
+from regdrop.experiments.record import RunRecord
+from regdrop.experiments.run import MODEL_FOLDER, RunPaths
+from regdrop.tasks import Task
+from regdrop.tasks.generate import generate_lines
+from regdrop.tasks.iwslt import prepare_iwslt
+
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run of `regdrop train`.")]
+
+
+@app.command()
+def train(
+    task: TaskName,
+    preset: Preset = None,
+    data: Data = None,
+    model: ModelOption = None,
+    alpha: Alpha = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, data order and masks.")] = 0,
+    steps: Steps = None,
+    settings: Settings = None,
+    arm: Annotated[str, typer.Option(help="Way of training: see `regdrop compare`.")] = "rdrop",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the run; runs/PRESET-ARM-seedN if absent."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted run in the folder.")
+    ] = False,
+) -> None:
+    """Train once; keep the model with its tokenizer, and the record of the run.
+
+    torchrun can start it in several processes, which share each batch.
+    """
+    with usage_errors():
+        chosen = chosen_task(task, preset, data, model, alpha, steps, settings)
+        known = build_arms(chosen)
+        if arm not in known:
+            raise ValueError(f"arm must be one of {', '.join(known)}; got {arm!r}")
+        folder = output or Path("runs") / f"{chosen.name}-{arm}-seed{seed}"
+        paths = RunPaths.alone(folder)
+        is_finished = paths.record.exists()
+        # The other processes may come here after the main one has begun.
+        if paths.work.exists() and not is_finished and not resume and is_main_process():
+            raise ValueError(
+                f"{folder} holds an interrupted run: go on with --resume, or choose "
+                "another --output"
+            )
+        console.print(f"[bold]{chosen.name}[/bold]: {chosen.description}; {known[arm].description}")
+        record = _train_shown(chosen, known[arm], seed, folder)
+    print_figures(record, console)
+    console.print(f"{'Finished before' if is_finished else 'Model and record'}: {folder}")
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    split: Annotated[
+        str, typer.Option(help="train, validation, test, or another test split of the task.")
+    ] = "test",
+    data: Data = None,
+    settings: Settings = None,
+) -> None:
+    """Evaluate the model of a run on a split, with 95 % intervals over its examples."""
+    with usage_errors():
+        require_one_process("evaluate")
+        result = run_evaluation(run, split, data=data, settings=settings or ())
+    print_figures(result, console)
+    console.print(f"Kept in {result.path}")
+
+
+@app.command()
+def generate(
+    run: RunFolder,
+    source: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="Lines; standard input if absent."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File; standard output if absent."),
+    ] = None,
+    num_beams: Annotated[
+        int | None, typer.Option(min=1, help="Number of beams; the run's own if absent.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Lines at a time.")] = 32,
+) -> None:
+    """Generate a line of text for each line with the model of a run, such as its translation."""
+    with usage_errors(OSError), ExitStack() as files:
+        require_one_process("generate")
+        load_run(run)
+        if output is not None and output.exists():
+            raise ValueError(f"--output {output} exists; choose another file, or remove it")
+        lines: TextIO = (
+            sys.stdin if source is None else files.enter_context(source.open(encoding="utf-8"))
+        )
+        target = (
+            sys.stdout
+            if output is None
+            else files.enter_context(output.open("w", encoding="utf-8"))
+        )
+        quiet_libraries()
+        for text in generate_lines(
+            run / MODEL_FOLDER, lines, batch_size=batch_size, num_beams=num_beams
+        ):
+            print(text, file=target, flush=output is None)
+
+
+@app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(metavar="SET", help="iwslt14 (and IWSLT17's pairs).")],
+    archive: Annotated[Path, typer.Argument(help="The official archive, as downloaded.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Turn a downloaded archive into a folder of data, with the paper's cleaning and splits."""
+    with usage_errors():
+        require_one_process("prepare")
+        if name != "iwslt14":
+            raise ValueError(f"SET must be iwslt14, got {name!r}")
+        sizes = prepare_iwslt(archive, output)
+    counts = ", ".join(f"{split} {size:,}" for split, size in sizes.items())
+    console.print(f"{counts} pairs in {output}")
+
+
+def _train_shown(task: Task, arm: Arm, seed: int, folder: Path) -> RunRecord:
+    with interruptible(), LiveDisplay([arm], [seed], console) as display:
+        return run_alone(task, arm, seed, folder, display=display)

@@ -1,0 +1,157 @@
+"""The paper's studies and the question of cost: which arms each sets against each other."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement
+
+from regdrop.config import RDropConfig
+from regdrop.experiments.arms import BASELINE, Arm, build_arms
+from regdrop.tasks import Task
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question, asked by arms that differ in one thing.
+
+    Attributes:
+        question: What it asks, in one line.
+        grid: Values of what is varied, where none are given; empty where nothing is.
+        build: From a task and a grid to the arms.
+    """
+
+    question: str
+    grid: tuple[float, ...]
+    build: Callable[[Task, Sequence[float]], list[Arm]]
+
+
+def study_arms(name: str, task: Task, grid: Sequence[float] | None = None) -> list[Arm]:
+    """Return the arms of a study, the baseline first where it has one.
+
+    Args:
+        name: One of STUDIES.
+        task: The task.
+        grid: Values of what is varied; None for the study's own.
+
+    Raises:
+        ValueError: For an unknown study, or a grid that it cannot have.
+    """
+    if name not in STUDIES:
+        raise ValueError(f"STUDY must be one of {', '.join(STUDIES)}; got {name!r}")
+    study = STUDIES[name]
+    if grid is not None and not study.grid:
+        raise ValueError(f"study {name!r} varies no number and takes no grid, got {list(grid)}")
+    values = list(study.grid if grid is None else grid)
+    if len(set(values)) != len(values) or (study.grid and not values):
+        raise ValueError(f"grid must hold different numbers, at least one, got {values}")
+    return study.build(task, values)
+
+
+def _rdrop(task: Task, **changes: object) -> RDropConfig:
+    return replace(task.rdrop, scale="mean", **changes)  # type: ignore[arg-type]
+
+
+def _arm(task: Task, name: str, description: str, **changes: object) -> Arm:
+    return Arm(name, description, _rdrop(task, **changes), task.training)
+
+
+def _alpha(task: Task, grid: Sequence[float]) -> list[Arm]:
+    return [_arm(task, f"alpha-{a:g}", f"R-Drop, alpha {a:g}", alpha=a) for a in grid]
+
+
+def _every_n_steps(task: Task, grid: Sequence[float]) -> list[Arm]:
+    arms = [build_arms(task)[BASELINE]]
+    for k in _whole_numbers("every-n-steps", grid):
+        if k == 1:
+            arms.append(build_arms(task)["rdrop"])
+            continue
+        text = f"R-Drop on every {k}th step"
+        arms.append(_arm(task, f"every-{k}", text, every_n_steps=k, rescale=False))
+        arms.append(
+            _arm(task, f"every-{k}-rescaled", f"{text}, its alpha times {k}", every_n_steps=k)
+        )
+    return arms
+
+
+def _num_passes(task: Task, grid: Sequence[float]) -> list[Arm]:
+    arms = []
+    for m in _whole_numbers("num-passes", grid):
+        if m == 1:
+            arms.append(build_arms(task)[BASELINE])
+        else:
+            arms.append(_arm(task, f"passes-{m}", f"R-Drop with {m} passes", num_passes=m))
+    return arms
+
+
+def _dropout_rates(task: Task, grid: Sequence[float]) -> list[Arm]:
+    # Both passes are treated alike, so that a pair and its reverse are one.
+    return [
+        _arm(
+            task,
+            f"rates-{p:g}-{q:g}",
+            f"R-Drop, dropout {p:g} in one pass and {q:g} in the other",
+            dropout_rates=(p, q),
+            passes="sequential",
+        )
+        for p, q in combinations_with_replacement(sorted(grid), 2)
+    ]
+
+
+def _cost(task: Task, grid: Sequence[float]) -> list[Arm]:
+    half = task.training.max_steps // 2
+    ways: list[tuple[str, str, dict[str, object]]] = [
+        ("half-batch", "the second pass on half of the batch", {"fraction": 0.5}),
+        (
+            "one-backward-half-batch",
+            "one backward pass, the second pass on half of the batch",
+            {"backward_passes": 1, "fraction": 0.5},
+        ),
+        (
+            "one-backward-quarter-batch",
+            "one backward pass, the second pass on a quarter of the batch",
+            {"backward_passes": 1, "fraction": 0.25},
+        ),
+        ("every-4", "every 4th step, as in the paper", {"every_n_steps": 4, "rescale": False}),
+        ("every-4-rescaled", "every 4th step with alpha times 4", {"every_n_steps": 4}),
+        ("late-start", "from half of the steps on", {"start_step": half}),
+        (
+            "one-backward-late-start",
+            "one backward pass, from half of the steps on",
+            {"backward_passes": 1, "start_step": half},
+        ),
+        (
+            "one-backward-every-2-rescaled",
+            "one backward pass, every 2nd step with alpha times 2",
+            {"backward_passes": 1, "every_n_steps": 2},
+        ),
+    ]
+    return [
+        *build_arms(task).values(),
+        *(_arm(task, name, f"R-Drop, {text}", **changes) for name, text, changes in ways),
+    ]
+
+
+def _whole_numbers(study: str, grid: Sequence[float]) -> list[int]:
+    wrong = [x for x in grid if x != int(x) or x < 1]
+    if wrong:
+        raise ValueError(f"grid of {study} must hold whole numbers from 1 on, got {wrong[0]:g}")
+    return [int(x) for x in grid]
+
+
+STUDIES = {
+    "alpha": Study("How strongly should the passes agree?", (0, 1, 3, 5, 7, 10), _alpha),
+    "every-n-steps": Study(
+        "Is R-Drop on every k-th step enough, with and without alpha times k?",
+        (1, 2, 5, 10),
+        _every_n_steps,
+    ),
+    "num-passes": Study("Do more passes help?", (1, 2, 3, 4), _num_passes),
+    "dropout-rates": Study(
+        "Which dropout rates of the two passes?", (0.1, 0.2, 0.3, 0.4, 0.5), _dropout_rates
+    ),
+    "cost": Study("What does R-Drop's gain cost at least?", (), _cost),
+    "curves": Study(
+        "How do the arms learn, by step and by minute?",
+        (),
+        lambda task, _: list(build_arms(task).values()),
+    ),
+}

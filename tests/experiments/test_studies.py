@@ -1,0 +1,178 @@
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from regdrop.experiments import build_arms
+from regdrop.experiments.arms import arm_order, reference_arm
+from regdrop.experiments.cost import run_cost
+from regdrop.experiments.manifest import check_study, note_command, read_manifest
+from regdrop.experiments.record import record_path, resolved_config
+from regdrop.experiments.report import write_report
+from regdrop.experiments.studies import STUDIES, study_arms
+from regdrop.experiments.study_plots import pareto_front
+from regdrop.tasks.image_classification import DIGITS
+
+
+def settings(arms, *names):
+    return [tuple(getattr(arm.rdrop, name) for name in names) for arm in arms]
+
+
+def test_alpha_varies_alpha_alone():
+    arms = study_arms("alpha", DIGITS)
+    assert settings(arms, "alpha") == [(0,), (1,), (3,), (5,), (7,), (10,)]
+    rest = [{k: v for k, v in asdict(arm.rdrop).items() if k != "alpha"} for arm in arms]
+    assert all(other == rest[0] for other in rest)
+    assert {arm.training for arm in arms} == {DIGITS.training}
+    assert settings(study_arms("alpha", DIGITS, [0.5]), "alpha") == [(0.5,)]
+
+
+def test_every_n_steps_sets_the_papers_form_beside_the_rescaled_one():
+    baseline, every, *others = study_arms("every-n-steps", DIGITS, [1, 2, 5])
+    assert baseline == build_arms(DIGITS)["baseline"]
+    assert every == build_arms(DIGITS)["rdrop"]
+    assert settings(others, "every_n_steps", "rescale") == [
+        (2, False),
+        (2, True),
+        (5, False),
+        (5, True),
+    ]
+
+
+def test_num_passes_begins_with_one_pass_and_no_divergence():
+    assert settings(study_arms("num-passes", DIGITS), "num_passes") == [(1,), (2,), (3,), (4,)]
+    assert study_arms("num-passes", DIGITS, [1])[0].rdrop.alpha == 0
+
+
+def test_dropout_rates_are_every_pair_once():
+    arms = study_arms("dropout-rates", DIGITS, [0.3, 0.1, 0.2])
+    pairs = [pair for (pair,) in settings(arms, "dropout_rates")]
+    assert pairs == [(0.1, 0.1), (0.1, 0.2), (0.1, 0.3), (0.2, 0.2), (0.2, 0.3), (0.3, 0.3)]
+    assert len(study_arms("dropout-rates", DIGITS)) == 15
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_arms_of_a_study_have_names_of_their_own_and_the_scale_of_the_baseline(name):
+    arms = study_arms(name, DIGITS)
+    assert len({arm.name for arm in arms}) == len(arms)
+    assert {arm.rdrop.scale for arm in arms} == {"mean"}
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "message"),
+    [
+        ("alphas", None, "STUDY must be one of alpha, every-n-steps"),
+        ("cost", [1], "study 'cost' varies no number and takes no grid"),
+        ("alpha", [1, 1], "grid must hold different numbers"),
+        ("alpha", [], "grid must hold different numbers, at least one"),
+        ("alpha", [-1], "alpha must be finite and at least 0"),
+        ("num-passes", [1.5], "whole numbers from 1 on, got 1.5"),
+        ("every-n-steps", [0], "whole numbers from 1 on, got 0"),
+        ("dropout-rates", [1.0], "dropout_rates must be from 0 up to 1"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_named(name, grid, message):
+    with pytest.raises(ValueError, match=message):
+        study_arms(name, DIGITS, grid)
+
+
+def test_arms_are_sorted_by_their_numbers():
+    names = ["alpha-10", "alpha-3", "rates-0.2-0.1", "rates-0.1-0.3", "alpha-0.5", "baseline"]
+    assert sorted(names, key=arm_order) == [
+        "baseline",
+        "alpha-0.5",
+        "alpha-3",
+        "alpha-10",
+        "rates-0.1-0.3",
+        "rates-0.2-0.1",
+    ]
+
+
+def test_what_arms_are_compared_to():
+    assert reference_arm({"rdrop", "alpha-0", "baseline"}) == "baseline"
+    assert reference_arm({"alpha-3", "alpha-0"}) == "alpha-0"
+    assert reference_arm({"rates-0.1-0.1"}) is None
+
+
+def test_cost_of_every_arm_counted_by_hand(record):
+    """A forward is a third of a step; DIGITS has 600 steps, so a late start is at 300."""
+    expected = {
+        "baseline": 1.0,
+        "baseline-2x": 2.0,
+        "alpha-0": 2.0,
+        "rdrop": 2.0,
+        "rdrop-one-backward": 4 / 3,
+        "half-batch": 1.5,
+        "one-backward-half-batch": 1 + 1 / 6,
+        "one-backward-quarter-batch": 1 + 1 / 12,
+        "every-4": 1.25,
+        "every-4-rescaled": 1.25,
+        "late-start": 1.5,
+        "one-backward-late-start": 1 + 1 / 6,
+        "one-backward-every-2-rescaled": 1 + 1 / 6,
+    }
+    found = {
+        arm.name: run_cost(
+            record(arm.name, config=resolved_config(DIGITS, arm), steps=arm.training.max_steps),
+            DIGITS.training.max_steps,
+        )
+        for arm in study_arms("cost", DIGITS)
+    }
+    assert found == pytest.approx(expected)
+
+
+def test_the_front_holds_what_no_other_point_beats():
+    points = [(2.0, 0.9), (1.0, 0.5), (1.5, 0.95), (1.2, 0.4), (1.0, 0.6)]
+    assert pareto_front(points, greater_is_better=True) == [4, 2]
+    losses = [(cost, 1 - value) for cost, value in points]
+    assert pareto_front(losses, greater_is_better=False) == [4, 2]
+
+
+@pytest.mark.parametrize("study", [name for name in STUDIES if name != "curves"])
+def test_every_study_draws_its_figure(tmp_path, record, study, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
+    )
+    arms = study_arms(study, DIGITS)
+    for i, arm in enumerate(arms):
+        for seed in (0, 1):
+            value = 0.5 + 0.02 * i
+            config = resolved_config(DIGITS, arm)
+            one = record(arm.name, seed, value, 1 - value, config=config, steps=600)
+            one.save(record_path(tmp_path, arm.name, seed))
+    note_command(tmp_path, study, f"regdrop sweep {study}")
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert STUDIES[study].question in text
+    assert f"regdrop sweep {study}" in text
+    panel = figures[0].axes[0]
+    assert panel.get_title() == "test accuracy (%)"
+    values = [50 + 2 * i for i in range(len(arms))]
+    if study == "dropout-rates":
+        grid = panel.images[0].get_array()
+        assert grid.shape == (5, 5)
+        np.testing.assert_allclose(grid, grid.T)
+        np.testing.assert_allclose(grid[0], values[:5])
+    elif study == "cost":
+        assert len(panel.get_legend_handles_labels()[1]) == len(arms)
+    else:
+        drawn = {round(y, 6) for line in panel.lines for y in line.get_ydata() if y > 1}
+        assert set(values) <= drawn
+
+
+def test_a_folder_keeps_to_one_study_and_its_commands(tmp_path, record):
+    check_study(tmp_path, "alpha")
+    record().save(record_path(tmp_path, "baseline", 0))
+    assert read_manifest(tmp_path).study == "compare"
+    with pytest.raises(ValueError, match="holds results of 'compare', not of 'alpha'"):
+        check_study(tmp_path, "alpha")
+    for command in ("first", "second", "first"):
+        note_command(tmp_path, "compare", command)
+    assert read_manifest(tmp_path).commands == ("second", "first")
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(ValueError, match=r"study\.json cannot be read"):
+        read_manifest(tmp_path)
