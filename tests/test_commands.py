@@ -186,6 +186,8 @@ def test_killing_the_command_ends_its_runs(tmp_path):
         (("report", "/nowhere"), "no records in"),
         (("sweep", "alphas", "--task", "digits"), "STUDY must be one of alpha, every-n-steps"),
         (("sweep", "alpha", "--task", "digits", "--grid", "1,x"), "--grid must be numbers"),
+        (("tune", "digits", "--vary", "dropout=1"), "a variation must be rdrop.NAME="),
+        (("compare", "digits", "--tuned", "x.json"), "--tuned x.json must be a file of"),
         (("sweep", "cost", "--task", "digits", "--grid", "1"), "takes no grid"),
         (("doctor", "nowhere:nothing"), "cannot be imported"),
         (("doctor", "math:sqrt2"), "cannot be imported"),

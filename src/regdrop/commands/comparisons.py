@@ -30,12 +30,19 @@ from regdrop.commands.options import (
 )
 from regdrop.experiments import build_arms, load_records, run_arms, write_report
 from regdrop.experiments.arms import Arm
-from regdrop.experiments.display import LiveDisplay, print_table
+from regdrop.experiments.display import FinishedRuns, LiveDisplay, print_table, print_tuned
 from regdrop.experiments.manifest import COMPARISON, check_study, note_command
 from regdrop.experiments.processes import require_one_process
 from regdrop.experiments.studies import STUDIES, study_arms
+from regdrop.experiments.tuning import apply_tuned, parse_variation, save_tuned
+from regdrop.experiments.tuning import tune as run_tuning
 from regdrop.tasks import PRESETS, Task
 
+ArmNames = Annotated[str | None, typer.Option(help="Arms to train, by commas; all if absent.")]
+Tuned = Annotated[
+    Path | None,
+    typer.Option(help="Settings of the arms that `regdrop tune` chose: its tuned.json."),
+]
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="Folder of the results; in runs/ if absent."),
@@ -61,12 +68,11 @@ def compare(
     alpha: Alpha = None,
     seeds: Seeds = 5,
     first_seed: FirstSeed = 0,
-    arms: Annotated[
-        str | None, typer.Option(help="Arms to train, by commas; all if absent.")
-    ] = None,
+    arms: ArmNames = None,
     steps: Steps = None,
     settings: Settings = None,
     workers: Workers = None,
+    tuned: Tuned = None,
     output: Output = None,
 ) -> None:
     """Train the baseline, its equal-compute and two-pass controls, and R-Drop; print the result.
@@ -76,13 +82,9 @@ def compare(
     with usage_errors():
         require_one_process("compare")
         chosen = chosen_task(task, preset, data, model, alpha, steps, settings)
-        known = build_arms(chosen)
-        names = list(known) if arms is None else [name.strip() for name in arms.split(",")]
-        if unknown := sorted(set(names) - set(known)):
-            raise ValueError(f"arms must be among {', '.join(known)}; got {', '.join(unknown)}")
+        trained = _tuned(_named(list(build_arms(chosen).values()), arms), tuned)
         folder = output or Path("runs") / chosen.name
-        all_seeds = range(first_seed, first_seed + seeds)
-        _run(COMPARISON, chosen, [known[name] for name in names], all_seeds, workers, folder)
+        _run(COMPARISON, chosen, trained, range(first_seed, first_seed + seeds), workers, folder)
 
 
 @app.command()
@@ -101,6 +103,7 @@ def sweep(
     steps: Steps = None,
     settings: Settings = None,
     workers: Workers = None,
+    tuned: Tuned = None,
     output: Output = None,
 ) -> None:
     """Run one of the paper's studies, or that of cost, over seeds; draw what it asks.
@@ -111,10 +114,73 @@ def sweep(
     with usage_errors():
         require_one_process("sweep")
         chosen = chosen_task(task, preset, data, model, alpha, steps, settings)
-        arms = study_arms(study, chosen, _numbers(grid))
+        arms = _tuned(study_arms(study, chosen, _numbers(grid)), tuned)
         console.print(f"[bold]{study}[/bold]: {STUDIES[study].question}")
         folder = output or Path("runs") / f"{chosen.name}-{study}"
         _run(study, chosen, arms, range(first_seed, first_seed + seeds), workers, folder)
+
+
+@app.command()
+def tune(
+    task: TaskName,
+    vary: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=...",
+            help="What is chosen: rdrop.alpha=1,2,5 tries values, "
+            "training.learning_rate=1e-4:1e-2:log searches a range. Repeat it for several.",
+        ),
+    ],
+    preset: Preset = None,
+    data: Data = None,
+    model: ModelOption = None,
+    study: Annotated[str, typer.Option(help="Whose arms: compare, or a study of `sweep`.")] = (
+        COMPARISON
+    ),
+    arms: ArmNames = None,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Settings that a search tries for each arm.")
+    ] = 20,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Address of an Optuna storage, to search from several machines."),
+    ] = None,
+    seeds: Seeds = 1,
+    first_seed: FirstSeed = 100,
+    steps: Steps = None,
+    settings: Settings = None,
+    workers: Workers = None,
+    output: Output = None,
+) -> None:
+    """Choose settings of every arm on the validation split, by other seeds than a comparison's.
+
+    Values are tried all; ranges are searched by Optuna. `compare` and `sweep` take the result by
+    --tuned. Finished runs are kept: repeating the command tries only what is missing.
+    """
+    with usage_errors():
+        require_one_process("tune")
+        chosen = chosen_task(task, preset, data, model, None, steps, settings)
+        known = build_arms(chosen).values() if study == COMPARISON else study_arms(study, chosen)
+        trained = _named(list(known), arms)
+        folder = output or Path("runs") / f"{chosen.name}-tuning"
+        count, threads = workers_and_threads(workers)
+        console.print(f"[bold]{chosen.name}[/bold]: {chosen.description}; results in {folder}")
+        with interruptible(), console.status("training"):
+            found = run_tuning(
+                chosen,
+                trained,
+                [parse_variation(text) for text in vary],
+                seeds=range(first_seed, first_seed + seeds),
+                folder=folder,
+                trials=trials,
+                storage=storage,
+                workers=count,
+                threads=threads,
+                display=FinishedRuns(console),
+            )
+        target = save_tuned(folder, found)
+    print_tuned(chosen, found, console)
+    console.print(f"Choice: {target}")
 
 
 @app.command()
@@ -152,6 +218,19 @@ def _run(
         )
     note_command(folder, study, command_line())
     _show(folder)
+
+
+def _named(arms: Sequence[Arm], names: str | None) -> list[Arm]:
+    """Return the arms of some names, by commas, or all."""
+    known = {arm.name: arm for arm in arms}
+    chosen = list(known) if names is None else [name.strip() for name in names.split(",")]
+    if unknown := sorted(set(chosen) - set(known)):
+        raise ValueError(f"arms must be among {', '.join(known)}; got {', '.join(unknown)}")
+    return [known[name] for name in chosen]
+
+
+def _tuned(arms: Sequence[Arm], path: Path | None) -> list[Arm]:
+    return list(arms) if path is None else apply_tuned(arms, path)
 
 
 def _show(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """The live display of a comparison and its table, on the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -21,6 +21,8 @@ from regdrop.experiments.evaluate import Evaluation
 from regdrop.experiments.progress import Update
 from regdrop.experiments.record import RunRecord
 from regdrop.experiments.tables import caption, find_metrics, table_cells
+from regdrop.experiments.tuning import Tuned, describe
+from regdrop.tasks import Task
 
 
 class LiveDisplay:
@@ -70,10 +72,9 @@ class LiveDisplay:
 
     def finish(self, record: RunRecord) -> None:
         """Show that a run is done; on a terminal without live display, say so in a line."""
-        figures = " ".join(f"{name} {value:.3f}" for name, value in record.validation.items())
         self._move(record.arm, record.seed, record.steps, None)
         if not self.console.is_terminal:
-            self.console.print(f"{record.arm} seed {record.seed}: validation {figures}")
+            self.console.print(_finished(record))
 
     def _move(self, arm: str, seed: int, step: int, figures: str | None) -> None:
         before = self._steps.get((arm, seed), 0)
@@ -82,6 +83,35 @@ class LiveDisplay:
         self.progress.advance(bar, max(0, step - before))
         if figures is not None:
             self.progress.update(bar, figures=figures)
+
+
+class FinishedRuns:
+    """A line for every run that is done; for work whose runs are not known beforehand."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def update(self, news: Update) -> None:
+        """Show nothing of a run that is not done."""
+
+    def finish(self, record: RunRecord) -> None:
+        """Show that a run is done."""
+        self.console.print(_finished(record), highlight=False, soft_wrap=True)
+
+
+def _finished(record: RunRecord) -> str:
+    figures = " ".join(f"{name} {value:.3f}" for name, value in record.validation.items())
+    return f"{record.arm} seed {record.seed}: validation {figures}"
+
+
+def print_tuned(task: Task, tuned: Mapping[str, Tuned], console: Console) -> None:
+    """Print what was chosen for every arm."""
+    metric = task.metrics[task.selection_metric]
+    table = Table("arm", "chosen", f"validation {metric.title}", "tried")
+    for name, choice in tuned.items():
+        figure = metric.format(choice.figure)
+        table.add_row(name, describe(choice.settings), figure, str(choice.tried))
+    console.print(table)
 
 
 def print_figures(result: RunRecord | Evaluation, console: Console) -> None:

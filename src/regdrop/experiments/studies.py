@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
+from typing import Any
 
 from regdrop.config import RDropConfig
 from regdrop.experiments.arms import BASELINE, Arm, build_arms
@@ -46,11 +47,11 @@ def study_arms(name: str, task: Task, grid: Sequence[float] | None = None) -> li
     return study.build(task, values)
 
 
-def _rdrop(task: Task, **changes: object) -> RDropConfig:
-    return replace(task.rdrop, scale="mean", **changes)  # type: ignore[arg-type]
+def _rdrop(task: Task, **changes: Any) -> RDropConfig:
+    return replace(task.rdrop, scale="mean", **changes)
 
 
-def _arm(task: Task, name: str, description: str, **changes: object) -> Arm:
+def _arm(task: Task, name: str, description: str, **changes: Any) -> Arm:
     return Arm(name, description, _rdrop(task, **changes), task.training)
 
 
@@ -98,7 +99,7 @@ def _dropout_rates(task: Task, grid: Sequence[float]) -> list[Arm]:
 
 def _cost(task: Task, grid: Sequence[float]) -> list[Arm]:
     half = task.training.max_steps // 2
-    ways: list[tuple[str, str, dict[str, object]]] = [
+    ways: list[tuple[str, str, dict[str, Any]]] = [
         ("half-batch", "the second pass on half of the batch", {"fraction": 0.5}),
         (
             "one-backward-half-batch",
