@@ -1,0 +1,192 @@
+"""How noisy the gradient of each way of R-Drop is, beside what a step of it costs.
+
+    python benchmarks/bench_gradient_variance.py --task multi30k-part-de-en
+    python benchmarks/bench_gradient_variance.py --quick    # on digits, to see that it runs
+
+A model is trained by R-Drop for some steps. Then, its weights unchanged, the gradient of every way
+is drawn many times, once with the masks alone drawn anew (one batch) and once with the batch too.
+Figures are the variance of a draw over the squared length of the mean gradient of full R-Drop, and
+the angle between the mean of the way and that of full R-Drop: an unbiased way has the same mean.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import date
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from regdrop import RDropConfig
+from regdrop.diagnostics import expected_cost
+from regdrop.experiments import build_arms
+from regdrop.experiments.progress import quiet_libraries
+from regdrop.experiments.record import describe_hardware, library_versions
+from regdrop.experiments.run import build_trainer
+from regdrop.tasks import Task
+from regdrop.tasks.options import change_task, find_task
+
+ROOT = Path(__file__).resolve().parent.parent
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "one backward": {"backward_passes": 1},
+    "half of the batch": {"fraction": 0.5},
+    "one backward, half of the batch": {"backward_passes": 1, "fraction": 0.5},
+    "one backward, a quarter": {"backward_passes": 1, "fraction": 0.25},
+    "every 2nd step, rescaled": {"every_n_steps": 2},
+    "every 4th step, rescaled": {"every_n_steps": 4},
+    "every 4th step, as in the paper": {"every_n_steps": 4, "rescale": False},
+    "one backward, every 2nd, rescaled": {"backward_passes": 1, "every_n_steps": 2},
+}
+
+
+TURN = 4  # every_n_steps of all ways divide it
+
+
+class Moments:
+    """Sums of gradients and of their squared lengths, and the sums of two halves of the draws."""
+
+    def __init__(self) -> None:
+        self.halves: list[Tensor | float] = [0.0, 0.0]
+        self.squares = 0.0
+        self.count = 0
+
+    def add(self, gradient: Tensor) -> None:
+        """Take one draw; halves are of whole turns of a way that differs from step to step."""
+        self.halves[self.count // TURN % 2] += gradient
+        self.squares += float(gradient.double().square().sum())
+        self.count += 1
+
+    @property
+    def mean(self) -> Any:
+        """The mean gradient."""
+        return (self.halves[0] + self.halves[1]) / self.count
+
+    @property
+    def squared_length(self) -> float:
+        """The squared length of the true mean, without the bias that noise adds."""
+        first, second = (half / (self.count / 2) for half in self.halves)
+        return float((first * second).sum())
+
+    @property
+    def variance(self) -> float:
+        """The variance of one draw, summed over all parameters."""
+        return self.squares / self.count - self.squared_length
+
+
+def gradients(trainer: Any, batches: Sequence[Any]) -> Iterator[Tensor]:
+    """Draw gradients without end, as the optimiser would get them, of batches in turn."""
+    model = trainer.model.train()
+    device = trainer.args.device
+    for step, batch in enumerate(cycle(batches)):
+        trainer.state.global_step = step
+        samples, items = trainer.get_batch_samples(iter([batch]), 1, device)
+        model.zero_grad()
+        inputs = trainer._prepare_inputs(samples[0])
+        trainer.compute_loss(model, inputs, num_items_in_batch=items).backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        yield torch.cat(grads).float()
+
+
+def measure(task: Task, steps: int, draws: int, console: Console) -> dict[str, dict[str, Moments]]:
+    """Return the moments of every way's gradient, by what is drawn anew."""
+    arm = build_arms(task)["rdrop"]
+    prepared = task.prepare()
+    torch.manual_seed(0)
+    model = prepared.build_model()
+    found: dict[str, dict[str, Moments]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def trainer_of(rdrop: RDropConfig) -> Any:
+            trainer = build_trainer(
+                task,
+                replace(arm, rdrop=rdrop),
+                0,
+                Path(folder),
+                prepared,
+                model,
+                train=prepared.splits["train"],
+                validation=prepared.splits["validation"],
+            )
+            trainer.args.eval_strategy = trainer.args.save_strategy = "no"
+            trainer.args.load_best_model_at_end = False
+            return trainer
+
+        trainer = trainer_of(arm.rdrop)
+        trainer.train()
+        batches = list(islice(trainer.get_train_dataloader(), draws))
+        for way, changes in track(list(WAYS.items()), "drawing gradients", console=console):
+            trainer = trainer_of(replace(arm.rdrop, **changes))
+            found[way] = {"masks": Moments(), "masks and batches": Moments()}
+            for moments, used in zip(found[way].values(), (batches[:1], batches), strict=True):
+                torch.manual_seed(1)
+                for gradient in islice(gradients(trainer, used), draws):
+                    moments.add(gradient)
+    return found
+
+
+def summarise(found: dict[str, dict[str, Moments]], rdrop: RDropConfig) -> list[dict[str, Any]]:
+    """Return a row for every way: its cost, and its noise and direction beside full R-Drop's."""
+    rows = []
+    for way, moments in found.items():
+        row: dict[str, Any] = {
+            "way": way,
+            "cost": expected_cost(replace(rdrop, **WAYS[way])),
+        }
+        for kind, own in moments.items():
+            full = found["full"][kind]
+            row[kind] = own.variance / full.squared_length
+            row[f"cosine, {kind}"] = float(torch.cosine_similarity(own.mean, full.mean, dim=0))
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--task", default="digits")
+    parser.add_argument("--data", default=None)
+    parser.add_argument("--steps", type=int, default=300, help="steps of R-Drop beforehand")
+    parser.add_argument("--draws", type=int, default=64, help="gradients of each way")
+    parser.add_argument("--quick", action="store_true", help="a few draws after a few steps")
+    parser.add_argument("--output", type=Path, default=None)
+    arguments = parser.parse_args()
+    if arguments.draws % (2 * TURN):
+        parser.error(f"--draws must be a multiple of {2 * TURN}, got {arguments.draws}")
+    steps, draws = (5, 2 * TURN) if arguments.quick else (arguments.steps, arguments.draws)
+    console = Console()
+    quiet_libraries()
+    task = change_task(find_task(arguments.task), data=arguments.data, steps=steps)
+    rows = summarise(measure(task, steps, draws, console), task.rdrop)
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{x:.3g}" if isinstance(x, float) else x for x in row.values()))
+    console.print(table)
+    command = f"python benchmarks/{Path(__file__).name}"
+    command += f" --task {arguments.task}" if arguments.task != "digits" else ""
+    record = {
+        "command": command + (" --quick" if arguments.quick else ""),
+        "date": date.today().isoformat(),
+        "task": task.name,
+        "alpha": task.rdrop.alpha,
+        "steps": steps,
+        "draws": draws,
+        "versions": library_versions(),
+        "hardware": describe_hardware(),
+        "ways": rows,
+    }
+    output = arguments.output or ROOT / "results" / f"gradient_variance_{arguments.task}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    console.print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    main()
