@@ -127,6 +127,36 @@ def test_every_nth_step_with_rescaling_has_the_same_mean_gradient(setup, scale):
     torch.testing.assert_close(average(third), average(every))
 
 
+@pytest.mark.parametrize(
+    ("num_passes", "backward_passes", "size", "every_n_steps", "start_step"),
+    [(2, None, 2, 2, 0), (2, 1, 3, 2, 1), (2, 1, 2, 2, 0), (2, 1, 2, 2, 1), (3, 1, 2, 1, 0)],
+)
+def test_every_combination_is_unbiased_over_masks_parts_and_steps(
+    setup, num_passes, backward_passes, size, every_n_steps, start_step
+):
+    """From the first step with R-Drop on, over one turn of its steps."""
+    model, batch, target = setup
+    cheap = options(
+        num_passes=num_passes,
+        backward_passes=backward_passes,
+        fraction=size / SIZE,
+        every_n_steps=every_n_steps,
+        start_step=start_step,
+    )
+    steps = range(start_step, start_step + every_n_steps)
+    parts = [torch.tensor(part) for part in combinations(range(SIZE), size)]
+    total, count = 0, 0
+    for masks in product((0.0, 2.0), repeat=SIZE * num_passes):
+        for part, step in product(parts, steps):
+            used = masks[: SIZE * plan_step(cheap, step).num_passes]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(step_module, "_random_items", lambda *_, part=part: part)
+                loss = loss_of(model, batch, target, cheap, used, step).loss
+            total, count = total + gradient(model, loss), count + 1
+    expected = mean_gradient(setup, options(num_passes=num_passes), num_passes)
+    torch.testing.assert_close(total / count, expected)
+
+
 @pytest.mark.parametrize("passes", ["stacked", "sequential"])
 @pytest.mark.parametrize("scale", ["sum", "mean"])
 def test_loss_is_that_of_the_paper(setup, passes, scale):

@@ -89,7 +89,7 @@ def train_run(
 
     An interrupted run goes on from its last checkpoint. The checkpoint with the best selection
     metric on the validation split, or the mean of the last ones, is evaluated once on the test
-    splits.
+    splits. Under torchrun all processes call it; the main one alone writes.
 
     Args:
         task: The task.
@@ -97,8 +97,6 @@ def train_run(
         seed: Seed of weights, order of the data and dropout masks.
         paths: Where the run writes.
         progress: Called with the step and the figures of every log and evaluation.
-
-    Under torchrun all processes call it; the main one alone writes.
 
     Raises:
         ValueError: If there is a record or an interrupted run with other settings, the batch
