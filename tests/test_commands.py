@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from models import tiny_bert, tiny_vit
-from regdrop.commands import app
+from regdrop.commands import app, comparisons
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
 
@@ -75,6 +75,35 @@ def test_a_sweep_trains_what_a_longer_grid_adds(tmp_path):
     result = run("compare", "digits", "--steps", 20, "--seeds", 1, "--output", tmp_path)
     assert result.exit_code == 2
     assert "holds results of 'alpha'" in " ".join(result.output.split())
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_goes_on_and_no_other_study_does(tmp_path, monkeypatch):
+    options = ("--task", "digits", "--steps", 20, "--seeds", 1, "--output", tmp_path)
+    original = comparisons.run_arms
+
+    def stop_after_one(task, arms, **kwargs):
+        original(task, arms[:1], **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparisons, "run_arms", stop_after_one)
+        assert run("sweep", "alpha", "--grid", "0,1", *options).exit_code == 130
+    assert {path.stem for path in (tmp_path / "records").iterdir()} == {"alpha-0-seed0"}
+    refused = run("compare", "digits", "--output", tmp_path)
+    assert "holds results of 'alpha'" in " ".join(refused.output.split())
+    result = run("sweep", "alpha", "--grid", "0,1", *options)
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "records").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_a_refused_comparison_leaves_nothing_behind(tmp_path):
+    output = tmp_path / "out"
+    result = run("compare", "minilm-cola", "--data", tmp_path / "nowhere", "--output", output)
+    assert result.exit_code == 2
+    assert "there is no folder" in " ".join(result.output.replace("│", " ").split())
+    assert not output.exists()
 
 
 @pytest.mark.slow
@@ -187,7 +216,7 @@ def test_killing_the_command_ends_its_runs(tmp_path):
         (("sweep", "alphas", "--task", "digits"), "STUDY must be one of alpha, every-n-steps"),
         (("sweep", "alpha", "--task", "digits", "--grid", "1,x"), "--grid must be numbers"),
         (("tune", "digits", "--vary", "dropout=1"), "a variation must be rdrop.NAME="),
-        (("compare", "digits", "--tuned", "x.json"), "--tuned x.json must be a file of"),
+        (("compare", "digits", "--tuned", "x.json"), "x.json must be a file of `regdrop tune`"),
         (("sweep", "cost", "--task", "digits", "--grid", "1"), "takes no grid"),
         (("doctor", "nowhere:nothing"), "cannot be imported"),
         (("doctor", "math:sqrt2"), "cannot be imported"),

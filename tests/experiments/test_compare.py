@@ -57,7 +57,7 @@ def test_an_error_in_a_run_reaches_the_caller(tmp_path, short):
     [
         ({"seeds": []}, "seeds must be different numbers, at least one"),
         ({"seeds": [1, 1]}, "seeds must be different numbers"),
-        ({"seeds": [0], "arms": ["rdrop", "magic"]}, r"arms must be among .* got \['magic'\]"),
+        ({"seeds": [0], "arms": ["rdrop", "magic"]}, "arms must be among .* got magic"),
         ({"seeds": [0], "workers": 0}, "workers must be at least 1, got 0"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from regdrop.experiments import build_arms, run_arm
+from regdrop.experiments import build_arms, run_arm, run_arms
 from regdrop.experiments import run as run_module
 from regdrop.experiments.record import record_path
 from regdrop.integrations.transformers import RDropTrainer
@@ -134,6 +134,19 @@ def test_results_of_other_settings_are_never_mixed_or_overwritten(
         ValueError, match=r"other settings \(dropout, rdrop\.alpha\); choose another"
     ):
         run_arm(changed, build_arms(changed)["rdrop"], 0, tmp_path)
+
+
+def test_seeds_of_other_settings_are_never_averaged(tmp_path, short):
+    arms = build_arms(short)
+    run_arm(short, arms["rdrop"], 0, tmp_path)
+    changed = replace(short, rdrop=replace(short.rdrop, alpha=7.0))
+    arm = build_arms(changed)["rdrop"]
+    with pytest.raises(ValueError, match=r"rdrop-seed0.json was made with .*\(rdrop\.alpha\)"):
+        run_arms(changed, [arm], seeds=[1], folder=tmp_path)
+    other = replace(short, dropout=0.2)
+    with pytest.raises(ValueError, match=r"\(dropout\)"):
+        run_arms(other, [build_arms(other)["baseline"]], seeds=[0], folder=tmp_path)
+    assert [path.name for path in (tmp_path / "records").iterdir()] == ["rdrop-seed0.json"]
 
 
 def test_random_state_of_the_machine_does_not_matter(tmp_path, short):

@@ -89,6 +89,15 @@ def test_intervals_over_examples_are_of_the_paired_difference(with_examples):
     assert found["rdrop"]["nll"] == ((0.5, 0.5), (0.0, 0.0))
 
 
+def test_arms_of_other_examples_are_refused(with_examples):
+    fewer = [
+        replace(one, examples={"test": one.examples["test"][:100]}) if one.arm == "rdrop" else one
+        for one in with_examples
+    ]
+    with pytest.raises(ValueError, match="rdrop and baseline must be tested on the same examples"):
+        example_intervals(fewer)
+
+
 def test_intervals_over_examples_pair_the_seeds_that_both_have(with_examples, record, short):
     extra = replace(with_examples[-1], seed=7, examples={"test": [[1, 0.0, 0.5]] * 400})
     found = example_intervals([*with_examples, extra])

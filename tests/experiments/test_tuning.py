@@ -37,8 +37,8 @@ def runs(monkeypatch):
     [
         ("rdrop.alpha=1,2.5", Variation("rdrop.alpha", values=(1, 2.5))),
         ("training.optim=sgd", Variation("training.optim", values=("sgd",))),
-        ("rdrop.fraction=0.1:1", Variation("rdrop.fraction", low=0.1, high=1.0)),
-        ("rdrop.alpha=0.1:10:log", Variation("rdrop.alpha", low=0.1, high=10.0, log=True)),
+        ("rdrop.fraction=0.1:1", Variation("rdrop.fraction", low=0.1, high=1)),
+        ("rdrop.alpha=0.1:10:log", Variation("rdrop.alpha", low=0.1, high=10, log=True)),
     ],
 )
 def test_variations_as_they_are_typed(text, expected):
@@ -107,23 +107,97 @@ def test_a_search_stays_in_its_range_and_goes_on_where_it_stopped(tmp_path, shor
     assert (tmp_path / "optuna.db").exists()
 
 
-def test_what_was_chosen_is_taken_by_name(tmp_path, short, runs):
-    arms = [build_arms(short)[name] for name in ("baseline", "rdrop")]
-    variation = Variation("rdrop.alpha", values=(0.5,))
-    path = save_tuned(tmp_path, tune(short, arms, [variation], seeds=[7], folder=tmp_path))
-    baseline, rdrop = apply_tuned(arms, path)
-    assert baseline == arms[0]
-    assert rdrop == replace(arms[1], rdrop=replace(arms[1].rdrop, alpha=0.5))
+def test_a_search_over_whole_numbers_and_of_other_settings_is_another_search(tmp_path, short, runs):
+    pytest.importorskip("optuna")
+    arm = build_arms(short)["rdrop"]
+
+    def search(low, high):
+        variation = Variation("rdrop.every_n_steps", low=low, high=high)
+        return tune(short, [arm], [variation], seeds=[7], folder=tmp_path, trials=1)["rdrop"]
+
+    assert search(2, 3).settings["rdrop.every_n_steps"] in (2, 3)
+    assert search(5, 6).settings["rdrop.every_n_steps"] in (5, 6)
+    assert len(runs) == 2
+
+
+def test_an_interrupted_search_goes_on_with_the_trial_it_was_at(tmp_path, short, monkeypatch):
+    pytest.importorskip("optuna")
+    arm = build_arms(short)["rdrop"]
+    asked = []
+
+    def run_arms(task, arms, **options):
+        asked.append(arms[0].name)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return [run_arm(task, arms[0], 7, tmp_path)]
+
+    monkeypatch.setattr(tuning, "run_arms", run_arms)
+    variation = Variation("rdrop.alpha", low=0.1, high=10.0)
+    options = {"seeds": [7], "folder": tmp_path, "trials": 1}
+    with pytest.raises(KeyboardInterrupt):
+        tune(short, [arm], [variation], **options)
+    assert tune(short, [arm], [variation], **options)["rdrop"].tried == 1
+    assert asked[0] == asked[1]
+
+
+def test_a_run_that_diverged_is_never_chosen(tmp_path, short, record, monkeypatch):
+    arm = build_arms(short)["rdrop"]
+
+    def run_arms(task, arms, **options):
+        figures = {"rdrop@rdrop.alpha=1": float("nan"), "rdrop@rdrop.alpha=2": 0.7}
+        return [
+            record(one.name, validation={"nll": figures.get(one.name, float("nan"))})
+            for one in arms
+        ]
+
+    monkeypatch.setattr(tuning, "run_arms", run_arms)
+    options = {"seeds": [7], "folder": tmp_path}
+    found = tune(short, [arm], [Variation("rdrop.alpha", values=(1, 2, 3))], **options)
+    assert found["rdrop"].settings == {"rdrop.alpha": 2}
+    with pytest.raises(ValueError, match=r"no setting of rdrop .* ends with a finite figure"):
+        tune(short, [arm], [Variation("rdrop.alpha", values=(1, 3))], **options)
+
+
+def test_what_was_chosen_is_taken_for_every_arm_of_its_study(tmp_path, short, runs):
+    baseline, rdrop = arms = [build_arms(short)[name] for name in ("baseline", "rdrop")]
+
+    def choose(alpha, **changes):
+        variation = Variation("rdrop.alpha", values=(alpha,))
+        return tune(short, [rdrop], [variation], seeds=[7], folder=tmp_path, **changes)
+
+    path = save_tuned(tmp_path, "compare", choose(0.5))
+    with pytest.raises(ValueError, match=r"a choice for every arm, .* lacks baseline"):
+        apply_tuned(arms, "compare", path)
+    with pytest.raises(ValueError, match="for the arms of 'compare', not of 'cost'"):
+        apply_tuned([rdrop], "cost", path)
+    # What is chosen later for another arm stands beside it.
+    variations = [Variation("training.learning_rate", values=(1e-2,))]
+    save_tuned(tmp_path, "compare", tune(short, [baseline], variations, seeds=[7], folder=tmp_path))
+    changed = apply_tuned(arms, "compare", path)
+    assert changed[0] == with_settings(baseline, {"training.learning_rate": 1e-2})
+    assert changed[1] == replace(rdrop, rdrop=replace(rdrop.rdrop, alpha=0.5))
     path.write_text("[]")
     with pytest.raises(ValueError, match="must be a file of `regdrop tune`"):
-        apply_tuned(arms, path)
+        apply_tuned(arms, "compare", path)
 
 
 def test_settings_that_there_are_not_are_named_before_anything_runs(tmp_path, short, runs):
     arm = build_arms(short)["rdrop"]
     with pytest.raises(ValueError, match="rdrop has no setting 'beta'"):
         with_settings(arm, {"rdrop.beta": 1})
-    variations = [Variation("training.max_steps", values=(0,))]
-    with pytest.raises(ValueError, match="max_steps must be at least 1, got 0"):
-        tune(short, [arm], variations, seeds=[7], folder=tmp_path / "out")
+    for name, values, message in (
+        ("training.max_steps", (8, 0), "max_steps must be at least 1, got 0"),
+        ("training.learning_rate", (1e-3, "x"), "training.learning_rate must be a number, got 'x'"),
+        ("rdrop.every_n_steps", (1.5,), "rdrop.every_n_steps cannot be 1.5|must be an integer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tune(short, [arm], [Variation(name, values)], seeds=[7], folder=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"nothing of what is varied \(rdrop.alpha\) matters"):
+        tune(
+            short,
+            [build_arms(short)["alpha-0"]],
+            [Variation("rdrop.alpha", (1,))],
+            seeds=[7],
+            folder=tmp_path / "out",
+        )
     assert not (tmp_path / "out").exists()

@@ -83,6 +83,20 @@ def test_a_run_keeps_a_model_that_evaluates_to_the_same_figures(tmp_path):
     assert evaluate(tmp_path / "run", "test", data=str(other)).examples == 9
 
 
+def test_examples_stand_in_the_order_of_the_data_whatever_the_seed(tmp_path):
+    """Also where the Trainer groups what it evaluates by length, in an order of the seed."""
+    chosen = small(tmp_path, group_by_length=True)
+    chosen = replace(chosen, training=replace(chosen.training, max_steps=2, eval_steps=2))
+    rows = (tmp_path / "data" / "validation.jsonl").read_text().splitlines()
+    labels = [json.loads(row)["label"] for row in rows]
+    for seed in (0, 1):
+        record = run_arm(chosen, build_arms(chosen)["baseline"], seed, tmp_path / "out")
+        assert [int(label) for label, *_ in record.examples["test"]] == labels
+    run = RunPaths.alone(tmp_path / "run")
+    record = train_run(chosen, build_arms(chosen)["baseline"], 0, run)
+    assert evaluate(tmp_path / "run", "test").figures == pytest.approx(record.test)
+
+
 @pytest.mark.parametrize(
     ("name", "encoder", "expected"),
     [

@@ -47,16 +47,22 @@ def usage_errors(*others: type[Exception]) -> Iterator[None]:
 
 def command_line() -> str:
     """Return the command as it was typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).stem
+    return shlex.join(["regdrop" if name == "__main__" else name, *sys.argv[1:]])
 
 
-def workers_and_threads(workers: int | None) -> tuple[int, int | None]:
-    """Return the runs at a time and the threads of each: all cores, or one run on a GPU."""
+def workers_and_threads(workers: int | None, runs: int | None = None) -> tuple[int, int | None]:
+    """Return the runs at a time and the threads of each: all cores, or one run on a GPU.
+
+    Args:
+        workers: Runs at a time; None for as many as there are cores.
+        runs: Number of runs, if there are not more than so many.
+    """
     import torch
 
     if torch.cuda.is_available():
         return workers or 1, None
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    workers = workers or cores
+    workers = workers or min(cores, runs or cores)
     return workers, max(1, cores // workers)

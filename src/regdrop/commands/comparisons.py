@@ -1,6 +1,8 @@
 """Commands of many runs: the five arms, the studies, and their reports."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -29,9 +31,15 @@ from regdrop.commands.options import (
     chosen_task,
 )
 from regdrop.experiments import build_arms, load_records, run_arms, write_report
-from regdrop.experiments.arms import Arm
+from regdrop.experiments.arms import Arm, choose_arms
 from regdrop.experiments.display import FinishedRuns, LiveDisplay, print_table, print_tuned
-from regdrop.experiments.manifest import COMPARISON, check_study, note_command
+from regdrop.experiments.manifest import (
+    COMPARISON,
+    MANIFEST_NAME,
+    TUNING,
+    check_study,
+    note_command,
+)
 from regdrop.experiments.processes import require_one_process
 from regdrop.experiments.studies import STUDIES, study_arms
 from regdrop.experiments.tuning import apply_tuned, parse_variation, save_tuned
@@ -82,7 +90,7 @@ def compare(
     with usage_errors():
         require_one_process("compare")
         chosen = chosen_task(task, preset, data, model, alpha, steps, settings)
-        trained = _tuned(_named(list(build_arms(chosen).values()), arms), tuned)
+        trained = _tuned(choose_arms(build_arms(chosen), _names(arms)), COMPARISON, tuned)
         folder = output or Path("runs") / chosen.name
         _run(COMPARISON, chosen, trained, range(first_seed, first_seed + seeds), workers, folder)
 
@@ -114,7 +122,7 @@ def sweep(
     with usage_errors():
         require_one_process("sweep")
         chosen = chosen_task(task, preset, data, model, alpha, steps, settings)
-        arms = _tuned(study_arms(study, chosen, _numbers(grid)), tuned)
+        arms = _tuned(study_arms(study, chosen, _numbers(grid)), study, tuned)
         console.print(f"[bold]{study}[/bold]: {STUDIES[study].question}")
         folder = output or Path("runs") / f"{chosen.name}-{study}"
         _run(study, chosen, arms, range(first_seed, first_seed + seeds), workers, folder)
@@ -161,15 +169,18 @@ def tune(
         require_one_process("tune")
         chosen = chosen_task(task, preset, data, model, None, steps, settings)
         known = build_arms(chosen).values() if study == COMPARISON else study_arms(study, chosen)
-        trained = _named(list(known), arms)
+        trained = choose_arms({arm.name: arm for arm in known}, _names(arms))
+        variations = [parse_variation(text) for text in vary]
         folder = output or Path("runs") / f"{chosen.name}-tuning"
-        count, threads = workers_and_threads(workers)
+        check_study(folder, TUNING)
+        is_search = any(not variation.values for variation in variations)
+        count, threads = workers_and_threads(workers, seeds if is_search else None)
         console.print(f"[bold]{chosen.name}[/bold]: {chosen.description}; results in {folder}")
-        with interruptible(), console.status("training"):
+        with interruptible(), _noted(folder, TUNING), console.status("training"):
             found = run_tuning(
                 chosen,
                 trained,
-                [parse_variation(text) for text in vary],
+                variations,
                 seeds=range(first_seed, first_seed + seeds),
                 folder=folder,
                 trials=trials,
@@ -178,7 +189,7 @@ def tune(
                 threads=threads,
                 display=FinishedRuns(console),
             )
-        target = save_tuned(folder, found)
+        target = save_tuned(folder, study, found)
     print_tuned(chosen, found, console)
     console.print(f"Choice: {target}")
 
@@ -200,13 +211,13 @@ def _run(
     workers: int | None,
     folder: Path,
 ) -> None:
-    workers, threads = workers_and_threads(workers)
+    workers, threads = workers_and_threads(workers, len(arms) * len(seeds))
     check_study(folder, study)
     console.print(
         f"[bold]{task.name}[/bold]: {task.description}; {len(arms)} arms, {len(seeds)} seeds, "
         f"results in {folder}"
     )
-    with interruptible(), LiveDisplay(arms, seeds, console) as display:
+    with interruptible(), _noted(folder, study), LiveDisplay(arms, seeds, console) as display:
         run_arms(
             task,
             arms,
@@ -216,21 +227,31 @@ def _run(
             threads=threads,
             display=display,
         )
-    note_command(folder, study, command_line())
     _show(folder)
 
 
-def _named(arms: Sequence[Arm], names: str | None) -> list[Arm]:
-    """Return the arms of some names, by commas, or all."""
-    known = {arm.name: arm for arm in arms}
-    chosen = list(known) if names is None else [name.strip() for name in names.split(",")]
-    if unknown := sorted(set(chosen) - set(known)):
-        raise ValueError(f"arms must be among {', '.join(known)}; got {', '.join(unknown)}")
-    return [known[name] for name in chosen]
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
-def _tuned(arms: Sequence[Arm], path: Path | None) -> list[Arm]:
-    return list(arms) if path is None else apply_tuned(arms, path)
+def _tuned(arms: Sequence[Arm], study: str, path: Path | None) -> list[Arm]:
+    return list(arms) if path is None else apply_tuned(arms, study, path)
+
+
+@contextmanager
+def _noted(folder: Path, study: str) -> Iterator[None]:
+    """Note the command in a folder before its first run, so that it can be gone on with.
+
+    Nothing is left of a command that is refused before a run has begun.
+    """
+    is_new = not folder.exists()
+    note_command(folder, study, command_line())
+    try:
+        yield
+    except BaseException:
+        if is_new and {path.name for path in folder.iterdir()} <= {MANIFEST_NAME}:
+            shutil.rmtree(folder)
+        raise
 
 
 def _show(folder: Path) -> None:

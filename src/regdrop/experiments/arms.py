@@ -1,7 +1,7 @@
 """The five ways of training that `compare` sets against each other."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from regdrop.config import RDropConfig
@@ -70,3 +70,15 @@ def build_arms(task: Task) -> dict[str, Arm]:
         ),
     )
     return {arm.name: arm for arm in arms}
+
+
+def choose_arms(arms: Mapping[str, Arm], names: Sequence[str] | None) -> list[Arm]:
+    """Return the arms of some names, or all.
+
+    Raises:
+        ValueError: For a name that there is not.
+    """
+    chosen = list(arms) if names is None else list(names)
+    if unknown := sorted(set(chosen) - set(arms)):
+        raise ValueError(f"arms must be among {', '.join(arms)}; got {', '.join(unknown)}")
+    return [arms[name] for name in chosen]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from regdrop.experiments.arms import build_arms
+from regdrop.experiments.arms import build_arms, choose_arms
 from regdrop.experiments.parallel import run_arms
 from regdrop.experiments.progress import Display
 from regdrop.experiments.record import RunRecord
@@ -34,13 +34,9 @@ def compare(
     Raises:
         ValueError: For an unknown arm, or as `run_arms` does.
     """
-    known = build_arms(task)
-    names = list(known) if arms is None else list(arms)
-    if unknown := sorted(set(names) - set(known)):
-        raise ValueError(f"arms must be among {list(known)}, got {unknown}")
     return run_arms(
         task,
-        [known[name] for name in names],
+        choose_arms(build_arms(task), arms),
         seeds=seeds,
         folder=folder,
         workers=workers,

@@ -109,7 +109,7 @@ def print_tuned(task: Task, tuned: Mapping[str, Tuned], console: Console) -> Non
     metric = task.metrics[task.selection_metric]
     table = Table("arm", "chosen", f"validation {metric.title}", "tried")
     for name, choice in tuned.items():
-        figure = metric.format(choice.figure)
+        figure = "" if choice.figure is None else metric.format(choice.figure)
         table.add_row(name, describe(choice.settings), figure, str(choice.tried))
     console.print(table)
 

@@ -20,7 +20,10 @@ def example_intervals(records: Sequence[RunRecord]) -> dict[str, ArmIntervals]:
     whose records hold no statistics of examples are left out.
 
     Args:
-        records: Records of one task.
+        records: Records of one task, whose examples are in one order.
+
+    Raises:
+        ValueError: If the records are not of the same examples.
     """
     by_arm: dict[str, dict[int, RunRecord]] = {}
     for record in sorted(records, key=lambda record: arm_order(record.arm)):
@@ -34,6 +37,7 @@ def example_intervals(records: Sequence[RunRecord]) -> dict[str, ArmIntervals]:
         differences: Mapping[str, np.ndarray] = {}
         common = sorted(runs.keys() & baseline.keys())
         if reference is not None and arm != reference and common:
+            _check_same_examples(runs[common[0]], baseline[common[0]])
             ours, theirs = (
                 drawn[name]
                 if len(all_of) == len(common)
@@ -46,6 +50,15 @@ def example_intervals(records: Sequence[RunRecord]) -> dict[str, ArmIntervals]:
             for name, values in drawn[arm].items()
         }
     return result
+
+
+def _check_same_examples(run: RunRecord, other: RunRecord) -> None:
+    sizes = [{name: len(rows) for name, rows in r.examples.items()} for r in (run, other)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{run.arm} and {other.arm} must be tested on the same examples, got {sizes[0]} and "
+            f"{sizes[1]} of them"
+        )
 
 
 def _resample(runs: Sequence[RunRecord]) -> dict[str, np.ndarray]:

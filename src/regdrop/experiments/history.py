@@ -43,7 +43,10 @@ class HistoryCallback(TrainerCallback):
         self.seconds = self.entries[-1]["seconds"] if self.entries else 0.0
         if state.is_world_process_zero:
             text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
-            self.path.write_text(text, encoding="utf-8")
+            # Whole or not at all: other processes may be reading it.
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, self.path)
         self._mark = time.perf_counter()
 
     def on_step_end(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from regdrop.experiments.record import write_json
 
-_NAME = "study.json"
+MANIFEST_NAME = "study.json"
 COMPARISON = "compare"
+TUNING = "tune"
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Manifest:
     """What a folder of results is of.
 
     Attributes:
-        study: Name of the study; "compare" for the five arms.
+        study: Name of the study; "compare" for the five arms, "tune" for a choice of settings.
         commands: The commands that made it, in their order.
     """
 
@@ -29,7 +30,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         ValueError: If its manifest cannot be read.
     """
-    path = folder / _NAME
+    path = folder / MANIFEST_NAME
     if not path.exists():
         return Manifest()
     try:
@@ -46,14 +47,15 @@ def check_study(folder: Path, study: str) -> None:
         ValueError: If it holds another's.
     """
     manifest = read_manifest(folder)
-    if (folder / "records").exists() and manifest.study != study:
+    holds_results = (folder / MANIFEST_NAME).exists() or (folder / "records").exists()
+    if holds_results and manifest.study != study:
         raise ValueError(
             f"{folder} holds results of {manifest.study!r}, not of {study!r}; choose another folder"
         )
 
 
 def note_command(folder: Path, study: str, command: str) -> None:
-    """Write that a command made, or went on with, a study in a folder."""
+    """Write that a command makes, or goes on with, a study in a folder."""
     before = read_manifest(folder).commands
     commands = (*(other for other in before if other != command), command)
-    write_json(folder / _NAME, asdict(Manifest(study, commands)))
+    write_json(folder / MANIFEST_NAME, asdict(Manifest(study, commands)))

@@ -8,15 +8,14 @@ import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from regdrop.experiments.arms import Arm
 from regdrop.experiments.processes import require_one_process
 from regdrop.experiments.progress import Display, Update, quiet_libraries
-from regdrop.experiments.record import RunRecord, load_records, settings_digest
-from regdrop.experiments.run import UNFINISHED, run_arm
+from regdrop.experiments.record import RunRecord, load_records, resolved_config, settings_digest
+from regdrop.experiments.run import UNFINISHED, check_same_config, run_arm
 from regdrop.tasks import Task
 
 _POLL_SECONDS = 0.2
@@ -57,6 +56,7 @@ def run_arms(
     require_one_process("a comparison")
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
+    _check_records(task, arms, folder)
     # The longest runs first, so that no worker waits for one at the end.
     jobs = sorted(
         ((arm, seed) for seed in seeds for arm in arms),
@@ -65,11 +65,26 @@ def run_arms(
     # Named by its settings, so that what an interrupted comparison learned is never another's.
     learned = folder / UNFINISHED / "learned"
     _run_jobs(task, jobs, folder, learned / settings_digest(task), workers, threads, display)
-    shutil.rmtree(learned, ignore_errors=True)
-    with suppress(OSError):
-        learned.parent.rmdir()
+    if learned.exists() and list(learned.parent.iterdir()) == [learned]:  # nobody else's runs
+        shutil.rmtree(learned.parent)
     wanted = {(name, seed) for name in names for seed in seeds}
     return [record for record in load_records(folder) if (record.arm, record.seed) in wanted]
+
+
+def _check_records(task: Task, arms: Sequence[Arm], folder: Path) -> None:
+    """Check that what a folder holds is of this task, and each arm's of the settings it has now."""
+    wanted = {arm.name: resolved_config(task, arm) for arm in arms}
+    first = next(iter(wanted.values()))
+    for path in sorted((folder / "records").glob("*.json")):
+        record = RunRecord.load(path)
+        if record.arm in wanted:
+            check_same_config(path, record.config, wanted[record.arm])
+        else:
+            check_same_config(path, _without_training(record.config), _without_training(first))
+
+
+def _without_training(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in ("training", "rdrop")}
 
 
 def _run_jobs(

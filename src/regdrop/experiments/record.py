@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from regdrop.experiments.arms import Arm
+from regdrop.experiments.processes import num_processes
 from regdrop.tasks import Task
 
 # The high-water mark just after a reset may be this much above what is in use.
@@ -148,11 +149,12 @@ def library_versions() -> dict[str, str]:
 
 
 def describe_hardware() -> dict[str, Any]:
-    """Return the processor, its cores, the threads in use and the accelerator."""
+    """Return the processor, its cores, the threads and processes of a run and the accelerator."""
     return {
         "processor": _processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": num_processes(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(terse=True),
     }

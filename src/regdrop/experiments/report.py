@@ -12,8 +12,8 @@ from regdrop.experiments.record import RunRecord, load_records
 from regdrop.experiments.studies import STUDIES
 from regdrop.experiments.study_plots import draw_study
 from regdrop.experiments.tables import (
-    EXAMPLE_CAPTION,
     caption,
+    example_caption,
     example_cells,
     find_metrics,
     table_cells,
@@ -87,14 +87,14 @@ def build_report(folder: Path) -> Report:
     tables = [Table(*table_cells(records), caption(records))]
     header, rows = example_cells(records)
     if rows:
-        tables.append(Table(header, rows, EXAMPLE_CAPTION))
+        tables.append(Table(header, rows, example_caption(records)))
     drawn = draw_study(manifest.study, records, metrics, folder)
     drawn += draw_plots(records, metrics, folder)
     is_comparison = manifest.study == COMPARISON
     name = "comparison" if is_comparison else manifest.study
     return Report(
         title=f"{records[0].task}: {name}, {len(tables[0].rows)} arms",
-        question="" if is_comparison else STUDIES[manifest.study].question,
+        question=STUDIES[manifest.study].question if manifest.study in STUDIES else "",
         tables=tables,
         plots=[Plot(path, title) for path, title in drawn],
         facts=_facts(records),

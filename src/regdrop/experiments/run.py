@@ -106,14 +106,13 @@ def train_run(
     config = resolved_config(task, arm)
     if paths.record.exists():
         record = RunRecord.load(paths.record)
-        _check_same_config(paths.record, record.config, config)
+        check_same_config(paths.record, record.config, config)
         if paths.work.exists() and is_main_process():  # stopped after the record was written
             _remove_work(paths)
         return record
 
+    checkpoint, prepared, model = _begin(task, arm, seed, paths, config)
     measures_memory = reset_peak_memory()
-    with main_process_first():
-        checkpoint, prepared, model = _begin(task, arm, seed, paths, config)
     train, validation = prepared.splits["train"], prepared.splits["validation"]
     tests = {name: prepared.splits[name] for name in ("test", *prepared.further_tests)}
     history = HistoryCallback(paths.work / "history.jsonl", progress)
@@ -157,9 +156,10 @@ def _begin(
 
     A run that is refused leaves no folder behind.
     """
-    created = [folder for folder in paths.work.parents if not folder.exists()]
-    paths.work.mkdir(parents=True, exist_ok=True)
-    checkpoint = _find_checkpoint(paths.work, config)
+    with main_process_first():
+        created = [folder for folder in paths.work.parents if not folder.exists()]
+        paths.work.mkdir(parents=True, exist_ok=True)
+        checkpoint = _find_checkpoint(paths.work, config)
     set_seed(seed)
     try:
         _check_batch_size(arm)
@@ -170,7 +170,7 @@ def _begin(
         model = prepared.build_model()
         _check_dropout(model, arm)
     except ValueError:
-        if checkpoint is None:
+        if checkpoint is None and is_main_process():
             shutil.rmtree(paths.work)
             _remove_empty(created)
         raise
@@ -181,6 +181,9 @@ def _test(
     task: Task, trainer: RDropTrainer, prepared: PreparedTask, splits: Mapping[str, Any]
 ) -> tuple[dict[str, float], dict[str, list[list[float]]]]:
     """Return the figures of all test splits, and the statistics of their examples by split."""
+    # The Trainer groups by length what it evaluates, too, in an order of the seed: the records of
+    # all seeds hold the examples in the order of the data.
+    trainer.args.train_sampling_strategy = "random"
     figures, examples = {}, {}
     for name, split in splits.items():
         statistics = prepared.example_statistics(trainer.predict(split))
@@ -265,8 +268,8 @@ def training_arguments(
     options = {
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": 4 * batch_size,
-        **(selection if with_training else {}),
         **prepared.options,
+        **({**selection, **prepared.training_options} if with_training else {}),
     }
     arguments: TrainingArguments = make(
         output_dir=str(folder),
@@ -336,7 +339,7 @@ def _find_checkpoint(work: Path, config: dict[str, Any]) -> str | None:
     if not path.exists():
         write_json(path, config)
         return None
-    _check_same_config(path, json.loads(path.read_text(encoding="utf-8")), config)
+    check_same_config(path, json.loads(path.read_text(encoding="utf-8")), config)
     for folder in work.glob("checkpoint-*"):
         # The Trainer writes its state last: without it the run was stopped while it saved.
         if not _is_json(folder / TRAINER_STATE_NAME):
@@ -353,7 +356,12 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def _check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Check that what was found in a file was made with the settings that are wanted.
+
+    Raises:
+        ValueError: If not, with the names of the settings that differ.
+    """
     if names := _differences(found, wanted):
         raise ValueError(
             f"{path} was made with other settings ({', '.join(names)}); "

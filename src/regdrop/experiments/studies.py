@@ -48,7 +48,9 @@ def study_arms(name: str, task: Task, grid: Sequence[float] | None = None) -> li
 
 
 def _rdrop(task: Task, **changes: Any) -> RDropConfig:
-    return replace(task.rdrop, scale="mean", **changes)
+    # Steps of one pass measure the divergence as the baseline does.
+    monitor = task.training.logging_steps
+    return replace(task.rdrop, scale="mean", monitor_steps=monitor, **changes)
 
 
 def _arm(task: Task, name: str, description: str, **changes: Any) -> Arm:

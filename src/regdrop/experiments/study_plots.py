@@ -95,7 +95,8 @@ def _draw_rates(
 ) -> list[tuple[Path, str]]:
     """Draw the mean test figures of every pair of dropout rates as heat maps."""
     rows = {row.arm: row for row in build_rows(records)}
-    pairs = {record.arm: tuple(record.config["rdrop"]["dropout_rates"]) for record in records}
+    pairs = {record.arm: tuple(record.config["rdrop"]["dropout_rates"] or ()) for record in records}
+    pairs = {arm: pair for arm, pair in pairs.items() if len(pair) == 2}
     rates = sorted({rate for pair in pairs.values() for rate in pair})
     figure, panels = new_figure(len(metrics))
     for (name, metric), panel in zip(metrics.items(), panels, strict=False):

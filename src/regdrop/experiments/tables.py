@@ -188,8 +188,14 @@ def example_cells(records: Sequence[RunRecord]) -> tuple[list[str], list[list[st
     return ["arm", *(f"test {metric.title}" for metric in metrics.values())], rows
 
 
-EXAMPLE_CAPTION = (
-    f"95 % intervals over the test examples (percentile bootstrap, {SAMPLES} test sets) of the "
-    "mean over seeds; in brackets those of the paired difference. They tell what another test set "
-    "would change, as the table above tells what other seeds would."
-)
+def example_caption(records: Sequence[RunRecord]) -> str:
+    """Return what the table of intervals over examples shows."""
+    reference = reference_arm({record.arm for record in records})
+    difference = (
+        "" if reference is None else f"; in brackets of the paired difference to {reference}"
+    )
+    return (
+        f"95 % intervals over the test examples (percentile bootstrap, {SAMPLES} test sets) of the "
+        f"mean over seeds{difference}. They tell what another test set would change, as the table "
+        "above tells what other seeds would."
+    )

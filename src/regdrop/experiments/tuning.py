@@ -1,11 +1,13 @@
 """Settings of every arm chosen on the validation split, by a grid or by Optuna's search."""
 
+import hashlib
 import itertools
 import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 from regdrop.experiments.arms import Arm
 from regdrop.experiments.parallel import run_arms
 from regdrop.experiments.progress import Display
-from regdrop.experiments.record import RunRecord, write_json
+from regdrop.experiments.record import RunRecord, resolved_config, write_json
 from regdrop.tasks import Task
 from regdrop.tasks.options import parse_value
 
@@ -31,7 +33,7 @@ class Variation:
     Attributes:
         name: "rdrop.NAME" or "training.NAME".
         values: The values; empty for a range.
-        low: Lower end of a range.
+        low: Lower end of a range; of whole numbers where both ends are.
         high: Upper end of a range.
         log: Whether a range is searched by its logarithm.
     """
@@ -48,14 +50,15 @@ class Tuned:
     """What was chosen for an arm.
 
     Attributes:
-        settings: Value of each setting.
-        figure: Mean over seeds of the selection metric on the validation split.
+        settings: Value of each setting; none where nothing that was varied matters to the arm.
+        figure: Mean over seeds of the selection metric on the validation split; None where nothing
+            was tried.
         tried: Number of settings that were tried.
     """
 
-    settings: dict[str, Setting]
-    figure: float
-    tried: int
+    settings: dict[str, Setting] = field(default_factory=dict)
+    figure: float | None = None
+    tried: int = 0
 
 
 def parse_variation(text: str) -> Variation:
@@ -79,7 +82,7 @@ def parse_variation(text: str) -> Variation:
     is_range = all(isinstance(x, (int, float)) for x in numbers) and (log or len(parts) == 2)
     if not is_range or not numbers[0] < numbers[1] or (log and numbers[0] <= 0):
         raise ValueError(f"a range must be LOW:HIGH or LOW:HIGH:log with LOW < HIGH, got {text!r}")
-    return Variation(name, low=float(numbers[0]), high=float(numbers[1]), log=log)
+    return Variation(name, low=numbers[0], high=numbers[1], log=log)
 
 
 def with_settings(arm: Arm, settings: Mapping[str, Setting]) -> Arm:
@@ -95,11 +98,20 @@ def with_settings(arm: Arm, settings: Mapping[str, Setting]) -> Arm:
     for name, value in settings.items():
         part, _, own = name.partition(".")
         holder: Any = getattr(arm, part)
-        known = [field.name for field in fields(holder)]
+        known = [known.name for known in fields(holder)]
         if own not in known:
             raise ValueError(f"{part} has no setting {own!r}; it has {', '.join(known)}")
-        arm = replace(arm, **{part: replace(holder, **{own: value})})
+        if _is_number(getattr(holder, own)) and not _is_number(value):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+        try:
+            arm = replace(arm, **{part: replace(holder, **{own: value})})
+        except TypeError as error:
+            raise ValueError(f"{name} cannot be {value!r}: {error}") from error
     return arm
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def tune(
@@ -118,7 +130,8 @@ def tune(
     """Choose settings of every arm by their mean selection metric on the validation split.
 
     Values are tried all, in parallel; where there is a range, Optuna searches. Finished runs are
-    read, not run again. Alpha is not varied for arms without divergence.
+    read, not run again. R-Drop's settings are not varied for arms of one pass, nor alpha where it
+    is 0.
 
     Args:
         task: The task.
@@ -134,51 +147,84 @@ def tune(
         display: Shown the progress.
 
     Raises:
-        ValueError: For a setting or a value that an arm refuses, or as `run_arms` does.
+        ValueError: For a setting or a value that an arm refuses, for a range without Optuna, where
+            nothing varied matters to any arm or no run ends with a finite figure, or as `run_arms`
+            does.
     """
+    if any(not v.values for v in variations) and find_spec("optuna") is None:
+        raise ValueError(
+            "a range is searched by optuna, which is not installed: pip install 'regdrop[search]'"
+        )
     options: dict[str, Any] = {"workers": workers, "threads": threads, "display": display}
     grids: dict[str, list[dict[str, Setting]]] = {}
     searched = []
     for arm in arms:
-        own = [v for v in variations if v.name != "rdrop.alpha" or arm.rdrop.alpha > 0]
+        own = [v for v in variations if _matters(v, arm)]
         if not own:
             continue
-        with_settings(arm, {v.name: v.values[0] if v.values else v.low for v in own})
+        for variation in own:
+            for value in variation.values or (variation.low, variation.high):
+                with_settings(arm, {variation.name: value})
         if all(v.values for v in own):
             names = [v.name for v in own]
             combinations = itertools.product(*(v.values for v in own))
             grids[arm.name] = [dict(zip(names, chosen, strict=True)) for chosen in combinations]
         else:
             searched.append((arm, own))
-    result = _try_all(task, arms, grids, seeds, folder, options)
+    if not grids and not searched:
+        varied = ", ".join(v.name for v in variations)
+        raise ValueError(f"nothing of what is varied ({varied}) matters to any arm")
+    result = {arm.name: Tuned() for arm in arms}
+    result.update(_try_all(task, arms, grids, seeds, folder, options))
     for arm, own in searched:
         address = storage or f"sqlite:///{folder / STORAGE_NAME}"
         result[arm.name] = _search(task, arm, own, seeds, folder, trials, address, options)
     return result
 
 
-def save_tuned(folder: Path, tuned: Mapping[str, Tuned]) -> Path:
-    """Write what was chosen, and beside it what it was chosen by."""
-    content = {
+def _matters(variation: Variation, arm: Arm) -> bool:
+    if variation.name == "rdrop.alpha" and arm.rdrop.alpha == 0:
+        return False
+    return not variation.name.startswith("rdrop.") or arm.rdrop.num_passes > 1
+
+
+def save_tuned(folder: Path, study: str, tuned: Mapping[str, Tuned]) -> Path:
+    """Write what was chosen for the arms of a study, beside what was chosen for others before."""
+    path = folder / TUNED_NAME
+    arms = _load_tuned(path, study) if path.exists() else {}
+    arms |= {
         name: {"settings": t.settings, "validation": t.figure, "tried": t.tried}
         for name, t in tuned.items()
     }
-    write_json(folder / TUNED_NAME, content)
-    return folder / TUNED_NAME
+    write_json(path, {"study": study, "arms": arms})
+    return path
 
 
-def apply_tuned(arms: Sequence[Arm], path: Path) -> list[Arm]:
-    """Return arms with the settings that were chosen for those of their names.
+def apply_tuned(arms: Sequence[Arm], study: str, path: Path) -> list[Arm]:
+    """Return the arms of a study with the settings that were chosen for each.
 
     Raises:
-        ValueError: If the file holds no such choice.
+        ValueError: If the file holds no such choice, or not one for every arm.
     """
+    chosen = _load_tuned(path, study)
+    if missing := [arm.name for arm in arms if arm.name not in chosen]:
+        raise ValueError(
+            f"{path} must hold a choice for every arm, lest some be tuned and others not; it "
+            f"lacks {', '.join(missing)}"
+        )
+    return [with_settings(arm, chosen[arm.name]["settings"]) for arm in arms]
+
+
+def _load_tuned(path: Path, study: str) -> dict[str, dict[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        chosen = {name: dict(entry["settings"]) for name, entry in content.items()}
+        found, arms = content["study"], content["arms"]
+        result = {name: {**own, "settings": dict(own["settings"])} for name, own in arms.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--tuned {path} must be a file of `regdrop tune`: {error}") from error
-    return [with_settings(arm, chosen.get(arm.name, {})) for arm in arms]
+        raise ValueError(f"{path} must be a file of `regdrop tune`: {error}") from error
+    if found != study:
+        raise ValueError(f"{path} holds a choice for the arms of {found!r}, not of {study!r}")
+    return result
 
 
 def describe(settings: Mapping[str, Setting]) -> str:
@@ -203,16 +249,22 @@ def _try_all(
         return {}
     runs = [replace(arm, name=name) for name, (_, _, arm) in varied.items()]
     records = run_arms(task, runs, seeds=seeds, folder=folder, **options)
-    sign = _sign(task)
-    result: dict[str, Tuned] = {}
+    figures: dict[str, list[tuple[float, dict[str, Setting]]]] = {}
     for name, (arm_name, settings, _) in varied.items():
         figure = _mean_figure(task, [record for record in records if record.arm == name])
-        best = result.get(arm_name)
-        tried = 1 if best is None else best.tried + 1
-        if best is None or sign * figure > sign * best.figure:
-            best = Tuned(settings, figure, tried)
-        result[arm_name] = replace(best, tried=tried)
+        figures.setdefault(arm_name, []).append((figure, settings))
+    sign = _sign(task)
+    result = {}
+    for arm_name, tried in figures.items():
+        figure, settings = max(tried, key=lambda pair: sign * pair[0])
+        result[arm_name] = _finite(Tuned(settings, figure, len(tried)), arm_name)
     return result
+
+
+def _finite(tuned: Tuned, arm: str) -> Tuned:
+    if tuned.figure is None or not math.isfinite(tuned.figure):
+        raise ValueError(f"no setting of {arm} that was varied ends with a finite figure")
+    return tuned
 
 
 def _search(
@@ -230,24 +282,38 @@ def _search(
     def objective(trial: optuna.Trial) -> float:
         settings = _rounded({v.name: _suggest(trial, v) for v in variations})
         run = replace(with_settings(arm, settings), name=f"{arm.name}@{describe(settings)}")
-        return _mean_figure(task, run_arms(task, [run], seeds=seeds, folder=folder, **options))
+        try:
+            records = run_arms(task, [run], seeds=seeds, folder=folder, **options)
+        except KeyboardInterrupt:  # whoever repeats the command goes on with this trial's runs
+            study.enqueue_trial(trial.params)
+            raise
+        return _mean_figure(task, records)
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
-        study_name=f"{task.name}/{arm.name}",
+        study_name=f"{task.name}/{arm.name}/{_search_digest(task, arm, variations, seeds)}",
         storage=_open_storage(storage),
         direction="maximize" if _sign(task) > 0 else "minimize",
+        # Without a seed, lest two machines, or a search that goes on, try the same again.
+        sampler=optuna.samplers.TPESampler(),
         load_if_exists=True,
     )
-    # Of its own for whoever goes on with the search or joins it, lest they try the same again.
-    study.sampler = optuna.samplers.TPESampler(seed=len(study.get_trials(deepcopy=False)))
     done = (optuna.trial.TrialState.COMPLETE,)
-    missing = trials - len(study.get_trials(deepcopy=False, states=done))
-    if missing > 0:
-        study.optimize(objective, n_trials=missing)
+    if len(study.get_trials(deepcopy=False, states=done)) < trials:
+        enough = optuna.study.MaxTrialsCallback(trials, states=done)
+        study.optimize(objective, callbacks=[enough])
     finished = study.get_trials(deepcopy=False, states=done)
-    return Tuned(_rounded(study.best_params), float(study.best_value), len(finished))
+    best = Tuned(_rounded(study.best_params), float(study.best_value), len(finished))
+    return _finite(best, arm.name)
+
+
+def _search_digest(
+    task: Task, arm: Arm, variations: Sequence[Variation], seeds: Sequence[int]
+) -> str:
+    """Return a short name for all on which the trials of a search depend."""
+    content = [resolved_config(task, arm), [asdict(v) for v in variations], list(seeds)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _open_storage(address: str) -> Any:
@@ -273,12 +339,16 @@ def _suggest(trial: Any, variation: Variation) -> Setting:
     if variation.values:
         value: Setting = trial.suggest_categorical(variation.name, list(variation.values))
         return value
-    number = trial.suggest_float(variation.name, variation.low, variation.high, log=variation.log)
-    return float(number)
+    low, high = variation.low, variation.high
+    if isinstance(low, int) and isinstance(high, int):
+        return int(trial.suggest_int(variation.name, low, high, log=variation.log))
+    return float(trial.suggest_float(variation.name, low, high, log=variation.log))
 
 
 def _mean_figure(task: Task, records: Sequence[RunRecord]) -> float:
-    return float(np.mean([record.validation[task.selection_metric] for record in records]))
+    """Return the mean selection metric of runs; the worst there is where one diverged."""
+    mean = float(np.mean([record.validation[task.selection_metric] for record in records]))
+    return mean if math.isfinite(mean) else -_sign(task) * math.inf
 
 
 def _sign(task: Task) -> int:

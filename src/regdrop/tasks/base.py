@@ -137,6 +137,7 @@ class PreparedTask:
         trainer: Makes the trainer; None for `RDropTrainer`.
         arguments: Makes its arguments; None for `transformers.TrainingArguments`.
         options: Further arguments of the trainer's arguments.
+        training_options: Those of training alone.
         signatures: What a metric's own library says of how it is computed, by metric.
     """
 
@@ -150,6 +151,7 @@ class PreparedTask:
     trainer: Callable[..., Any] | None = None
     arguments: Callable[..., Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    training_options: dict[str, Any] = field(default_factory=dict)
     signatures: dict[str, str] = field(default_factory=dict)
 
 

@@ -103,7 +103,9 @@ class LanguageUnderstanding:
             further_tests=tuple(name for name in self.glue.tests if name != "test"),
             data_collator=DataCollatorWithPadding(tokenizer),
             processing_class=tokenizer,
-            options={"train_sampling_strategy": "group_by_length"} if self.group_by_length else {},
+            training_options=(
+                {"train_sampling_strategy": "group_by_length"} if self.group_by_length else {}
+            ),
         )
 
     def _load_raw(self) -> dict[str, Any]:
