@@ -100,7 +100,9 @@ def test_an_interrupted_sweep_goes_on_and_no_other_study_does(tmp_path, monkeypa
 @pytest.mark.slow
 def test_a_refused_comparison_leaves_nothing_behind(tmp_path):
     output = tmp_path / "out"
-    result = run("compare", "minilm-cola", "--data", tmp_path / "nowhere", "--output", output)
+    # One run at a time: no other may be at work when the first is refused.
+    options = ("--data", tmp_path / "nowhere", "--workers", 1, "--output", output)
+    result = run("compare", "minilm-cola", *options)
     assert result.exit_code == 2
     assert "there is no folder" in " ".join(result.output.replace("│", " ").split())
     assert not output.exists()

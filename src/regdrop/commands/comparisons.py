@@ -35,12 +35,12 @@ from regdrop.experiments.arms import Arm, choose_arms
 from regdrop.experiments.display import FinishedRuns, LiveDisplay, print_table, print_tuned
 from regdrop.experiments.manifest import (
     COMPARISON,
-    MANIFEST_NAME,
     TUNING,
     check_study,
     note_command,
 )
 from regdrop.experiments.processes import require_one_process
+from regdrop.experiments.run import UNFINISHED
 from regdrop.experiments.studies import STUDIES, study_arms
 from regdrop.experiments.tuning import apply_tuned, parse_variation, save_tuned
 from regdrop.experiments.tuning import tune as run_tuning
@@ -242,15 +242,16 @@ def _tuned(arms: Sequence[Arm], study: str, path: Path | None) -> list[Arm]:
 def _noted(folder: Path, study: str) -> Iterator[None]:
     """Note the command in a folder before its first run, so that it can be gone on with.
 
-    Nothing is left of a command that is refused before a run has begun.
+    Nothing is left of a command that is refused before a run has got anywhere.
     """
     is_new = not folder.exists()
     note_command(folder, study, command_line())
     try:
         yield
     except BaseException:
-        if is_new and {path.name for path in folder.iterdir()} <= {MANIFEST_NAME}:
-            shutil.rmtree(folder)
+        kept = (*folder.glob("records/*"), *folder.glob(f"{UNFINISHED}/*/checkpoint-*"))
+        if is_new and not kept:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
