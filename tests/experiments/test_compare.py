@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from regdrop.experiments import build_arms, compare, run_arm
+from regdrop.experiments import build_arms, compare, run_arm, run_arms
 from regdrop.experiments.display import LiveDisplay, print_table
 from regdrop.experiments.progress import Update
 from regdrop.experiments.record import record_path
@@ -50,6 +50,15 @@ def test_an_error_in_a_run_reaches_the_caller(tmp_path, short):
     changed = replace(short, dataset=str(tmp_path / "nowhere"))
     with pytest.raises(Exception, match="nowhere"):
         compare(changed, seeds=[0], arms=["baseline"], folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_beside_one_that_fails_is_brought_to_its_end(tmp_path, short):
+    good = build_arms(short)["baseline"]
+    bad = replace(good, name="bad", training=replace(good.training, optim="magic"))
+    with pytest.raises(ValueError, match="magic"):
+        run_arms(short, [bad, good], seeds=[0], folder=tmp_path, workers=2, threads=1)
+    assert [path.name for path in (tmp_path / "records").iterdir()] == ["baseline-seed0.json"]
 
 
 @pytest.mark.parametrize(

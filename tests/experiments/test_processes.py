@@ -1,8 +1,11 @@
 """`regdrop train` as torchrun starts it: two processes, one run."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -43,9 +46,17 @@ UNDERSTANDING = [
 
 
 def torchrun(*arguments):
+    process = torchrun_started(*arguments)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def torchrun_started(*arguments):
+    """Start the command in a group of processes of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "regdrop"]
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
+    command += ["-m", "regdrop", *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, start_new_session=True, **options)
 
 
 def settings_of(values):
@@ -90,6 +101,37 @@ def test_two_processes_share_each_batch_and_count_examples_once(tmp_path):
     )
     one = train_run(task, build_arms(task)["baseline"], 0, RunPaths.alone(tmp_path / "one"))
     assert two["history"][-1]["epoch"] == pytest.approx(one.history[-1]["epoch"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_they_were_killed_and_average_their_checkpoints(tmp_path):
+    data = write_glue(tmp_path / "data", "cola", train=60, test=21)
+    model = write_encoder(tmp_path / "model")
+    settings = [
+        *UNDERSTANDING,
+        "group_by_length=true",
+        "training.average_checkpoints=2",
+        "training.max_steps=300",
+        "training.eval_steps=4",
+    ]
+    run = tmp_path / "run"
+    options = ["understanding", "--data", data, "--model", model, "--output", run]
+    options += settings_of(settings)
+    process = torchrun_started("train", *options)
+    deadline = time.monotonic() + 120
+    while not list(run.glob("unfinished/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = (run / "unfinished" / "history.jsonl").read_text().splitlines()
+    again = torchrun("train", *options, "--resume")
+    assert again.returncode == 0, again.stderr
+    record = json.loads((run / "record.json").read_text())
+    assert record["steps"] == record["best_step"] == 300
+    assert json.loads(before[0]) == record["history"][0]
+    assert evaluate(run, "test").figures == pytest.approx(record["test"], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -95,21 +95,19 @@ def test_what_arms_are_compared_to():
 
 
 def test_cost_of_every_arm_counted_by_hand(record):
-    """A forward is a third of a step; DIGITS has 600 steps, so a late start is at 300."""
+    """A forward is a third of a step; DIGITS has 600 steps, so a late start is at 400."""
     expected = {
         "baseline": 1.0,
         "baseline-2x": 2.0,
         "alpha-0": 2.0,
         "rdrop": 2.0,
         "rdrop-one-backward": 4 / 3,
-        "half-batch": 1.5,
+        "third-batch": 4 / 3,
+        "every-3": 4 / 3,
+        "every-3-rescaled": 4 / 3,
+        "late-start": 4 / 3,
+        "late-start-half-batch": 4 / 3,
         "one-backward-half-batch": 1 + 1 / 6,
-        "one-backward-quarter-batch": 1 + 1 / 12,
-        "every-4": 1.25,
-        "every-4-rescaled": 1.25,
-        "late-start": 1.5,
-        "one-backward-late-start": 1 + 1 / 6,
-        "one-backward-every-2-rescaled": 1 + 1 / 6,
     }
     found = {
         arm.name: run_cost(

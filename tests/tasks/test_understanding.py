@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import matthews_corrcoef
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from regdrop import find_dropout
@@ -140,9 +141,6 @@ def test_figures_by_hand():
     # (TP TN - FP FN) / sqrt((TP+FP)(TP+FN)(TN+FP)(TN+FN))
     found = PRESETS["bert-base-cola"].figures(statistics)
     assert found["matthews_correlation"] == pytest.approx((2 * 2 - 0) / (2 * 3 * 2 * 3) ** 0.5)
-    assert found["matthews_correlation"] == pytest.approx(
-        matthews_corrcoef(statistics[:, 0], statistics[:, 1])
-    )
     scores = regression_statistics(
         SimpleNamespace(predictions=np.array([[1.0], [2.0], [6.0]]), label_ids=[1.0, 3.0, 5.0])
     )
@@ -152,6 +150,22 @@ def test_figures_by_hand():
     assert found["mse"] == pytest.approx(2 / 3)
     same = np.array([[1.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
     assert PRESETS["bert-base-stsb"].figures(same)["pearson"] == 0.0
+
+
+def test_figures_are_those_of_the_fields_libraries():
+    generator = np.random.default_rng(0)
+    classes = generator.integers(0, 2, (50, 3)).astype(float)
+    label, prediction = classes[:, 0], classes[:, 1]
+    f1 = PRESETS["bert-base-qqp"].figures(classes)["f1"]
+    assert f1 == pytest.approx(f1_score(label, prediction))
+    matthews = PRESETS["bert-base-cola"].figures(classes)["matthews_correlation"]
+    assert matthews == pytest.approx(matthews_corrcoef(label, prediction))
+    classes[:, :2] = 0
+    assert PRESETS["bert-base-qqp"].figures(classes)["f1"] == 0.0
+    scores = generator.integers(0, 9, (50, 3)).astype(float)  # with ties
+    found = PRESETS["bert-base-stsb"].figures(scores)
+    assert found["pearson"] == pytest.approx(pearsonr(scores[:, 0], scores[:, 1])[0])
+    assert found["spearman"] == pytest.approx(spearmanr(scores[:, 0], scores[:, 1])[0])
 
 
 def test_bad_data_is_named_before_work_is_lost(tmp_path):

@@ -47,6 +47,7 @@ def run_arms(
     Raises:
         ValueError: For arms of one name, no seeds, a folder of other settings, or several
             processes.
+        Exception: What the first run that failed raised, once the runs beside it have ended.
     """
     names = [arm.name for arm in arms]
     if not arms or len(set(names)) != len(names):
@@ -108,20 +109,27 @@ def _run_jobs(
         pending: set[Future[RunRecord]] = {
             pool.submit(_work, task, arm, seed, folder, learned) for arm, seed in jobs
         }
+        failure: BaseException | None = None
         try:
             while pending:
                 done, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
                 _show(news, display)
                 for future in done:
-                    record = future.result()
-                    if display is not None:
-                        display.finish(record)
+                    error = future.exception()
+                    failure = failure or error
+                    if error is None and display is not None:
+                        display.finish(future.result())
+                if failure is not None:
+                    # What runs beside it is brought to its end, nothing else is begun.
+                    pending = {future for future in pending if not future.cancel()}
         except BaseException:
-            # An error or Ctrl-C: what has not begun is not begun, what runs has its checkpoint.
+            # Ctrl-C: what has not begun is not begun, what runs has its checkpoint.
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+    if failure is not None:
+        raise failure
 
 
 def _show(news: Any, display: Display | None) -> None:
