@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from regdrop.config import RDropConfig
 from regdrop.loss import TermsFunction
 from regdrop.passes import find_dropout
+
+Output = TypeVar("Output")
 
 # One training step without R-Drop is one part forward and two parts backward.
 _FORWARD_SHARE = 1 / 3
@@ -97,12 +99,13 @@ def measure_divergence(
         target: The target, which tells the items that count.
         terms: The output family's terms of each item.
     """
-    with torch.no_grad():
+    # Terms may draw masks of their own, as an adaptive softmax does.
+    with torch.no_grad(), _forked_random_state():
         both = terms(torch.cat([logits.detach(), other.detach()]), target, num_passes=2)
         return both.kl.sum() / both.kl_count.clamp(min=1)
 
 
-def extra_pass(model: nn.Module, forward: Callable[[Any], Tensor], batch: Any) -> Tensor:
+def extra_pass(model: nn.Module, forward: Callable[[Any], Output], batch: Any) -> Output:
     """Run one more pass without gradient and leave the run exactly as it was.
 
     The pass draws masks of its own; afterwards the random states of torch, Python and NumPy and

@@ -48,10 +48,11 @@ def _mean_symmetric_kl(log_p: Tensor) -> Tensor:
     pairs = list(combinations(log_p, 2))
     if not pairs:
         return log_p.new_zeros(log_p.shape[1])
-    return torch.stack([_kl(a, b) + _kl(b, a) for a, b in pairs]).mean(0) / 2
+    return torch.stack([kl_divergence(a, b) + kl_divergence(b, a) for a, b in pairs]).mean(0) / 2
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(P||Q) over the last dimension, from log-probabilities."""
     # A class masked with -inf in P contributes nothing, whatever Q gives it.
     masked = torch.isneginf(log_p)
     return (log_p.exp() * (log_p - log_q).masked_fill(masked, 0)).sum(-1)

@@ -1,5 +1,10 @@
 """What is minimised: one file an output family, named after torch's loss."""
 
+from regdrop.loss.adaptive_softmax import (
+    AdaptiveSoftmax,
+    adaptive_log_softmax,
+    adaptive_softmax_terms,
+)
 from regdrop.loss.binary_cross_entropy import (
     RDropBCEWithLogitsLoss,
     binary_cross_entropy_terms,
@@ -17,12 +22,15 @@ from regdrop.loss.symmetric_kl import symmetric_kl
 from regdrop.loss.terms import ItemTerms, TermsFunction
 
 __all__ = [
+    "AdaptiveSoftmax",
     "ItemTerms",
     "RDropBCEWithLogitsLoss",
     "RDropCrossEntropyLoss",
     "RDropMSELoss",
     "RDropOutput",
     "TermsFunction",
+    "adaptive_log_softmax",
+    "adaptive_softmax_terms",
     "binary_cross_entropy_terms",
     "combine_terms",
     "cross_entropy_terms",

@@ -19,7 +19,7 @@ from regdrop.tasks.bleu import (
     sentence_statistics,
 )
 from regdrop.tasks.data import hold_out, load_raw_splits, require_columns, take_part
-from regdrop.tasks.vocabulary import learn_vocabulary
+from regdrop.tasks.vocabulary import find_vocabulary, learn_vocabulary
 
 # The column that the hub's translation sets keep their languages in.
 _TRANSLATION = "translation"
@@ -100,7 +100,7 @@ class Translation:
         from regdrop.tasks.generation import GenerationTrainer
 
         raw = self._load_raw()
-        tokenizer = self._find_vocabulary(raw, folder)
+        tokenizer = find_vocabulary(partial(self._learn_vocabulary, raw), folder)
         references: list[str] = []
         makers = {
             name: partial(self._encode, name, split, tokenizer, references)
@@ -131,22 +131,6 @@ class Translation:
                 for name, lowercase in (("bleu", False), ("bleu_lowercase", True))
             },
         )
-
-    def _find_vocabulary(self, raw: Mapping[str, Any], folder: Path | None) -> Any:
-        """Return the tokenizer in the folder, or learn it and leave it there."""
-        if folder is None:
-            return self._learn_vocabulary(raw)
-        if not _has_tokenizer(folder):
-            from filelock import FileLock
-
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            # Runs beside this one may want the same vocabulary at the same time.
-            with FileLock(folder.with_name(f"{folder.name}.lock")):
-                if not _has_tokenizer(folder):
-                    _save_whole(self._learn_vocabulary(raw), folder)
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(folder)
 
     def _learn_vocabulary(self, raw: Mapping[str, Any]) -> Any:
         if "train" not in raw:
@@ -286,17 +270,6 @@ def generation_statistics(
         ],
         axis=1,
     )
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").exists()
-
-
-def _save_whole(tokenizer: Any, folder: Path) -> None:
-    """Save a tokenizer in a new folder, which appears whole or not at all."""
-    partial_folder = folder.with_name(f"{folder.name}.partial")
-    tokenizer.save_pretrained(partial_folder)
-    partial_folder.replace(folder)
 
 
 def _texts(split: Any) -> Iterator[str]:

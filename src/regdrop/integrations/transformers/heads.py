@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from regdrop.loss import (
     TermsFunction,
+    adaptive_softmax_terms,
     binary_cross_entropy_terms,
     cross_entropy_terms,
     mse_terms,
@@ -165,11 +166,19 @@ def _causal(
     model: Any, inputs: dict[str, Any], smoothing: float, weight: Sequence[float] | None
 ) -> Head:
     """The next token: the labels move by one, and the last position counts no more."""
-    labels = _pop(inputs, "labels")
-    # Padding the labels leaves the logits as they are; slicing them would copy a vocabulary.
-    shifted = inputs.pop("shift_labels", None)
-    target = F.pad(labels[..., 1:], (0, 1), value=_IGNORED) if shifted is None else shifted
-    return _classes(inputs, target, _vocabulary(model), smoothing, weight)
+    return _classes(inputs, _pop_next_tokens(inputs), _vocabulary(model), smoothing, weight)
+
+
+def _adaptive(
+    model: Any, inputs: dict[str, Any], smoothing: float, weight: Sequence[float] | None
+) -> Head:
+    """The next token behind an adaptive softmax, whose full logits never exist."""
+    if weight is not None or smoothing:
+        raise ValueError("class_weight and label_smoothing do not apply to an adaptive softmax")
+    target = _pop_next_tokens(inputs)
+    terms = partial(adaptive_softmax_terms, softmax=model.adaptive_softmax())
+    inputs["return_logits"] = False
+    return Head(inputs, target, terms, lambda output: _read(output, "last_hidden_state"))
 
 
 def _generation(
@@ -225,6 +234,14 @@ def _vocabulary(model: Any) -> int:
     return size
 
 
+def _pop_next_tokens(inputs: dict[str, Any]) -> Tensor:
+    """Return the labels moved by one."""
+    labels = _pop(inputs, "labels")
+    # Padding the labels leaves the logits as they are; slicing them would copy a vocabulary.
+    shifted: Tensor | None = inputs.pop("shift_labels", None)
+    return F.pad(labels[..., 1:], (0, 1), value=_IGNORED) if shifted is None else shifted
+
+
 def _pop(inputs: dict[str, Any], name: str) -> Tensor:
     labels = inputs.pop(name, None)
     if not isinstance(labels, Tensor):
@@ -239,6 +256,7 @@ _HEADS: tuple[tuple[tuple[str, ...], Callable[..., Head]], ...] = (
     (("ForMaskedLM",), _masked),
     (("ForMultipleChoice",), _choices),
     (("ForQuestionAnswering",), _spans),
+    (("AdaptiveInputForCausalLM",), _adaptive),
     (("ForCausalLM", "LMHeadModel"), _causal),
     (("ForConditionalGeneration", "MTModel"), _generation),
 )

@@ -1,6 +1,7 @@
 """Is the loss that R-Drop computes the model's own?"""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,22 +28,13 @@ def check_own_loss(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """
     modes = {module: module.training for module in model.modules()}
     try:
-        output: Any = extra_pass(model.eval(), lambda batch: model(**batch), dict(inputs))
+        own, ours, dtype = extra_pass(model.eval(), partial(_losses, model), dict(inputs))
     finally:
         for module, mode in modes.items():
             module.training = mode
-    own: Tensor | None = getattr(output, "loss", None)
     if own is None:
         return
-    with torch.no_grad():
-        head = find_head(model, inputs)
-        logits = head.outputs(output)
-        ours: Tensor = combine_terms(
-            head.terms(logits, head.target, num_passes=1), alpha=0.0, num_passes=1
-        ).loss
-        auxiliary = auxiliary_loss(model, output)
-        ours = ours if auxiliary is None else ours + auxiliary
-    tolerance = 1e-2 if logits.dtype in (torch.float32, torch.float64) else 5e-2
+    tolerance = 1e-2 if dtype in (torch.float32, torch.float64) else 5e-2
     own = own.to(ours.dtype)
     if not torch.isclose(ours, own, rtol=tolerance, atol=1e-5, equal_nan=True) and own.isfinite():
         raise ValueError(
@@ -50,3 +42,15 @@ def check_own_loss(model: nn.Module, inputs: Mapping[str, Any]) -> None:
             f"first batch, where R-Drop's likelihood is {ours.item():.6g}); R-Drop would bypass "
             "it: override RDropTrainerMixin.rdrop_head to say what is minimised"
         )
+
+
+def _losses(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor | None, Tensor, torch.dtype]:
+    """Return the model's own loss, the likelihood that R-Drop would minimise, and its dtype."""
+    output: Any = model(**inputs)
+    head = find_head(model, inputs)
+    logits = head.outputs(output)
+    terms = head.terms(logits, head.target, num_passes=1)
+    ours: Tensor = combine_terms(terms, alpha=0.0, num_passes=1).loss
+    auxiliary = auxiliary_loss(model, output)
+    ours = ours if auxiliary is None else ours + auxiliary
+    return getattr(output, "loss", None), ours, logits.dtype

@@ -1,0 +1,184 @@
+"""R-Drop for an adaptive softmax (Grave et al. 2017): the exact chain rule over head and tails."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from regdrop.kernels.eager import kl_divergence
+from regdrop.kernels.gradient import limit_backward
+from regdrop.loss.checks import check_finite_divergence, check_floating, check_stacked
+from regdrop.loss.terms import ItemTerms
+
+
+class AdaptiveSoftmax(Protocol):
+    """Classes by frequency: the most frequent ones in the head, the others in tails behind it.
+
+    `torch.nn.AdaptiveLogSoftmaxWithLoss` is one.
+
+    Attributes:
+        cutoffs: The first class of each tail, and last the number of classes.
+        head: From hidden states (n, features) to logits (n, cutoffs[0] + number of tails): the
+            frequent classes, then one a tail.
+        tail: For each tail, from hidden states to the logits of its classes.
+    """
+
+    @property
+    def cutoffs(self) -> Sequence[int]:
+        """See above."""
+
+    @property
+    def head(self) -> Any:
+        """See above."""
+
+    @property
+    def tail(self) -> Any:
+        """See above."""
+
+
+def adaptive_softmax_terms(
+    hidden: Tensor,
+    target: Tensor,
+    softmax: AdaptiveSoftmax,
+    *,
+    num_passes: int,
+    ignore_index: int = -100,
+    backward_passes: int | None = None,
+    chunk_size: int = 512,
+) -> ItemTerms:
+    """Return the terms of every item behind an adaptive softmax.
+
+    A class of tail c has the probability P(c) P(class | c), so that the divergence is that of the
+    heads plus, for every tail, its divergence weighted by its probability:
+    `KL(P||Q) = KL(head) + sum_c P(c) KL(tail_c)`. That is the divergence of the full distributions,
+    exactly. It needs every tail for every item, which the likelihood alone does not; items are
+    computed in chunks, again in the backward, so that only a chunk's logits exist at a time.
+
+    Args:
+        hidden: (num_passes * batch, ..., features), floating point; pass 0 of the whole batch
+            first.
+        target: The original, unstacked target: class indices (batch, ...), int64.
+        softmax: Head and tails.
+        num_passes: Number of passes in `hidden`; with 1 only the likelihood is computed.
+        ignore_index: Index that marks an item that counts in neither term.
+        backward_passes: Number of first passes that carry the gradient, as in
+            `rdrop_cross_entropy`.
+        chunk_size: Items a chunk.
+
+    Raises:
+        TypeError: For tensors of the wrong kind.
+        ValueError: For shapes that do not fit, or targets out of range (on the CPU).
+    """
+    _check(hidden, target, softmax, num_passes, ignore_index)
+    valid = (target != ignore_index).reshape(-1)
+    rows = valid.nonzero()[:, 0]
+    classes = target.reshape(-1)[rows]
+    passes = hidden.reshape(num_passes, target.numel(), hidden.shape[-1])[:, rows]
+    graded = num_passes if backward_passes is None else backward_passes
+    compute = _likelihood if num_passes == 1 else _both_terms
+    parts = [
+        checkpoint(compute, states, wanted, softmax, graded, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else compute(states, wanted, softmax, graded)
+        for states, wanted in zip(
+            passes.split(chunk_size, dim=1), classes.split(chunk_size), strict=True
+        )
+    ]
+    nll, kl = (torch.cat([part[i] for part in parts]) for i in range(2))
+    check_finite_divergence(kl)
+    empty = nll.new_zeros(target.numel())
+    nll, kl = (empty.index_add(0, rows, term).view(target.shape) for term in (nll, kl))
+    count = valid.sum()
+    return ItemTerms(nll, kl, count, count)
+
+
+def adaptive_log_softmax(hidden: Tensor, softmax: AdaptiveSoftmax) -> Tensor:
+    """Return the log-probabilities of all classes, (n, classes), of hidden states (n, features)."""
+    head = _log_softmax(softmax.head(hidden))
+    first = softmax.cutoffs[0]
+    tails = [
+        head[:, first + i, None] + _log_softmax(tail(hidden)) for i, tail in enumerate(softmax.tail)
+    ]
+    return torch.cat([head[:, :first], *tails], dim=-1)
+
+
+def _likelihood(
+    passes: Tensor, classes: Tensor, softmax: AdaptiveSoftmax, backward_passes: int
+) -> tuple[Tensor, Tensor]:
+    """Return the likelihood of one pass, each tail computed for its own items alone."""
+    hidden, first = passes[0], softmax.cutoffs[0]
+    head = _log_softmax(softmax.head(hidden))
+    nll = -_pick(head, _head_classes(classes, softmax))
+    for i, tail in enumerate(softmax.tail):
+        low, high = softmax.cutoffs[i], softmax.cutoffs[i + 1]
+        # A tail without items is computed for none, so that its parameters have a gradient of 0.
+        inside = ((classes >= low) & (classes < high)).nonzero()[:, 0]
+        own = _pick(_log_softmax(tail(hidden[inside])), classes[inside] - low)
+        nll = nll.index_add(0, inside, -own)
+    assert head.shape[-1] == first + len(softmax.cutoffs) - 1
+    return nll, torch.zeros_like(nll)
+
+
+def _both_terms(
+    passes: Tensor, classes: Tensor, softmax: AdaptiveSoftmax, backward_passes: int
+) -> tuple[Tensor, Tensor]:
+    """Return the mean likelihood over passes and the mean divergence over pairs of them."""
+    first = softmax.cutoffs[0]
+    head = _log_softmax(limit_backward(softmax.head(passes), backward_passes))
+    nll = -_pick(head, _head_classes(classes, softmax).expand(len(passes), -1))
+    pairs = list(combinations(range(len(passes)), 2))
+    kl = torch.stack([_both_ways(head[a], head[b]).sum(0) for a, b in pairs])
+    for i, tail in enumerate(softmax.tail):
+        low, high = softmax.cutoffs[i], softmax.cutoffs[i + 1]
+        log_p = _log_softmax(limit_backward(tail(passes), backward_passes))
+        inside = (classes >= low) & (classes < high)
+        own = torch.where(inside, classes - low, 0).expand(len(passes), -1)
+        nll = nll - _pick(log_p, own) * inside
+        mass = head[..., first + i].exp()
+        kl = kl + torch.stack(
+            [(mass[[a, b]] * _both_ways(log_p[a], log_p[b])).sum(0) for a, b in pairs]
+        )
+    return nll.mean(0), kl.mean(0) / 2
+
+
+def _both_ways(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(P||Q) and KL(Q||P), (2, n)."""
+    return torch.stack([kl_divergence(log_p, log_q), kl_divergence(log_q, log_p)])
+
+
+def _head_classes(classes: Tensor, softmax: AdaptiveSoftmax) -> Tensor:
+    """Return the class in the head: itself where it is frequent, else that of its tail."""
+    first = softmax.cutoffs[0]
+    bounds = torch.tensor(softmax.cutoffs[:-1], device=classes.device)
+    tail = torch.bucketize(classes, bounds, right=True) - 1
+    return torch.where(classes < first, classes, first + tail)
+
+
+def _pick(log_p: Tensor, classes: Tensor) -> Tensor:
+    return log_p.gather(-1, classes[..., None])[..., 0]
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+
+def _check(
+    hidden: Tensor, target: Tensor, softmax: AdaptiveSoftmax, num_passes: int, ignore_index: int
+) -> None:
+    check_floating("hidden", hidden)
+    check_stacked("hidden", hidden, target, num_passes)
+    if target.is_floating_point() or hidden.shape[1:-1] != target.shape[1:]:
+        raise ValueError(
+            "target must hold class indices of the shape of one pass without the features, "
+            f"{(target.shape[0], *hidden.shape[1:-1])}, got {target.dtype} {tuple(target.shape)}"
+        )
+    if target.device.type == "cpu" and target.numel():
+        wrong = target[(target != ignore_index) & ((target < 0) | (target >= softmax.cutoffs[-1]))]
+        if wrong.numel():
+            raise ValueError(
+                f"target must hold class indices from 0 to {softmax.cutoffs[-1] - 1} or "
+                f"ignore_index={ignore_index}, got {int(wrong[0])}"
+            )

@@ -1,0 +1,350 @@
+"""Language modelling by words, trained from scratch (section 3.4 of arXiv 2106.14448)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from regdrop.config import RDropConfig
+from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings
+from regdrop.tasks.data import load_raw_splits, require_columns
+from regdrop.tasks.vocabulary import find_vocabulary, learn_words
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class LanguageModelling:
+    """A Transformer decoder on running text, a word a token.
+
+    The lines of a split, each with the end-of-sentence word, are one stream, which is cut into
+    blocks. Perplexity is that of every word of a split, the ends of sentences included.
+
+    Attributes:
+        name: Name of the preset.
+        description: One line of what is trained on what.
+        dataset: Folder or hub id with a column "text".
+        model_config: Hugging Face configuration of a causal language model, `model_type` included.
+        training: Optimisation without R-Drop; `batch_size` counts blocks.
+        rdrop: R-Drop's options.
+        dataset_config: Configuration of the hub's data set.
+        vocabulary_size: Most frequent words that are kept; None for all of the training split.
+        block_size: Words that a model sees at once.
+        context_window: Of these, words before those that a test counts: every word but the first
+            ones of a split is predicted from at least as many. Training and validation have none.
+        train_words: Words of the training split that are used, its first ones; None for all.
+        selection_metric: Figure on the validation split that selects the checkpoint.
+    """
+
+    family: ClassVar[str] = "language-modelling"
+
+    name: str
+    description: str
+    dataset: str
+    model_config: Mapping[str, Any]
+    training: TrainingSettings
+    rdrop: RDropConfig
+    dataset_config: str | None = None
+    vocabulary_size: int | None = None
+    block_size: int = 512
+    context_window: int = 400
+    train_words: int | None = None
+    selection_metric: str = "perplexity"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.context_window < self.block_size:
+            raise ValueError(
+                f"context_window must be from 0 to below block_size={self.block_size}, "
+                f"got {self.context_window}"
+            )
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Return the perplexity of a word and its likelihood."""
+        return {
+            "perplexity": Metric("perplexity", greater_is_better=False),
+            "nll": Metric("NLL", greater_is_better=False),
+        }
+
+    def figures(self, statistics: np.ndarray) -> dict[str, float]:
+        """Return the figures from rows of likelihood and number of words."""
+        nll, words = statistics.sum(0)
+        mean = float(nll / words)
+        return {"perplexity": float(np.exp(mean)), "nll": mean}
+
+    def prepare(self, folder: Path | None = None) -> PreparedTask:
+        """Load the text; count the words of its training split, or read them from the folder.
+
+        Raises:
+            ValueError: For data that cannot be found or does not fit, by name.
+        """
+        from transformers import AutoModelForCausalLM, DataCollatorForTokenClassification
+
+        from regdrop.tasks.adaptive_input import register
+        from regdrop.tasks.word_likelihood import WordLikelihoodTrainer
+
+        register()
+        raw = load_raw_splits(self.dataset, self.dataset_config)
+        require_columns(self.dataset, raw, ["text"])
+        if "validation" not in raw:
+            raise ValueError(
+                f"data {self.dataset!r} must have a split 'validation', got {sorted(raw)}"
+            )
+        tokenizer = find_vocabulary(partial(self._learn_words, raw), folder)
+        streams = {name: partial(self._stream, name, split) for name, split in raw.items()}
+        return PreparedTask(
+            splits=LazySplits(
+                {name: partial(self._blocks, name, s, tokenizer) for name, s in streams.items()}
+            ),
+            build_model=partial(self._build_model, tokenizer),
+            load_model=AutoModelForCausalLM.from_pretrained,
+            example_statistics=lambda prediction: np.stack(prediction.predictions, axis=1),
+            data_collator=DataCollatorForTokenClassification(tokenizer),
+            processing_class=tokenizer,
+            trainer=WordLikelihoodTrainer,
+            options={"per_device_eval_batch_size": self._micro_batch()},
+        )
+
+    def _micro_batch(self) -> int:
+        # As many logits in evaluation as in training.
+        return self.training.batch_size // self.training.gradient_accumulation_steps
+
+    def _learn_words(self, raw: Mapping[str, Any]) -> Any:
+        if "train" not in raw:
+            raise ValueError(f"data {self.dataset!r} must have a split 'train', got {sorted(raw)}")
+        return learn_words(self._stream("train", raw["train"]), size=self.vocabulary_size)
+
+    def _stream(self, name: str, split: Any) -> Iterator[str]:
+        """Return the lines of a split, of the training split as many as are used."""
+        limit = self.train_words if name == "train" else None
+        count = 0
+        for text in split["text"]:
+            if not isinstance(text, str):
+                raise ValueError(f"column 'text' of split {name!r} must hold text, got {text!r}")
+            words = text.split()
+            if limit is not None and count + len(words) + 1 > limit:
+                words = words[: limit - count - 1]
+                yield " ".join(words)
+                return
+            count += len(words) + 1
+            yield text
+        if limit is not None and count < limit:
+            raise ValueError(
+                f"train_words must be at most the {count:,} words of the training split, "
+                f"got {limit:,}"
+            )
+
+    def _blocks(self, name: str, stream: Any, tokenizer: Any) -> "WordBlocks":
+        lines = tokenizer(list(stream()))["input_ids"]
+        words = torch.tensor([tokenizer.eos_token_id, *(word for line in lines for word in line)])
+        context = self.context_window if name not in ("train", "validation") else 0
+        return WordBlocks(words, self.block_size, context)
+
+    def _build_model(self, tokenizer: Any) -> nn.Module:
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        model: Any = AutoModelForCausalLM.from_config(self.build_config(tokenizer))
+        model.generation_config = GenerationConfig(
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=self.block_size,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=[tokenizer.unk_token_id],
+        )
+        built: nn.Module = model
+        return built
+
+    def build_config(self, tokenizer: Any) -> Any:
+        """Return the model's whole configuration for a vocabulary."""
+        from transformers import AutoConfig
+
+        from regdrop.tasks.adaptive_input import register
+
+        register()
+        common = {
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": self.block_size + 1,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        return AutoConfig.for_model(**{**common, **self.model_config})
+
+
+class WordBlocks(Dataset[dict[str, Tensor]]):
+    """Blocks of a stream of words; together they count every word but the first once.
+
+    Args:
+        words: (n,) word numbers, the first of which is only read.
+        block_size: Words that a model reads at once.
+        context: Words before those that a block counts.
+    """
+
+    def __init__(self, words: Tensor, block_size: int, context: int = 0) -> None:
+        self.words, self.block_size, self.context = words, block_size, context
+        # Word number `start` is the first that a block counts.
+        self.starts = range(1, len(words), block_size - context)
+        if not self.starts:
+            raise ValueError("a split must hold at least one word")
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        start = self.starts[position]
+        end = min(start + self.block_size - self.context, len(self.words))
+        first = max(0, start - 1 - self.context)
+        labels = self.words[first:end].clone()
+        labels[: start - first] = _IGNORED
+        return {"input_ids": self.words[first:end].tolist(), "labels": labels.tolist()}
+
+
+def _decoder(
+    width: int, feed_forward: int, heads: int, layers: int, dropout: float
+) -> dict[str, Any]:
+    """Return a decoder with sinusoidal positions, normalised first (XGLM's class)."""
+    return {
+        "model_type": "xglm",
+        "d_model": width,
+        "ffn_dim": feed_forward,
+        "attention_heads": heads,
+        "num_layers": layers,
+        "activation_function": "relu",
+        "dropout": dropout,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        # Embeddings of unit variance once they are scaled.
+        "init_std": width**-0.5,
+    }
+
+
+def _adaptive(decoder: Mapping[str, Any], cutoffs: Sequence[int], factor: int) -> dict[str, Any]:
+    return {
+        **decoder,
+        "model_type": "adaptive-input",
+        "cutoffs": list(cutoffs),
+        "band_factor": factor,
+    }
+
+
+WIKITEXT103 = LanguageModelling(
+    name="wikitext103",
+    description="Transformer decoder on WikiText-103, by the paper's settings",
+    dataset="Salesforce/wikitext",
+    dataset_config="wikitext-103-v1",
+    model_config=_decoder(512, 2048, 8, 6, 0.1),
+    training=TrainingSettings(
+        max_steps=50_000,
+        batch_size=64,
+        gradient_accumulation_steps=16,
+        learning_rate=5e-4,
+        eval_steps=1_000,
+        logging_steps=100,
+        lr_scheduler_type="inverse_sqrt",
+        warmup_ratio=4_000 / 50_000,
+        weight_decay=0.01,
+        max_grad_norm=0.0,
+        adam_beta2=0.98,
+        mixed_precision="fp16",
+    ),
+    rdrop=RDropConfig(alpha=1.0),
+)
+
+WIKITEXT103_ADAPTIVE = LanguageModelling(
+    name="wikitext103-adaptive",
+    description="Adaptive Input Transformer on WikiText-103, by the paper's settings",
+    dataset="Salesforce/wikitext",
+    dataset_config="wikitext-103-v1",
+    model_config={
+        **_adaptive(_decoder(1024, 4096, 8, 16, 0.3), (20_000, 60_000), 4),
+        "attention_dropout": 0.1,
+        "activation_dropout": 0.1,
+        "tail_dropout": 0.2,
+    },
+    training=TrainingSettings(
+        max_steps=286_000,
+        batch_size=24,
+        gradient_accumulation_steps=24,
+        learning_rate=1.0,
+        eval_steps=2_000,
+        logging_steps=100,
+        lr_scheduler_type="cosine",
+        warmup_ratio=16_000 / 286_000,
+        weight_decay=0.0,
+        max_grad_norm=0.1,
+        optim="sgd",
+        optim_args="momentum=0.99,nesterov=true",
+        mixed_precision="fp16",
+    ),
+    rdrop=RDropConfig(alpha=1.0),
+    block_size=3072,
+    context_window=400,
+)
+
+
+def _small(
+    name: str, title: str, model_config: Mapping[str, Any], steps: int, **changes: Any
+) -> LanguageModelling:
+    return LanguageModelling(
+        name=name,
+        description=f"a small {title}",
+        dataset=f"data/{name.split('-')[0]}",
+        model_config=model_config,
+        training=TrainingSettings(
+            max_steps=steps,
+            batch_size=32,
+            learning_rate=2e-3,
+            eval_steps=max(1, steps // 20),
+            logging_steps=max(1, steps // 40),
+            lr_scheduler_type="inverse_sqrt",
+            warmup_ratio=0.1,
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+            adam_beta2=0.98,
+        ),
+        rdrop=RDropConfig(alpha=1.0),
+        block_size=64,
+        context_window=32,
+        **changes,
+    )
+
+
+def _part(task: LanguageModelling, words: int) -> LanguageModelling:
+    """Return a task on so small a part of its training split that it overfits within minutes."""
+    return replace(
+        task,
+        name=f"{task.name}-part",
+        description=f"{task.description}, {words:,} words of it",
+        train_words=words,
+        training=replace(task.training, batch_size=8, eval_steps=100, logging_steps=50),
+    )
+
+
+_DECODER = _decoder(128, 512, 4, 2, 0.1)
+
+PAPER_PRESETS = (WIKITEXT103, WIKITEXT103_ADAPTIVE)
+SMALL_PRESETS = (
+    _small("ptb", "Transformer decoder on the Penn Treebank", _DECODER, 6_000),
+    _small("wikitext2", "Transformer decoder on WikiText-2", _DECODER, 12_000),
+    _small(
+        "ptb-adaptive",
+        "Adaptive Input Transformer on the Penn Treebank",
+        _adaptive(_DECODER, (2_000, 5_000), 2),
+        6_000,
+    ),
+    _small(
+        "wikitext2-adaptive",
+        "Adaptive Input Transformer on WikiText-2",
+        _adaptive(_DECODER, (4_000, 12_000), 2),
+        12_000,
+    ),
+    _part(_small("ptb", "Transformer decoder on the Penn Treebank", _DECODER, 1_000), 40_000),
+)

@@ -1,0 +1,229 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from regdrop.experiments import build_arms, run_arm
+from regdrop.experiments.evaluate import evaluate
+from regdrop.experiments.run import RunPaths, train_run
+from regdrop.tasks import PRESETS
+from regdrop.tasks.generate import generate_lines
+from regdrop.tasks.language_modelling import WordBlocks
+from regdrop.tasks.vocabulary import learn_words
+from text_data import WORDS, write_rows
+
+NAMES = ["wikitext103", "wikitext103-adaptive", "wikitext2", "wikitext2-adaptive", "ptb"]
+
+
+def write_text(folder, train=120, test=15):
+    """Write lines in which every word is followed by the next one of a list."""
+    generator = torch.Generator().manual_seed(0)
+
+    def row():
+        start, length = torch.randint(0, 6, (2,), generator=generator).tolist()
+        return {"text": " " + " ".join(WORDS[(start + i) % 12] for i in range(length)) + " \n"}
+
+    for name, size in (("train", train), ("validation", test), ("test", test)):
+        write_rows(folder / f"{name}.jsonl", [row() for _ in range(size)])
+    return folder
+
+
+def small(folder, kind="ptb", **changes):
+    preset = PRESETS[kind]
+    training = replace(
+        preset.training,
+        max_steps=60,
+        batch_size=4,
+        learning_rate=1e-2,
+        eval_steps=30,
+        logging_steps=10,
+    )
+    sizes = {"d_model": 16, "ffn_dim": 16, "attention_heads": 2, "num_layers": 1}
+    bands = {"cutoffs": [3, 7], "tail_dropout": 0.1} if "adaptive" in kind else {}
+    options = {
+        "dataset": str(write_text(folder / "data")),
+        "training": training,
+        "model_config": {**preset.model_config, **sizes, **bands},
+        "block_size": 12,
+        "context_window": 8,
+    }
+    return replace(preset, **{**options, **changes})
+
+
+@pytest.mark.parametrize("kind", ["ptb", "ptb-adaptive"])
+def test_a_run_learns_and_its_perplexity_is_that_of_every_word(tmp_path, kind):
+    chosen = small(tmp_path, kind)
+    folder = tmp_path / "run"
+    record = train_run(chosen, build_arms(chosen)["rdrop"], 0, RunPaths.alone(folder))
+    losses = [entry["nll"] for entry in record.history if "nll" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(entry["kl"] > 0 for entry in record.history if "kl" in entry)
+    assert record.test["perplexity"] == pytest.approx(np.exp(record.test["nll"]))
+    assert evaluate(folder, "test").figures == pytest.approx(record.test, rel=1e-4)
+
+    # Word by word, each predicted from the eight to eleven before it.
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    lines = [json.loads(x)["text"] for x in (tmp_path / "data/test.jsonl").open()]
+    words = [tokenizer.eos_token_id, *(w for line in lines for w in tokenizer(line).input_ids)]
+    assert len(words) == 1 + sum(len(line.split()) + 1 for line in lines)
+    total = 0.0
+    for i in range(1, len(words)):
+        first = max(0, (i - 1) // 4 * 4 - 8)
+        with torch.no_grad():
+            logits = model(torch.tensor([words[first:i]])).logits[0, -1]
+        total -= logits.log_softmax(-1)[words[i]].item()
+    assert record.test["nll"] == pytest.approx(total / (len(words) - 1), rel=1e-4)
+
+    texts = list(generate_lines(folder / "model", ["good bad", ""]))
+    assert len(texts) == 2
+    assert set(" ".join(texts).split()) <= set(WORDS)
+
+
+def test_blocks_count_every_word_once_with_its_context():
+    words = torch.arange(30)
+    for context in (0, 3):
+        seen = []
+        for block in WordBlocks(words, 8, context):
+            inputs, labels = block["input_ids"], block["labels"]
+            assert len(inputs) == len(labels) <= 9
+            counted = [label for label in labels if label != -100]
+            assert all(label in (-100, word) for word, label in zip(inputs, labels, strict=True))
+            before = labels.index(counted[0])
+            assert before > min(context, counted[0] - 1)
+            seen += counted
+        assert seen == list(range(1, 30))
+    with pytest.raises(ValueError, match="at least one word"):
+        WordBlocks(words[:1], 8)
+
+
+def test_words_are_numbered_by_frequency_and_rare_ones_are_unknown():
+    texts = ["a b b c", "b a"]
+    tokenizer = learn_words(texts, size=None)
+    assert tokenizer.get_vocab() == {"</s>": 0, "<unk>": 1, "b": 2, "a": 3, "c": 4}
+    assert tokenizer(["b c z"])["input_ids"] == [[2, 4, 1, 0]]
+    assert len(learn_words(texts, size=4)) == 4
+    # A text with unknown words of its own has them among the others.
+    assert learn_words(["<unk> a <unk>"], size=None).get_vocab() == {"</s>": 0, "<unk>": 1, "a": 2}
+    assert "<unk>" in learn_words(["a b <unk> a b"], size=3).get_vocab()
+
+
+def test_a_part_of_the_training_text_is_its_first_words(tmp_path):
+    chosen = small(tmp_path, train_words=20)
+    prepared = chosen.prepare()
+    blocks = prepared.splits["train"]
+    assert len(blocks.words) == 1 + 20
+    with pytest.raises(ValueError, match="train_words must be at most the"):
+        small(tmp_path, train_words=100_000).prepare()
+
+
+def test_bad_data_and_settings_are_named(tmp_path):
+    good = small(tmp_path)
+    with pytest.raises(ValueError, match="context_window must be from 0 to below block_size=12"):
+        replace(good, context_window=12)
+    rows = [{"text": "a b"}]
+    for name in ("train", "validation", "test"):
+        write_rows(tmp_path / "wrong" / f"{name}.jsonl", [{"words": "a b"}])
+        write_rows(tmp_path / "numbers" / f"{name}.jsonl", [{"text": 3}])
+    write_rows(tmp_path / "lone" / "train.jsonl", rows)
+    for folder, message in (
+        ("wrong", r"must have the columns \['text'\]"),
+        ("numbers", "must hold text, got 3"),
+        ("lone", "must have a split 'validation'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(good, dataset=str(tmp_path / folder)).prepare()
+    model_config = {**small(tmp_path, "ptb-adaptive").model_config, "cutoffs": [5, 100]}
+    wrong = replace(small(tmp_path, "ptb-adaptive"), model_config=model_config)
+    with pytest.raises(ValueError, match="cutoffs must rise and be between 1 and"):
+        run_arm(wrong, build_arms(wrong)["rdrop"], 0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "vocabulary", "expected"),
+    [
+        # Embeddings; 6 layers of 4 products and biases, 2 of the feed-forward, 2 norms; last norm.
+        (
+            "wikitext103",
+            267_744,
+            267_744 * 512
+            + 6 * (4 * (512 * 512 + 512) + 2 * 512 * 2048 + 2048 + 512 + 4 * 512)
+            + 2 * 512,
+        ),
+        # The paper's 247 million: bands of 1024, 256 and 64, their projections, two tails' rows.
+        (
+            "wikitext103-adaptive",
+            267_744,
+            20_000 * 1024
+            + 40_000 * 256
+            + 207_744 * 64
+            + 1024 * (1024 + 256 + 64 + 2)
+            + 16 * (4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024),
+        ),
+    ],
+)
+def test_the_papers_models_have_their_size(name, vocabulary, expected):
+    tokenizer = learn_words(["a"], size=None)
+    tokenizer.add_tokens([f"w{i}" for i in range(vocabulary - len(tokenizer))])
+    config = PRESETS[name].build_config(tokenizer)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == expected
+    if name == "wikitext103-adaptive":
+        assert expected == pytest.approx(247e6, rel=0.01)
+
+
+def test_presets_have_the_papers_settings():
+    plain, adaptive = PRESETS["wikitext103"], PRESETS["wikitext103-adaptive"]
+    assert {task.rdrop.alpha for task in (plain, adaptive)} == {1.0}
+    assert plain.training.max_steps == 50_000
+    assert plain.training.lr_scheduler_type == "inverse_sqrt"
+    assert plain.context_window == adaptive.context_window == 400
+    assert adaptive.training.optim_args == "momentum=0.99,nesterov=true"
+    assert (adaptive.training.max_grad_norm, adaptive.block_size) == (0.1, 3072)
+
+
+def test_the_adaptive_models_optimiser_is_nesterovs_with_a_cosine(tmp_path):
+    from regdrop.experiments.run import build_trainer
+
+    chosen = small(tmp_path, "ptb-adaptive", training=PRESETS["wikitext103-adaptive"].training)
+    prepared = chosen.prepare()
+    trainer = build_trainer(
+        chosen,
+        build_arms(chosen)["rdrop"],
+        0,
+        Path(tmp_path / "out"),
+        prepared,
+        prepared.build_model(),
+        train=prepared.splits["train"],
+        validation=prepared.splits["validation"],
+    )
+    trainer.create_optimizer_and_scheduler(286_000)
+    group = trainer.optimizer.param_groups[0]
+    assert isinstance(trainer.optimizer, torch.optim.SGD)
+    assert (group["momentum"], group["nesterov"]) == (0.99, True)
+    rate = trainer.lr_scheduler.lr_lambdas[0]
+    assert rate(16_000) == pytest.approx(1.0)
+    assert rate(151_000) == pytest.approx(0.5)
+
+
+def test_an_interrupted_run_goes_on_with_the_same_words(tmp_path):
+    chosen = small(tmp_path, "ptb-adaptive")
+    chosen = replace(
+        chosen, training=replace(chosen.training, max_steps=12, eval_steps=4, logging_steps=1)
+    )
+    arm = build_arms(chosen)["rdrop"]
+    whole = run_arm(chosen, arm, 0, tmp_path / "whole")
+
+    def stop(step, figures):
+        if step == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_arm(chosen, arm, 0, tmp_path / "cut", progress=stop)
+    assert run_arm(chosen, arm, 0, tmp_path / "cut").test == pytest.approx(whole.test, rel=1e-5)
