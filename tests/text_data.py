@@ -48,8 +48,8 @@ def write_glue(folder, task, train=60, test=20):
     return folder
 
 
-def write_encoder(folder, kind="bert", **options):
-    """Write a tiny pretrained encoder of some class, with a tokenizer of whole words."""
+def write_tokenizer(folder):
+    """Write a tokenizer of whole words and return their number."""
     special = ["<pad>", "<unk>", "<s>", "</s>"]
     vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -61,15 +61,47 @@ def write_encoder(folder, kind="bert", **options):
     )
     names = ["input_ids", "attention_mask"]
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_input_names=names
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="</s>",
+        model_input_names=names,
     )
     fast.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def write_encoder(folder, kind="bert", **options):
+    """Write a tiny pretrained encoder of some class, with its tokenizer."""
     sizes = {**SIZES[kind], **({} if kind == "xlnet" else {"intermediate_size": 16})}
     config = transformers.AutoConfig.for_model(
-        kind, vocab_size=len(vocabulary), pad_token_id=0, **{**sizes, **options}
+        kind, vocab_size=write_tokenizer(folder), pad_token_id=0, **{**sizes, **options}
     )
     torch.manual_seed(0)
     transformers.AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def write_encoder_decoder(folder, kind="bart"):
+    """Write a tiny pretrained encoder-decoder of some class, with its tokenizer."""
+    if kind == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    else:
+        sizes = {"d_model": 16}
+        for side in ("encoder", "decoder"):
+            sizes |= {f"{side}_layers": 1, f"{side}_ffn_dim": 16, f"{side}_attention_heads": 2}
+    config = transformers.AutoConfig.for_model(
+        kind,
+        vocab_size=write_tokenizer(folder),
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        decoder_start_token_id=3,
+        forced_eos_token_id=3,
+        **sizes,
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
     return folder
 
 

@@ -1,9 +1,15 @@
 """The tasks of the paper, data to metric; presets are typed Python."""
 
-from regdrop.tasks import language_modelling, translation_presets, understanding
+from regdrop.tasks import (
+    language_modelling,
+    summarisation,
+    translation_presets,
+    understanding,
+)
 from regdrop.tasks.base import LazySplits, Metric, PreparedTask, Task, TrainingSettings
 from regdrop.tasks.image_classification import DIGITS, IMAGES, ImageClassification
 from regdrop.tasks.language_modelling import LanguageModelling
+from regdrop.tasks.summarisation import Summarisation
 from regdrop.tasks.translation import Translation
 from regdrop.tasks.understanding import LanguageUnderstanding
 
@@ -12,21 +18,30 @@ _ALL: tuple[Task, ...] = (
     IMAGES,
     *understanding.SMALL_PRESETS,
     *translation_presets.SMALL_PRESETS,
+    *summarisation.SMALL_PRESETS,
     *language_modelling.SMALL_PRESETS,
     *understanding.PAPER_PRESETS,
     *translation_presets.PAPER_PRESETS,
+    *summarisation.PAPER_PRESETS,
     *language_modelling.PAPER_PRESETS,
 )
 PRESETS = {preset.name: preset for preset in _ALL}
 # The class of each family, and the preset that stands for it on the command line.
 FAMILIES: dict[str, type[Task]] = {
     cls.family: cls
-    for cls in (ImageClassification, LanguageUnderstanding, Translation, LanguageModelling)
+    for cls in (
+        ImageClassification,
+        LanguageUnderstanding,
+        Translation,
+        Summarisation,
+        LanguageModelling,
+    )
 }
 DEFAULT_PRESETS = {
     "images": "images",
     "understanding": "minilm-cola",
     "translation": "multi30k-de-en",
+    "summarisation": "aeslc",
     "language-modelling": "ptb",
 }
 
@@ -40,6 +55,7 @@ __all__ = [
     "LazySplits",
     "Metric",
     "PreparedTask",
+    "Summarisation",
     "Task",
     "TrainingSettings",
     "Translation",

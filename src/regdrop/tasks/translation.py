@@ -19,6 +19,13 @@ from regdrop.tasks.bleu import (
     sentence_statistics,
 )
 from regdrop.tasks.data import hold_out, load_raw_splits, require_columns, take_part
+from regdrop.tasks.seq2seq import (
+    by_length,
+    encode_split,
+    read_outputs,
+    seq2seq_options,
+    texts_of,
+)
 from regdrop.tasks.vocabulary import find_vocabulary, learn_vocabulary
 
 # The column that the hub's translation sets keep their languages in.
@@ -119,13 +126,7 @@ class Translation:
             processing_class=tokenizer,
             trainer=partial(GenerationTrainer, max_tokens=max_tokens),
             arguments=Seq2SeqTrainingArguments,
-            options={
-                "predict_with_generate": True,
-                "generation_num_beams": self.validation_num_beams,
-                "per_device_train_batch_size": 1,  # batches are by tokens
-                "per_device_eval_batch_size": max(128, max_tokens // 32),
-                "remove_unused_columns": False,
-            },
+            options=seq2seq_options(self.validation_num_beams, max_tokens),
             signatures={
                 name: bleu_signature(tokenize=tokenize, lowercase=lowercase)
                 for name, lowercase in (("bleu", False), ("bleu_lowercase", True))
@@ -169,32 +170,17 @@ class Translation:
     def _encode(self, name: str, split: Any, tokenizer: Any, references: list[str]) -> Any:
         """Return token ids; ids of examples are positions in the list of all references."""
         is_train = name == "train"
-        if not is_train:  # sentences of about one length share a batch, and end together
-            lengths = [len(text) for text in _strings(split["source"][:])]
-            split = split.select(np.argsort(lengths, kind="stable"))
-        first = len(references)
-        references.extend(split["target"][:])
-
-        def encode(rows: Mapping[str, list[Any]], positions: list[int]) -> dict[str, Any]:
-            # Training pairs are cut nowhere, so that too long ones can be left out.
-            cut: dict[str, Any] = (
-                {} if is_train else {"truncation": True, "max_length": self.max_length}
-            )
-            source = tokenizer(_strings(rows["source"]), **cut)
-            target = tokenizer(_strings(rows["target"]), **cut)
-            return {
-                **source,
-                "labels": target["input_ids"],
-                "example_id": [first + i for i in positions],
-            }
-
-        encoded = split.map(
-            encode,
-            batched=True,
-            with_indices=True,
-            remove_columns=split.column_names,
-            keep_in_memory=True,
+        split = split if is_train else by_length(split, "source")
+        # Training pairs are cut nowhere, so that too long ones can be left out.
+        cut: dict[str, Any] = (
+            {} if is_train else {"truncation": True, "max_length": self.max_length}
         )
+
+        def encode(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+            target = tokenizer(texts_of(rows["target"]), **cut)
+            return {**tokenizer(texts_of(rows["source"]), **cut), "labels": target["input_ids"]}
+
+        encoded = encode_split(split, encode, references, split["target"][:])
         if not is_train:
             return encoded
         # One token is the end of an empty sentence.
@@ -256,29 +242,14 @@ def generation_statistics(
     tokenizer: Any, references: Sequence[str], prediction: Any, *, tokenize: str
 ) -> np.ndarray:
     """Return BLEU's statistics (cased, lower-cased), likelihood and tokens, (sentences, 22)."""
-    tokens, nll = prediction.predictions
-    labels, example_ids = prediction.label_ids
-    tokens = np.where(tokens < 0, tokenizer.pad_token_id, tokens)
-    outputs = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    chosen = [references[int(i)] for i in example_ids]
-    return np.concatenate(
-        [
-            sentence_statistics(outputs, chosen, tokenize=tokenize, lowercase=False),
-            sentence_statistics(outputs, chosen, tokenize=tokenize, lowercase=True),
-            np.asarray(nll, dtype=np.float64).reshape(-1, 1),
-            np.asarray(labels != -100).sum(1, keepdims=True),
-        ],
-        axis=1,
-    )
+    texts, chosen, likelihoods = read_outputs(tokenizer, references, prediction)
+    both = [
+        sentence_statistics(texts, chosen, tokenize=tokenize, lowercase=lowercase)
+        for lowercase in (False, True)
+    ]
+    return np.concatenate([*both, likelihoods], axis=1)
 
 
 def _texts(split: Any) -> Iterator[str]:
     for column in ("source", "target"):
-        yield from _strings(split[column][:])
-
-
-def _strings(texts: Sequence[Any]) -> list[str]:
-    wrong = next((text for text in texts if not isinstance(text, str)), None)
-    if wrong is not None or None in texts:
-        raise ValueError(f"columns of languages must hold text, got {wrong!r}")
-    return list(texts)
+        yield from texts_of(split[column][:])
