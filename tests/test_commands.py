@@ -29,7 +29,7 @@ def test_tasks():
     result = run("tasks")
     assert result.exit_code == 0
     assert "digits" in result.output
-    assert "images" in result.output
+    assert "vit-base-cifar100" in result.output
 
 
 def test_convert_alpha():

@@ -4,7 +4,7 @@ import pytest
 
 from regdrop.experiments import RunRecord, build_arms
 from regdrop.experiments.record import resolved_config
-from regdrop.tasks.image_classification import DIGITS
+from regdrop.tasks.image_presets import DIGITS
 
 SHORT = replace(
     DIGITS,

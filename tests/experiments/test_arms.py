@@ -2,7 +2,7 @@ from dataclasses import asdict
 
 from regdrop import RDropConfig
 from regdrop.experiments import build_arms
-from regdrop.tasks.image_classification import DIGITS
+from regdrop.tasks.image_presets import DIGITS
 
 
 def test_five_arms_differ_in_what_their_names_say():

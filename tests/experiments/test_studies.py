@@ -11,7 +11,7 @@ from regdrop.experiments.record import record_path, resolved_config
 from regdrop.experiments.report import write_report
 from regdrop.experiments.studies import STUDIES, study_arms
 from regdrop.experiments.study_plots import pareto_front
-from regdrop.tasks.image_classification import DIGITS
+from regdrop.tasks.image_presets import DIGITS
 
 
 def settings(arms, *names):

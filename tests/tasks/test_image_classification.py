@@ -10,12 +10,15 @@ from regdrop import find_dropout
 from regdrop.experiments import build_arms, run_arm
 from regdrop.tasks import PRESETS
 from regdrop.tasks.classification import classification_statistics, set_dropout
-from regdrop.tasks.image_classification import DIGITS, IMAGES, build_augmentation
+from regdrop.tasks.image_classification import build_augmentation
+from regdrop.tasks.image_presets import DIGITS
+
+IMAGES = PRESETS["vit-base-cifar100-224"]
 
 
 def test_presets_go_by_their_names():
     assert all(task.name == name for name, task in PRESETS.items())
-    assert {"digits", "images"} <= set(PRESETS)
+    assert {"digits", "vit-base-cifar100"} <= set(PRESETS)
 
 
 def test_digits_are_a_small_vision_transformer_with_dropout():
@@ -41,16 +44,39 @@ def test_weights_follow_the_seed():
     assert not torch.equal(weights(0), weights(1))
 
 
-def test_images_have_the_papers_size_on_the_meta_device():
-    """ViT-B/16 at 224 px has 85.8 million parameters without its head (arXiv 2010.11929)."""
+@pytest.mark.parametrize(
+    ("name", "sizes", "parameters"),
+    [
+        # ViT-B/16 and L/16 have 85.8 and 303.3 million without their heads (arXiv 2010.11929).
+        ("vit-base-cifar100-224", {}, 85_798_656 + 769 * 100),
+        ("vit-base-cifar100", {}, 85_798_656 + (24**2 - 14**2) * 768 + 769 * 100),
+        (
+            "vit-large-imagenet-224",
+            {
+                "hidden_size": 1024,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "intermediate_size": 4096,
+            },
+            303_301_632 + 1025 * 1000,
+        ),
+    ],
+)
+def test_paper_presets_have_the_papers_sizes_and_settings(name, sizes, parameters):
     from transformers import AutoModelForImageClassification
 
-    assert (IMAGES.image_size, IMAGES.rdrop.alpha, IMAGES.dropout) == (224, 0.6, 0.1)
-    config = AutoConfig.for_model("vit", num_labels=100)
-    set_dropout(config, IMAGES.dropout)
+    preset = PRESETS[name]
+    assert (preset.rdrop.alpha, preset.dropout) == (0.6, 0.1)
+    assert preset.image_size == (224 if name.endswith("224") else 384)
+    assert (preset.training.optim, preset.training.optim_args) == ("sgd", "momentum=0.9")
+    assert (preset.training.batch_size, preset.training.max_grad_norm) == (512, 1.0)
+    assert preset.training.warmup_ratio * preset.training.max_steps == pytest.approx(500)
+    labels = 1000 if preset.streaming else 100
+    config = AutoConfig.for_model("vit", num_labels=labels, image_size=preset.image_size, **sizes)
+    set_dropout(config, preset.dropout)
     with torch.device("meta"):
         model = AutoModelForImageClassification.from_config(config)
-    assert sum(p.numel() for p in model.parameters()) == 85_798_656 + 769 * 100
+    assert sum(p.numel() for p in model.parameters()) == parameters
     assert config.hidden_dropout_prob == config.attention_probs_dropout_prob == 0.1
 
 
@@ -80,7 +106,7 @@ def test_a_model_without_dropout_is_refused():
         set_dropout(SimpleNamespace(hidden_size=4), 0.1)
 
 
-@pytest.mark.parametrize("kind", ["shift", "flip"])
+@pytest.mark.parametrize("kind", ["shift", "flip", "crop"])
 def test_augmentation_keeps_shape_and_range_and_changes_images(kind):
     torch.manual_seed(0)
     images = torch.rand(16, 3, 16, 16)
@@ -93,7 +119,7 @@ def test_augmentation_keeps_shape_and_range_and_changes_images(kind):
 
 def test_no_augmentation_and_an_unknown_one():
     assert build_augmentation("none", 8) is None
-    with pytest.raises(ValueError, match="augmentation must be 'none', 'shift' or 'flip', got 'x'"):
+    with pytest.raises(ValueError, match=r"augmentation must be .* 'flip' or 'crop', got 'x'"):
         build_augmentation("x", 8)
 
 
@@ -106,19 +132,24 @@ def test_metrics_by_hand():
     assert found["nll"] == pytest.approx(-np.log([0.7, 0.8, 0.2]).mean())
 
 
-def test_photographs_from_a_folder_fine_tune_a_checkpoint_of_another_size(tmp_path):
-    """The `images` preset as `--dataset` and `--model` change it: it learns, on real files."""
+def write_photographs(root, train=20, test=8):
+    """Write a folder of dark and light images."""
     from PIL import Image
-    from transformers import ViTConfig, ViTForImageClassification
 
     generator = np.random.default_rng(0)
-    for split, count in (("train", 20), ("test", 8)):
+    for split, count in (("train", train), ("test", test)):
         for name, tone in (("dark", 60), ("light", 190)):
-            folder = tmp_path / "data" / split / name
+            folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
                 pixels = generator.normal(tone, 30, (20, 24, 3)).clip(0, 255).astype("uint8")
                 Image.fromarray(pixels).save(folder / f"{i}.jpeg")
+    return str(root)
+
+
+def write_vit(folder):
+    from transformers import ViTConfig, ViTForImageClassification
+
     config = ViTConfig(
         hidden_size=16,
         num_hidden_layers=1,
@@ -128,7 +159,12 @@ def test_photographs_from_a_folder_fine_tune_a_checkpoint_of_another_size(tmp_pa
         patch_size=8,
         num_labels=5,
     )
-    ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    ViTForImageClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+def photographs(tmp_path, **changes):
     training = replace(
         IMAGES.training,
         max_steps=20,
@@ -137,15 +173,102 @@ def test_photographs_from_a_folder_fine_tune_a_checkpoint_of_another_size(tmp_pa
         learning_rate=0.1,
         eval_steps=10,
         logging_steps=5,
+        warmup_ratio=0.1,
     )
-    task = replace(
-        IMAGES,
-        dataset=str(tmp_path / "data"),
-        model=str(tmp_path / "model"),
-        training=training,
-    )
-    record = run_arm(task, build_arms(task)["rdrop"], 0, tmp_path / "out")
+    options = {
+        "dataset": write_photographs(tmp_path / "data"),
+        "model": write_vit(tmp_path / "model"),
+        "image_size": None,
+        "training": training,
+    }
+    return replace(IMAGES, **{**options, **changes})
+
+
+def assert_learned(record):
     assert record.test["accuracy"] > 0.9
     likelihoods = [entry["nll"] for entry in record.history if "nll" in entry]
     assert likelihoods[-1] < 0.5 * likelihoods[0]
     assert min(entry["kl"] for entry in record.history if "kl" in entry) > 0
+
+
+def test_photographs_from_a_folder_fine_tune_a_checkpoint_of_another_size(tmp_path):
+    """The paper's preset as `--data` and `--model` change it: it learns, on real files."""
+    task = photographs(tmp_path)
+    assert_learned(run_arm(task, build_arms(task)["rdrop"], 0, tmp_path / "out"))
+
+
+def test_photographs_are_streamed(tmp_path, monkeypatch):
+    from regdrop.tasks import image_stream
+
+    monkeypatch.setattr(image_stream, "HELD_OUT_IMAGES", 8)
+    monkeypatch.setattr(image_stream, "_BUFFER", 64)
+    data = write_photographs(tmp_path / "data")
+    # The first images are of one class here: the whole set validates, as the test split does.
+    task = photographs(tmp_path / "more", dataset=data, streaming=True, augmentation="crop")
+    prepared = task.prepare()
+    sizes = [sum(1 for _ in prepared.splits[name]) for name in ("train", "validation", "test")]
+    assert sizes == [32, 8, 16]
+    train = prepared.splits["train"]
+    orders = []
+    for epoch in (0, 1, 0):
+        train.set_epoch(epoch)
+        orders.append([int(item["labels"]) for item in train])
+    assert orders[0] == orders[2] != orders[1]
+    assert_learned(run_arm(task, build_arms(task)["rdrop"], 0, tmp_path / "out"))
+
+
+def test_a_checkpoints_positions_are_resized_to_another_image_size(tmp_path):
+    from transformers import ViTForImageClassification
+
+    task = photographs(tmp_path, image_size=32)
+    model = task.prepare().build_model()
+    assert model.config.image_size == 32
+    own = ViTForImageClassification.from_pretrained(tmp_path / "model")
+    kept = dict(own.named_parameters())
+    for name, value in model.named_parameters():
+        if name.endswith("position_embeddings"):
+            assert value.shape == (1, 17, 16)
+            assert torch.equal(value[:, 0], kept[name][:, 0])
+            # The means of the places stay about where they were.
+            torch.testing.assert_close(
+                value[:, 1:].mean(1), kept[name][:, 1:].mean(1), atol=0.01, rtol=0.2
+            )
+        elif "classifier" not in name:
+            assert torch.equal(value, kept[name]), name
+    batch = torch.randn(2, 3, 32, 32)
+    expected = own.eval().vit(batch, interpolate_pos_encoding=True).last_hidden_state
+    torch.testing.assert_close(model.eval().vit(batch).last_hidden_state, expected)
+
+
+@pytest.mark.slow
+def test_efficientnet_lite_is_fine_tuned_and_saved(tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the packaged weights")
+    from regdrop.experiments.evaluate import evaluate
+    from regdrop.experiments.run import RunPaths, train_run
+
+    preset = PRESETS["efficientnet-cifar10-jpeg"]
+    training = replace(preset.training, max_steps=16, batch_size=12, eval_steps=8, logging_steps=4)
+    task = replace(
+        preset, dataset=write_photographs(tmp_path / "data"), image_size=32, training=training
+    )
+    model = task.prepare().build_model().train()
+    assert [(s.name, s.rate) for s in find_dropout(model) if s.active] == [("dropout", 0.2)]
+    assert not any(m.training for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    folder = tmp_path / "run"
+    record = train_run(task, build_arms(task)["rdrop"], 0, RunPaths.alone(folder))
+    assert record.test["accuracy"] > 0.9
+    assert evaluate(folder, "test").figures == pytest.approx(record.test, rel=1e-4)
+
+
+def test_bad_settings_are_named(tmp_path):
+    for changed, message in (
+        (replace(DIGITS, train_examples=20), "neither streaming nor train_examples applies"),
+        (
+            replace(IMAGES, model=None, model_config={"model_type": "vit"}, image_size=None),
+            "image_size must be given where there is no model",
+        ),
+        (photographs(tmp_path, train_examples=1_000), "train_examples must be between 1 and"),
+        (replace(IMAGES, model="./nowhere", image_size=None), "there is no folder './nowhere'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            changed.prepare()

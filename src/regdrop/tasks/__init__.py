@@ -1,25 +1,26 @@
 """The tasks of the paper, data to metric; presets are typed Python."""
 
 from regdrop.tasks import (
+    image_presets,
     language_modelling,
     summarisation,
     translation_presets,
     understanding,
 )
 from regdrop.tasks.base import LazySplits, Metric, PreparedTask, Task, TrainingSettings
-from regdrop.tasks.image_classification import DIGITS, IMAGES, ImageClassification
+from regdrop.tasks.image_classification import ImageClassification
 from regdrop.tasks.language_modelling import LanguageModelling
 from regdrop.tasks.summarisation import Summarisation
 from regdrop.tasks.translation import Translation
 from regdrop.tasks.understanding import LanguageUnderstanding
 
 _ALL: tuple[Task, ...] = (
-    DIGITS,
-    IMAGES,
+    *image_presets.SMALL_PRESETS,
     *understanding.SMALL_PRESETS,
     *translation_presets.SMALL_PRESETS,
     *summarisation.SMALL_PRESETS,
     *language_modelling.SMALL_PRESETS,
+    *image_presets.PAPER_PRESETS,
     *understanding.PAPER_PRESETS,
     *translation_presets.PAPER_PRESETS,
     *summarisation.PAPER_PRESETS,
@@ -38,7 +39,7 @@ FAMILIES: dict[str, type[Task]] = {
     )
 }
 DEFAULT_PRESETS = {
-    "images": "images",
+    "images": "vit-base-cifar100",
     "understanding": "minilm-cola",
     "translation": "multi30k-de-en",
     "summarisation": "aeslc",

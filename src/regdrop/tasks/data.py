@@ -27,12 +27,28 @@ def load_raw_splits(
     Raises:
         ValueError: If it cannot be found or read, or a split is empty.
     """
+    loaded = open_splits(dataset, config_name, split_names)
+    for name, split in loaded.items():
+        if len(split) == 0:
+            raise ValueError(f"split {name!r} of data {dataset!r} is empty")
+    return loaded
+
+
+def open_splits(
+    dataset: str,
+    config_name: str | None = None,
+    split_names: Sequence[str] = (),
+    *,
+    streaming: bool = False,
+) -> dict[str, Any]:
+    """Return the splits as `load_raw_splits` does, with `streaming` to be read while used."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
     folder = Path(dataset)
     if dataset.startswith((".", "/", "~")) and not folder.expanduser().exists():
         raise ValueError(f"data must be a folder or a hub id; there is no folder {dataset!r}")
+    options: dict[str, Any] = {"streaming": True} if streaming else {}
     try:
         if folder.expanduser().exists():
             files = {
@@ -40,18 +56,15 @@ def load_raw_splits(
                 for path in folder.expanduser().iterdir()
                 if path.is_file() and path.stem in split_names
             }
-            loaded = datasets.load_dataset(str(folder.expanduser()), data_files=files or None)
-        else:
-            loaded = datasets.load_dataset(dataset, config_name)
+            return dict(
+                datasets.load_dataset(str(folder.expanduser()), data_files=files or None, **options)
+            )
+        return dict(datasets.load_dataset(dataset, config_name, **options))
     except (DatasetNotFoundError, ConnectionError, OSError) as error:
         raise ValueError(f"data {dataset!r} cannot be found: {error}") from error
     except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError) as error:
         reason = error.__cause__ or error
         raise ValueError(f"data {dataset!r} cannot be read: {reason}") from error
-    for name, split in loaded.items():
-        if len(split) == 0:
-            raise ValueError(f"split {name!r} of data {dataset!r} is empty")
-    return dict(loaded)
 
 
 def require_columns(dataset: str, splits: Mapping[str, Any], columns: Iterable[str]) -> None:
@@ -76,7 +89,9 @@ def hold_out(train: Any) -> tuple[Any, Any]:
         ValueError: If it is too small to be split.
     """
     if len(train) < 10:
-        raise ValueError(f"split 'train' must have at least 10 rows to hold out some, got {train}")
+        raise ValueError(
+            f"split 'train' must have at least 10 rows to hold out some, got {len(train)}"
+        )
     parts = train.train_test_split(test_size=HELD_OUT, seed=SPLIT_SEED)
     return parts["train"], parts["test"]
 

@@ -13,8 +13,15 @@ from regdrop.config import RDropConfig
 from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings
 from regdrop.tasks.classification import accuracy, classification_statistics, nll, set_dropout
 from regdrop.tasks.image_data import ImageSplits, load_digits_splits, load_image_splits
+from regdrop.tasks.image_models import (
+    EFFICIENTNET_LITE0,
+    load_image_config,
+    load_image_model,
+    register,
+)
+from regdrop.tasks.image_stream import stream_image_splits
 
-Augmentation = Literal["none", "shift", "flip"]
+Augmentation = Literal["none", "shift", "flip", "crop"]
 
 
 @dataclass(frozen=True)
@@ -25,13 +32,20 @@ class ImageClassification:
         name: Name of the preset.
         description: One line of what is trained on what.
         dataset: "digits" for scikit-learn's, else a `datasets` folder or hub id.
-        model: Hub id or folder of a checkpoint to fine-tune; None to train `model_config`.
+        model: Checkpoint to fine-tune: folder, hub id, or "efficientnet-lite0", whose weights are
+            in a Python package; None to train `model_config`.
         model_config: Hugging Face configuration of a new model, `model_type` included.
         dropout: Dropout rate, set wherever the model's configuration has one.
-        image_size: Height and width of the images; a checkpoint that has one of its own decides.
+        image_size: Height and width of the images; None for the checkpoint's own. A vision
+            transformer of another size has its positions resized (arXiv 2010.11929, section 3.2).
         num_channels: 1 for grey, 3 for RGB.
-        augmentation: "shift" moves and turns slightly (characters), "flip" crops and mirrors
-            (photographs), "none" does nothing.
+        augmentation: "shift" moves and turns slightly (characters), "flip" moves and mirrors
+            (small photographs), "crop" takes a part of 5 % to all and scales it (photographs),
+            "none" does nothing.
+        dataset_config: Configuration of the hub's data set.
+        streaming: Whether the data set is read while it trains, never downloaded or kept as a
+            whole. Selection is then on the first images of the training split.
+        train_examples: Size of the part of the training split that is used; None for all of it.
         training: Optimisation without R-Drop.
         rdrop: R-Drop's options.
         selection_metric: Figure on the validation split that selects the checkpoint.
@@ -47,9 +61,12 @@ class ImageClassification:
     model: str | None = None
     model_config: Mapping[str, Any] = field(default_factory=dict)
     dropout: float = 0.1
-    image_size: int = 224
+    image_size: int | None = None
     num_channels: int = 3
     augmentation: Augmentation = "flip"
+    dataset_config: str | None = None
+    streaming: bool = False
+    train_examples: int | None = None
     selection_metric: str = "accuracy"
 
     @property
@@ -72,6 +89,7 @@ class ImageClassification:
         """
         if (self.model is None) == (not self.model_config):
             raise ValueError("exactly one of model and model_config must be given")
+        register()
         splits = self._load()
         from transformers import AutoModelForImageClassification
 
@@ -89,32 +107,38 @@ class ImageClassification:
         )
 
     def _load(self) -> ImageSplits:
-        image_size = self._image_size()
-        augmentation = build_augmentation(self.augmentation, image_size)
         if self.dataset == "digits":
-            return load_digits_splits(augmentation)
+            if self.streaming or self.train_examples is not None:
+                raise ValueError("digits are a few: neither streaming nor train_examples applies")
+            return load_digits_splits(build_augmentation(self.augmentation, 8))
+        image_size = self._image_size()
         mean, std = self._normalisation()
-        return load_image_splits(
+        load = stream_image_splits if self.streaming else load_image_splits
+        return load(
             self.dataset,
+            config_name=self.dataset_config,
+            train_examples=self.train_examples,
             image_size=image_size,
             num_channels=self.num_channels,
             mean=mean,
             std=std,
-            augmentation=augmentation,
+            augmentation=build_augmentation(self.augmentation, image_size),
         )
 
     def _image_size(self) -> int:
-        if self.model is None:
+        if self.image_size is not None:
             return self.image_size
-        from transformers import AutoConfig
-
-        size = getattr(AutoConfig.from_pretrained(self.model), "image_size", None)
-        return size if isinstance(size, int) else self.image_size
+        if self.model is None:
+            raise ValueError("image_size must be given where there is no model, got None")
+        size = getattr(load_image_config(self.model), "image_size", None)
+        if not isinstance(size, int):
+            raise ValueError(f"image_size must be given: model {self.model!r} has none of its own")
+        return size
 
     def _normalisation(self) -> tuple[list[float], list[float]]:
         """Return the checkpoint's own mean and standard deviation where it has them."""
         half = [0.5] * self.num_channels
-        if self.model is None:
+        if self.model is None or self.model == EFFICIENTNET_LITE0:
             return half, half
         from transformers import ImageProcessingMixin
 
@@ -132,13 +156,10 @@ class ImageClassification:
             "label2id": {name: i for i, name in enumerate(class_names)},
         }
         if self.model is not None:
-            config = AutoConfig.from_pretrained(self.model, **labels)
+            config = load_image_config(self.model, **labels)
             set_dropout(config, self.dropout)
-            model: nn.Module = AutoModelForImageClassification.from_pretrained(
-                self.model, config=config, ignore_mismatched_sizes=True
-            )
-            return model
-        options = {"image_size": self.image_size, "num_channels": self.num_channels}
+            return load_image_model(self.model, config, self._image_size())
+        options = {"image_size": self._image_size(), "num_channels": self.num_channels}
         config = AutoConfig.for_model(**{**options, **labels, **self.model_config})
         set_dropout(config, self.dropout)
         new_model: nn.Module = AutoModelForImageClassification.from_config(config)
@@ -159,57 +180,7 @@ def build_augmentation(kind: Augmentation, image_size: int) -> nn.Module | None:
         return nn.Sequential(
             K.RandomCrop(size, padding=padding, padding_mode="reflect"), K.RandomHorizontalFlip()
         )
-    raise ValueError(f"augmentation must be 'none', 'shift' or 'flip', got {kind!r}")
-
-
-DIGITS = ImageClassification(
-    name="digits",
-    description="a 4-layer, 64-wide vision transformer on 300 of scikit-learn's 8x8 digits",
-    dataset="digits",
-    model_config={
-        "model_type": "vit",
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "intermediate_size": 128,
-        "patch_size": 4,
-    },
-    dropout=0.1,
-    image_size=8,
-    num_channels=1,
-    augmentation="none",
-    training=TrainingSettings(
-        max_steps=600,
-        batch_size=64,
-        learning_rate=1e-3,
-        eval_steps=50,
-        logging_steps=25,
-        lr_scheduler_type="constant_with_warmup",
-    ),
-    rdrop=RDropConfig(alpha=3.0),
-    selection_metric="nll",
-)
-
-IMAGES = ImageClassification(
-    name="images",
-    description="ViT-B/16 from ImageNet-21k fine-tuned on CIFAR-100, by the authors' settings "
-    "for 224 px; takes any --dataset and --model",
-    dataset="uoft-cs/cifar100",
-    model="google/vit-base-patch16-224-in21k",
-    dropout=0.1,
-    image_size=224,
-    augmentation="flip",
-    training=TrainingSettings(
-        max_steps=20_000,
-        batch_size=512,
-        learning_rate=8e-3,
-        eval_steps=500,
-        logging_steps=100,
-        warmup_ratio=0.025,
-        weight_decay=0.0,
-        optim="sgd",
-        optim_args="momentum=0.9",
-        mixed_precision="bf16",
-    ),
-    rdrop=RDropConfig(alpha=0.6),
-)
+    if kind == "crop":
+        size = (image_size, image_size)
+        return nn.Sequential(K.RandomResizedCrop(size, scale=(0.05, 1.0)))
+    raise ValueError(f"augmentation must be 'none', 'shift', 'flip' or 'crop', got {kind!r}")

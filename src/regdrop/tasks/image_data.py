@@ -1,13 +1,14 @@
 """Images for classification: scikit-learn's digits, a `datasets` folder or a hub id."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+from regdrop.tasks.data import hold_out, load_raw_splits, take_part
 
 # Splits up to this size are decoded once and kept in memory.
 _IN_MEMORY_BYTES = 2**29
@@ -17,9 +18,9 @@ _SPLIT_SEED = 0
 class ImageSplits(NamedTuple):
     """The three splits of an image data set and the names of its classes."""
 
-    train: "Images"
-    validation: "Images"
-    test: "Images"
+    train: Any
+    validation: Any
+    test: Any
     class_names: list[str]
 
 
@@ -107,6 +108,8 @@ def load_image_splits(
     mean: Sequence[float],
     std: Sequence[float],
     augmentation: nn.Module | None,
+    config_name: str | None = None,
+    train_examples: int | None = None,
 ) -> ImageSplits:
     """Load a folder or a hub id by `datasets.load_dataset`.
 
@@ -120,23 +123,24 @@ def load_image_splits(
         mean: Mean of each channel, between 0 and 1.
         std: Standard deviation of each channel.
         augmentation: Applied to the training split.
+        config_name: Configuration of the hub's set.
+        train_examples: Size of the part of the training split that is used; None for all.
 
     Raises:
-        ValueError: For a set without a training split, an image column or a label column.
+        ValueError: For a set that cannot be found, or without a training split, an image column or
+            a label column.
     """
-    import datasets
-
-    loaded = datasets.load_dataset(str(Path(dataset)) if Path(dataset).exists() else dataset)
+    loaded = load_raw_splits(dataset, config_name)
     if "train" not in loaded:
         raise ValueError(f"dataset {dataset!r} must have a split 'train', got {sorted(loaded)}")
     train = loaded["train"]
+    image_column, label_column = find_columns(dataset, train)
     held_out = loaded.get("validation")
     test = loaded.get("test", held_out)
     if held_out is None or test is held_out:
-        parts = train.train_test_split(test_size=0.1, seed=_SPLIT_SEED)
-        train, held_out = parts["train"], parts["test"]
+        train, held_out = hold_out(train)
         test = held_out if test is None else test
-    image_column, label_column = _columns(dataset, train)
+    train = take_part(train, train_examples)
     label_feature = train.features[label_column]
 
     def split(source: Any, augmentation: nn.Module | None = None) -> Images:
@@ -154,7 +158,12 @@ def load_image_splits(
     return ImageSplits(*splits, list(label_feature.names))
 
 
-def _columns(dataset: str, split: Any) -> tuple[str, str]:
+def find_columns(dataset: str, split: Any) -> tuple[str, str]:
+    """Return the columns of images and of labels.
+
+    Raises:
+        ValueError: If there are none.
+    """
     import datasets
 
     images = [n for n, f in split.features.items() if isinstance(f, datasets.Image)]
@@ -166,6 +175,13 @@ def _columns(dataset: str, split: Any) -> tuple[str, str]:
         )
     preferred = [name for name in ("label", "labels", "fine_label") if name in labels]
     return images[0], (preferred or labels)[0]
+
+
+def to_tensor(image: Any, num_channels: int) -> Tensor:
+    """Return a Pillow image as (C, H, W) between 0 and 1."""
+    array = np.array(image.convert("L" if num_channels == 1 else "RGB"))
+    pixels = torch.from_numpy(array).reshape(*array.shape[:2], num_channels)
+    return pixels.permute(2, 0, 1).float() / 255
 
 
 def _reader(
