@@ -23,6 +23,8 @@ def test_defaults_are_two_stacked_passes_on_the_baselines_scale():
         "class_weight": None,
         "monitor_steps": None,
         "fused_linear": "auto",
+        "method": "rdrop",
+        "noise": 1e-5,
     }
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 AlphaSchedule = Literal["constant", "linear", "cosine"]
+Method = Literal["rdrop", "r3f", "fraternal"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class RDropConfig:
             by an extra pass that leaves the run as it is.
         fused_linear: Whether the last linear layer and the loss are computed in one; "auto" where
             the model allows it.
+        method: "rdrop", or another regulariser of two passes to compare with it: "r3f" adds noise
+            to the embeddings of the second pass, which carries no likelihood (its lambda is
+            alpha / 4); "fraternal" compares logits by their squared difference, mean over classes
+            (its kappa is alpha / 2). Both as in their papers with scale "mean".
+        noise: Standard deviation of the noise of "r3f".
 
     Raises:
         TypeError: For an option of the wrong type.
@@ -53,6 +59,8 @@ class RDropConfig:
     class_weight: tuple[float, ...] | None = None
     monitor_steps: int | None = None
     fused_linear: bool | Literal["auto"] = "auto"
+    method: Method = "rdrop"
+    noise: float = 1e-5
 
     def __post_init__(self) -> None:
         for name in ("dropout_rates", "class_weight"):
@@ -82,6 +90,7 @@ class RDropConfig:
     def _check_numbers(self) -> None:
         _check_number("alpha", self.alpha, low=0)
         _check_number("fraction", self.fraction, low=0, high=1)
+        _check_number("noise", self.noise, low=0)
         if self.fraction == 0:
             raise ValueError("fraction must be above 0 and at most 1, got 0")
         for name, low in (
@@ -108,6 +117,7 @@ class RDropConfig:
             "scale": ("sum", "mean"),
             "rescale": (True, False),
             "fused_linear": ("auto", True, False),
+            "method": get_args(Method),
         }
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
@@ -141,6 +151,16 @@ class RDropConfig:
                     f"dropout_rates must have one rate for each of num_passes={self.num_passes}, "
                     f"got {self.dropout_rates}"
                 )
+        if self.method != "rdrop":
+            needed = {"num_passes": 2, "fraction": 1.0, "passes": "stacked"}
+            if self.method == "r3f":
+                needed["backward_passes"] = None
+            for name, value in needed.items():
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"method={self.method!r} needs {name}={value!r}, "
+                        f"got {getattr(self, name)!r}"
+                    )
         if self.fused_linear is True:
             raise ValueError("fused_linear=True is not available in this release; use 'auto'")
 

@@ -65,6 +65,8 @@ def compute_step_loss(
         batch_size=size,
         shared=shared,
     )
+    if config.method == "r3f":  # its likelihood is that of the clean pass alone
+        items = torch.arange(size, device=target.device)
     if items is None:
         step_terms = terms(
             outputs, target, num_passes=plan.num_passes, backward_passes=config.backward_passes

@@ -30,8 +30,8 @@ from regdrop.commands.options import (
     Workers,
     chosen_task,
 )
-from regdrop.experiments import build_arms, load_records, run_arms, write_report
-from regdrop.experiments.arms import Arm, choose_arms
+from regdrop.experiments import load_records, run_arms, write_report
+from regdrop.experiments.arms import Arm, choose_arms, compared_arms
 from regdrop.experiments.display import FinishedRuns, LiveDisplay, print_table, print_tuned
 from regdrop.experiments.manifest import (
     COMPARISON,
@@ -46,7 +46,7 @@ from regdrop.experiments.tuning import apply_tuned, parse_variation, save_tuned
 from regdrop.experiments.tuning import tune as run_tuning
 from regdrop.tasks import PRESETS, Task
 
-ArmNames = Annotated[str | None, typer.Option(help="Arms to train, by commas; all if absent.")]
+ArmNames = Annotated[str | None, typer.Option(help="Arms to train, by commas; the five if absent.")]
 Tuned = Annotated[
     Path | None,
     typer.Option(help="Settings of the arms that `regdrop tune` chose: its tuned.json."),
@@ -90,7 +90,7 @@ def compare(
     with usage_errors():
         require_one_process("compare")
         chosen = chosen_task(task, preset, data, model, alpha, steps, settings)
-        trained = _tuned(choose_arms(build_arms(chosen), _names(arms)), COMPARISON, tuned)
+        trained = _tuned(compared_arms(chosen, _names(arms)), COMPARISON, tuned)
         folder = output or Path("runs") / chosen.name
         _run(COMPARISON, chosen, trained, range(first_seed, first_seed + seeds), workers, folder)
 
@@ -168,8 +168,11 @@ def tune(
     with usage_errors():
         require_one_process("tune")
         chosen = chosen_task(task, preset, data, model, None, steps, settings)
-        known = build_arms(chosen).values() if study == COMPARISON else study_arms(study, chosen)
-        trained = choose_arms({arm.name: arm for arm in known}, _names(arms))
+        if study == COMPARISON:
+            trained = compared_arms(chosen, _names(arms))
+        else:
+            known = {arm.name: arm for arm in study_arms(study, chosen)}
+            trained = choose_arms(known, _names(arms))
         variations = [parse_variation(text) for text in vary]
         folder = output or Path("runs") / f"{chosen.name}-tuning"
         check_study(folder, TUNING)

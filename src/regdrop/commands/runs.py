@@ -20,7 +20,7 @@ from regdrop.commands.options import (
 )
 from regdrop.experiments import build_arms
 from regdrop.experiments.alone import run_alone
-from regdrop.experiments.arms import Arm
+from regdrop.experiments.arms import Arm, other_arms
 from regdrop.experiments.display import LiveDisplay, print_figures
 from regdrop.experiments.evaluate import evaluate as run_evaluation
 from regdrop.experiments.evaluate import load_run
@@ -60,7 +60,7 @@ def train(
     """
     with usage_errors():
         chosen = chosen_task(task, preset, data, model, alpha, steps, settings)
-        known = build_arms(chosen)
+        known = {**build_arms(chosen), **other_arms(chosen)}
         if arm not in known:
             raise ValueError(f"arm must be one of {', '.join(known)}; got {arm!r}")
         folder = output or Path("runs") / f"{chosen.name}-{arm}-seed{seed}"

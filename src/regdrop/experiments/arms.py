@@ -1,4 +1,4 @@
-"""The five ways of training that `compare` sets against each other."""
+"""The five ways of training that `compare` sets against each other, and others by name."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -70,6 +70,30 @@ def build_arms(task: Task) -> dict[str, Arm]:
         ),
     )
     return {arm.name: arm for arm in arms}
+
+
+def other_arms(task: Task) -> dict[str, Arm]:
+    """Return the regularisers with which the paper compares itself, by the settings of theirs.
+
+    R3F's lambda is 1 (arXiv 2008.03156), fraternal dropout's kappa 0.15 (arXiv 1711.00066).
+    """
+    r3f = RDropConfig(alpha=4.0, method="r3f")
+    fraternal = RDropConfig(alpha=0.3, method="fraternal")
+    arms = (
+        Arm("r3f", "R3F: noise on the embeddings, lambda 1", r3f, task.training),
+        Arm("fraternal", "fraternal dropout, kappa 0.15", fraternal, task.training),
+    )
+    return {arm.name: arm for arm in arms}
+
+
+def compared_arms(task: Task, names: Sequence[str] | None = None) -> list[Arm]:
+    """Return the five arms of a task, or those of some names, others among them.
+
+    Raises:
+        ValueError: For a name that there is not.
+    """
+    five = build_arms(task)
+    return choose_arms({**five, **other_arms(task)}, list(five) if names is None else names)
 
 
 def choose_arms(arms: Mapping[str, Arm], names: Sequence[str] | None) -> list[Arm]:

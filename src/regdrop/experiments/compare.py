@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from regdrop.experiments.arms import build_arms, choose_arms
+from regdrop.experiments.arms import compared_arms
 from regdrop.experiments.parallel import run_arms
 from regdrop.experiments.progress import Display
 from regdrop.experiments.record import RunRecord
@@ -36,7 +36,7 @@ def compare(
     """
     return run_arms(
         task,
-        choose_arms(build_arms(task), arms),
+        compared_arms(task, arms),
         seeds=seeds,
         folder=folder,
         workers=workers,

@@ -15,6 +15,7 @@ from regdrop.loss.cross_entropy import (
     cross_entropy_terms,
     rdrop_cross_entropy,
 )
+from regdrop.loss.fraternal import fraternal_terms
 from regdrop.loss.mse import RDropMSELoss, mse_terms, rdrop_mse_loss
 from regdrop.loss.output import RDropOutput
 from regdrop.loss.reduction import combine_terms
@@ -34,6 +35,7 @@ __all__ = [
     "binary_cross_entropy_terms",
     "combine_terms",
     "cross_entropy_terms",
+    "fraternal_terms",
     "mse_terms",
     "rdrop_binary_cross_entropy_with_logits",
     "rdrop_cross_entropy",

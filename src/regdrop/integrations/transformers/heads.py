@@ -1,7 +1,7 @@
 """What a model predicts: from a Hugging Face model and its batch to the terms of the loss."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from regdrop.loss import (
     adaptive_softmax_terms,
     binary_cross_entropy_terms,
     cross_entropy_terms,
+    fraternal_terms,
     mse_terms,
 )
 
@@ -66,6 +67,19 @@ class Head:
             return self.num_items()
         valid = self.target.ne(self.ignore_index)
         return (self.class_weight[self.target.clamp(min=0)] * valid).sum()
+
+
+def fraternal_head(head: Head) -> Head:
+    """Return a head whose divergence is the squared difference of logits.
+
+    Raises:
+        ValueError: For a head of other outputs than classes.
+    """
+    terms: Any = head.terms
+    if not isinstance(terms, partial) or terms.func is not cross_entropy_terms:
+        raise ValueError("method='fraternal' compares the logits of classes; this head has none")
+    changed = partial(fraternal_terms, **terms.keywords)
+    return replace(head, terms=changed, takes_inplace=False)
 
 
 def base_model(model: nn.Module) -> nn.Module:

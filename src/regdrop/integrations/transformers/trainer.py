@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,10 @@ from regdrop.diagnostics import (
 )
 from regdrop.integrations.transformers.checkpoints import load_renamed_weights
 from regdrop.integrations.transformers.forward import HeadForward
-from regdrop.integrations.transformers.heads import Head, find_head
+from regdrop.integrations.transformers.heads import Head, find_head, fraternal_head
 from regdrop.integrations.transformers.parts import LoggedParts
 from regdrop.integrations.transformers.verify import check_own_loss
-from regdrop.passes import dropout_rates
+from regdrop.passes import dropout_rates, embedding_noise
 from regdrop.schedule import is_monitored, plan_step
 from regdrop.step import compute_step_loss
 
@@ -111,20 +112,23 @@ class RDropTrainerMixin(_Base):
         plan = plan_step(self.rdrop, step)
         head = self.rdrop_head(self._bare(model), inputs)
         self._check(model, head, inputs, plan.num_passes)
+        if self.rdrop.method == "fraternal":
+            head = fraternal_head(head)
         forward = HeadForward(model, head, may_overwrite=not return_outputs)
         monitored = plan.num_passes == 1 and is_monitored(self.rdrop, step)
         other = extra_pass(model, forward, head.inputs) if monitored else None
-        result = compute_step_loss(
-            forward,
-            head.inputs,
-            head.target,
-            forward.terms,
-            self.rdrop,
-            plan,
-            num_items=num_items_in_batch,
-            num_weight=None if num_items_in_batch is None else self._num_weight,
-            batch_size=head.target.shape[0],
-        )
+        with self._noise(model, head, plan.num_passes):
+            result = compute_step_loss(
+                forward,
+                head.inputs,
+                head.target,
+                forward.terms,
+                self.rdrop,
+                plan,
+                num_items=num_items_in_batch,
+                num_weight=None if num_items_in_batch is None else self._num_weight,
+                batch_size=head.target.shape[0],
+            )
         kl = result.kl if plan.num_passes > 1 else None
         if other is not None:
             kl = measure_divergence(forward.last_logits, other, head.target, head.terms)
@@ -204,6 +208,14 @@ class RDropTrainerMixin(_Base):
         if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
         return self.model is not None and load_renamed_weights(self.model, checkpoint)
+
+    def _noise(self, model: nn.Module, head: Head, num_passes: int) -> AbstractContextManager[None]:
+        if self.rdrop.method != "r3f" or num_passes == 1:
+            return nullcontext()
+        bare: Any = self._bare(model)
+        reader = bare.get_encoder() if bare.config.is_encoder_decoder else bare
+        embedding = reader.get_input_embeddings()
+        return embedding_noise(embedding, head.target.shape[0], self.rdrop.noise)
 
     def _bare(self, model: Any) -> nn.Module:
         """Return the model without what distribution and compilation wrap around it."""

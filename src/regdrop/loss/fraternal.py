@@ -1,0 +1,53 @@
+"""Fraternal dropout (Zolna et al. 2018): the squared difference of logits in place of the KL."""
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from regdrop.kernels.gradient import limit_backward
+from regdrop.loss.cross_entropy import cross_entropy_terms
+from regdrop.loss.terms import ItemTerms
+
+
+def fraternal_terms(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    num_passes: int,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    backward_passes: int | None = None,
+) -> ItemTerms:
+    """Return the likelihood, and the squared difference of two passes' logits, mean over classes.
+
+    With num_passes 2 and the scale "mean" the loss is the paper's (equation 3 of arXiv 1711.00066),
+    its kappa half of our alpha.
+
+    Args:
+        logits: As in `rdrop_cross_entropy`.
+        target: Class indices (batch, ...), int64.
+        num_passes: Number of passes; the mean is over pairs.
+        weight: As in `rdrop_cross_entropy`.
+        ignore_index: As there.
+        label_smoothing: As there.
+        backward_passes: As there.
+    """
+    own = cross_entropy_terms(
+        logits,
+        target,
+        num_passes=num_passes,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        backward_passes=backward_passes,
+    )
+    passes = logits.reshape(num_passes, *target.shape, logits.shape[-1])
+    passes = passes if passes.dtype == torch.float64 else passes.float()
+    passes = limit_backward(passes, num_passes if backward_passes is None else backward_passes)
+    pairs = [(a - b).square().mean(-1) for a, b in combinations(passes, 2)]
+    if not pairs:
+        return own
+    difference = torch.stack(pairs).mean(0).masked_fill(target == ignore_index, 0)
+    return own._replace(kl=difference)

@@ -1,0 +1,37 @@
+"""Noise on the embeddings of every pass but the first, as R3F has it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def embedding_noise(embedding: nn.Module, batch_size: int, std: float) -> Iterator[None]:
+    """Add normal noise to what an embedding returns for all items of a stacked batch but pass 0's.
+
+    It acts on the first call in the context alone: the decoder of an encoder-decoder that shares
+    its embeddings reads its own words as they are (arXiv 2008.03156).
+
+    Args:
+        embedding: The module, whose output is a tensor (items, ...).
+        batch_size: Items of pass 0.
+        std: Standard deviation of the noise.
+    """
+    calls = 0
+
+    def add(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        nonlocal calls
+        calls += 1
+        if calls > 1 or output.shape[0] <= batch_size:
+            return None
+        noise = torch.randn_like(output[batch_size:]) * std
+        return torch.cat([output[:batch_size], output[batch_size:] + noise])
+
+    hook = embedding.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
