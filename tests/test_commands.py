@@ -60,9 +60,9 @@ def test_train_compare_and_report_on_real_digits(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_trains_what_a_longer_grid_adds(tmp_path):
+def test_a_sweep_trains_what_a_longer_grid_and_further_arms_add(tmp_path):
     options = ("--task", "digits", "--steps", 20, "--seeds", 1, "--output", tmp_path)
-    result = run("sweep", "alpha", "--grid", "0,1", *options)
+    result = run("sweep", "alpha", "--grid", "0,1,3", "--arms", "alpha-0,alpha-1", *options)
     assert result.exit_code == 0, result.output
     assert "How strongly should the passes agree?" in result.output
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "records").iterdir()}
@@ -220,6 +220,7 @@ def test_killing_the_command_ends_its_runs(tmp_path):
         (("tune", "digits", "--vary", "dropout=1"), "a variation must be rdrop.NAME="),
         (("compare", "digits", "--tuned", "x.json"), "x.json must be a file of `regdrop tune`"),
         (("sweep", "cost", "--task", "digits", "--grid", "1"), "takes no grid"),
+        (("sweep", "alpha", "--task", "digits", "--arms", "rdrop"), "arms must be among alpha-0"),
         (("doctor", "nowhere:nothing"), "cannot be imported"),
         (("doctor", "math:sqrt2"), "cannot be imported"),
         (("doctor", "x", "--rdrop", "alpha"), "--rdrop must be name=value"),

@@ -47,6 +47,9 @@ from regdrop.experiments.tuning import tune as run_tuning
 from regdrop.tasks import PRESETS, Task
 
 ArmNames = Annotated[str | None, typer.Option(help="Arms to train, by commas; the five if absent.")]
+StudyArmNames = Annotated[
+    str | None, typer.Option("--arms", help="Arms of the study to train, by commas; all if absent.")
+]
 Tuned = Annotated[
     Path | None,
     typer.Option(help="Settings of the arms that `regdrop tune` chose: its tuned.json."),
@@ -108,6 +111,7 @@ def sweep(
     ] = None,
     seeds: Seeds = 5,
     first_seed: FirstSeed = 0,
+    arms: StudyArmNames = None,
     steps: Steps = None,
     settings: Settings = None,
     workers: Workers = None,
@@ -116,16 +120,17 @@ def sweep(
 ) -> None:
     """Run one of the paper's studies, or that of cost, over seeds; draw what it asks.
 
-    Finished runs are kept: repeating the command, also with a longer grid, trains only what is
-    missing.
+    Finished runs are kept: repeating the command, also with a longer grid or more arms, trains only
+    what is missing.
     """
     with usage_errors():
         require_one_process("sweep")
         chosen = chosen_task(task, preset, data, model, alpha, steps, settings)
-        arms = _tuned(study_arms(study, chosen, _numbers(grid)), study, tuned)
+        known = {arm.name: arm for arm in study_arms(study, chosen, _numbers(grid))}
+        trained = _tuned(choose_arms(known, _names(arms)), study, tuned)
         console.print(f"[bold]{study}[/bold]: {STUDIES[study].question}")
         folder = output or Path("runs") / f"{chosen.name}-{study}"
-        _run(study, chosen, arms, range(first_seed, first_seed + seeds), workers, folder)
+        _run(study, chosen, trained, range(first_seed, first_seed + seeds), workers, folder)
 
 
 @app.command()
@@ -145,7 +150,7 @@ def tune(
     study: Annotated[str, typer.Option(help="Whose arms: compare, or a study of `sweep`.")] = (
         COMPARISON
     ),
-    arms: ArmNames = None,
+    arms: StudyArmNames = None,
     trials: Annotated[
         int, typer.Option(min=1, help="Settings that a search tries for each arm.")
     ] = 20,
