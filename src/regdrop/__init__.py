@@ -11,7 +11,13 @@ from regdrop.loss import (
     rdrop_mse_loss,
     symmetric_kl,
 )
-from regdrop.passes import DropoutSource, dropout_rates, find_dropout, repeat_batch
+from regdrop.passes import (
+    DropoutSource,
+    dropout_rates,
+    find_dropout,
+    repeat_batch,
+    share_prefix,
+)
 
 __version__ = "0.1.0"
 
@@ -29,5 +35,6 @@ __all__ = [
     "rdrop_cross_entropy",
     "rdrop_mse_loss",
     "repeat_batch",
+    "share_prefix",
     "symmetric_kl",
 ]

@@ -1,10 +1,7 @@
 """Does R-Drop act at all: sources of dropout, the divergence between passes, the cost of a step."""
 
-import random
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +9,7 @@ from torch import Tensor, nn
 
 from regdrop.config import RDropConfig
 from regdrop.loss import TermsFunction
-from regdrop.passes import find_dropout
+from regdrop.passes import find_dropout, kept_buffers, kept_random_state
 
 Output = TypeVar("Output")
 
@@ -100,7 +97,7 @@ def measure_divergence(
         terms: The output family's terms of each item.
     """
     # Terms may draw masks of their own, as an adaptive softmax does.
-    with torch.no_grad(), _forked_random_state():
+    with torch.no_grad(), kept_random_state():
         both = terms(torch.cat([logits.detach(), other.detach()]), target, num_passes=2)
         return both.kl.sum() / both.kl_count.clamp(min=1)
 
@@ -116,35 +113,10 @@ def extra_pass(model: nn.Module, forward: Callable[[Any], Output], batch: Any) -
         forward: Maps a batch to the model's output.
         batch: The original batch.
     """
-    with torch.no_grad(), _forked_random_state(), _kept_buffers(model):
+    with torch.no_grad(), kept_random_state(), kept_buffers(model):
         # Without a new seed the pass would draw the very masks of the pass that follows.
         torch.manual_seed(int(torch.randint(2**62, ()).item()))
         return forward(batch)
-
-
-@contextmanager
-def _forked_random_state() -> Iterator[None]:
-    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
-    python_state = random.getstate()
-    numpy_state = None if numpy_random is None else numpy_random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy_random is not None:
-            numpy_random.set_state(numpy_state)
-
-
-@contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in kept:
-            buffer.copy_(value)
 
 
 def _advice(model: nn.Module) -> str:

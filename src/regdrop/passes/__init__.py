@@ -2,19 +2,26 @@
 
 from regdrop.passes.dropout import DropoutSource, find_dropout
 from regdrop.passes.noise import embedding_noise
+from regdrop.passes.kept_state import kept_buffers, kept_random_state
 from regdrop.passes.rates import dropout_rates, uses_gradient_checkpointing
+from regdrop.passes.shared_prefix import SharedPrefix, share_prefix, why_not_shared
 from regdrop.passes.stacking import find_batch_size, repeat_batch, take_items
 from regdrop.passes.strategies import Strategy, run_passes
 
 __all__ = [
     "DropoutSource",
+    "SharedPrefix",
     "Strategy",
     "dropout_rates",
     "embedding_noise",
     "find_batch_size",
     "find_dropout",
+    "kept_buffers",
+    "kept_random_state",
     "repeat_batch",
     "run_passes",
+    "share_prefix",
     "take_items",
     "uses_gradient_checkpointing",
+    "why_not_shared",
 ]

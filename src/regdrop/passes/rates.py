@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from regdrop.passes.dropout import RateAttribute, rate_attributes
+from regdrop.passes.stacking import find_tensors
 
 _SETTABLE = ("dropout", "attention", "lora")
 
@@ -92,17 +93,6 @@ class _Rates:
     def after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         if model.training:
             rate = self.sequence[(self.calls - 1) % len(self.sequence)]
-            for tensor in _tensors(output):
+            for tensor in find_tensors(output):
                 if tensor.requires_grad:
                     tensor.register_hook(lambda grad, rate=rate: self.set(rate))
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors(value)

@@ -4,7 +4,7 @@ A stacked tensor holds pass 0 of the whole batch, then pass 1, and so on.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -70,6 +70,13 @@ def take_items(
     return _map_items(batch, take, batch_size, shared)
 
 
+def first_items(
+    batch: Batch, count: int, *, batch_size: int | None = None, shared: Iterable[str] = ()
+) -> Batch:
+    """Return views of the first `count` items of a batch, by the rules of `repeat_batch`."""
+    return _map_items(batch, lambda items: items[:count], batch_size, shared)
+
+
 def find_batch_size(batch: Any) -> int:
     """Return the number of items of a batch by the rules of `repeat_batch`.
 
@@ -87,6 +94,22 @@ def find_batch_size(batch: Any) -> int:
             f"got {type(batch).__name__} without one"
         )
     return first.shape[0]
+
+
+def find_tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a structure of tuples, lists, mappings and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    children: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        children = value.values()
+    elif is_dataclass(value) and not isinstance(value, type):
+        children = (getattr(value, field.name) for field in fields(value))
+    elif isinstance(value, (tuple, list)):
+        children = value
+    for child in children:
+        yield from find_tensors(child)
 
 
 def _map_items(
@@ -150,14 +173,4 @@ def _named(batch: Any, name: str) -> Any:
 
 
 def _first_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value if value.dim() > 0 else None
-    if isinstance(value, Mapping):
-        children: Iterable[Any] = value.values()
-    elif is_dataclass(value) and not isinstance(value, type):
-        children = (getattr(value, field.name) for field in fields(value))
-    elif isinstance(value, (tuple, list)):
-        children = value
-    else:
-        return None
-    return next((x for x in map(_first_tensor, children) if x is not None), None)
+    return next((tensor for tensor in find_tensors(value) if tensor.dim() > 0), None)

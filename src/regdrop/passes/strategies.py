@@ -1,7 +1,8 @@
 """How several passes of a batch go through a model: in one forward or one after the other."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +10,29 @@ from torch import Tensor
 from regdrop.passes.stacking import find_batch_size, repeat_batch, take_items
 
 Strategy = Literal["stacked", "sequential"]
+
+
+class StackedRows(NamedTuple):
+    """How the rows of a stacked forward repeat those of its first pass, which come first.
+
+    Attributes:
+        first: Rows of the first pass.
+        total: Rows of all passes.
+        origin: The row of the first pass that each row repeats, (total,); None where every pass
+            repeats all of them in order.
+    """
+
+    first: int
+    total: int
+    origin: Tensor | None = None
+
+
+_ROWS: ContextVar[StackedRows | None] = ContextVar("regdrop_stacked_rows", default=None)
+
+
+def stacked_rows() -> StackedRows | None:
+    """Return how the forward is stacked that `run_passes` runs now; None if it is not."""
+    return _ROWS.get()
 
 
 def run_passes(
@@ -62,16 +86,32 @@ def _run(
 ) -> Tensor:
     """Run one pass for each selection of items; None selects the whole batch."""
     if strategy == "stacked" and len(selections) > 1:
-        chosen = [s for s in selections if s is not None]
-        if not chosen:
-            return forward(
-                repeat_batch(batch, len(selections), batch_size=batch_size, shared=shared)
-            )
-        whole = torch.arange(batch_size, device=chosen[0].device)
-        index = torch.cat([whole if s is None else s for s in selections])
-        return forward(take_items(batch, index, batch_size=batch_size, shared=shared))
+        options: dict[str, Any] = {"batch_size": batch_size, "shared": shared}
+        stacked, rows = _stack(batch, selections, **options)
+        token = _ROWS.set(rows)
+        try:
+            return forward(stacked)
+        finally:
+            _ROWS.reset(token)
     outputs = [
         forward(batch if s is None else take_items(batch, s, batch_size=batch_size, shared=shared))
         for s in selections
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _stack(
+    batch: Any, selections: list[Tensor | None], *, batch_size: int, shared: tuple[str, ...]
+) -> tuple[Any, StackedRows]:
+    """Return the batch stacked in blocks, one for each selection, and what repeats what."""
+    options: dict[str, Any] = {"batch_size": batch_size, "shared": shared}
+    chosen = [s for s in selections if s is not None]
+    if not chosen:
+        stacked = repeat_batch(batch, len(selections), **options)
+        return stacked, StackedRows(batch_size, len(selections) * batch_size)
+    whole = torch.arange(batch_size, device=chosen[0].device)
+    index = torch.cat([whole if s is None else s for s in selections])
+    stacked = take_items(batch, index, **options)
+    if selections[0] is None:
+        return stacked, StackedRows(batch_size, len(index), index)
+    return stacked, StackedRows(len(selections[0]), len(index))

@@ -1,0 +1,39 @@
+"""What an extra forward would change in a run, kept: random states and a model's buffers."""
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Put the random states of torch, Python and NumPy back on exit."""
+    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
+    python_state = random.getstate()
+    numpy_state = None if numpy_random is None else numpy_random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy_random is not None:
+            numpy_random.set_state(numpy_state)
+
+
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Put the values of a model's buffers back on exit, BatchNorm statistics among them."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                # A graph may hold the buffer: what did not change is not written to.
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

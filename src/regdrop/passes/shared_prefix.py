@@ -1,0 +1,303 @@
+"""The part of a model before its first dropout, computed once for all passes of a stacked batch."""
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regdrop.passes.kept_state import kept_buffers, kept_random_state
+from regdrop.passes.obstacles import find_experts, list_obstacles
+from regdrop.passes.stacking import (
+    find_batch_size,
+    find_tensors,
+    first_items,
+    repeat_batch,
+    take_items,
+)
+from regdrop.passes.strategies import StackedRows, stacked_rows
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def share_prefix(
+    model: nn.Module,
+    until: str,
+    *,
+    num_passes: int | None = None,
+    check_every: int | None = 1000,
+    shared: Iterable[str] = (),
+) -> "SharedPrefix":
+    """Compute a part of a model that has no dropout once for all passes of a stacked batch.
+
+    In a stacked forward the part runs on the rows of the first pass alone and its output is
+    repeated for the others: the same outputs and gradients, up to rounding, at less cost. It acts
+    while `model` is in training mode, in the stacked forwards of the trainers and, with
+    `num_passes`, of a loop of your own. Evaluation, steps of one pass, sequential passes and the
+    passes that `backward_passes` runs one by one are left as they are.
+
+    Wherever it acts, all passes must enter the part alike, which is checked (on a GPU by an
+    assertion on the device). In the first such forward, and in every `check_every`-th, the part
+    also runs plainly, without gradient, and must give the same.
+
+    Args:
+        model: The model; its mode decides.
+        until: Name of the submodule that is the part, as in `model.get_submodule`. What runs
+            before it runs stacked.
+        num_passes: For a loop of your own: every forward in training mode is one of
+            `repeat_batch(batch, num_passes)`. Set it to 1 on the handle for forwards of one pass.
+        check_every: Forwards from one check to the next; None or 0 checks the first alone.
+        shared: Names of the part's keyword arguments without a batch dimension, as in
+            `repeat_batch`.
+
+    Returns:
+        A handle. `remove()` ends the sharing, as does leaving it as a context manager.
+
+    Raises:
+        TypeError: If `model` is no module, or an option of the wrong type.
+        ValueError: If `until` names no submodule, or one with an active source of dropout,
+            BatchNorm in training mode, a mixture of experts or gradient checkpointing. In a
+            forward: if one of these was switched on, the passes differ before or in the part,
+            their number does not divide its rows, or it changes its input in place.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_integer("num_passes", num_passes, smallest=1)
+    _check_integer("check_every", check_every, smallest=0)
+    if reason := why_not_shared(model, until):
+        raise ValueError(f"until={until!r} cannot be shared: {reason}")
+    return SharedPrefix(model, until, num_passes, check_every, shared)
+
+
+def why_not_shared(model: nn.Module, until: str) -> str | None:
+    """Return the reason why a part of a model cannot be shared as it is now, or None.
+
+    Raises:
+        TypeError: If `until` is no string.
+        ValueError: If it names no submodule.
+    """
+    if not isinstance(until, str):
+        raise TypeError(f"until must be the name of a submodule, got {type(until).__name__}")
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    if until not in names:
+        raise ValueError(
+            f"until must name a submodule of {type(model).__name__}, got {until!r}; the first are "
+            f"{names[:5]}"
+        )
+    on = next((o.reason for o in list_obstacles(model, until) if o.is_on()), None)
+    return on or find_experts(model, until)
+
+
+class SharedPrefix:
+    """What `share_prefix` returns.
+
+    Attributes:
+        num_passes: Passes of every forward that is not the trainers'; None or 1 leaves it alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        until: str,
+        num_passes: int | None,
+        check_every: int | None,
+        shared: Iterable[str],
+    ) -> None:
+        self.num_passes = num_passes
+        self._model, self._until, self._check_every = model, until, check_every
+        self._shared = frozenset((shared,) if isinstance(shared, str) else shared)
+        self._obstacles = list_obstacles(model, until)
+        self._calls = 0
+        # Of the call that runs now: its rows, its inputs' versions and what it gives plainly.
+        self._rows: StackedRows | None = None
+        self._versions: list[tuple[Tensor, int]] = []
+        self._expected: Any = None
+        part = model.get_submodule(until)
+        # Other hooks of the part see what they see without sharing.
+        self._hooks = [
+            part.register_forward_pre_hook(self._before, with_kwargs=True),
+            part.register_forward_hook(self._after, prepend=True),
+        ]
+
+    def remove(self) -> None:
+        """End the sharing."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> "SharedPrefix":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def _before(self, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> Inputs | None:
+        """Cut the inputs to the rows of the first pass."""
+        self._rows = self._expected = None
+        if not self._model.training:
+            return None
+        inputs: Inputs = args, kwargs
+        rows = self._find_rows(inputs)
+        if rows is None:
+            return None
+        for obstacle in self._obstacles:
+            if obstacle.is_on():
+                raise self._error(obstacle.reason)
+        is_checked = self._calls == 0 or bool(
+            self._check_every and self._calls % self._check_every == 0
+        )
+        self._calls += 1
+        first = first_items(inputs, rows.first, batch_size=rows.total, shared=self._shared)
+        cut = [
+            (a, b)
+            for a, b in zip(find_tensors(first), find_tensors(inputs), strict=True)
+            if a is not b
+        ]
+        _require_same(
+            self._repeat([some for some, _ in cut], rows),
+            [whole for _, whole in cut],
+            self._error(
+                "the passes enter it with different values. Either dropout acts before it, or the "
+                "batch is not stacked in whole blocks by repeat_batch (set num_passes of the "
+                "handle to 1 for forwards of one pass), or an input has no batch dimension (name "
+                "it in shared)"
+            ),
+            wait=is_checked,
+        )
+        if is_checked:
+            self._expected = self._run_plainly(part, inputs, rows.total)
+        self._versions = [(some, some._version) for some, _ in cut if not some.is_inference()]
+        self._rows = rows
+        return first
+
+    def _after(self, part: nn.Module, args: Any, output: Any) -> Any:
+        """Repeat the output for all passes."""
+        rows, expected, versions = self._rows, self._expected, self._versions
+        self._rows, self._expected, self._versions = None, None, []
+        if rows is None:
+            return None
+        if any(tensor._version != version for tensor, version in versions):
+            raise self._error(
+                "it changes its input in place, of which the other passes would know nothing; "
+                "set inplace=False or choose another part"
+            )
+        repeated = self._repeat(output, rows)
+        if expected is not None:
+            _require_same(
+                repeated,
+                expected,
+                self._error(
+                    "it gives something else than in a plain stacked forward. Dropout or other "
+                    "randomness in it makes passes differ, its rows depend on each other, or its "
+                    "output has no batch dimension; choose an earlier part"
+                ),
+                wait=True,
+            )
+        return repeated
+
+    def _find_rows(self, inputs: Inputs) -> StackedRows | None:
+        """Return how the rows of the part are stacked, of which an item may have several."""
+        stacked = stacked_rows()
+        passes = self.num_passes or 1
+        if stacked is None and passes == 1:
+            return None
+        args, kwargs = inputs
+        named = {name: value for name, value in kwargs.items() if name not in self._shared}
+        try:
+            rows = find_batch_size((args, named))
+        except ValueError as error:
+            raise self._error(str(error)) from error
+        total = passes if stacked is None else stacked.total
+        if not total or rows % total:
+            what = "num_passes" if stacked is None else "the rows of the stacked batch"
+            raise self._error(
+                f"its first input has {rows} rows, which must be a multiple of {total}, {what}"
+            )
+        if stacked is None:
+            return StackedRows(rows // passes, rows)
+        each = rows // total
+        origin = stacked.origin
+        if origin is not None and each > 1:
+            offsets = torch.arange(each, device=origin.device)
+            origin = (origin[:, None] * each + offsets).flatten()
+        return StackedRows(stacked.first * each, rows, origin)
+
+    def _error(self, reason: str) -> ValueError:
+        return ValueError(f"until={self._until!r} cannot be shared: {reason}")
+
+    def _repeat(self, first: Any, rows: StackedRows) -> Any:
+        """Return what belongs to the first pass repeated for all of them."""
+        options: dict[str, Any] = {"batch_size": rows.first, "shared": self._shared}
+        if rows.origin is None:
+            return repeat_batch(first, rows.total // rows.first, **options)
+        return take_items(first, rows.origin, **options)
+
+    def _run_plainly(self, part: nn.Module, inputs: Inputs, rows: int) -> Any:
+        """Return the part's output of all rows, and leave the run as it was."""
+        # It may change its inputs.
+        args, kwargs = repeat_batch(inputs, 1, batch_size=rows, shared=self._shared)
+        with torch.no_grad(), kept_random_state(), kept_buffers(part):
+            # Without the part's own hooks, which come after `_after`.
+            output = part.forward(*args, **kwargs)
+        # Older autocast would go on with the weights it converted here, without gradient.
+        torch.clear_autocast_cache()
+        return output
+
+
+@torch.no_grad()
+def _require_same(found: Any, expected: Any, error: ValueError, *, wait: bool) -> None:
+    """Raise the error where tensors differ beyond rounding.
+
+    On a GPU it is an assertion on the device, for which nobody waits, unless `wait` is set.
+    """
+    ours, theirs = list(find_tensors(found)), list(find_tensors(expected))
+    if [t.shape for t in ours] != [t.shape for t in theirs]:
+        raise error
+    for a, b in zip(ours, theirs, strict=True):
+        if a.device.type == "cpu" or wait:
+            if not (torch.equal(a, b) or bool(_are_close(a, b))):
+                raise error
+        elif a.device.type == "cuda":
+            torch._assert_async(_are_close(a, b), str(error))
+
+
+def _are_close(a: Tensor, b: Tensor) -> Tensor:
+    """Return whether two tensors are the same in every row but for rounding.
+
+    A product with other rows beside it may sum in another order. Rows are compared in the mean:
+    the difference must be below the square root of the precision, relative to their values.
+    """
+    same = (a == b) | (a.isnan() & b.isnan())
+    if not (a.is_floating_point() or a.is_complex()) or not a.numel():
+        return same.all()
+    wide = torch.promote_types(a.dtype, torch.float32)
+    difference = torch.where(same, 0, (a.to(wide) - b.to(wide)).abs())
+    size = torch.where(a.isfinite(), a, 0).to(wide).abs()
+    if a.dim() > 1:
+        difference, size = difference.flatten(1).mean(1), size.flatten(1).mean(1)
+    bound: Tensor = _precision(a) ** 0.5 * (size + size.mean())
+    return (difference <= bound).all()
+
+
+def _precision(tensor: Tensor) -> float:
+    """Return the relative precision with which a tensor was computed."""
+    precision = torch.finfo(tensor.dtype).eps
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind):
+        precision = max(precision, torch.finfo(torch.get_autocast_dtype(kind)).eps)
+    # TensorFloat-32 has the mantissa of half precision.
+    return max(precision, 2.0**-10) if kind == "cuda" and precision > 1e-12 else precision
+
+
+def _check_integer(name: str, value: Any, smallest: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer or None, got {type(value).__name__}")
+    if value < smallest:
+        raise ValueError(f"{name} must be None or at least {smallest}, got {value}")
