@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -245,6 +246,20 @@ def test_doctor_on_a_saved_model(tmp_path):
     assert "about 1.33 single-pass steps" in result.output
 
 
+def test_doctor_names_what_could_be_computed_once(tmp_path):
+    tiny_bert(dropout=0.0, classifier_dropout=0.3).save_pretrained(tmp_path / "bert")
+    tiny_vit(dropout=0.3).save_pretrained(tmp_path / "vit")
+    tiny_bert(dropout=0.3).save_pretrained(tmp_path / "none")
+    for name, line in {
+        "bert": r"share_prefix\(model, until='bert'\) computes 9\d % of the forward once",
+        "vit": r"share_prefix\(model, until='vit\.embeddings\.patch_embeddings.*'\) computes",
+        "none": "Nothing worth it before the first dropout could be computed once",
+    }.items():
+        result = run("doctor", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        assert re.search(line, result.output), result.output
+
+
 def test_doctor_on_a_model_without_dropout_says_what_to_change(tmp_path):
     tiny_vit(dropout=0.0).save_pretrained(tmp_path)
     result = run("doctor", tmp_path)
@@ -263,6 +278,7 @@ def test_doctor_on_the_model_of_a_script(tmp_path, monkeypatch):
     result = run("doctor", "my_script:build")
     assert result.exit_code == 0, result.output
     assert "0.3" in result.output
+    assert "give some batches to regdrop.suggestion.suggest_prefix" in result.output
     result = run("doctor", "my_script:wrong")
     assert result.exit_code == 2
     assert "must return a torch.nn.Module, got int" in " ".join(result.output.split())

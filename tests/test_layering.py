@@ -14,7 +14,7 @@ PACKAGE = Path(regdrop.__file__).parent
 FLOORS = [
     {"kernels", "passes", "config", "conventions"},
     {"loss", "schedule"},
-    {"step", "diagnostics"},
+    {"step", "diagnostics", "suggestion"},
     {"integrations"},
     {"tasks"},
     {"experiments"},

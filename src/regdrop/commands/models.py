@@ -4,14 +4,16 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from torch import nn
 
 from regdrop.commands.app import app, console, usage_errors
 from regdrop.config import RDropConfig
 from regdrop.conventions import CONVENTIONS
 from regdrop.conventions import convert_alpha as convert
 from regdrop.diagnostics import dropout_report
-from regdrop.integrations.transformers.loading import load_model
+from regdrop.integrations.transformers.loading import load_model, made_up_batches
 from regdrop.passes import find_dropout
+from regdrop.suggestion import suggest_prefix
 from regdrop.tasks.options import parse_value
 
 
@@ -37,6 +39,7 @@ def doctor(
         console.print(f"- {line}")
     if not any(source.active for source in sources):
         raise typer.Exit(1)
+    console.print(f"- {_prefix_line(loaded)}")
 
 
 @app.command(name="convert-alpha")
@@ -62,6 +65,26 @@ def convert_alpha(
         )
     console.print(f"{CONVENTIONS[convention].loss}", style="dim", highlight=False)
     console.print(f"alpha = {alpha:g}")
+
+
+def _prefix_line(model: nn.Module) -> str:
+    """Return which part of a model stacked passes could compute once."""
+    batches = made_up_batches(model)
+    if not batches:
+        return (
+            "What it takes is not known here: give some batches to "
+            "regdrop.suggestion.suggest_prefix to learn what could be computed once."
+        )
+    try:
+        suggestion = suggest_prefix(model, batches)
+    except Exception as error:  # whatever a model says to a batch that was made up
+        return f"A made-up batch could not show what could be computed once: {error}"
+    if suggestion is None:
+        return "Nothing worth it before the first dropout could be computed once."
+    return (
+        f"share_prefix(model, until='{suggestion.until}') computes "
+        f"{int(100 * suggestion.share)} % of the forward once."
+    )
 
 
 def _parse_rdrop(text: str) -> RDropConfig:

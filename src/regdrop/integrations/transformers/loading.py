@@ -1,11 +1,12 @@
-"""A model from what a user can name on the command line."""
+"""A model from what a user can name on the command line, and batches to try it on."""
 
 import importlib
 import os
 import sys
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def load_model(name: str) -> nn.Module:
@@ -28,6 +29,22 @@ def load_model(name: str) -> nn.Module:
             return model
     default: nn.Module = transformers.AutoModel.from_config(config)
     return default
+
+
+def made_up_batches(model: nn.Module) -> list[dict[str, Tensor]]:
+    """Return two small batches of a Hugging Face model for words or images; for others none."""
+    config, kind = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if kind == "input_ids":
+        # The library's own, which hold the special tokens that some heads look for.
+        words: dict[str, Tensor] = dict(getattr(model, "dummy_inputs", {}))
+        return [words, {name: value[:2] for name, value in words.items()}] if words else []
+    if kind == "pixel_values":
+        size = getattr(config, "image_size", None) or 224
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (2, getattr(config, "num_channels", 3), height, width)
+        generator = torch.Generator().manual_seed(0)
+        return [{kind: torch.randn(shape, generator=generator)} for _ in range(2)]
+    return []
 
 
 def _call(name: str) -> nn.Module:
