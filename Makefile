@@ -20,9 +20,10 @@ check: $(VENV)/.dev ## lint and type-check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev ## measure the loss and the Trainer against others; writes results/bench_*.json
+bench: $(VENV)/.dev ## measure the loss, the Trainer and a shared trunk; writes results/bench_*.json
 	$(BIN)/python benchmarks/bench_loss.py
 	$(BIN)/python benchmarks/bench_trainer.py
+	$(BIN)/python benchmarks/bench_shared_prefix.py
 
 clean: ## remove the virtual environment and everything that was built
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from regdrop import repeat_batch
 from regdrop.passes import find_batch_size, take_items
+from regdrop.passes.stacking import find_tensors, first_items
 
 Pair = namedtuple("Pair", ["x", "note"])
 
@@ -387,3 +388,18 @@ def test_repeating_is_taking_every_item_again_and_again(drawn, num_passes, is_si
     repeated = repeat_batch(batch, num_passes, **options)
     assert repeated["input_ids"].shape == (num_passes * size, 2)
     assert_same(take_items(batch, index, **options), repeated)
+
+
+def test_first_items_are_views_and_the_rest_passes_through():
+    batch = {"x": torch.arange(6.0), "names": list("abcdef"), "table": torch.ones(2)}
+    first = first_items(batch, 2, batch_size=6)
+    assert first["x"].tolist() == [0, 1]
+    assert first["x"].data_ptr() == batch["x"].data_ptr()
+    assert first["names"] == ["a", "b"]
+    assert first["table"] is batch["table"]
+    assert len(first_items(batch, 2, shared=["x"])["x"]) == 6
+
+
+def test_tensors_of_a_structure_come_in_order():
+    a, b, c = torch.ones(1), torch.ones(()), torch.ones(2)
+    assert [*map(id, find_tensors({"x": [a, None, (b, "text")], "y": c}))] == [id(a), id(b), id(c)]

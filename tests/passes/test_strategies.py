@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from regdrop.passes import run_passes
+from regdrop.passes.strategies import stacked_rows
 
 STRATEGIES = ["stacked", "sequential"]
 SIZE = 3
@@ -197,3 +198,39 @@ def test_every_pass_draws_masks_of_its_own(strategy):
     kept = passes != 0
     for a, b in [(0, 1), (0, 2), (1, 2)]:
         assert 0.3 < (kept[a] ^ kept[b]).float().mean() < 0.7
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"num_passes": 1}, [None]),
+        ({"num_passes": 3}, [(4, 12, None)]),
+        ({"num_passes": 2, "backward_passes": 1}, [None, None]),
+        ({"num_passes": 2, "strategy": "sequential"}, [None, None]),
+        ({"num_passes": 3, "items": [3, 1]}, [(4, 8, [0, 1, 2, 3, 3, 1, 3, 1])]),
+        ({"num_passes": 3, "items": [3, 1], "backward_passes": 1}, [(2, 4, None), None]),
+    ],
+)
+def test_a_forward_can_learn_how_it_is_stacked(options, expected):
+    seen = []
+
+    def forward(x):
+        rows = stacked_rows()
+        origin = None if rows is None or rows.origin is None else rows.origin.tolist()
+        seen.append(rows and (rows.first, rows.total, origin))
+        return x
+
+    if "items" in options:
+        options = {**options, "items": torch.tensor(options["items"])}
+    run_passes(forward, torch.arange(4.0), **options)
+    assert seen == expected
+    assert stacked_rows() is None
+
+
+def test_a_forward_that_fails_leaves_no_trace():
+    def fail(batch):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        run_passes(fail, torch.ones(4), num_passes=2)
+    assert stacked_rows() is None
