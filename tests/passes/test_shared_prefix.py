@@ -536,11 +536,13 @@ def test_dropout_before_the_part_is_caught():
         run_passes(model, torch.randn(SIZE, 8), num_passes=2)
 
 
-def test_rows_that_do_not_divide():
+@pytest.mark.parametrize("rows", [0, 5])
+def test_rows_that_do_not_divide(rows):
     model, (x, _) = build(), batch()
     share_prefix(model, "features", num_passes=2)
-    with pytest.raises(ValueError, match="has 5 rows, which must be a multiple of 2, num_passes"):
-        model(x[:5])
+    message = f"has {rows} rows, which must be a positive multiple of 2, num_passes"
+    with pytest.raises(ValueError, match=message):
+        model(x[:rows])
 
 
 def test_an_input_without_batch_dimension_is_shared_by_name():

@@ -213,10 +213,11 @@ class SharedPrefix:
         except ValueError as error:
             raise self._error(str(error)) from error
         total = passes if stacked is None else stacked.total
-        if not total or rows % total:
+        if not rows or not total or rows % total:
             what = "num_passes" if stacked is None else "the rows of the stacked batch"
             raise self._error(
-                f"its first input has {rows} rows, which must be a multiple of {total}, {what}"
+                f"its first input has {rows} rows, which must be a positive multiple of {total}, "
+                f"{what}"
             )
         if stacked is None:
             return StackedRows(rows // passes, rows)
