@@ -1,8 +1,8 @@
 """How a batch goes through a model several times, and where the passes differ."""
 
 from regdrop.passes.dropout import DropoutSource, find_dropout
-from regdrop.passes.noise import embedding_noise
 from regdrop.passes.kept_state import kept_buffers, kept_random_state
+from regdrop.passes.noise import embedding_noise
 from regdrop.passes.rates import dropout_rates, uses_gradient_checkpointing
 from regdrop.passes.shared_prefix import SharedPrefix, share_prefix, why_not_shared
 from regdrop.passes.stacking import find_batch_size, repeat_batch, take_items
