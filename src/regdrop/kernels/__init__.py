@@ -7,6 +7,7 @@ from torch import Tensor
 
 from regdrop.kernels.chunked import chunked_terms
 from regdrop.kernels.eager import eager_terms
+from regdrop.kernels.fused_linear import Projection, linear_loss, linear_terms
 from regdrop.kernels.target import Target
 
 Implementation = Literal["auto", "eager", "chunked", "compiled", "cpp", "triton"]
@@ -14,7 +15,14 @@ Implementation = Literal["auto", "eager", "chunked", "compiled", "cpp", "triton"
 # Named in the public API; their kernels are not part of this release.
 _PLANNED = ("cpp", "triton")
 
-__all__ = ["Implementation", "Target", "rdrop_terms"]
+__all__ = [
+    "Implementation",
+    "Projection",
+    "Target",
+    "linear_loss",
+    "linear_terms",
+    "rdrop_terms",
+]
 
 
 def rdrop_terms(

@@ -53,7 +53,7 @@ def chunked_terms(
     if torch.is_grad_enabled() and logits.requires_grad:
         nll, kl = _ChunkedTerms.apply(logits, target, backward_passes, inplace, compiled)
     else:
-        nll, kl, _ = _forward(logits.detach(), target, compiled)
+        nll, kl, _ = forward_blocks(logits.detach(), target, compiled)
     return nll, kl
 
 
@@ -67,7 +67,7 @@ class _ChunkedTerms(Function):
         inplace: bool,
         compiled: bool,
     ) -> tuple[Tensor, Tensor]:
-        nll, kl, statistics = _forward(logits, target, compiled)
+        nll, kl, statistics = forward_blocks(logits, target, compiled)
         ctx.save_for_backward(logits, *statistics, *(x for x in target if isinstance(x, Tensor)))
         ctx.label_smoothing = target.label_smoothing
         ctx.target_fields = [isinstance(x, Tensor) for x in target]
@@ -87,7 +87,7 @@ class _ChunkedTerms(Function):
         )
         target = Target(classes, probabilities, weight, ctx.label_smoothing, valid)
         statistics = RowStatistics(maximum, inverse_sum, mean_difference)
-        grad = _backward(logits, target, statistics, grad_nll, grad_kl, *ctx.options)
+        grad = backward_blocks(logits, target, statistics, grad_nll, grad_kl, *ctx.options)
         return grad, None, None, None, None
 
 
@@ -102,9 +102,10 @@ def _blocks(logits: Tensor) -> list[tuple[int, int]]:
     return [(start, min(start + rows, num_items)) for start in range(0, num_items, rows)]
 
 
-def _forward(
-    logits: Tensor, target: Target, compiled: bool
+def forward_blocks(
+    logits: Tensor, target: Target, compiled: bool = False
 ) -> tuple[Tensor, Tensor, RowStatistics]:
+    """Return each item's likelihood and divergence, and what their gradient needs of each row."""
     rows = _compiled(_forward_rows) if compiled else _forward_rows
     blocks = [
         rows(logits[:, start:stop], target.rows(start, stop)) for start, stop in _blocks(logits)
@@ -118,7 +119,7 @@ def _forward(
 
 def _forward_rows(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_passes, num_items, num_classes = logits.shape
-    dtype = _accumulator(logits)
+    dtype = accumulator(logits.dtype)
     if num_items == 0 or num_classes == 0:
         statistic = logits.new_zeros(num_passes, num_items, dtype=dtype)
         return statistic.sum(0), statistic.sum(0), statistic, statistic, statistic
@@ -139,7 +140,7 @@ def _forward_rows(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tenso
     return nll, kl, maximum[..., 0], total.reciprocal(), mean_difference
 
 
-def _backward(
+def backward_blocks(
     logits: Tensor,
     target: Target,
     statistics: RowStatistics,
@@ -147,8 +148,9 @@ def _backward(
     grad_kl: Tensor | None,
     backward_passes: int,
     inplace: bool,
-    compiled: bool,
+    compiled: bool = False,
 ) -> Tensor:
+    """Return the gradient of the logits from that of each item's likelihood and divergence."""
     num_passes = logits.shape[0]
     scale = num_passes / backward_passes
     grad_nll = None if grad_nll is None else grad_nll * (scale / num_passes)
@@ -204,8 +206,9 @@ def _backward_rows(
     out[backward_passes:].zero_()
 
 
-def _accumulator(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which sums over numbers of `dtype` are taken."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _difference(x: Tensor) -> Tensor:

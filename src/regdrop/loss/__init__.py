@@ -16,15 +16,21 @@ from regdrop.loss.cross_entropy import (
     rdrop_cross_entropy,
 )
 from regdrop.loss.fraternal import fraternal_terms
+from regdrop.loss.linear_cross_entropy import (
+    linear_cross_entropy_loss,
+    linear_cross_entropy_terms,
+    linear_rdrop_cross_entropy,
+)
 from regdrop.loss.mse import RDropMSELoss, mse_terms, rdrop_mse_loss
 from regdrop.loss.output import RDropOutput
 from regdrop.loss.reduction import combine_terms
 from regdrop.loss.symmetric_kl import symmetric_kl
-from regdrop.loss.terms import ItemTerms, TermsFunction
+from regdrop.loss.terms import ItemTerms, LossFunction, TermsFunction
 
 __all__ = [
     "AdaptiveSoftmax",
     "ItemTerms",
+    "LossFunction",
     "RDropBCEWithLogitsLoss",
     "RDropCrossEntropyLoss",
     "RDropMSELoss",
@@ -36,6 +42,9 @@ __all__ = [
     "combine_terms",
     "cross_entropy_terms",
     "fraternal_terms",
+    "linear_cross_entropy_loss",
+    "linear_cross_entropy_terms",
+    "linear_rdrop_cross_entropy",
     "mse_terms",
     "rdrop_binary_cross_entropy_with_logits",
     "rdrop_cross_entropy",

@@ -95,6 +95,18 @@ def check_stacked(name: str, stacked: Tensor, target: Tensor, num_passes: int) -
     )
 
 
+def check_classes(index: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise ValueError on the CPU for an index of an item that counts but names no class."""
+    if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
+        return
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"target must hold class indices from 0 to {num_classes - 1} or "
+            f"ignore_index={ignore_index}, got {low if low < 0 else high}"
+        )
+
+
 def check_mask(mask: Tensor | None, target: Tensor) -> Tensor | None:
     """Return the mask (True counts) expanded to the shape of the target; raise if it cannot be."""
     if mask is None:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from regdrop.kernels import Implementation, Target, rdrop_terms
 from regdrop.loss.checks import (
+    check_classes,
     check_counts,
     check_finite_divergence,
     check_floating,
@@ -150,13 +151,7 @@ def _bundle(
     index = items.reshape(-1).long()
     valid = index != ignore_index
     index = torch.where(valid, index, 0)
-    if target.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
-        low, high = int(index.min()), int(index.max())
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"target must hold class indices from 0 to {num_classes - 1} or "
-                f"ignore_index={ignore_index}, got {low if low < 0 else high}"
-            )
+    check_classes(index, num_classes, ignore_index)
     return Target(index, None, weight, label_smoothing, valid)
 
 

@@ -38,23 +38,51 @@ def combine_terms(
         The loss, and the two terms as detached means over valid items.
     """
     nll, kl = terms.nll, terms.kl
-    nothing_counts = terms.kl_count == 0
-    nll_count = torch.where(nothing_counts, 1, terms.nll_count).to(nll.dtype)
-    kl_count = torch.where(nothing_counts, 1, terms.kl_count).to(kl.dtype)
+    nll_count, kl_count = positive_counts(terms.nll_count, terms.kl_count, nll.dtype)
     mean_nll = nll.detach().sum() / nll_count
     mean_kl = kl.detach().sum() / kl_count
 
     if reduction == "mean":
-        if num_weight is None:
-            num_weight = num_items
-        nll = nll.sum() / (nll_count if num_weight is None else _positive(num_weight, nll))
-        kl = kl.sum() / (kl_count if num_items is None else _positive(num_items, kl))
+        nll_count, kl_count = denominators(nll_count, kl_count, num_items, num_weight)
+        nll, kl = nll.sum() / nll_count, kl.sum() / kl_count
     elif reduction == "sum":
         nll, kl = nll.sum(), kl.sum()
-    factor = num_passes if scale == "sum" else 1
+    nll_weight, kl_weight = term_weights(alpha, num_passes, scale)
     # Without alpha no gradient of the divergence is computed at all.
-    loss = nll * factor if alpha == 0 else nll * factor + kl * (alpha * factor / num_passes)
+    loss = nll * nll_weight if alpha == 0 else nll * nll_weight + kl * kl_weight
     return RDropOutput(loss, mean_nll, mean_kl)
+
+
+def term_weights(alpha: float, num_passes: int, scale: Scale) -> tuple[float, float]:
+    """Return the weights of the likelihood and of the divergence in the loss."""
+    factor = num_passes if scale == "sum" else 1
+    return factor, alpha * factor / num_passes
+
+
+def positive_counts(
+    nll_count: Tensor, kl_count: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return both terms' counts; where nothing counts they are 1, for sums that are 0."""
+    nothing_counts = kl_count == 0
+    return (
+        torch.where(nothing_counts, 1, nll_count).to(dtype),
+        torch.where(nothing_counts, 1, kl_count).to(dtype),
+    )
+
+
+def denominators(
+    nll_count: Tensor,
+    kl_count: Tensor,
+    num_items: Tensor | float | None,
+    num_weight: Tensor | float | None,
+) -> tuple[Tensor, Tensor]:
+    """Return what both sums are divided by under "mean": the counts, or what replaces them."""
+    if num_weight is None:
+        num_weight = num_items
+    return (
+        nll_count if num_weight is None else _positive(num_weight, nll_count),
+        kl_count if num_items is None else _positive(num_items, kl_count),
+    )
 
 
 def _positive(count: Tensor | float, like: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """The two terms of every item, before they are reduced: what the output families compute."""
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
+
+from regdrop.loss.output import RDropOutput
 
 
 class ItemTerms(NamedTuple):
@@ -34,3 +36,31 @@ class TermsFunction(Protocol):
         backward_passes: int | None = None,
     ) -> ItemTerms:
         """Return the terms of every item of the target."""
+
+
+class LossFunction(Protocol):
+    """From stacked outputs and the target to the loss, the family's own options bound.
+
+    A family whose gradient is cheapest where the weights of both terms are known beforehand has
+    one besides its terms.
+    """
+
+    def __call__(
+        self,
+        outputs: Tensor,
+        target: Tensor,
+        /,
+        *,
+        alpha: float,
+        num_passes: int,
+        backward_passes: int | None = None,
+        items: Tensor | None = None,
+        scale: Literal["sum", "mean"] = "sum",
+        num_items: Tensor | float | None = None,
+        num_weight: Tensor | float | None = None,
+    ) -> RDropOutput:
+        """Return the mean over items.
+
+        With `items`, (n,), all passes but the first hold those items alone: the likelihood is that
+        of pass 0, the divergence that of the part, weighted by its inverse share of the batch.
+        """

@@ -1,0 +1,334 @@
+"""R-Drop for one class an item, with the linear layer before it: the full logits never exist."""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from regdrop.kernels import Projection, Target, linear_loss, linear_terms
+from regdrop.loss.checks import (
+    check_classes,
+    check_counts,
+    check_finite_divergence,
+    check_floating,
+    check_options,
+    check_stacked,
+)
+from regdrop.loss.output import RDropOutput
+from regdrop.loss.reduction import (
+    Reduction,
+    Scale,
+    combine_terms,
+    denominators,
+    positive_counts,
+    term_weights,
+)
+from regdrop.loss.terms import ItemTerms
+
+
+def linear_rdrop_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    alpha: float,
+    bias: Tensor | None = None,
+    num_passes: int = 2,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    num_items: Tensor | float | None = None,
+    scale: Scale = "sum",
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+    backward_passes: int | None = None,
+    num_weight: Tensor | float | None = None,
+) -> RDropOutput:
+    """Compute `rdrop_cross_entropy` of `hidden @ weight.T + bias` without those logits.
+
+    Items are worked off in chunks, the ignored ones not at all. Under "mean" and "sum" the
+    gradients are computed in the forward, by the three matrix products of a linear layer; under
+    "none" the backward computes the logits again. On a GPU the number of valid items is read back.
+
+    Args:
+        hidden: (num_passes * batch, ..., features), float16, bfloat16, float32 or float64; pass 0
+            of the whole batch first. Matrices are multiplied in their dtype, or autocast's, and
+            everything else is computed in float32 at least.
+        weight: (C, features), as in `torch.nn.functional.linear`; of the dtype of `hidden` unless
+            autocast is on.
+        target: The original, unstacked target: class indices (batch, ...), int64.
+        alpha: Weight of the divergence, the paper's.
+        bias: (C,).
+        num_passes: Number of passes in `hidden`; 1 with alpha 0 is plain cross entropy.
+        class_weight: (C,) weight of each class in the likelihood.
+        ignore_index: Index that marks an item that counts in neither term.
+        label_smoothing: Smoothing of the likelihood's target.
+        reduction: As in `rdrop_cross_entropy`, as are the following three.
+        num_items: Denominator of both terms under "mean".
+        scale: "sum" or "mean".
+        logit_scale: A number that multiplies the logits, as in Cohere's models.
+        softcap: Bound c of the logits, `c * tanh(logits / c)`, as in Gemma 2.
+        chunk_size: Items a chunk; by default as many as take no more memory than `hidden`, and at
+            least 256 rows of all passes.
+        backward_passes: As in `rdrop_cross_entropy`.
+        num_weight: As in `rdrop_cross_entropy`.
+
+    Returns:
+        The loss and its two parts, float32 for half precision.
+
+    Raises:
+        TypeError: For tensors of the wrong kind; class probabilities are not taken.
+        ValueError: For options out of range, shapes that do not fit, targets out of range (on
+            the CPU), or a class masked with -inf in one pass only.
+    """
+    check_options(
+        alpha=alpha,
+        num_passes=num_passes,
+        reduction=reduction,
+        scale=scale,
+        backward_passes=backward_passes,
+        label_smoothing=label_smoothing,
+    )
+    check_counts(reduction, num_items=num_items, num_weight=num_weight)
+    projection = Projection(weight, bias, logit_scale, softcap, chunk_size)
+    if reduction == "none":
+        terms = linear_cross_entropy_terms(
+            hidden,
+            target,
+            projection=projection,
+            num_passes=num_passes,
+            weight=class_weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            backward_passes=backward_passes,
+        )
+        return combine_terms(
+            terms, alpha=alpha, num_passes=num_passes, reduction=reduction, scale=scale
+        )
+    return linear_cross_entropy_loss(
+        hidden,
+        target,
+        projection=projection,
+        alpha=alpha,
+        num_passes=num_passes,
+        weight=class_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        scale=scale,
+        num_items=num_items,
+        num_weight=num_weight,
+        backward_passes=backward_passes,
+    )
+
+
+def linear_cross_entropy_terms(
+    hidden: Tensor,
+    target: Tensor,
+    /,
+    *,
+    projection: Projection,
+    num_passes: int,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    backward_passes: int | None = None,
+) -> ItemTerms:
+    """Return the terms of every item, in the shape of the target; see above."""
+    found = _valid_rows(
+        hidden,
+        target,
+        projection=projection,
+        num_passes=num_passes,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+    nll, kl = linear_terms(
+        found.hidden,
+        projection,
+        found.target,
+        backward_passes=num_passes if backward_passes is None else backward_passes,
+    )
+    if num_passes > 1:
+        check_finite_divergence(kl)
+    empty = nll.new_zeros(target.numel())
+    nll, kl = (empty.index_add(0, found.positions, term).view(target.shape) for term in (nll, kl))
+    return ItemTerms(nll, kl, found.nll_count, found.kl_count)
+
+
+def linear_cross_entropy_loss(
+    hidden: Tensor,
+    target: Tensor,
+    /,
+    *,
+    projection: Projection,
+    alpha: float,
+    num_passes: int,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    scale: Scale = "sum",
+    num_items: Tensor | float | None = None,
+    num_weight: Tensor | float | None = None,
+    backward_passes: int | None = None,
+    items: Tensor | None = None,
+) -> RDropOutput:
+    """Return the loss, its gradient computed at once since the weights of both terms are known.
+
+    Args:
+        hidden: As in `linear_rdrop_cross_entropy`.
+        target: As there.
+        projection: The layer.
+        alpha: As there, as are the following but the last; "none" is no reduction of this one.
+        num_passes: See above.
+        weight: Its class_weight.
+        ignore_index: See above.
+        label_smoothing: See above.
+        reduction: "mean" or "sum".
+        scale: See above.
+        num_items: See above.
+        num_weight: See above.
+        backward_passes: See above.
+        items: Positions (n,) of the items that all passes but the first saw: the likelihood is
+            that of pass 0, the divergence that of the part, weighted by its inverse share.
+    """
+    find_rows = partial(
+        _valid_rows,
+        projection=projection,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+    first = hidden if items is None else hidden[: target.shape[0]]
+    whole = find_rows(first, target, num_passes=num_passes if items is None else 1)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    nll_count, kl_count = positive_counts(whole.nll_count, whole.kl_count, dtype)
+    nll_divisor, divisor = torch.ones_like(nll_count), torch.ones_like(kl_count)
+    if reduction == "mean":
+        nll_divisor, divisor = denominators(nll_count, kl_count, num_items, num_weight)
+    # One divisor is left for the end: half precision would not hold gradients that are divided.
+    nll_weight, kl_weight = term_weights(alpha, num_passes, scale)
+    compute = partial(
+        linear_loss, projection=projection, nll_weight=nll_weight * divisor / nll_divisor
+    )
+    graded = num_passes if backward_passes is None else backward_passes
+    if items is None:
+        share = 1.0
+        total, nll, kl = compute(
+            whole.hidden,
+            target=whole.target,
+            kl_weight=kl_weight if alpha else None,
+            backward_passes=graded,
+        )
+    else:
+        total, nll, _ = compute(
+            whole.hidden, target=whole.target, kl_weight=None, backward_passes=1
+        )
+        share = target.shape[0] / items.numel()
+        both = torch.cat([first.index_select(0, items), hidden[target.shape[0] :]])
+        part = find_rows(both, target[items], num_passes=num_passes)
+        divergence, _, kl = compute(
+            part.hidden,
+            target=part.target,
+            nll_weight=None,
+            kl_weight=kl_weight * share if alpha else None,
+            backward_passes=graded,
+        )
+        total = total + divergence
+    if num_passes > 1:
+        check_finite_divergence(kl)
+    return RDropOutput(total / divisor, nll.sum() / nll_count, kl.sum() * share / kl_count)
+
+
+class _ValidRows(NamedTuple):
+    """The items that count."""
+
+    positions: Tensor  # (n,), their positions among all items
+    hidden: Tensor  # (num_passes, n, features)
+    target: Target
+    nll_count: Tensor
+    kl_count: Tensor
+
+
+def _valid_rows(
+    hidden: Tensor,
+    target: Tensor,
+    *,
+    projection: Projection,
+    num_passes: int,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> _ValidRows:
+    """Check the arguments and drop the items that do not count, before anything is computed."""
+    _check(hidden, target, projection, num_passes, weight)
+    num_items, num_classes = target.numel(), projection.weight.shape[0]
+    index = (target.reshape(-1) != ignore_index).nonzero()[:, 0]
+    passes = hidden.reshape(num_passes, num_items, hidden.shape[-1])
+    if index.numel() < num_items:
+        passes = passes.index_select(1, index)
+    classes = target.reshape(-1)[index].long()
+    check_classes(classes, num_classes, ignore_index)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    count = torch.full((), index.numel(), dtype=dtype, device=hidden.device)
+    nll_count = count if weight is None else weight.to(dtype)[classes].sum()
+    bundle = Target(classes, None, weight, label_smoothing, None)
+    return _ValidRows(index, passes, bundle, nll_count, count)
+
+
+def _check(
+    hidden: Tensor,
+    target: Tensor,
+    projection: Projection,
+    num_passes: int,
+    class_weight: Tensor | None,
+) -> None:
+    weight, bias, scale, softcap, chunk_size, _ = projection
+    check_floating("hidden", hidden)
+    check_floating("weight", weight)
+    check_stacked("hidden", hidden, target, num_passes)
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(
+            f"target must hold class indices, got {target.dtype}; class probabilities are taken by "
+            "rdrop_cross_entropy, from explicit logits"
+        )
+    if hidden.dim() < 2 or target.shape[1:] != hidden.shape[1:-1]:
+        raise ValueError(
+            "target must have the shape of one pass of hidden without the features, "
+            f"got {tuple(target.shape)} for hidden {tuple(hidden.shape)}"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be (classes, features) with {hidden.shape[-1]} features, as hidden has, "
+            f"got {tuple(weight.shape)}"
+        )
+    for name, vector in (("bias", bias), ("class_weight", class_weight)):
+        if vector is None:
+            continue
+        check_floating(name, vector)
+        if tuple(vector.shape) != (weight.shape[0],):
+            raise ValueError(
+                f"{name} must have one entry a class, shape ({weight.shape[0]},), "
+                f"got {tuple(vector.shape)}"
+            )
+    if class_weight is not None and class_weight.requires_grad:
+        raise ValueError("class_weight must not require a gradient, got one that does; detach it")
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(
+            f"hidden and weight must have one dtype outside autocast, got {hidden.dtype} and "
+            f"{weight.dtype}"
+        )
+    if not math.isfinite(scale):
+        raise ValueError(f"logit_scale must be finite, got {scale}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be None or above 0, got {softcap}")
+    if chunk_size is not None and (
+        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+    ):
+        raise ValueError(f"chunk_size must be None or at least 1, got {chunk_size!r}")
