@@ -31,8 +31,9 @@ class RDropConfig:
         class_weight: Weight of each class in the likelihood.
         monitor_steps: Every so many steps measure the divergence also where a step has one pass,
             by an extra pass that leaves the run as it is.
-        fused_linear: Whether the last linear layer and the loss are computed in one; "auto" where
-            the model allows it.
+        fused_linear: Whether the last layer of a language model and the loss are computed in one,
+            so that its logits never exist. "auto": from 8,192 words on, where the layer and what
+            follows it are understood; True: always, else an error; False: never.
         method: "rdrop", or another regulariser of two passes to compare with it: "r3f" adds noise
             to the embeddings of the second pass, which carries no likelihood (its lambda is
             alpha / 4); "fraternal" compares logits by their squared difference, mean over classes
@@ -155,14 +156,14 @@ class RDropConfig:
             needed = {"num_passes": 2, "fraction": 1.0, "passes": "stacked"}
             if self.method == "r3f":
                 needed["backward_passes"] = None
+            elif self.fused_linear is True:
+                raise ValueError("method='fraternal' compares logits: it needs fused_linear=False")
             for name, value in needed.items():
                 if getattr(self, name) != value:
                     raise ValueError(
                         f"method={self.method!r} needs {name}={value!r}, "
                         f"got {getattr(self, name)!r}"
                     )
-        if self.fused_linear is True:
-            raise ValueError("fused_linear=True is not available in this release; use 'auto'")
 
 
 def _check_number(name: str, value: Any, *, low: float, high: float = math.inf) -> None:

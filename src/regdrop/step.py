@@ -1,13 +1,14 @@
 """One training step, from the plan over the passes to the loss: shared by every integration."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regdrop.config import RDropConfig
-from regdrop.loss import ItemTerms, RDropOutput, TermsFunction, combine_terms
+from regdrop.loss import ItemTerms, LossFunction, RDropOutput, TermsFunction, combine_terms
 from regdrop.passes import find_batch_size, run_passes
 from regdrop.schedule import StepPlan
 
@@ -24,6 +25,7 @@ def compute_step_loss(
     num_weight: Tensor | float | None = None,
     batch_size: int | None = None,
     shared: Iterable[str] = (),
+    loss: LossFunction | None = None,
 ) -> RDropOutput:
     """Run the passes that a step plans and compute their loss.
 
@@ -38,20 +40,20 @@ def compute_step_loss(
         num_weight: Denominator of the likelihood, as in `rdrop_cross_entropy`.
         batch_size: As in `repeat_batch`.
         shared: As in `repeat_batch`.
+        loss: Computes the loss from the outputs where that is cheaper than terms by themselves,
+            as behind a fused last layer; by default the terms are computed and combined.
 
     Returns:
         The loss of the step; `kl` is 0 where the step has one pass.
     """
+    compute = partial(_combined_loss, terms) if loss is None else loss
     options: dict[str, Any] = {
-        "reduction": "mean",
         "scale": config.scale,
         "num_items": num_items,
         "num_weight": num_weight,
     }
     if plan.num_passes == 1:
-        output = combine_terms(
-            terms(forward(batch), target, num_passes=1), alpha=0.0, num_passes=1, **options
-        )
+        output = compute(forward(batch), target, alpha=0.0, num_passes=1, **options)
         return output._replace(loss=output.loss * plan.factor)
     size = find_batch_size(batch) if batch_size is None else batch_size
     items = _random_items(size, config.fraction, target.device)
@@ -67,13 +69,15 @@ def compute_step_loss(
     )
     if config.method == "r3f":  # its likelihood is that of the clean pass alone
         items = torch.arange(size, device=target.device)
-    if items is None:
-        step_terms = terms(
-            outputs, target, num_passes=plan.num_passes, backward_passes=config.backward_passes
-        )
-    else:
-        step_terms = _partial_terms(outputs, target, items, terms, config, plan)
-    return combine_terms(step_terms, alpha=plan.alpha, num_passes=plan.num_passes, **options)
+    return compute(
+        outputs,
+        target,
+        alpha=plan.alpha,
+        num_passes=plan.num_passes,
+        backward_passes=config.backward_passes,
+        items=items,
+        **options,
+    )
 
 
 def _random_items(batch_size: int, fraction: float, device: torch.device) -> Tensor | None:
@@ -83,24 +87,34 @@ def _random_items(batch_size: int, fraction: float, device: torch.device) -> Ten
     return torch.randperm(batch_size, device=device)[:count]
 
 
-def _partial_terms(
+def _combined_loss(
+    terms: TermsFunction,
     outputs: Tensor,
     target: Tensor,
-    items: Tensor,
-    terms: TermsFunction,
-    config: RDropConfig,
-    plan: StepPlan,
+    *,
+    alpha: float,
+    num_passes: int,
+    backward_passes: int | None = None,
+    items: Tensor | None = None,
+    **options: Any,
+) -> RDropOutput:
+    """Return the loss of terms that are computed by themselves, as `LossFunction` describes it."""
+    passes: dict[str, Any] = {"num_passes": num_passes, "backward_passes": backward_passes}
+    if items is None:
+        step_terms = terms(outputs, target, **passes)
+    else:
+        step_terms = _partial_terms(outputs, target, items, terms, **passes)
+    return combine_terms(step_terms, alpha=alpha, num_passes=num_passes, **options)
+
+
+def _partial_terms(
+    outputs: Tensor, target: Tensor, items: Tensor, terms: TermsFunction, **passes: Any
 ) -> ItemTerms:
     """Return the likelihood of pass 0 and the divergence of a part, weighted by its inverse."""
     size = target.shape[0]
     first, others = outputs[:size], outputs[size:]
     whole = terms(first, target, num_passes=1)
-    part = terms(
-        torch.cat([first[items], others]),
-        target[items],
-        num_passes=plan.num_passes,
-        backward_passes=config.backward_passes,
-    )
+    part = terms(torch.cat([first[items], others]), target[items], **passes)
     weight = size / items.numel()
     kl = torch.zeros_like(whole.nll).index_add(0, items, part.kl * weight)
     return whole._replace(kl=kl)

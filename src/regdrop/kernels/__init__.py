@@ -7,7 +7,7 @@ from torch import Tensor
 
 from regdrop.kernels.chunked import chunked_terms
 from regdrop.kernels.eager import eager_terms
-from regdrop.kernels.fused_linear import Projection, linear_loss, linear_terms
+from regdrop.kernels.fused_linear import Projection, linear_loss, linear_terms, project
 from regdrop.kernels.target import Target
 
 Implementation = Literal["auto", "eager", "chunked", "compiled", "cpp", "triton"]
@@ -21,6 +21,7 @@ __all__ = [
     "Target",
     "linear_loss",
     "linear_terms",
+    "project",
     "rdrop_terms",
 ]
 

@@ -284,7 +284,19 @@ def _accumulate(
         gradients.bias.add_(grad.sum(0, dtype=gradients.bias.dtype))
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+def project(hidden: Tensor, projection: Projection) -> Tensor:
+    """Return the logits themselves, (..., C), without a gradient: those of a few items."""
+    projection = _with_dtype(hidden, projection)
+    weight, bias, *_, dtype = projection
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        rows = hidden.to(dtype).reshape(-1, hidden.shape[-1])
+        products = _product(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return _shaped(products, projection).view(*hidden.shape[:-1], -1)
+
+
+def _product(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None
+) -> Tensor:
     if bias is None:
         return torch.mm(rows, weight.t(), out=out)
     return torch.addmm(bias, rows, weight.t(), out=out)
@@ -343,8 +355,9 @@ def _chunk_size(hidden: Tensor, projection: Projection) -> int:
 
 
 def _with_dtype(hidden: Tensor, projection: Projection) -> Projection:
-    device = hidden.device.type
-    dtype = hidden.dtype
+    if projection.dtype is not None:
+        return projection
+    device, dtype = hidden.device.type, hidden.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     return projection._replace(dtype=dtype)

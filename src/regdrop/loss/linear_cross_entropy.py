@@ -289,7 +289,7 @@ def _check(
     num_passes: int,
     class_weight: Tensor | None,
 ) -> None:
-    weight, bias, scale, softcap, chunk_size, _ = projection
+    weight, bias, scale, softcap, chunk_size, dtype = projection
     check_floating("hidden", hidden)
     check_floating("weight", weight)
     check_stacked("hidden", hidden, target, num_passes)
@@ -319,7 +319,8 @@ def _check(
             )
     if class_weight is not None and class_weight.requires_grad:
         raise ValueError("class_weight must not require a gradient, got one that does; detach it")
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    is_cast = dtype is not None or torch.is_autocast_enabled(hidden.device.type)
+    if hidden.dtype != weight.dtype and not is_cast:
         raise TypeError(
             f"hidden and weight must have one dtype outside autocast, got {hidden.dtype} and "
             f"{weight.dtype}"

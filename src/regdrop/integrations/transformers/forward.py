@@ -1,4 +1,4 @@
-"""One micro-batch through the model: its logits, and what else of its output the loss needs."""
+"""One micro-batch through the model: what its loss reads, logits or the states before them."""
 
 from typing import Any
 
@@ -6,8 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from regdrop.config import RDropConfig
+from regdrop.integrations.transformers.fused import FusedHead, fused_options
 from regdrop.integrations.transformers.heads import Head, base_model
-from regdrop.loss import ItemTerms
+from regdrop.kernels import Projection
+from regdrop.loss import (
+    ItemTerms,
+    LossFunction,
+    RDropOutput,
+    linear_cross_entropy_loss,
+    linear_cross_entropy_terms,
+)
 
 # Backward nodes that do not need what they returned, and views, which are asked further.
 _NEED_NOTHING = frozenset(
@@ -18,32 +26,57 @@ _VIEWS = frozenset({"UnsafeViewBackward0", "ViewBackward0"})
 
 
 class HeadForward:
-    """A model and the head of one micro-batch as a function from inputs to logits.
+    """A model and the head of one micro-batch as a function from inputs to what the loss reads.
 
     Args:
         model: The model, wrapped as it is trained.
         head: The head of the micro-batch.
         may_overwrite: Whether nobody but the loss reads the logits.
+        fused: The last layer, where it is left to the loss; then the states before it take the
+            place of the logits.
 
     Attributes:
         last_output: The model's output of the last call.
-        last_logits: Its logits.
+        last_read: What the loss reads of it.
     """
 
-    def __init__(self, model: nn.Module, head: Head, *, may_overwrite: bool) -> None:
-        self.model, self.head, self.may_overwrite = model, head, may_overwrite
+    def __init__(
+        self,
+        model: nn.Module,
+        head: Head,
+        *,
+        may_overwrite: bool = False,
+        fused: FusedHead | None = None,
+    ) -> None:
+        self.model, self.head, self.may_overwrite, self.fused = model, head, may_overwrite, fused
         self.last_output: Any = None
-        self.last_logits: Tensor = head.target
+        self.last_read: Tensor = head.target
+        self._projection: Projection | None = None
         self._auxiliary: list[Tensor] = []
 
     def __call__(self, inputs: dict[str, Any]) -> Tensor:
-        """Run the model and return the logits."""
-        self.last_output = self.model(**inputs)
-        self.last_logits = self.head.outputs(self.last_output)
+        """Run the model and return its logits, or the states before them."""
+        if self.fused is None:
+            self.last_output = self.model(**inputs)
+            self.last_read = self.head.outputs(self.last_output)
+        else:
+            found = self.fused.run(self.model, inputs)
+            self.last_output, self.last_read, self._projection = found
         auxiliary = auxiliary_loss(self.model, self.last_output)
         if auxiliary is not None and torch.is_grad_enabled():
             self._auxiliary.append(auxiliary)
-        return self.last_logits
+        return self.last_read
+
+    @property
+    def loss(self) -> LossFunction | None:
+        """The loss of a fused head; None where terms are computed and combined."""
+        return None if self.fused is None else self._fused_loss
+
+    def _fused_loss(self, outputs: Tensor, target: Tensor, /, **options: Any) -> RDropOutput:
+        return linear_cross_entropy_loss(outputs, target, **self._fused_options(), **options)
+
+    def _fused_options(self) -> dict[str, Any]:
+        return {"projection": self._projection, **fused_options(self.head)}
 
     def terms(
         self,
@@ -56,6 +89,8 @@ class HeadForward:
     ) -> ItemTerms:
         """Return the head's terms; the gradient overwrites the logits where nothing needs them."""
         options: dict[str, Any] = {"num_passes": num_passes, "backward_passes": backward_passes}
+        if self.fused is not None:
+            return linear_cross_entropy_terms(outputs, target, **self._fused_options(), **options)
         if self.may_overwrite and self.head.takes_inplace and is_free_to_overwrite(outputs):
             options["inplace"] = True
         return self.head.terms(outputs, target, **options)

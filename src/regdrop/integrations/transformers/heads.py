@@ -47,6 +47,7 @@ class Head:
         class_weight: Weight of each class in the likelihood, bound in `terms` too.
         ignore_index: The label that does not count.
         takes_inplace: Whether `terms` can overwrite the logits.
+        vocabulary: Number of words between which a language model chooses; None for other heads.
     """
 
     inputs: dict[str, Any]
@@ -56,6 +57,7 @@ class Head:
     class_weight: Tensor | None = None
     ignore_index: int = _IGNORED
     takes_inplace: bool = False
+    vocabulary: int | None = None
 
     def num_items(self) -> Tensor:
         """Return the number of items that count: the denominator of the divergence's mean."""
@@ -164,7 +166,7 @@ def _masked(
     model: Any, inputs: dict[str, Any], smoothing: float, weight: Sequence[float] | None
 ) -> Head:
     """The words behind masked tokens."""
-    return _classes(inputs, _pop(inputs, "labels"), _vocabulary(model), smoothing, weight)
+    return _words(model, inputs, _pop(inputs, "labels"), smoothing, weight)
 
 
 def _choices(
@@ -180,7 +182,7 @@ def _causal(
     model: Any, inputs: dict[str, Any], smoothing: float, weight: Sequence[float] | None
 ) -> Head:
     """The next token: the labels move by one, and the last position counts no more."""
-    return _classes(inputs, _pop_next_tokens(inputs), _vocabulary(model), smoothing, weight)
+    return _words(model, inputs, _pop_next_tokens(inputs), smoothing, weight)
 
 
 def _adaptive(
@@ -205,7 +207,7 @@ def _generation(
     if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
         # Without labels the model would read its own input.
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-    return _classes(inputs, labels, _vocabulary(model), smoothing, weight)
+    return _words(model, inputs, labels, smoothing, weight)
 
 
 def _spans(
@@ -243,9 +245,15 @@ def _classes(
     return Head(inputs, target, terms, class_weight=class_weight, takes_inplace=True)
 
 
-def _vocabulary(model: Any) -> int:
+def _words(
+    model: Any,
+    inputs: dict[str, Any],
+    target: Tensor,
+    smoothing: float,
+    weight: Sequence[float] | None,
+) -> Head:
     size: int = model.config.get_text_config().vocab_size
-    return size
+    return replace(_classes(inputs, target, size, smoothing, weight), vocabulary=size)
 
 
 def _pop_next_tokens(inputs: dict[str, Any]) -> Tensor:

@@ -1,12 +1,14 @@
 """The Hugging Face Trainer with R-Drop."""
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
@@ -19,15 +21,18 @@ from regdrop.diagnostics import (
 )
 from regdrop.integrations.transformers.checkpoints import load_renamed_weights
 from regdrop.integrations.transformers.forward import HeadForward
-from regdrop.integrations.transformers.heads import Head, find_head, fraternal_head
+from regdrop.integrations.transformers.fused import find_fused_head
+from regdrop.integrations.transformers.heads import Head, base_model, find_head, fraternal_head
 from regdrop.integrations.transformers.parts import LoggedParts
-from regdrop.integrations.transformers.verify import check_own_loss
+from regdrop.integrations.transformers.verify import check_fused_head, check_own_loss
 from regdrop.passes import dropout_rates, embedding_noise
 from regdrop.schedule import is_monitored, plan_step
 from regdrop.step import compute_step_loss
 
 CONFIG_NAME = "rdrop_config.json"
 STATE_NAME = "rdrop_state.json"
+# With fewer words the logits are no larger than what a model keeps for its backward anyway.
+SMALLEST_FUSED_VOCABULARY = 8192
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -81,6 +86,7 @@ class RDropTrainerMixin(_Base):
         self._num_weight: Tensor | None = None
         self._parts = LoggedParts()
         self._is_loss_checked = self._is_dropout_checked = self._has_warned = False
+        self._is_fused = False
 
     def rdrop_head(self, model: nn.Module, inputs: Mapping[str, Any]) -> Head:
         """Return how a batch with its labels enters the unwrapped model, and its outputs the loss.
@@ -114,7 +120,10 @@ class RDropTrainerMixin(_Base):
         self._check(model, head, inputs, plan.num_passes)
         if self.rdrop.method == "fraternal":
             head = fraternal_head(head)
-        forward = HeadForward(model, head, may_overwrite=not return_outputs)
+        # Who asks for the outputs wants their logits.
+        is_fused = self._is_fused and not return_outputs
+        fused = find_fused_head(self._bare(model)) if is_fused else None
+        forward = HeadForward(model, head, may_overwrite=not return_outputs, fused=fused)
         monitored = plan.num_passes == 1 and is_monitored(self.rdrop, step)
         other = extra_pass(model, forward, head.inputs) if monitored else None
         with self._noise(model, head, plan.num_passes):
@@ -128,10 +137,11 @@ class RDropTrainerMixin(_Base):
                 num_items=num_items_in_batch,
                 num_weight=None if num_items_in_batch is None else self._num_weight,
                 batch_size=head.target.shape[0],
+                loss=forward.loss,
             )
         kl = result.kl if plan.num_passes > 1 else None
         if other is not None:
-            kl = measure_divergence(forward.last_logits, other, head.target, head.terms)
+            kl = measure_divergence(forward.last_read, other, head.target, forward.terms)
         self._parts.add(plan, result.nll, kl, head)
         loss = result.loss + forward.auxiliary_loss(self.rdrop, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -231,9 +241,37 @@ class RDropTrainerMixin(_Base):
             is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             if type(self).rdrop_head is RDropTrainerMixin.rdrop_head and not is_sharded:
                 check_own_loss(self._bare(model), inputs)
+            self._is_fused = self._can_fuse(model, head)
         if num_passes > 1 and not self._is_dropout_checked:
             self._is_dropout_checked = True
             self._has_warned = warn_without_dropout(model)
+
+    def _can_fuse(self, model: nn.Module, head: Head) -> bool:
+        """Return whether the loss takes the last layer over; tell where it should and cannot."""
+        wanted = self.rdrop.fused_linear
+        if wanted == "auto":
+            wanted = (head.vocabulary or 0) >= SMALLEST_FUSED_VOCABULARY
+        if not wanted or self.rdrop.method == "fraternal":  # which compares logits
+            return False
+        try:
+            if head.vocabulary is None:
+                raise ValueError("it is no language model")
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
+                raise ValueError("its last layer is spread over processes")
+            if self.args.torch_compile or is_compiled_module(model):
+                raise ValueError("it is compiled")
+            check_fused_head(self._bare(model), head)
+        except ValueError as error:
+            name = type(base_model(self._bare(model))).__name__
+            if self.rdrop.fused_linear is True:
+                raise ValueError(f"fused_linear=True does not work for {name}: {error}") from error
+            warnings.warn(
+                f"the last layer of {name} and the loss are not computed in one: {error}. "
+                "Training is the same and needs memory for all logits; fused_linear=False says so.",
+                stacklevel=2,
+            )
+            return False
+        return True
 
 
 class RDropTrainer(RDropTrainerMixin, Trainer):

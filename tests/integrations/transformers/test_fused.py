@@ -1,0 +1,475 @@
+"""The last layer and the loss in one: the same training as with logits, without them."""
+
+import os
+import socket
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainingArguments
+
+from models import Rows
+from regdrop import RDropConfig
+from regdrop.integrations.transformers import RDropTrainer, find_head
+from regdrop.integrations.transformers import trainer as trainer_module
+from regdrop.integrations.transformers.fused import find_fused_head
+from regdrop.integrations.transformers.verify import check_fused_head
+from regdrop.loss import cross_entropy_terms
+
+WORDS = 90
+LLAMA = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 16,
+    "head_dim": 8,
+    "vocab_size": WORDS,
+    "max_position_embeddings": 16,
+    "initializer_range": 0.3,
+    "attention_dropout": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BART = {
+    "vocab_size": WORDS,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "decoder_start_token_id": 0,
+    "forced_eos_token_id": 1,
+    "init_std": 0.3,
+}
+T5 = {
+    "vocab_size": WORDS,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
+GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": WORDS, "n_positions": 16}
+BERT = {k: v for k, v in LLAMA.items() if k not in ("head_dim", "attention_dropout")}
+# Class, config, its options; what the logits go through after the layer.
+MODELS = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**LLAMA, "final_logit_softcapping": 2.0}),
+    "cohere": ("CohereForCausalLM", "CohereConfig", {**LLAMA, "logit_scale": 0.25}),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", {**LLAMA, "logits_scaling": 4.0}),
+    "bart": ("BartForConditionalGeneration", "BartConfig", BART),
+    "marian": ("MarianMTModel", "MarianConfig", BART),
+    "t5 tied": ("T5ForConditionalGeneration", "T5Config", T5),
+    "t5": ("T5ForConditionalGeneration", "T5Config", {**T5, "tie_word_embeddings": False}),
+    "bert": ("BertForMaskedLM", "BertConfig", BERT),
+}
+# The option has another name in newer versions of transformers.
+IS_RENAMED = hasattr(TrainingArguments, "activation_checkpointing")
+CHECKPOINTING = {"activation_checkpointing" if IS_RENAMED else "gradient_checkpointing": True}
+PAIRS = ("bart", "marian", "t5 tied", "t5")
+
+
+def build(name, **changes):
+    torch.manual_seed(4)
+    kind, config, options = MODELS[name]
+    config = getattr(transformers, config)(**{**options, **changes})
+    config._attn_implementation = "eager"
+    model = getattr(transformers, kind)(config)
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.normal_()
+    return model
+
+
+def rows(name, size=8):
+    generator = torch.Generator().manual_seed(3)
+    words = torch.randint(3, WORDS, (size, 7), generator=generator)
+    labels = torch.randint(3, WORDS, (size, 5 if name in PAIRS else 7), generator=generator)
+    labels[0, 3:] = labels[1, 2] = labels[5] = -100
+    return Rows(input_ids=words, attention_mask=torch.ones_like(words), labels=labels)
+
+
+def trainer_for(folder, name, rdrop, model=None, kind=RDropTrainer, **options):
+    defaults = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    return kind(
+        model=build(name) if model is None else model,
+        args=TrainingArguments(str(folder), **{**defaults, **options}),
+        train_dataset=rows(name),
+        eval_dataset=rows(name),
+        rdrop=rdrop,
+    )
+
+
+def seen_logits(model):
+    """Note the positions whose logits the model computes in training, a forward each."""
+    seen = []
+
+    def note(module, args, output):
+        if model.training:
+            seen.append(output.shape[1])
+
+    model.get_output_embeddings().register_forward_hook(note)
+    return seen
+
+
+def run(folder, name, rdrop, model=None, **options):
+    model = build(name) if model is None else model
+    seen = seen_logits(model)
+    trainer = trainer_for(folder, name, rdrop, model, **options)
+    trainer.train()
+    parts = ("loss", "nll", "kl", "grad_norm")
+    logs = [{k: v for k, v in x.items() if k in parts} for x in trainer.state.log_history]
+    return [p.detach().clone() for p in trainer.model.parameters()], logs, seen
+
+
+def assert_same(a, b, tolerance=1e-5):
+    (parameters, logs, _), (other_parameters, other_logs, _) = a, b
+    assert len(logs) == len(other_logs) > 1
+    for x, y in zip(logs, other_logs, strict=True):
+        assert x == pytest.approx(y, rel=10 * tolerance)
+    for x, y in zip(parameters, other_parameters, strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance / 10)
+
+
+def run_both(folder, name, rdrop, **options):
+    fused = run(folder, name, replace(rdrop, fused_linear=True), **options)
+    unfused = run(folder, name, replace(rdrop, fused_linear=False), **options)
+    assert set(fused[2]) == {1}
+    assert set(unfused[2]) == {5 if name in PAIRS else 7}
+    return fused, unfused
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_is_that_of_explicit_logits(tmp_path, name):
+    fused, unfused = run_both(tmp_path, name, RDropConfig(alpha=2.0))
+    assert_same(fused, unfused)
+    assert min(entry["kl"] for entry in fused[1] if "kl" in entry) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rdrop", "options"),
+    [
+        (RDropConfig(alpha=2.0, backward_passes=1), {}),
+        (RDropConfig(alpha=2.0, fraction=0.5), {}),
+        (RDropConfig(alpha=2.0, fraction=0.5, backward_passes=1, scale="sum"), {}),
+        (RDropConfig(alpha=2.0, num_passes=3, passes="sequential"), {}),
+        (RDropConfig(alpha=2.0, every_n_steps=2, monitor_steps=1, start_step=1), {}),
+        (RDropConfig(alpha=2.0, class_weight=tuple(1 + i % 3 for i in range(WORDS))), {}),
+        (RDropConfig(alpha=2.0, scale="sum"), {"label_smoothing_factor": 0.2}),
+        (
+            RDropConfig(alpha=2.0, class_weight=tuple(1 + i % 3 for i in range(WORDS))),
+            {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        ),
+        (RDropConfig(alpha=2.0), CHECKPOINTING),
+        (RDropConfig(alpha=0.0, num_passes=1, monitor_steps=1), {}),
+    ],
+    ids=str,
+)
+def test_options_mean_what_they_mean_with_logits(tmp_path, rdrop, options):
+    assert_same(*run_both(tmp_path, "gpt2", rdrop, **options))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5 tied", "gemma2"])
+def test_autocast_is_that_of_the_layer(tmp_path, name):
+    fused, unfused = run_both(tmp_path, name, RDropConfig(alpha=2.0), bf16=True)
+    assert_same(fused, unfused, 5e-3)
+
+
+def test_lora_on_the_body(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def train(fused):
+        options = {"target_modules": ["c_attn"], "lora_dropout": 0.2, "fan_in_fan_out": True}
+        config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options)
+        model = peft.get_peft_model(build("gpt2"), config)
+        seen = seen_logits(model.get_base_model())
+        rdrop = RDropConfig(alpha=2.0, fused_linear=fused)
+        trainer = trainer_for(tmp_path, "gpt2", rdrop, model)
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "kl" in entry]
+        logs = [{k: entry[k] for k in ("loss", "nll", "kl")} for entry in logs]
+        return list(model.parameters()), logs, seen
+
+    fused, unfused = train(True), train(False)
+    assert (set(fused[2]), set(unfused[2])) == ({1}, {7})
+    assert_same(fused, unfused)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Note the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_tensor_holds_all_logits(tmp_path, fused):
+    words = 2000
+    model = build("llama", vocab_size=words).train()
+    trainer = trainer_for(tmp_path, "llama", RDropConfig(fused_linear=fused), model)
+    generator = torch.Generator().manual_seed(0)
+    batch = {"input_ids": torch.randint(0, words, (64, 16), generator=generator)}
+    batch["labels"] = batch["input_ids"]
+    trainer.compute_loss(model, batch)  # the first call compares the model's own loss
+    with LargestTensor() as largest:
+        trainer.compute_loss(model, batch).backward()
+    logits = 2 * 64 * 16 * words
+    assert (largest.numel >= logits) is not fused
+    assert not fused or largest.numel <= 256 * words
+
+
+# --- when it is used -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("limit", "positions"), [(WORDS, 1), (WORDS + 1, 7)])
+def test_auto_leaves_small_vocabularies_alone(tmp_path, monkeypatch, limit, positions):
+    monkeypatch.setattr(trainer_module, "SMALLEST_FUSED_VOCABULARY", limit)
+    assert set(run(tmp_path, "gpt2", RDropConfig(alpha=2.0))[2]) == {positions}
+
+
+def test_outputs_that_are_asked_for_have_all_logits(tmp_path):
+    model = build("gpt2").train()
+    trainer = trainer_for(tmp_path, "gpt2", RDropConfig(fused_linear=True), model)
+    batch = dict(rows("gpt2").columns)
+    loss, output = trainer.compute_loss(model, batch, return_outputs=True)
+    assert output.logits.shape == (16, 7, WORDS)
+    assert output.hidden_states is None
+    assert loss.requires_grad
+
+
+def test_evaluation_computes_logits(tmp_path):
+    trainer = trainer_for(tmp_path, "gpt2", RDropConfig(fused_linear=True))
+    trainer.train()
+    output = trainer.predict(rows("gpt2"))
+    assert output.predictions.shape == (8, 7, WORDS)
+    assert not trainer.model.lm_head._forward_pre_hooks
+
+
+class DoubledLMHeadModel(transformers.GPT2LMHeadModel):
+    """Does more to its logits than anybody can read in its config."""
+
+    def forward(self, *args, labels=None, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * 2
+        if labels is not None:
+            logits = output.logits[:, :-1].flatten(0, 1)
+            output.loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+        return output
+
+
+class WholeLMHeadModel(transformers.GPT2LMHeadModel):
+    """Needs the logits of every position."""
+
+    def forward(self, input_ids, **kwargs):
+        output = super().forward(input_ids, **kwargs)
+        output.logits = output.logits.view(*input_ids.shape, WORDS)
+        return output
+
+
+class TwiceLMHeadModel(transformers.GPT2LMHeadModel):
+    """Calls its last layer for something else too."""
+
+    def forward(self, input_ids, **kwargs):
+        self.lm_head(self.transformer.wte(input_ids))
+        return super().forward(input_ids, **kwargs)
+
+
+class FunctionalLMHeadModel(transformers.GPT2LMHeadModel):
+    """Multiplies by the weight without calling the layer."""
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        hidden = self.transformer(input_ids).last_hidden_state
+        logits = nn.functional.linear(hidden, self.lm_head.weight)
+        return transformers.modeling_outputs.CausalLMOutput(logits=logits)
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class ScaledLMHeadModel(transformers.GPT2LMHeadModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head = ScaledLinear(16, WORDS, bias=False)
+
+
+UNKNOWN = {
+    DoubledLMHeadModel: "its logits are not those of its last layer",
+    WholeLMHeadModel: "its forward needs the logits of every position",
+    TwiceLMHeadModel: "its forward must call its last layer once, got 2 calls",
+    FunctionalLMHeadModel: "its forward must call its last layer once, got 0 calls",
+    ScaledLMHeadModel: r"its last layer must be a plain torch\.nn\.Linear, got ScaledLinear",
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_a_head_that_is_not_understood_is_trained_with_its_logits_and_told_once(
+    tmp_path, monkeypatch, kind
+):
+    monkeypatch.setattr(trainer_module, "SMALLEST_FUSED_VOCABULARY", WORDS)
+
+    def train(fused):
+        torch.manual_seed(4)
+        model = kind(transformers.GPT2Config(**GPT2))
+        rdrop = RDropConfig(alpha=2.0, fused_linear=fused)
+        return run(tmp_path, "gpt2", rdrop, model, remove_unused_columns=False)
+
+    with pytest.warns(UserWarning, match=UNKNOWN[kind]) as caught:
+        auto = train("auto")
+    assert sum(kind.__name__ in str(warning.message) for warning in caught) == 1
+    assert_same(auto, train(False))
+    with pytest.raises(ValueError, match=f"fused_linear=True .* {kind.__name__}: {UNKNOWN[kind]}"):
+        train(True)
+
+
+def test_a_head_of_ones_own_keeps_its_terms(tmp_path):
+    class Own(RDropTrainer):
+        def rdrop_head(self, model, inputs):
+            def terms(*args, **options):
+                return cross_entropy_terms(*args, **options)
+
+            return replace(super().rdrop_head(model, inputs), terms=terms, takes_inplace=False)
+
+    with pytest.raises(ValueError, match="its terms must be those of a cross entropy"):
+        run(tmp_path, "gpt2", RDropConfig(fused_linear=True), kind=Own)
+
+
+def test_other_heads_have_no_last_layer_to_take_over(tmp_path):
+    model = transformers.BertForTokenClassification(
+        transformers.BertConfig(**BERT, num_labels=WORDS)
+    )
+    with pytest.raises(ValueError, match="BertForTokenClassification: it is no language model"):
+        trainer_for(tmp_path, "bert", RDropConfig(fused_linear=True), model).train()
+
+
+def test_a_compiled_model_keeps_its_logits(tmp_path):
+    model = build("gpt2").train()
+    trainer = trainer_for(tmp_path, "gpt2", RDropConfig(fused_linear=True), model)
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match="GPT2LMHeadModel: it is compiled"):
+        trainer.compute_loss(compiled, dict(rows("gpt2").columns))
+
+
+def test_the_check_leaves_the_run_as_it_was():
+    model, batch = build("bart").train(), rows("bart").columns
+    state = torch.get_rng_state()
+    check_fused_head(model, find_head(model, batch))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+    assert not model.lm_head._forward_pre_hooks
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "softcap"), [("gemma2", 1.0, 2.0), ("cohere", 0.25, None), ("t5", 1.0, None)]
+)
+def test_what_follows_the_layer_is_read_from_the_config(name, scale, softcap):
+    projection = find_fused_head(build(name)).projection
+    assert (projection.scale, projection.softcap) == (scale, softcap)
+    assert projection.weight.shape == (WORDS, 16)
+
+
+# --- several processes -----------------------------------------------------------------------
+
+
+def plain_dropout(name):
+    """Return a model without dropout, whose passes differ by nothing that depends on ranks."""
+    if name == "bart":
+        return build(name, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
+    return build(name, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+
+class ShiftPass(nn.Module):
+    """Adds to the states of the second half of a stacked batch: passes differ without chance."""
+
+    def forward(self, x):
+        half = len(x) // 2
+        return torch.cat([x[:half], x[half:] * 1.5 + 0.1]) if self.training else x
+
+
+def shifted(name):
+    model = plain_dropout(name)
+    if name == "bart":
+        layer = model.model.decoder.layers[-1]
+        layer.final_layer_norm = nn.Sequential(layer.final_layer_norm, ShiftPass())
+    else:
+        model.transformer.ln_f = nn.Sequential(model.transformer.ln_f, ShiftPass())
+    return model
+
+
+def _worker(rank, port, folder, name, options):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    result = _train_shifted(folder, name, True, ddp_backend="gloo", **options)
+    if rank == 0:
+        torch.save(result, folder / "result.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _train_shifted(folder, name, fused, **options):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "R-Drop has nothing to compare")
+        rdrop = RDropConfig(alpha=2.0, fused_linear=fused)
+        return run(folder, name, rdrop, shifted(name), **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gpt2", {}),
+        ("gpt2", {"gradient_accumulation_steps": 2}),
+        ("bart", {"ddp_find_unused_parameters": False}),
+        ("gpt2", {"ddp_static_graph": True, "ddp_find_unused_parameters": False}),
+    ],
+)
+def test_two_processes_are_one(tmp_path, name, options):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    size = 2 // options.get("gradient_accumulation_steps", 1)
+    worker_options = {"per_device_train_batch_size": size, **options}
+    torch.multiprocessing.spawn(_worker, (port, tmp_path, name, worker_options), nprocs=2)
+    two = torch.load(tmp_path / "result.pt", weights_only=False)
+    assert set(two[2]) == {1}
+    for fused in (True, False):
+        assert_same(two, _train_shifted(tmp_path, name, fused))
