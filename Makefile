@@ -22,6 +22,7 @@ check: $(VENV)/.dev ## lint and type-check
 
 bench: $(VENV)/.dev ## measure the loss, the Trainer and a shared trunk; writes results/bench_*.json
 	$(BIN)/python benchmarks/bench_loss.py
+	$(BIN)/python benchmarks/bench_fused_linear.py
 	$(BIN)/python benchmarks/bench_trainer.py
 	$(BIN)/python benchmarks/bench_shared_prefix.py
 

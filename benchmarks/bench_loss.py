@@ -78,18 +78,22 @@ def synchronise(device: str) -> None:
 def peak_pairs(function: Loss, source: Tensor, target: Tensor, device: str) -> float:
     """Return the highest memory above the inputs, in logits pairs."""
     logits = source.clone().requires_grad_().view_as(source)
+    peak = peak_bytes(lambda: torch.autograd.grad(function(logits, target) * 1.5, logits), device)
+    return peak / (source.numel() * source.element_size())
+
+
+def peak_bytes(function: Callable[[], object], device: str) -> int:
+    """Return the highest memory that a function allocates."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        torch.autograd.grad(function(logits, target) * 1.5, logits)
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            torch.autograd.grad(function(logits, target) * 1.5, logits)
-        peak = highest_allocation(profiler)
-    return peak / (source.numel() * source.element_size())
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    return highest_allocation(profiler)
 
 
 def highest_allocation(profiler: profile) -> int:

@@ -202,7 +202,7 @@ def test_killing_the_command_ends_its_runs(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("compare", "digit"), "TASK must be one of images, understanding, translation, summarisation"),
+        (("compare", "digit"), "TASK must be one of images, understanding, translation, "),
         (("compare", "digits", "--arms", "rdrop,magic"), "got magic"),
         (("compare", "digits", "--alpha", "-1"), "alpha must be finite and at least 0"),
         (("train", "digits", "--arm", "magic"), "arm must be one of baseline"),

@@ -1,5 +1,6 @@
 """Exact unbiasedness: averages over every mask and every part of the batch, in float64."""
 
+from functools import partial
 from itertools import combinations, product
 
 import pytest
@@ -9,7 +10,8 @@ from torch import nn
 import reference
 from regdrop import RDropConfig
 from regdrop import step as step_module
-from regdrop.loss import cross_entropy_terms
+from regdrop.kernels import Projection
+from regdrop.loss import cross_entropy_terms, linear_cross_entropy_loss
 from regdrop.schedule import plan_step
 from regdrop.step import compute_step_loss
 
@@ -226,3 +228,45 @@ def test_num_items_is_the_denominator_of_both_terms(setup, fraction):
 
     # Two of the three items count.
     assert run(num_items=8).loss.item() == pytest.approx(run().loss.item() / 4)
+
+
+@pytest.mark.parametrize("scale", ["mean", "sum"])
+@pytest.mark.parametrize("backward_passes", [None, 1])
+@pytest.mark.parametrize("fraction", [0.4, 1.0])
+@pytest.mark.parametrize("alpha", [0.0, 2.0])
+def test_a_loss_that_computes_its_gradient_at_once_is_that_of_combined_terms(
+    scale, backward_passes, fraction, alpha
+):
+    weight = torch.randn(CLASSES, FEATURES, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(5, FEATURES, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 3, -100, 1, 1])
+    class_weight = torch.rand(CLASSES, dtype=torch.float64)
+    config = RDropConfig(
+        alpha=alpha,
+        num_passes=3,
+        scale=scale,
+        backward_passes=backward_passes,
+        fraction=fraction,
+        passes="sequential",
+    )
+
+    def terms(hidden, target, /, **options):
+        return cross_entropy_terms(hidden @ weight.T, target, weight=class_weight, **options)
+
+    def run(loss):
+        torch.manual_seed(1)
+        output = compute_step_loss(
+            lambda batch: batch * torch.rand_like(batch),
+            x,
+            target,
+            terms,
+            config,
+            plan_step(config, 0),
+            num_items=7.0,
+            num_weight=3.0,
+            loss=loss,
+        )
+        return output, torch.autograd.grad(output.loss, (x, weight))
+
+    fused = partial(linear_cross_entropy_loss, projection=Projection(weight), weight=class_weight)
+    torch.testing.assert_close(run(fused), run(None))

@@ -24,6 +24,7 @@ from regdrop.kernels.target import Target
 # that starting the threads costs more than the arithmetic (nor so slow when cores are shared).
 _LARGEST_SHARE = 64
 _SMALLEST_BLOCK = 2**19
+_SMALLEST_BLOCK_ON_DEVICES = 2**24
 
 
 class RowStatistics(NamedTuple):
@@ -91,13 +92,15 @@ class _ChunkedTerms(Function):
         return grad, None, None, None, None
 
 
-def _blocks(logits: Tensor) -> list[tuple[int, int]]:
+def row_blocks(logits: Tensor) -> list[tuple[int, int]]:
+    """Return the first and the last item, exclusive, of every block."""
     num_passes, num_items, num_classes = logits.shape
     if num_items == 0 or torch.compiler.is_compiling():
         return [(0, num_items)]
     # Blocks are computed in float32, so those of half-precision logits are twice as large.
     share = _LARGEST_SHARE * max(1, 4 // logits.element_size())
-    elements = max(_SMALLEST_BLOCK, logits.numel() // share)
+    smallest = _SMALLEST_BLOCK if logits.is_cpu else _SMALLEST_BLOCK_ON_DEVICES
+    elements = max(smallest, logits.numel() // share)
     rows = max(1, elements // (num_passes * max(1, num_classes)))
     return [(start, min(start + rows, num_items)) for start in range(0, num_items, rows)]
 
@@ -108,7 +111,7 @@ def forward_blocks(
     """Return each item's likelihood and divergence, and what their gradient needs of each row."""
     rows = _compiled(_forward_rows) if compiled else _forward_rows
     blocks = [
-        rows(logits[:, start:stop], target.rows(start, stop)) for start, stop in _blocks(logits)
+        rows(logits[:, start:stop], target.rows(start, stop)) for start, stop in row_blocks(logits)
     ]
     if len(blocks) == 1:
         nll, kl, *statistics = blocks[0]
@@ -158,7 +161,7 @@ def backward_blocks(
     # Writing through detach() increments the version that autograd checks.
     out = logits.detach() if inplace else torch.empty_like(logits)
     rows = _compiled(_backward_rows) if compiled else _backward_rows
-    for start, stop in _blocks(logits):
+    for start, stop in row_blocks(logits):
         rows(
             out[:, start:stop],
             logits[:, start:stop],

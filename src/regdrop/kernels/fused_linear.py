@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from regdrop.kernels.chunked import accumulator, backward_blocks, forward_blocks
+from regdrop.kernels.chunked import accumulator, backward_blocks, forward_blocks, row_blocks
 from regdrop.kernels.target import Target
 
-# Every chunk reads and writes the weight's gradient once: fewer rows would cost more than products.
+# Rows a chunk, all passes together. Every chunk reads and writes the weight's gradient once: with
+# fewer rows that costs more than the products do, the sooner the faster a device multiplies.
 _SMALLEST_CHUNK = 256
+_SMALLEST_CHUNK_ON_DEVICES = 1024
 
 
 class Projection(NamedTuple):
@@ -238,48 +240,80 @@ def _work(
         hidden.new_zeros(classes, dtype=wide) if wanted[2] else None,
     )
     size = _chunk_size(hidden, projection)
-    # Memory that was touched before is cheaper than new memory: all chunks share one buffer.
+    # Memory that was touched before is cheaper than new memory: all chunks share their buffers.
     buffer = hidden.new_empty(num_passes * size, classes, dtype=dtype)
+    scratch = torch.empty_like(weight) if wanted[1] and dtype != wide else None
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, num_items, size):
             stop = min(start + size, num_items)
             rows = hidden[:, start:stop].to(dtype).reshape(-1, features)
             products = _product(rows, weight, bias, out=buffer[: len(rows)])
-            logits = _shaped(products, projection).view(num_passes, stop - start, classes)
-            part = target.rows(start, stop)
-            terms[0, start:stop], terms[1, start:stop], statistics = forward_blocks(logits, part)
-            if not is_graded:
-                continue
-            slope = _slope(logits, projection)
-            grad_nll, grad_kl = (None if grad is None else grad[start:stop] for grad in grads)
-            grad = backward_blocks(
-                logits, part, statistics, grad_nll, grad_kl, backward_passes, inplace=True
-            )[:backward_passes]
-            if slope is not None:
-                grad.mul_(slope if isinstance(slope, float) else slope[:backward_passes])
-            grad = grad.view(-1, classes)
-            _accumulate(
-                gradients,
-                grad if grad.dtype == dtype else products[: len(grad)].copy_(grad),
-                rows[: len(grad)],
-                weight,
-                slice(start, stop),
-            )
+            passes = products.view(num_passes, stop - start, classes)
+            for low, high in row_blocks(passes):
+                items = slice(start + low, start + high)
+                grad_nll, grad_kl = (None if grad is None else grad[items] for grad in grads)
+                terms[:, items] = _compare(
+                    passes[:, low:high],
+                    projection,
+                    target.rows(items.start, items.stop),
+                    (grad_nll, grad_kl) if is_graded else (None, None),
+                    backward_passes,
+                )
+            if is_graded:
+                graded, items = backward_passes * (stop - start), slice(start, stop)
+                _accumulate(gradients, products[:graded], rows[:graded], weight, items, scratch)
     return terms[0], terms[1], gradients
 
 
+def _compare(
+    products: Tensor,
+    projection: Projection,
+    target: Target,
+    grads: tuple[Tensor | None, Tensor | None],
+    backward_passes: int,
+) -> Tensor:
+    """Return the terms of a block of items, (2, n), and overwrite its products by their gradient.
+
+    Args:
+        products: (num_passes, n, C), a part of the buffer.
+        projection: What makes logits of them.
+        target: What the n items are compared with.
+        grads: The gradient of each item's likelihood and divergence; without one the products are
+            of no further use.
+        backward_passes: The first passes that carry the gradient.
+    """
+    logits = _shaped(products, projection)
+    nll, kl, statistics = forward_blocks(logits, target)
+    if any(grad is not None for grad in grads):
+        slope = _slope(logits, projection)
+        backward_blocks(logits, target, statistics, *grads, backward_passes, inplace=True)
+        if slope is not None:
+            logits.mul_(slope)
+        if logits.dtype != products.dtype:
+            products.copy_(logits)
+    return torch.stack([nll, kl])
+
+
 def _accumulate(
-    gradients: _Gradients, grad: Tensor, rows: Tensor, weight: Tensor, items: slice
+    gradients: _Gradients,
+    grad: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    items: slice,
+    scratch: Tensor | None,
 ) -> None:
-    """Add what a chunk's gradient of the products, (rows, C), gives to the other gradients."""
+    """Add what a chunk's gradient of the products, (rows, C), gives to the other gradients.
+
+    `scratch`, of the weight's shape, takes a product that is added in another dtype than its own.
+    """
     if gradients.hidden is not None:
         out = gradients.hidden[: len(rows) // (items.stop - items.start), items]
         out.copy_((grad @ weight).view(out.shape))
     if gradients.weight is not None:
-        if grad.dtype == gradients.weight.dtype:
+        if scratch is None:
             gradients.weight.addmm_(grad.t(), rows)
         else:
-            gradients.weight.add_(grad.t() @ rows)
+            gradients.weight.add_(torch.mm(grad.t(), rows, out=scratch))
     if gradients.bias is not None:
         gradients.bias.add_(grad.sum(0, dtype=gradients.bias.dtype))
 
@@ -347,7 +381,10 @@ def _chunk_size(hidden: Tensor, projection: Projection) -> int:
     num_passes, num_items, features = hidden.shape
     size = projection.chunk_size
     if size is None:
-        rows = max(_SMALLEST_CHUNK, num_passes * num_items * features // len(projection.weight))
+        smallest = _SMALLEST_CHUNK if hidden.is_cpu else _SMALLEST_CHUNK_ON_DEVICES
+        # Half precision adds to the weight's gradient by way of a product of its own.
+        smallest *= 1 if projection.dtype in (torch.float32, torch.float64) else 2
+        rows = max(smallest, num_passes * num_items * features // len(projection.weight))
         size = -(-rows // num_passes)
         # Chunks of equal sizes: a small last one would cost as much as a whole one.
         size = -(-num_items // max(1, -(-num_items // size)))
