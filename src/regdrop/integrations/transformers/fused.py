@@ -100,12 +100,12 @@ def _exposed_input(model: nn.Module, layer: nn.Linear) -> Iterator[list[torch.dt
     dtypes: list[torch.dtype | None] = []
 
     def before_layer(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        (hidden,) = args
-        if hidden.dim() != 3:
+        shapes = [tuple(x.shape) for x in args]
+        if [len(shape) for shape in shapes] != [3]:
             raise ValueError(
-                "its last layer must read states of shape (batch, length, features), "
-                f"got {tuple(hidden.shape)}"
+                f"its last layer must read states (batch, length, features), got shapes {shapes}"
             )
+        (hidden,) = args
         device = hidden.device.type
         is_cast = torch.is_autocast_enabled(device)
         dtypes.append(torch.get_autocast_dtype(device) if is_cast else None)
