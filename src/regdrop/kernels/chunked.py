@@ -1,23 +1,16 @@
-"""The R-Drop terms in closed form, a block of rows at a time.
+"""The R-Drop terms in closed form, a block of rows at a time, in plain PyTorch.
 
-With p_i = softmax(z_i), d_i = z_i - mean_j z_j and E_i = sum_v p_i d_i, an item's symmetric KL,
-averaged over the pairs of m passes, is `sum_i E_i / (m - 1)`: row constants cancel, so neither a
-logarithm nor a log-sum-exp enters it. Its gradient with respect to z_i is
-
-    (p_i (1 + d_i - E_i) - mean_j p_j) / (m - 1),
-
-and that of the likelihood is `(mass * p_i - target) / m`. The forward keeps three numbers a row;
-the backward writes the gradient once, with the upstream gradient folded in in float32.
+The formulas are in `closed_form.py`. The forward keeps three numbers a row.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
 
+from regdrop.kernels.closed_form import ClosedForm, accumulator, closed_form_terms
 from regdrop.kernels.target import Target
 
 # Temporary blocks together stay below a twentieth of the logits, but a block is never so small
@@ -51,45 +44,12 @@ def chunked_terms(
         The negative log-likelihood, mean over passes, and the symmetric KL, mean over pairs of
         passes, both (N,) and 0 on invalid items.
     """
-    if torch.is_grad_enabled() and logits.requires_grad:
-        nll, kl = _ChunkedTerms.apply(logits, target, backward_passes, inplace, compiled)
-    else:
-        nll, kl, _ = forward_blocks(logits.detach(), target, compiled)
-    return nll, kl
-
-
-class _ChunkedTerms(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Target,
-        backward_passes: int,
-        inplace: bool,
-        compiled: bool,
-    ) -> tuple[Tensor, Tensor]:
-        nll, kl, statistics = forward_blocks(logits, target, compiled)
-        ctx.save_for_backward(logits, *statistics, *(x for x in target if isinstance(x, Tensor)))
-        ctx.label_smoothing = target.label_smoothing
-        ctx.target_fields = [isinstance(x, Tensor) for x in target]
-        # The compiler decides by itself which buffers to reuse.
-        ctx.options = (backward_passes, inplace and not torch.compiler.is_compiling(), compiled)
-        ctx.set_materialize_grads(False)
-        return nll, kl
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Any:
-        if grad_nll is None and grad_kl is None:
-            return None, None, None, None, None
-        logits, maximum, inverse_sum, mean_difference, *rest = ctx.saved_tensors
-        classes, probabilities, weight, _, valid = (
-            rest.pop(0) if given else None for given in ctx.target_fields
-        )
-        target = Target(classes, probabilities, weight, ctx.label_smoothing, valid)
-        statistics = RowStatistics(maximum, inverse_sum, mean_difference)
-        grad = backward_blocks(logits, target, statistics, grad_nll, grad_kl, *ctx.options)
-        return grad, None, None, None, None
+    kernel = ClosedForm(
+        partial(forward_blocks, compiled=compiled), partial(backward_blocks, compiled=compiled)
+    )
+    return closed_form_terms(
+        logits, target, kernel, backward_passes=backward_passes, inplace=inplace
+    )
 
 
 def row_blocks(logits: Tensor) -> list[tuple[int, int]]:
@@ -144,22 +104,16 @@ def _forward_rows(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tenso
 
 
 def backward_blocks(
+    out: Tensor,
     logits: Tensor,
     target: Target,
-    statistics: RowStatistics,
+    statistics: tuple[Tensor, ...],
     grad_nll: Tensor | None,
     grad_kl: Tensor | None,
     backward_passes: int,
-    inplace: bool,
     compiled: bool = False,
-) -> Tensor:
-    """Return the gradient of the logits from that of each item's likelihood and divergence."""
-    num_passes = logits.shape[0]
-    scale = num_passes / backward_passes
-    grad_nll = None if grad_nll is None else grad_nll * (scale / num_passes)
-    grad_kl = None if grad_kl is None else grad_kl * (scale / max(1, num_passes - 1))
-    # Writing through detach() increments the version that autograd checks.
-    out = logits.detach() if inplace else torch.empty_like(logits)
+) -> None:
+    """Write the gradient of the logits, as `BackwardKernel` describes it."""
     rows = _compiled(_backward_rows) if compiled else _backward_rows
     for start, stop in row_blocks(logits):
         rows(
@@ -168,10 +122,9 @@ def backward_blocks(
             target.rows(start, stop),
             RowStatistics(*(x[:, start:stop] for x in statistics)),
             None if grad_nll is None else grad_nll[start:stop],
-            None if grad_kl is None or num_passes == 1 else grad_kl[start:stop],
+            None if grad_kl is None else grad_kl[start:stop],
             backward_passes,
         )
-    return out
 
 
 def _backward_rows(
@@ -207,11 +160,6 @@ def _backward_rows(
         grad.masked_fill_(~target.valid[None, :, None], 0)
     out[:backward_passes].copy_(grad)
     out[backward_passes:].zero_()
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which sums over numbers of `dtype` are taken."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _difference(x: Tensor) -> Tensor:

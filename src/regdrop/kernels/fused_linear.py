@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from regdrop.kernels.chunked import accumulator, backward_blocks, forward_blocks, row_blocks
+from regdrop.kernels.chunked import backward_blocks, forward_blocks, row_blocks
+from regdrop.kernels.closed_form import accumulator, scale_gradients
 from regdrop.kernels.target import Target
 
 # Rows a chunk, all passes together. Every chunk reads and writes the weight's gradient once: with
@@ -286,7 +287,8 @@ def _compare(
     nll, kl, statistics = forward_blocks(logits, target)
     if any(grad is not None for grad in grads):
         slope = _slope(logits, projection)
-        backward_blocks(logits, target, statistics, *grads, backward_passes, inplace=True)
+        scaled = scale_gradients(*grads, len(logits), backward_passes)
+        backward_blocks(logits, logits, target, statistics, *scaled, backward_passes)
         if slope is not None:
             logits.mul_(slope)
         if logits.dtype != products.dtype:
