@@ -8,6 +8,10 @@ implementations' form (`log_softmax`, `softmax`, `kl_div` both ways, two cross e
 calls of `F.cross_entropy`, and the copy floor: reading the logits once and writing them once into
 a buffer that was touched before. Peak memory is what was allocated above the inputs, in logits
 pairs: the gradient alone is 1.
+
+On a GPU also the Triton kernel, with its share of the bandwidth of that copy (the kernel reads the
+logits twice and writes them once), and Liger's cross entropy of the same rows, without a KL, where
+`liger_kernel` is installed. Apple's `cut_cross_entropy` takes no logits, so it is not comparable.
 """
 
 import argparse
@@ -19,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -36,7 +41,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 import reference  # noqa: E402  the baseline of the tests
 
-SHAPES = [(4096, 10_000), (1024, 32_000), (256, 128_000)]
+SHAPES = {
+    "cpu": [(4096, 10_000), (1024, 32_000), (256, 128_000)],
+    "cuda": [(8192, 10_000), (4096, 32_000), (2048, 128_000), (1024, 256_000)],
+}
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -55,7 +63,24 @@ def variants() -> dict[str, Loss]:
         "chunked": ours("chunked"),
         "chunked, in place": ours("chunked", True),
         **(compiled if can_compile else {}),
+        **(gpu_variants() if torch.cuda.is_available() else {}),
     }
+
+
+def gpu_variants() -> dict[str, Loss]:
+    """Return what runs on a GPU alone, by name."""
+    found: dict[str, Loss] = {}
+    if find_spec("triton") is not None:
+        for name, inplace in (("triton", False), ("triton, in place", True)):
+            found[name] = lambda x, y, inplace=inplace: (
+                rdrop_cross_entropy(x, y, alpha=1.0, impl="triton", inplace=inplace).loss
+            )
+    if find_spec("liger_kernel") is not None:
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        # It overwrites the logits, as ours does in place.
+        found["Liger's cross entropy, in place"] = lambda x, y: liger_cross_entropy(x, y.repeat(2))
+    return found
 
 
 def time_once(function: Loss, source: Tensor, target: Tensor, device: str) -> float:
@@ -142,7 +167,20 @@ def measure(
             name: value / medians["copy floor"] for name, value in medians.items()
         },
         "peak_logits_pairs": peaks,
-        **({"milliseconds": {n: v * 1e3 for n, v in medians.items()}} if device == "cuda" else {}),
+        **(gpu_figures(medians) if device == "cuda" else {}),
+    }
+
+
+def gpu_figures(medians: dict[str, float]) -> dict[str, object]:
+    """Return times, and the kernel's bytes a second over those of the copy."""
+    copied, moved = 2, 3  # logits read or written, in pairs
+    return {
+        "milliseconds": {name: value * 1e3 for name, value in medians.items()},
+        "share_of_copy_bandwidth": {
+            name: moved / value / (copied / medians["copy floor"])
+            for name, value in medians.items()
+            if name.startswith("triton")
+        },
     }
 
 
@@ -166,6 +204,10 @@ def show(results: list[dict[str, object]], console: Console) -> None:
             shown = f"{peak[name]:.2f}" if name in peak else ""
             table.add_row(name, f"{speed[name]:.2f}x", f"{floor[name]:.1f}x", shown)
         console.print(table)
+        shares = result.get("share_of_copy_bandwidth", {})
+        assert isinstance(shares, dict)
+        for name, share in shares.items():
+            console.print(f"{name}: {share:.0%} of the copy's bandwidth")
 
 
 def main() -> None:
@@ -176,7 +218,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = [torch.float32] if arguments.quick else [torch.float32, torch.bfloat16]
-    shapes = [(64, 1000)] if arguments.quick else SHAPES
+    shapes = [(64, 1000)] if arguments.quick else SHAPES[device]
     cases = [(rows, classes, dtype) for dtype in dtypes for rows, classes in shapes]
     console = Console()
     results = []

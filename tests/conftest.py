@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -6,6 +7,11 @@ import torch
 
 # The slow reference beside the tests is imported by name.
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+# Without a GPU, Triton interprets its kernels: to be set before anything imports it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
+from implementations import TRITON
 from regdrop import RDropCrossEntropyLoss, rdrop_cross_entropy
 
 IMPLEMENTATIONS = ["eager", "chunked"]
+CLOSED_FORMS = ["chunked", TRITON]
+ALL = ["eager", *CLOSED_FORMS]
 # On a CPU torch.compile writes C++; without a compiler its graphs can be traced all the same.
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 
@@ -29,7 +32,7 @@ def gradient(logits, target, upstream=1.0, **options):
     return logits.grad
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("num_passes", [2, 3, 4])
 @pytest.mark.parametrize("scale", ["sum", "mean"])
 @pytest.mark.parametrize(
@@ -51,7 +54,7 @@ def test_value_is_that_of_the_paper(impl, num_passes, scale, options):
     assert output.loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_probability_targets(impl, label_smoothing, weighted):
@@ -67,7 +70,7 @@ def test_probability_targets(impl, label_smoothing, weighted):
     torch.testing.assert_close(output.nll, torch_nll)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
@@ -101,10 +104,11 @@ def test_gradcheck(impl, num_passes, reduction, label_smoothing):
     assert torch.autograd.gradcheck(loss, logits.requires_grad_())
 
 
+@pytest.mark.parametrize("impl", CLOSED_FORMS)
 @pytest.mark.parametrize("num_passes", [2, 3])
 @pytest.mark.parametrize("backward_passes", [1, 2, None])
 @pytest.mark.parametrize("kind", ["index", "weighted", "smoothed", "probabilities"])
-def test_chunked_gradient_equals_eager(num_passes, backward_passes, kind):
+def test_closed_gradient_equals_eager(impl, num_passes, backward_passes, kind):
     logits, target = make(num_passes, ignored=[4])
     options = {"alpha": 0.8, "num_passes": num_passes, "backward_passes": backward_passes}
     if kind in ("weighted", "smoothed"):
@@ -116,8 +120,8 @@ def test_chunked_gradient_equals_eager(num_passes, backward_passes, kind):
     upstream = 0.37
     eager = gradient(logits, target, upstream, impl="eager", **options)
     for inplace in (False, True):
-        chunked = gradient(logits, target, upstream, impl="chunked", inplace=inplace, **options)
-        torch.testing.assert_close(chunked, eager, rtol=1e-10, atol=1e-14)
+        closed = gradient(logits, target, upstream, impl=impl, inplace=inplace, **options)
+        torch.testing.assert_close(closed, eager, rtol=1e-10, atol=1e-14)
 
 
 @settings(max_examples=60, deadline=None)
@@ -192,7 +196,7 @@ def test_error_is_at_most_that_of_eager(dtype, shape, label_smoothing):
         assert ours <= eager + granted
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ALL)
 def test_extreme_logits(impl):
     logits = torch.tensor([[1e4, -1e4, 0.0], [1e4, 1e4, -1e4], [-1e4, 1e4, 1.0], [1e4, 1e4, -1e4]])
     target = torch.tensor([0, 1])
@@ -202,7 +206,7 @@ def test_extreme_logits(impl):
     assert gradient(logits, target, alpha=1.0, impl=impl).isfinite().all()
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ALL)
 def test_constant_added_to_a_row_changes_nothing(impl):
     logits, target = make(dtype=torch.float32)
     shift = torch.tensor([1000.0, -1000.0] * 5)[:, None]
@@ -213,7 +217,7 @@ def test_constant_added_to_a_row_changes_nothing(impl):
     torch.testing.assert_close(a.kl, b.kl, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("num_passes", [2, 3])
 def test_class_masked_in_every_pass_contributes_nothing(impl, num_passes):
     logits, target = make(num_passes)
@@ -228,7 +232,7 @@ def test_class_masked_in_every_pass_contributes_nothing(impl, num_passes):
     assert (gradient(masked, target, **options)[:, -2:] == 0).all()
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("num_passes", [2, 3])
 def test_class_masked_in_one_pass_is_an_error(impl, num_passes):
     logits, target = make(num_passes)
@@ -237,14 +241,14 @@ def test_class_masked_in_one_pass_is_an_error(impl, num_passes):
         rdrop_cross_entropy(logits, target, alpha=1.0, num_passes=num_passes, impl=impl)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ALL)
 def test_nan_stays_nan(impl):
     logits, target = make()
     logits[0, 0] = math.nan
     assert rdrop_cross_entropy(logits, target, alpha=1.0, impl=impl).loss.isnan()
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_all_ignored_gives_zero_loss_and_gradient(impl, weighted):
     logits, _ = make()
@@ -255,14 +259,14 @@ def test_all_ignored_gives_zero_loss_and_gradient(impl, weighted):
     assert (gradient(logits, target, alpha=1.0, weight=weight, impl=impl) == 0).all()
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ALL)
 def test_empty_batch(impl):
     logits, target = torch.zeros(0, 7), torch.zeros(0, dtype=torch.long)
     assert rdrop_cross_entropy(logits, target, alpha=1.0, impl=impl).loss.item() == 0
     assert gradient(logits, target, alpha=1.0, impl=impl).shape == (0, 7)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ALL)
 def test_ignored_rows_get_exact_zeros_whatever_they_hold(impl):
     logits, target = make(ignored=[2])
     clean = gradient(logits, target, alpha=1.0, impl=impl)
@@ -272,7 +276,8 @@ def test_ignored_rows_get_exact_zeros_whatever_they_hold(impl):
     torch.testing.assert_close(grad, clean)
 
 
-def test_non_contiguous_logits():
+@pytest.mark.parametrize("impl", CLOSED_FORMS)
+def test_non_contiguous_logits(impl):
     logits, target = make()
     wide = torch.stack([logits, logits], -1)[..., 0]
     assert not wide.is_contiguous()
@@ -280,11 +285,11 @@ def test_non_contiguous_logits():
         a = wide.requires_grad_(False).clone(memory_format=torch.preserve_format)
         leaf = logits.clone().requires_grad_()
         strided = torch.stack([leaf, leaf], -1)[..., 0]
-        rdrop_cross_entropy(strided, target, alpha=1.0, inplace=inplace).loss.backward()
+        rdrop_cross_entropy(strided, target, alpha=1.0, inplace=inplace, impl=impl).loss.backward()
         torch.testing.assert_close(leaf.grad, gradient(a, target, alpha=1.0))
     transposed = logits.T.contiguous().T
     torch.testing.assert_close(
-        gradient(transposed, target, alpha=1.0), gradient(logits, target, alpha=1.0)
+        gradient(transposed, target, alpha=1.0, impl=impl), gradient(logits, target, alpha=1.0)
     )
 
 
@@ -302,36 +307,39 @@ def test_many_blocks_equal_one(monkeypatch):
     torch.testing.assert_close(gradient(logits, target, **options), one_grad)
 
 
-def test_second_backward():
+@pytest.mark.parametrize("impl", CLOSED_FORMS)
+def test_second_backward(impl):
     logits, target = make()
     leaf = logits.clone().requires_grad_()
-    loss = rdrop_cross_entropy(leaf * 1, target, alpha=1.0).loss
+    loss = rdrop_cross_entropy(leaf * 1, target, alpha=1.0, impl=impl).loss
     loss.backward(retain_graph=True)
     once = leaf.grad.clone()
     loss.backward()
     torch.testing.assert_close(leaf.grad, 2 * once)
 
     leaf = logits.clone().requires_grad_()
-    loss = rdrop_cross_entropy(leaf * 1, target, alpha=1.0, inplace=True).loss
+    loss = rdrop_cross_entropy(leaf * 1, target, alpha=1.0, inplace=True, impl=impl).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_inplace_overwrites_the_logits_in_the_backward_only():
+@pytest.mark.parametrize("impl", CLOSED_FORMS)
+def test_inplace_overwrites_the_logits_in_the_backward_only(impl):
     logits, target = make()
     leaf = logits.clone().requires_grad_()
     stacked = leaf * 1
-    loss = rdrop_cross_entropy(stacked, target, alpha=1.0, inplace=True).loss
+    loss = rdrop_cross_entropy(stacked, target, alpha=1.0, inplace=True, impl=impl).loss
     torch.testing.assert_close(stacked.detach(), logits)
     loss.backward()
     torch.testing.assert_close(stacked.detach(), leaf.grad)
 
 
-def test_head_that_needs_its_output_raises_under_inplace():
+@pytest.mark.parametrize("impl", CLOSED_FORMS)
+def test_head_that_needs_its_output_raises_under_inplace(impl):
     logits, target = make()
     leaf = logits.clone().requires_grad_()
-    loss = rdrop_cross_entropy(torch.relu(leaf), target, alpha=1.0, inplace=True).loss
+    loss = rdrop_cross_entropy(torch.relu(leaf), target, alpha=1.0, inplace=True, impl=impl).loss
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -506,7 +514,6 @@ def test_module_is_the_function():
         ({"reduction": "avg"}, ValueError, "reduction must be one of"),
         ({"scale": "avg"}, ValueError, "scale must be one of"),
         ({"impl": "fast"}, ValueError, "impl must be one of"),
-        ({"impl": "triton"}, ValueError, "'triton' is not available"),
         ({"backward_passes": 3}, ValueError, "backward_passes must be None or from 1"),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be between"),
         ({"num_items": -1}, ValueError, "num_items must be finite and at least 0"),

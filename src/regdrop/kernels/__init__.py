@@ -1,5 +1,9 @@
 """How the R-Drop terms are computed: one function, several implementations of it."""
 
+import os
+import shutil
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -11,9 +15,6 @@ from regdrop.kernels.fused_linear import Projection, linear_loss, linear_terms, 
 from regdrop.kernels.target import Target
 
 Implementation = Literal["auto", "eager", "chunked", "compiled", "cpp", "triton"]
-
-# Named in the public API; their kernels are not part of this release.
-_PLANNED = ("cpp", "triton")
 
 __all__ = [
     "Implementation",
@@ -41,24 +42,24 @@ def rdrop_terms(
         target: What the N items are compared with.
         backward_passes: The first passes that carry the gradient, times num_passes / this.
         inplace: Let the gradient overwrite `logits` in the backward.
-        impl: "auto" takes the chunked closed form, or the eager form where the target itself
-            requires a gradient; it never builds or compiles anything.
+        impl: "auto" takes the eager form where the target itself requires a gradient, else the
+            Triton kernel on a GPU where it can run, else the chunked closed form. It never builds
+            anything and never calls torch.compile. Inside torch.compile every closed form is the
+            chunked one, which the compiler fuses.
 
     Raises:
         ValueError: For an unknown or unavailable `impl`, or one that cannot do what is asked.
     """
     if impl not in get_args(Implementation):
         raise ValueError(f"impl must be one of {get_args(Implementation)}, got {impl!r}")
-    if impl in _PLANNED:
-        raise ValueError(
-            f"impl={impl!r} is not available in this release; "
-            "use 'auto', 'eager', 'chunked' or 'compiled'"
-        )
     needs_target_gradient = torch.is_grad_enabled() and any(
         isinstance(field, Tensor) and field.requires_grad for field in target
     )
     if impl == "auto":
-        impl = "eager" if needs_target_gradient else "chunked"
+        if needs_target_gradient:
+            impl = "eager"
+        else:
+            impl = "triton" if logits.is_cuda and _can_run_triton(logits.device) else "chunked"
     if impl == "eager":
         if inplace:
             raise ValueError(
@@ -70,10 +71,30 @@ def rdrop_terms(
         raise ValueError(
             f"impl={impl!r} gives no gradient to target or weight; detach them or use impl='eager'"
         )
+    if impl == "triton" and not torch.compiler.is_compiling():
+        if find_spec("triton") is None:
+            raise ValueError(
+                "impl='triton' needs the package triton, which is not installed; "
+                "use 'auto' or 'chunked'"
+            )
+        from regdrop.kernels.triton_rows import triton_terms
+
+        return triton_terms(logits, target, backward_passes=backward_passes, inplace=inplace)
     return chunked_terms(
         logits,
         target,
         backward_passes=backward_passes,
         inplace=inplace,
         compiled=impl == "compiled" and not torch.compiler.is_compiling(),
+    )
+
+
+@cache
+def _can_run_triton(device: torch.device) -> bool:
+    """Return whether Triton is installed, finds the C compiler it needs, and knows this GPU."""
+    compiler = os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))
+    return (
+        find_spec("triton") is not None
+        and bool(compiler)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )

@@ -59,7 +59,8 @@ def rdrop_cross_entropy(
             unbiased; the others may come from a forward without gradient. None: all.
         inplace: Let the gradient overwrite `logits` in the backward, which saves their memory. A
             layer whose own backward needs its output raises.
-        impl: "auto", "eager", "chunked", "compiled", "cpp" or "triton".
+        impl: "auto", or how to compute it: "eager", "chunked", "compiled", "cpp" or "triton"
+            (docs/performance.md).
 
     Returns:
         The loss and its two parts, float32 for half-precision logits.

@@ -1,0 +1,274 @@
+"""The Triton kernel: on a GPU where there is one, else interpreted on the CPU."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regdrop import rdrop_cross_entropy
+from regdrop.kernels import Target, rdrop_terms
+
+pytest.importorskip("triton", reason="triton is not installed")
+triton_rows = pytest.importorskip("regdrop.kernels.triton_rows")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(num_passes, batch, classes, *, ignored=(), dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num_passes * batch, classes, generator=generator, dtype=torch.float64) * 2
+    target = torch.randint(0, classes, (batch,), generator=generator)
+    target[list(ignored)] = -100
+    return logits.to(DEVICE, dtype), target.to(DEVICE)
+
+
+def gradient(logits, target, upstream=1.0, **options):
+    logits = logits.detach().clone().requires_grad_()
+    (rdrop_cross_entropy(logits, target, **options).loss * upstream).sum().backward()
+    return logits.grad
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 64 elements: several a row."""
+    monkeypatch.setattr(triton_rows, "_BLOCK_ELEMENTS", 64)
+
+
+@pytest.mark.parametrize("num_passes", [2, 3])
+def test_gradcheck_over_several_blocks(num_passes, monkeypatch):
+    monkeypatch.setattr(triton_rows, "_BLOCK_ELEMENTS", 4)
+    logits, target = make(num_passes, 1, 3)
+    options = {"alpha": 1.3, "num_passes": num_passes, "label_smoothing": 0.1, "impl": "triton"}
+
+    def loss(x):
+        return rdrop_cross_entropy(x, target, **options).loss
+
+    assert torch.autograd.gradcheck(loss, logits.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 5), (3, 1000), (2, 9001)])
+@pytest.mark.parametrize(("num_passes", "inplace"), [(2, False), (2, True), (3, False)])
+def test_error_is_at_most_that_of_eager(dtype, shape, num_passes, inplace):
+    """Against float64 on the same rounded logits, with ignored rows and an upstream gradient."""
+    logits, target = make(num_passes, *shape, ignored=[1], dtype=dtype)
+    options = {"alpha": 1.0, "num_passes": num_passes, "label_smoothing": 0.1}
+    upstream = 3.7
+    truth = rdrop_cross_entropy(logits.double(), target, impl="eager", **options)
+    true_grad = gradient(logits.double(), target, upstream, impl="eager", **options)
+    errors = []
+    for choice in ({"impl": "triton", "inplace": inplace}, {"impl": "eager"}):
+        output = rdrop_cross_entropy(logits, target, **choice, **options)
+        grad = gradient(logits, target, upstream, **choice, **options)
+        assert output.loss.dtype == torch.float32
+        assert grad.dtype == dtype
+        errors.append(
+            [
+                (output.kl - truth.kl).abs().item(),
+                (output.nll - truth.nll).abs().item(),
+                (grad.double() - true_grad).norm().item(),
+            ]
+        )
+    # One rounding of the result is granted where both are that close.
+    slack = [truth.kl.item() * 2e-7, truth.nll.item() * 2e-7, true_grad.norm().item() * 1e-7]
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        # The interpreter cuts digits off where a GPU rounds to bfloat16: up to one unit, not half.
+        grad = gradient(logits, target, upstream, impl="triton", inplace=inplace, **options)
+        wrong = (grad.double() - true_grad).abs()
+        assert (wrong <= true_grad.abs() * 2**-7 + slack[2]).all()
+        slack[2] = math.inf
+    for ours, eager, granted in zip(*errors, slack, strict=True):
+        assert ours <= eager + granted
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    num_passes=st.integers(1, 5),
+    batch=st.integers(0, 2),
+    classes=st.integers(1, 50),
+    backward_passes=st.integers(1, 5),
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    weighted=st.booleans(),
+    probabilities=st.booleans(),
+    block=st.sampled_from([32, 8192]),
+    seed=st.integers(0, 1000),
+)
+def test_agrees_with_eager_on_any_shape(
+    num_passes,
+    batch,
+    classes,
+    backward_passes,
+    label_smoothing,
+    weighted,
+    probabilities,
+    block,
+    seed,
+):
+    logits, target = make(num_passes, batch, classes, seed=seed)
+    target[torch.rand(batch) < 0.3] = -100
+    if probabilities:
+        target = torch.rand(batch, classes, device=DEVICE).double().softmax(-1)
+    options = {
+        "alpha": 0.0 if num_passes == 1 else 1.7,
+        "num_passes": num_passes,
+        "backward_passes": min(num_passes, backward_passes),
+        "label_smoothing": label_smoothing,
+        "weight": torch.rand(classes, device=DEVICE) + 0.1 if weighted else None,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_rows, "_BLOCK_ELEMENTS", block)
+        ours = rdrop_cross_entropy(logits, target, impl="triton", **options)
+        grad = gradient(logits, target, 1.5, impl="triton", **options)
+    eager = rdrop_cross_entropy(logits, target, impl="eager", **options)
+    for a, b in zip(ours, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(
+        grad, gradient(logits, target, 1.5, impl="eager", **options), rtol=1e-8, atol=1e-11
+    )
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("num_passes", [2, 3])
+def test_rising_maxima_and_rows_far_apart_keep_their_digits(num_passes):
+    """Sums are relative to running maxima: neither their rise nor a row's constant costs digits."""
+    logits, target = make(num_passes, 3, 300, dtype=torch.float32)
+    logits += torch.arange(300, device=DEVICE) * 0.5
+    shift = torch.arange(num_passes * 3, device=DEVICE)[:, None] * 2048.0
+    rounded = (logits + shift) - shift
+    options = {"alpha": 1.0, "num_passes": num_passes, "label_smoothing": 0.1}
+    truth = rdrop_cross_entropy(rounded.double(), target, impl="eager", **options)
+    output = rdrop_cross_entropy(rounded + shift, target, impl="triton", **options)
+    assert output.kl.item() == pytest.approx(truth.kl.item(), rel=1e-5)
+    assert output.nll.item() == pytest.approx(truth.nll.item(), rel=1e-6)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("where", ["first block", "last block", "all but one"])
+def test_masked_blocks_contribute_nothing(where):
+    logits, target = make(2, 3, 100, dtype=torch.float32)
+    keep = {
+        "first block": torch.arange(100) >= 32,
+        "last block": torch.arange(100) < 64,
+        "all but one": torch.arange(100) == 50,
+    }[where].to(DEVICE)
+    target = keep.nonzero()[:3, 0].flip(0)
+    target = target.expand(3) if target.numel() == 1 else target
+    masked = logits.masked_fill(~keep, -math.inf)
+    compact = torch.searchsorted(keep.nonzero()[:, 0], target.contiguous())
+    ours = rdrop_cross_entropy(masked, target, alpha=1.0, impl="triton")
+    small = rdrop_cross_entropy(logits[:, keep], compact, alpha=1.0, impl="eager")
+    torch.testing.assert_close(ours.loss, small.loss, rtol=1e-6, atol=1e-6)
+    grad = gradient(masked, target, alpha=1.0, impl="triton")
+    assert (grad[:, ~keep] == 0).all()
+    expected = gradient(logits[:, keep], compact, alpha=1.0, impl="eager")
+    torch.testing.assert_close(grad[:, keep], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_offsets_beyond_32_bits():
+    """Passes 2^31 elements apart; memory that is not touched is not taken."""
+    passes = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE).as_strided(
+        (2, 3, 8), (2**31, 8, 1)
+    )
+    small, index = make(2, 3, 8, dtype=torch.float16)
+    passes.copy_(small.view(2, 3, 8))
+    target = Target(index, None, None, 0.0, None)
+    grads = []
+    for logits, inplace in ((passes, True), (small.view(2, 3, 8), False)):
+        leaf = logits.detach().requires_grad_()
+        options = {"backward_passes": 2, "inplace": inplace, "impl": "triton"}
+        nll, kl = rdrop_terms(leaf.view_as(leaf), target, **options)
+        grads.append(torch.autograd.grad((nll + kl).sum(), leaf)[0])
+    assert grads[0].data_ptr() == passes.data_ptr()
+    torch.testing.assert_close(*grads)
+    assert grads[0].abs().sum() > 0
+
+
+def test_forward_alone_keeps_nothing():
+    logits, target = make(2, 3, 8, dtype=torch.float32)
+    with torch.no_grad():
+        output = rdrop_cross_entropy(logits.requires_grad_(), target, alpha=1.0, impl="triton")
+    assert output.loss.grad_fn is None
+
+
+def test_auto_takes_it_on_a_gpu_where_it_can_run(monkeypatch):
+    import regdrop.kernels as kernels
+
+    asked = []
+    monkeypatch.setattr(kernels, "_can_run_triton", lambda device: device.index == 0)
+    monkeypatch.setattr(triton_rows, "triton_terms", lambda *_, **__: asked.append("triton"))
+    monkeypatch.setattr(kernels, "chunked_terms", lambda *_, **__: asked.append("chunked"))
+    target = Target(torch.zeros(3, dtype=torch.long), None, None, 0.0, None)
+
+    class OnDevice:
+        def __init__(self, name):
+            self.device = torch.device(name)
+            self.is_cuda = self.device.type == "cuda"
+
+    for name in ("cuda:0", "cuda:1", "cpu"):
+        rdrop_terms(OnDevice(name), target, backward_passes=2)
+    assert asked == ["triton", "chunked", "chunked"]
+
+
+COMPILE = """
+import collections, re, triton, torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from regdrop import rdrop_cross_entropy
+import regdrop.kernels.triton_rows as rows
+
+try:
+    rdrop_cross_entropy(torch.ones(4, 3), torch.tensor([0, 1]), alpha=1.0, impl="triton")
+except ValueError as error:
+    print(error)
+
+def compiled(kernel, **constants):
+    constants |= dict(LABEL_SMOOTHING=0.1, PASSES=2, ROWS=2, BLOCK=4096, probabilities=None)
+    signature, aligned = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name.endswith("stride_class"):
+            constants[name] = 1
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in ("logits", "out"):
+            signature[name] = "*bf16"
+        elif "stride" in name or name in ("num_items", "num_classes", "blocks"):
+            signature[name] = "i64" if name.endswith("stride_pass") else "i32"
+        else:
+            signature[name] = {"classes": "*i64", "valid": "*i1"}.get(name, "*fp32")
+        if name not in constants and name != "blocks":
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constants, aligned)
+    options = {"num_warps": 8, "enable_fp_fusion": True}
+    ptx = triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"]
+    wide = re.findall(r"(?:ld|st)[.]global[.]v4", ptx)
+    print(kernel.fn.__name__, dict(collections.Counter(wide)))
+
+compiled(rows._forward_kernel)
+compiled(rows._backward_kernel, BACKWARD_PASSES=2)
+"""
+
+
+@pytest.mark.slow
+def test_compiles_for_a_gpu_with_wide_loads_and_stores(tmp_path):
+    """No GPU is needed for that; what the interpreter accepts need not compile."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    refusal, forward, backward = done.stdout.splitlines()
+    assert "impl='triton' needs logits on a GPU" in refusal
+    # 2 x 4096 numbers of 2 bytes by 256 threads: 4 times 16 bytes a thread; weights: 4 times more.
+    assert forward == "_forward_kernel {'ld.global.v4': 8}"
+    assert backward == "_backward_kernel {'ld.global.v4': 8, 'st.global.v4': 4}"
