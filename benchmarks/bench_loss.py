@@ -76,10 +76,11 @@ def gpu_variants() -> dict[str, Loss]:
                 rdrop_cross_entropy(x, y, alpha=1.0, impl="triton", inplace=inplace).loss
             )
     if find_spec("liger_kernel") is not None:
-        from liger_kernel.transformers.functional import liger_cross_entropy
+        from liger_kernel.transformers import LigerCrossEntropyLoss
 
         # It overwrites the logits, as ours does in place.
-        found["Liger's cross entropy, in place"] = lambda x, y: liger_cross_entropy(x, y.repeat(2))
+        liger = LigerCrossEntropyLoss()
+        found["Liger's cross entropy, in place"] = lambda x, y: liger(x, y.repeat(2))
     return found
 
 

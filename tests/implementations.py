@@ -1,9 +1,12 @@
 """The implementations of the cross-entropy form, as parameters of a test on the CPU."""
 
+import os
+import shutil
 from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.utils.cpp_extension import is_ninja_available
 
 if find_spec("triton") is None:
     _why_no_triton = "triton is not installed"
@@ -12,6 +15,17 @@ elif torch.cuda.is_available():
 else:
     _why_no_triton = ""
 
+if shutil.which(os.environ.get("CXX", "c++")) is None:
+    WHY_NO_CPP = "no C++ compiler"
+elif not is_ninja_available():
+    WHY_NO_CPP = "no ninja, which builds extensions"
+else:
+    WHY_NO_CPP = ""
+
 TRITON = pytest.param(
     "triton", marks=pytest.mark.skipif(_why_no_triton != "", reason=_why_no_triton)
+)
+# The first test builds it.
+CPP = pytest.param(
+    "cpp", marks=[pytest.mark.slow, pytest.mark.skipif(WHY_NO_CPP != "", reason=WHY_NO_CPP)]
 )

@@ -30,6 +30,7 @@ def test_wheel_holds_the_package_its_licence_and_type_marker(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "regdrop/py.typed" in names
     assert "regdrop/kernels/chunked.py" in names
+    assert "regdrop/kernels/rows.cpp" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith("tests") for name in names)
 

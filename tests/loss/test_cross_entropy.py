@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from implementations import TRITON
+from implementations import CPP, TRITON
 from regdrop import RDropCrossEntropyLoss, rdrop_cross_entropy
 
 IMPLEMENTATIONS = ["eager", "chunked"]
-CLOSED_FORMS = ["chunked", TRITON]
+CLOSED_FORMS = ["chunked", TRITON, CPP]
 ALL = ["eager", *CLOSED_FORMS]
 # On a CPU torch.compile writes C++; without a compiler its graphs can be traced all the same.
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))

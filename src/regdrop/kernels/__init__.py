@@ -71,6 +71,10 @@ def rdrop_terms(
         raise ValueError(
             f"impl={impl!r} gives no gradient to target or weight; detach them or use impl='eager'"
         )
+    if impl == "cpp" and not torch.compiler.is_compiling():
+        from regdrop.kernels.cpp_rows import cpp_terms
+
+        return cpp_terms(logits, target, backward_passes=backward_passes, inplace=inplace)
     if impl == "triton" and not torch.compiler.is_compiling():
         if find_spec("triton") is None:
             raise ValueError(

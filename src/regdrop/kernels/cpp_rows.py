@@ -1,0 +1,122 @@
+"""The R-Drop terms in closed form on a CPU: vectorised C++, built on request.
+
+`rows.cpp` has the kernel, `closed_form.py` the formulas. The build goes to torch's folder of
+extensions (`TORCH_EXTENSIONS_DIR`) once for each kind of CPU; a lock there lets one process build
+while others wait.
+"""
+
+import os
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regdrop.kernels.closed_form import ClosedForm, accumulator, closed_form_terms
+from regdrop.kernels.target import Target
+
+# The vector types of ATen are chosen by these, as torch's own build does for each kind of CPU.
+_FLAGS = {
+    "AVX2": ["-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
+    "AVX512": [
+        *("-DCPU_CAPABILITY_AVX512", "-mavx2", "-mfma", "-mf16c"),
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+    ],
+}
+
+
+def cpp_terms(
+    logits: Tensor, target: Target, *, backward_passes: int, inplace: bool
+) -> tuple[Tensor, Tensor]:
+    """Return each item's likelihood and divergence, as `chunked_terms` does.
+
+    Raises:
+        ValueError: For logits that are not on a CPU, or where there is no compiler.
+        RuntimeError: Where the compiler fails.
+    """
+    if logits.device.type != "cpu":
+        raise ValueError(
+            f"impl='cpp' needs logits on a CPU, got {logits.device}; use 'auto' or 'chunked'"
+        )
+    _library()
+    kernel = ClosedForm(_forward, _backward)
+    return closed_form_terms(
+        logits, target, kernel, backward_passes=backward_passes, inplace=inplace
+    )
+
+
+def _forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    arguments = _target_arguments(target, accumulator(logits))
+    nll, kl, *statistics = _library().rows_forward(_with_rows(logits), *arguments)
+    return nll, kl, tuple(statistics)
+
+
+def _backward(
+    out: Tensor,
+    logits: Tensor,
+    target: Target,
+    statistics: tuple[Tensor, ...],
+    grad_nll: Tensor | None,
+    grad_kl: Tensor | None,
+    backward_passes: int,
+) -> None:
+    rows = _with_rows(out)
+    _library().rows_backward(
+        rows,
+        _with_rows(logits),
+        *_target_arguments(target, accumulator(logits)),
+        *statistics,
+        None if grad_nll is None else grad_nll.contiguous(),
+        None if grad_kl is None else grad_kl.contiguous(),
+        backward_passes,
+    )
+    if rows is not out:
+        out.copy_(rows)
+
+
+def _with_rows(logits: Tensor) -> Tensor:
+    """Return the tensor, or a copy of it, with the classes of an item next to each other."""
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def _target_arguments(target: Target, dtype: torch.dtype) -> tuple[Tensor | float | None, ...]:
+    classes, probabilities, weight, label_smoothing, valid = target
+    return (
+        None if classes is None else classes.contiguous(),
+        None if probabilities is None else probabilities.to(dtype).contiguous(),
+        None if weight is None else weight.to(dtype).contiguous(),
+        None if valid is None else valid.contiguous(),
+        float(label_smoothing),
+    )
+
+
+@cache
+def _library() -> Any:
+    """Build the kernel, or find it built, and return its operators."""
+    from torch.utils.cpp_extension import is_ninja_available, load
+
+    compiler = os.environ.get("CXX", "c++")
+    missing = [] if shutil.which(compiler.split()[0]) else [f"C++ compiler ({compiler}, or $CXX)"]
+    if not is_ninja_available():
+        missing.append("ninja (pip install ninja)")
+    if missing:
+        raise ValueError(
+            f"impl='cpp' builds a kernel and finds no {' and no '.join(missing)}; "
+            f"install it or use impl='auto' or 'chunked'"
+        )
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in _FLAGS:
+        capability = "DEFAULT"
+    load(
+        name=f"regdrop_rows_{capability.lower()}",
+        sources=[str(Path(__file__).with_name("rows.cpp"))],
+        extra_cflags=[
+            *("-O3", "-fopenmp", f"-DCPU_CAPABILITY={capability}"),
+            *_FLAGS.get(capability, ()),
+        ],
+        extra_ldflags=["-fopenmp"],
+        is_python_module=False,
+    )
+    return torch.ops.regdrop

@@ -1,0 +1,184 @@
+"""The C++ kernel, where it can be built."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from implementations import WHY_NO_CPP
+from regdrop import rdrop_cross_entropy
+from regdrop.kernels import cpp_rows
+
+builds = [pytest.mark.slow, pytest.mark.skipif(WHY_NO_CPP != "", reason=WHY_NO_CPP)]
+
+
+def gradient(logits, target, upstream=1.0, **options):
+    logits = logits.detach().clone().requires_grad_()
+    (rdrop_cross_entropy(logits, target, **options).loss * upstream).sum().backward()
+    return logits.grad
+
+
+def built(test):
+    for mark in builds:
+        test = mark(test)
+    return test
+
+
+@built
+@pytest.mark.parametrize("num_passes", [2, 3])
+def test_gradcheck(num_passes):
+    logits = torch.randn(num_passes * 3, 4, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([1, -100, 3])
+    options = {"alpha": 1.3, "num_passes": num_passes, "label_smoothing": 0.1, "impl": "cpp"}
+    assert torch.autograd.gradcheck(
+        lambda x: rdrop_cross_entropy(x, target, **options).loss, logits
+    )
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 5), (7, 1000), (5, 4097)])
+@pytest.mark.parametrize("num_passes", [2, 3])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_error_is_at_most_that_of_eager(dtype, shape, num_passes, inplace):
+    """Against float64 on the same rounded logits, with ignored rows and an upstream gradient."""
+    batch, classes = shape
+    logits = (torch.randn(num_passes * batch, classes) * 2).to(dtype)
+    target = torch.randint(0, classes, (batch,))
+    target[1] = -100
+    options = {"alpha": 1.0, "num_passes": num_passes, "label_smoothing": 0.1}
+    upstream = 3.7
+    truth = rdrop_cross_entropy(logits.double(), target, impl="eager", **options)
+    true_grad = gradient(logits.double(), target, upstream, impl="eager", **options)
+    errors = []
+    for choice in ({"impl": "cpp", "inplace": inplace}, {"impl": "eager"}):
+        output = rdrop_cross_entropy(logits, target, **choice, **options)
+        grad = gradient(logits, target, upstream, **choice, **options)
+        assert grad.dtype == dtype
+        errors.append(
+            [
+                (output.kl - truth.kl).abs().item(),
+                (output.nll - truth.nll).abs().item(),
+                (grad.double() - true_grad).norm().item(),
+            ]
+        )
+    # One rounding of the result is granted where both are that close.
+    slack = [truth.kl.item() * 2e-7, truth.nll.item() * 2e-7, true_grad.norm().item() * 1e-7]
+    for ours, eager, granted in zip(*errors, slack, strict=True):
+        assert ours <= eager + granted
+
+
+@built
+@settings(max_examples=60, deadline=None)
+@given(
+    num_passes=st.integers(1, 5),
+    batch=st.integers(0, 6),
+    classes=st.one_of(st.integers(1, 70), st.integers(1000, 2100)),
+    backward_passes=st.integers(1, 5),
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    weighted=st.booleans(),
+    probabilities=st.booleans(),
+    transposed=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_agrees_with_eager_on_any_shape(
+    num_passes,
+    batch,
+    classes,
+    backward_passes,
+    label_smoothing,
+    weighted,
+    probabilities,
+    transposed,
+    seed,
+):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_passes * batch, classes)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64) * 3
+    if transposed:
+        logits = logits.T.contiguous().T
+    target = torch.randint(0, classes, (batch,), generator=generator)
+    target[torch.rand(batch, generator=generator) < 0.3] = -100
+    if probabilities:
+        target = torch.rand(batch, classes, generator=generator).double().softmax(-1)
+    options = {
+        "alpha": 0.0 if num_passes == 1 else 1.7,
+        "num_passes": num_passes,
+        "backward_passes": min(num_passes, backward_passes),
+        "label_smoothing": label_smoothing,
+        "weight": torch.rand(classes, generator=generator) + 0.1 if weighted else None,
+    }
+    ours = rdrop_cross_entropy(logits, target, impl="cpp", **options)
+    eager = rdrop_cross_entropy(logits, target, impl="eager", **options)
+    for a, b in zip(ours, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(
+        gradient(logits, target, 1.5, impl="cpp", **options),
+        gradient(logits, target, 1.5, impl="eager", **options),
+        rtol=1e-8,
+        atol=1e-11,
+    )
+
+
+@built
+@pytest.mark.parametrize("num_passes", [2, 3])
+def test_rising_maxima_and_masked_blocks(num_passes):
+    """Over blocks of 1024 classes, of which the first and the third are masked in every pass."""
+    logits = torch.randn(num_passes * 3, 4000) + torch.arange(4000) * 0.01
+    logits[:, :1024] = logits[:, 2048:3072] = -math.inf
+    target = torch.tensor([1100, 3500, 3999])
+    options = {"alpha": 1.0, "num_passes": num_passes}
+    truth = rdrop_cross_entropy(logits.double(), target, impl="eager", **options)
+    output = rdrop_cross_entropy(logits, target, impl="cpp", **options)
+    assert output.kl.item() == pytest.approx(truth.kl.item(), rel=1e-6)
+    assert output.nll.item() == pytest.approx(truth.nll.item(), rel=1e-6)
+    expected = gradient(logits.double(), target, impl="eager", **options)
+    grad = gradient(logits, target, impl="cpp", **options)
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-8)
+    assert (grad[:, :1024] == 0).all()
+
+
+@built
+def test_result_does_not_depend_on_the_number_of_threads():
+    logits, target = torch.randn(2 * 300, 1000), torch.randint(0, 1000, (300,))
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(gradient(logits, target, alpha=1.0, impl="cpp"))
+    torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+@built
+def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):
+    code = (
+        "import torch; from regdrop import rdrop_cross_entropy\n"
+        "x, y = torch.eye(4), torch.tensor([0, 1])\n"
+        "print(rdrop_cross_entropy(x, y, alpha=1.0, impl='cpp').loss.item())"
+    )
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command, env=environment, **pipes) for _ in range(3)]
+    outputs = [process.communicate() for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], outputs
+    assert len({out for out, _ in outputs}) == 1
+
+
+def test_without_a_compiler_the_error_says_so(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(cpp_rows, "_library", cpp_rows._library.__wrapped__)
+    with pytest.raises(ValueError, match=r"finds no C\+\+ compiler \(no-such-compiler"):
+        rdrop_cross_entropy(torch.eye(4), torch.tensor([0, 1]), alpha=1.0, impl="cpp")
+
+
+def test_logits_elsewhere_are_refused():
+    logits = torch.empty(2, 3, 4, device="meta")
+    with pytest.raises(ValueError, match="impl='cpp' needs logits on a CPU, got meta"):
+        cpp_rows.cpp_terms(logits, None, backward_passes=2, inplace=False)
