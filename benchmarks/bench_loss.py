@@ -33,6 +33,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.cpp_extension import is_ninja_available
 
 from regdrop import rdrop_cross_entropy
 from regdrop.experiments.record import describe_hardware, library_versions
@@ -55,6 +56,8 @@ def variants() -> dict[str, Loss]:
         return lambda x, y: rdrop_cross_entropy(x, y, alpha=1.0, impl=impl, inplace=inplace).loss
 
     compiled = {"compiled": ours("compiled"), "compiled, in place": ours("compiled", True)}
+    on_cpu = {"C++": ours("cpp"), "C++, in place": ours("cpp", True)}
+    can_build = not torch.cuda.is_available() and is_ninja_available()
     can_compile = torch.cuda.is_available() or any(map(shutil.which, ("c++", "g++", "clang++")))
     return {
         "official form": lambda x, y: reference.official_loss(x, y, 1.0),
@@ -63,6 +66,7 @@ def variants() -> dict[str, Loss]:
         "chunked": ours("chunked"),
         "chunked, in place": ours("chunked", True),
         **(compiled if can_compile else {}),
+        **(on_cpu if can_compile and can_build else {}),
         **(gpu_variants() if torch.cuda.is_available() else {}),
     }
 

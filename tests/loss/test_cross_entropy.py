@@ -242,10 +242,15 @@ def test_class_masked_in_one_pass_is_an_error(impl, num_passes):
 
 
 @pytest.mark.parametrize("impl", ALL)
-def test_nan_stays_nan(impl):
-    logits, target = make()
-    logits[0, 0] = math.nan
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_overflow_reach_loss_and_gradient(impl, dtype, value):
+    logits, target = make(dtype=dtype)
+    logits[0, (target[0] + 1) % 7] = value
+    grad = gradient(logits, target, alpha=1.0, impl=impl)
     assert rdrop_cross_entropy(logits, target, alpha=1.0, impl=impl).loss.isnan()
+    assert grad[0].isnan().all()
+    assert grad[1].isfinite().all()
 
 
 @pytest.mark.parametrize("impl", ALL)

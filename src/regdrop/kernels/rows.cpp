@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
                 Vec sum(0), product(0);
                 for (int64_t v = 0; v < block.padded; v += Vec::size()) {
                   const Vec x = Vec::loadu(block.pass(i) + v);
-                  const Vec e = x.exp();
+                  const Vec e = x.exp_u20();
                   sum = sum + e;
                   product = at::vec::fmadd(e, block.difference(x, v), product);
                 }
@@ -213,6 +213,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
             double item_nll = 0, item_kl = 0;
             const double on_class = target.classes ? target.class_mass(item) : 0;
             for (int64_t i = 0; i < passes; ++i) {
+              // The fast exponential does not carry a nan on.
+              if (!(highest[i] < infinity)) total[i] = std::nan("");
               if (target.classes) {
                 const acc_t at_class = row[i * stride_pass + target.classes[item]];
                 cross[i] += on_class * (double(at_class) - double(highest[i]));
@@ -282,7 +284,7 @@ void backward(const Tensor& out, const Tensor& logits, const std::optional<Tenso
                 Vec sum(0);
                 for (int64_t i = 0; i < passes; ++i) {
                   const Vec x = Vec::loadu(block.pass(i) + v);
-                  const Vec own = x.exp() * Vec(inverse_in[i * items + item]);
+                  const Vec own = x.exp_u20() * Vec(inverse_in[i * items + item]);
                   own.store(p.data() + i * kBlock + v);
                   sum = sum + own;
                 }
