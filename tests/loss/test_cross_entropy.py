@@ -475,6 +475,13 @@ def test_compiled_equals_chunked(dtype):
     )
 
 
+def test_triton_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("regdrop.kernels.find_spec", lambda name: None)
+    logits, target = make()
+    with pytest.raises(ValueError, match="impl='triton' needs the package triton"):
+        rdrop_cross_entropy(logits, target, alpha=1.0, impl="triton")
+
+
 def test_target_that_requires_a_gradient_gets_one():
     logits, _ = make()
     target = torch.rand(5, 7, dtype=torch.float64).softmax(-1).requires_grad_()
