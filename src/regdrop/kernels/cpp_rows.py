@@ -48,7 +48,7 @@ def cpp_terms(
 
 
 def _forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    arguments = _target_arguments(target, accumulator(logits))
+    arguments = _target_arguments(target, accumulator(logits.dtype))
     nll, kl, *statistics = _library().rows_forward(_with_rows(logits), *arguments)
     return nll, kl, tuple(statistics)
 
@@ -66,7 +66,7 @@ def _backward(
     _library().rows_backward(
         rows,
         _with_rows(logits),
-        *_target_arguments(target, accumulator(logits)),
+        *_target_arguments(target, accumulator(logits.dtype)),
         *statistics,
         None if grad_nll is None else grad_nll.contiguous(),
         None if grad_kl is None else grad_kl.contiguous(),

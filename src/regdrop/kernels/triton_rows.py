@@ -45,7 +45,7 @@ def triton_terms(
 
 def _forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     num_passes, num_items, num_classes = logits.shape
-    dtype = accumulator(logits)
+    dtype = accumulator(logits.dtype)
     nll, kl, mass = logits.new_empty(3, num_items, dtype=dtype).unbind()
     maximum, inverse_sum, mean_difference = logits.new_empty(
         3, num_passes, num_items, dtype=dtype
