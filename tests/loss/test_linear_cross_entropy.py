@@ -427,3 +427,19 @@ def test_a_class_masked_in_one_pass_only_is_refused_and_in_all_contributes_nothi
     hidden[1, 1], weight[2, 1] = -1e38, 1e38  # the product is -inf
     with pytest.raises(ValueError, match="the KL is infinite"):
         linear_rdrop_cross_entropy(hidden, weight, target, alpha=1.0)
+
+
+def test_inside_a_compiled_function_it_is_the_same():
+    hidden = torch.randn(8, 6, requires_grad=True)
+    weight = torch.randn(11, 6, requires_grad=True)
+    target = torch.tensor([3, -100, 10, 0])
+
+    def step(hidden, weight):
+        return linear_rdrop_cross_entropy(hidden * 2, weight, target, alpha=1.0).loss * 3
+
+    expected = step(hidden, weight)
+    found = torch.compile(step, backend="aot_eager")(hidden, weight)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(loss, [hidden, weight]) for loss in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)

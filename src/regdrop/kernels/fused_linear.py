@@ -53,7 +53,6 @@ class _Gradients(NamedTuple):
     bias: Tensor | None
 
 
-@torch.compiler.disable
 def linear_terms(
     hidden: Tensor, projection: Projection, target: Target, *, backward_passes: int
 ) -> tuple[Tensor, Tensor]:
@@ -79,7 +78,6 @@ def linear_terms(
     return nll, kl
 
 
-@torch.compiler.disable
 def linear_loss(
     hidden: Tensor,
     projection: Projection,
