@@ -324,6 +324,8 @@ def _part(task: LanguageModelling, words: int) -> LanguageModelling:
         name=f"{task.name}-part",
         description=f"{task.description}, {words:,} words of it",
         train_words=words,
+        # Chosen on the validation split, as is alpha.
+        model_config={**task.model_config, "dropout": 0.3},
         training=replace(task.training, batch_size=8, eval_steps=100, logging_steps=50),
     )
 
@@ -346,5 +348,5 @@ SMALL_PRESETS = (
         _adaptive(_DECODER, (4_000, 12_000), 2),
         12_000,
     ),
-    _part(_small("ptb", "Transformer decoder on the Penn Treebank", _DECODER, 1_000), 40_000),
+    _part(_small("ptb", "Transformer decoder on the Penn Treebank", _DECODER, 800), 40_000),
 )
