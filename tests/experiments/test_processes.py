@@ -13,7 +13,7 @@ from regdrop.experiments import build_arms
 from regdrop.experiments.evaluate import evaluate
 from regdrop.experiments.run import RunPaths, train_run
 from regdrop.tasks.options import change_task, find_task
-from text_data import write_encoder, write_glue, write_translation
+from text_data import WORDS, write_encoder, write_glue, write_rows, write_translation
 
 MODEL = {
     "d_model": 32,
@@ -101,6 +101,31 @@ def test_two_processes_share_each_batch_and_count_examples_once(tmp_path):
     )
     one = train_run(task, build_arms(task)["baseline"], 0, RunPaths.alone(tmp_path / "one"))
     assert two["history"][-1]["epoch"] == pytest.approx(one.history[-1]["epoch"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_adaptive_language_model(tmp_path):
+    """Its output reads weights outside of the forward that processes look into."""
+    rows = [{"text": " ".join(WORDS[i % 12] for i in range(n, n + 5))} for n in range(60)]
+    for name in ("train", "validation", "test"):
+        write_rows(tmp_path / "data" / f"{name}.jsonl", rows)
+    config = {"d_model": 16, "ffn_dim": 16, "attention_heads": 2, "num_layers": 1}
+    config |= {"model_type": "adaptive-input", "cutoffs": [3, 7], "band_factor": 2}
+    settings = [
+        f"model_config={json.dumps(config)}",
+        "block_size=12",
+        "context_window=8",
+        "training.batch_size=4",
+        "training.max_steps=6",
+        "training.eval_steps=3",
+        "training.logging_steps=3",
+    ]
+    run = tmp_path / "run"
+    options = ["language-modelling", "--data", tmp_path / "data", "--output", run]
+    result = torchrun("train", *options, *settings_of(settings))
+    assert result.returncode == 0, result.stderr
+    record = json.loads((run / "record.json").read_text())
+    assert evaluate(run, "test").figures == pytest.approx(record["test"], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -200,9 +200,11 @@ def test_photographs_from_a_folder_fine_tune_a_checkpoint_of_another_size(tmp_pa
 def test_photographs_are_streamed(tmp_path, monkeypatch):
     from regdrop.tasks import image_stream
 
+    data = write_photographs(tmp_path / "data")
+    with pytest.raises(ValueError, match="must have more than the 10,000 images"):
+        photographs(tmp_path / "few", dataset=data, streaming=True).prepare()
     monkeypatch.setattr(image_stream, "HELD_OUT_IMAGES", 8)
     monkeypatch.setattr(image_stream, "_BUFFER", 64)
-    data = write_photographs(tmp_path / "data")
     # The first images are of one class here: the whole set validates, as the test split does.
     task = photographs(tmp_path / "more", dataset=data, streaming=True, augmentation="crop")
     prepared = task.prepare()

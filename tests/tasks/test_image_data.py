@@ -114,6 +114,29 @@ def test_images_decoded_on_demand_are_those_from_memory(colours, monkeypatch):
     assert torch.equal(kept["pixel_values"], decoded["pixel_values"])
 
 
+def test_hidden_labels_are_not_tested_and_a_lone_training_split_is_refused(colours, tmp_path):
+    import datasets
+
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    images = [Image.new("RGB", (8, 8), colour) for colour in COLOURS.values()] * 10
+
+    def write(name, labels):
+        rows = {"image": images[: len(labels)], "label": labels}
+        (tmp_path / "data").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(
+            tmp_path / "data" / f"{name}.parquet"
+        )
+
+    write("train", [0, 1] * 15)
+    with pytest.raises(ValueError, match="must have a split 'test' or 'validation' with labels"):
+        load(tmp_path / "data")
+    write("validation", [0, 1] * 2)
+    write("test", [-1] * 6)
+    assert [len(split) for split in load(tmp_path / "data")[:3]] == [27, 3, 4]
+
+
 def test_a_set_without_images_is_refused(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\na,0\nb,1\n")
     with pytest.raises(ValueError, match="must have a column of images and one of class labels"):

@@ -131,6 +131,7 @@ def test_the_papers_preset_builds_its_model():
     assert (preset.training.max_grad_norm, preset.training.label_smoothing) == (0.1, 0.1)
     assert (preset.num_beams, preset.length_penalty, preset.no_repeat_ngram_size) == (4, 2.0, 3)
     assert (preset.min_length, preset.max_length) == (56, 142)
+    assert (preset.model, preset.dataset) == ("facebook/bart-large", "abisee/cnn_dailymail")
     # BART-large: 12 layers a side, 1024 wide, 50,265 tokens.
     config = BartConfig(**preset.model_config)
     with torch.device("meta"):
@@ -145,12 +146,14 @@ def test_bad_data_and_models_are_named_before_work_is_lost(tmp_path):
     write_rows(tmp_path / "empty" / "train.jsonl", [{"text": "a", "summary": []}] * 20)
     write_rows(tmp_path / "empty" / "test.jsonl", [{"text": "a", "summary": []}] * 2)
     encoder = str(write_encoder(tmp_path / "bert"))
+    bart = str(write_encoder_decoder(tmp_path / "bart"))
     for changed, message in (
         (replace(good, target="title"), r"it lacks \['title'\]"),
         (replace(good, dataset=str(tmp_path / "empty")), "must hold a text or a list of them"),
         (replace(good, model=encoder, model_config={}), "must be an encoder-decoder, got a"),
         (replace(good, model=encoder), "model_config must have a model_type where there is no"),
         (replace(good, model_config={}), "model_config must have a model_type where there is no"),
+        (replace(good, model=bart, model_config={}, max_source_length=2_000), "the 1024 positions"),
     ):
         with pytest.raises(ValueError, match=message):
             run_arm(changed, arm, 0, tmp_path / "out")

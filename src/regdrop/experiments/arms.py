@@ -9,6 +9,7 @@ from regdrop.tasks import Task, TrainingSettings
 
 BASELINE = "baseline"
 CONTROL = "alpha-0"
+OTHER_ARMS = ("r3f", "fraternal")
 _ORDER = (BASELINE, "baseline-2x", CONTROL, "rdrop", "rdrop-one-backward")
 
 
@@ -43,17 +44,35 @@ class Arm:
     training: TrainingSettings
 
 
+def baseline_arm(task: Task) -> Arm:
+    """Return training with one pass, the likelihood weighted as in the other arms."""
+    rdrop = RDropConfig(
+        alpha=0.0,
+        num_passes=1,
+        monitor_steps=task.training.logging_steps,
+        class_weight=task.rdrop.class_weight,
+        fused_linear=task.rdrop.fused_linear,
+    )
+    return Arm(BASELINE, "one pass, no R-Drop", rdrop, task.training)
+
+
 def build_arms(task: Task) -> dict[str, Arm]:
     """Return the arms of a task by name, the baseline first.
 
     All losses are on the baseline's scale, and all arms measure the KL between two passes at
     every log, the baselines by an extra pass that leaves the run as it is.
     """
+    if task.rdrop.method != "rdrop":
+        raise ValueError(
+            f"rdrop.method of a task must be 'rdrop', got {task.rdrop.method!r}: other methods are "
+            f"arms of their own, {', '.join(OTHER_ARMS)}"
+        )
     training = task.training
     rdrop = replace(task.rdrop, scale="mean")
-    single = RDropConfig(alpha=0.0, num_passes=1, monitor_steps=training.logging_steps)
+    baseline = baseline_arm(task)
+    single = baseline.rdrop
     arms = (
-        Arm(BASELINE, "one pass, no R-Drop", single, training),
+        baseline,
         Arm(
             "baseline-2x",
             "the baseline with twice the updates, its schedule stretched",
@@ -75,10 +94,12 @@ def build_arms(task: Task) -> dict[str, Arm]:
 def other_arms(task: Task) -> dict[str, Arm]:
     """Return the regularisers with which the paper compares itself, by the settings of theirs.
 
-    R3F's lambda is 1 (arXiv 2008.03156), fraternal dropout's kappa 0.15 (arXiv 1711.00066).
+    R3F's lambda is 1 (arXiv 2008.03156), fraternal dropout's kappa 0.15 (arXiv 1711.00066),
+    whatever the task's alpha, which is R-Drop's; `regdrop tune` chooses others.
     """
-    r3f = RDropConfig(alpha=4.0, method="r3f")
-    fraternal = RDropConfig(alpha=0.3, method="fraternal")
+    base = RDropConfig(class_weight=task.rdrop.class_weight, noise=task.rdrop.noise)
+    r3f = replace(base, alpha=4.0, method="r3f")
+    fraternal = replace(base, alpha=0.3, method="fraternal")
     arms = (
         Arm("r3f", "R3F: noise on the embeddings, lambda 1", r3f, task.training),
         Arm("fraternal", "fraternal dropout, kappa 0.15", fraternal, task.training),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from regdrop.experiments.arms import build_arms
+from regdrop.experiments.arms import baseline_arm
 from regdrop.experiments.bootstrap import Interval, interval, resample
 from regdrop.experiments.progress import quiet_libraries
 from regdrop.experiments.record import RunRecord, write_json
@@ -76,9 +76,7 @@ def evaluate(
     prepared = changed.prepare(folder / MODEL_FOLDER)
     dataset: Any = prepared.splits[split]
     model = prepared.load_model(folder / MODEL_FOLDER)
-    trainer = build_trainer(
-        changed, build_arms(changed)["baseline"], record.seed, folder, prepared, model
-    )
+    trainer = build_trainer(changed, baseline_arm(changed), record.seed, folder, prepared, model)
     statistics: np.ndarray = prepared.example_statistics(trainer.predict(dataset))
     name = split if data is None else f"{split}-{Path(data).name}"
     result = Evaluation(

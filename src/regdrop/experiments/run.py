@@ -267,7 +267,7 @@ def training_arguments(
         }
     options = {
         "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": 4 * batch_size,
+        "per_device_eval_batch_size": prepared.eval_batch_factor * batch_size,
         **prepared.options,
         **({**selection, **prepared.training_options} if with_training else {}),
     }
@@ -321,7 +321,8 @@ def _check_batch_size(arm: Arm) -> None:
 
 def _check_dropout(model: Any, arm: Arm) -> None:
     rates = arm.rdrop.dropout_rates
-    wanted = arm.rdrop.num_passes > 1 and not (rates is not None and any(rates))
+    is_noisy = arm.rdrop.method == "r3f" and arm.rdrop.noise > 0
+    wanted = arm.rdrop.num_passes > 1 and not (rates is not None and any(rates)) and not is_noisy
     if wanted and not any(source.active for source in find_dropout(model.train())):
         raise ValueError(
             f"model {type(model).__name__} has no dropout above 0, so several passes cannot "

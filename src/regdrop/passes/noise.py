@@ -13,21 +13,26 @@ def embedding_noise(embedding: nn.Module, batch_size: int, std: float) -> Iterat
     """Add normal noise to what an embedding returns for all items of a stacked batch but pass 0's.
 
     It acts on the first call in the context alone: the decoder of an encoder-decoder that shares
-    its embeddings reads its own words as they are (arXiv 2008.03156).
+    its embeddings reads its own words as they are (arXiv 2008.03156). An embedding that scales what
+    it returns scales the noise too.
 
     Args:
         embedding: The module, whose output is a tensor (items, ...).
         batch_size: Items of pass 0.
         std: Standard deviation of the noise.
+
+    Raises:
+        ValueError: If the embedding is not called.
     """
     calls = 0
+    scale = float(getattr(embedding, "embed_scale", 1.0))
 
     def add(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         nonlocal calls
         calls += 1
         if calls > 1 or output.shape[0] <= batch_size:
             return None
-        noise = torch.randn_like(output[batch_size:]) * std
+        noise = torch.randn_like(output[batch_size:]) * (std * scale)
         return torch.cat([output[:batch_size], output[batch_size:] + noise])
 
     hook = embedding.register_forward_hook(add)
@@ -35,3 +40,8 @@ def embedding_noise(embedding: nn.Module, batch_size: int, std: float) -> Iterat
         yield
     finally:
         hook.remove()
+    if not calls:
+        raise ValueError(
+            f"the model must call its embedding ({type(embedding).__name__}) for noise to be "
+            "added, which it does not where it is given inputs_embeds"
+        )

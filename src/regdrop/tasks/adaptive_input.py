@@ -59,7 +59,7 @@ class AdaptiveEmbedding(nn.Module):
                 f"cutoffs must rise and be between 1 and the vocabulary's {config.vocab_size} - 1, "
                 f"got {list(config.cutoffs)}"
             )
-        self.width = config.d_model
+        self.embed_scale = math.sqrt(config.d_model)
         widths = [config.d_model // config.band_factor**i for i in range(len(self.bounds) - 1)]
         if widths[-1] < 1:
             raise ValueError(
@@ -82,7 +82,7 @@ class AdaptiveEmbedding(nn.Module):
             places.append(inside)
             embeddings.append(projection(band(words[inside] - low)))
         ordered: Tensor = torch.cat(embeddings)[torch.cat(places).argsort()]
-        return ordered.view(*input_ids.shape, self.width) * math.sqrt(self.width)
+        return ordered.view(*input_ids.shape, -1) * self.embed_scale
 
     def scores(self, hidden: Tensor, band: int, dropout: float = 0.0) -> Tensor:
         """Return the products of hidden states with a band's embeddings, through its projection."""
@@ -97,10 +97,31 @@ class AdaptiveInputOutput(CausalLMOutputWithPast):
     """A causal language model's output; `logits` are log-probabilities, where they are asked for.
 
     Attributes:
-        last_hidden_state: (batch, length, d_model), what the adaptive softmax reads.
+        softmax_states: (batch, length, d_model + tails), what the adaptive softmax reads: hidden
+            states, and the logits of the tails.
     """
 
-    last_hidden_state: Tensor | None = None
+    softmax_states: Tensor | None = None
+
+
+class AdaptiveInputModel(XGLMModel):
+    """XGLM's decoder over adaptive embeddings, without a last norm, as in the paper's code."""
+
+    config: AdaptiveInputConfig
+
+    def __init__(self, config: AdaptiveInputConfig) -> None:
+        body = deepcopy(config)
+        body.vocab_size = 2  # its own embeddings, which the adaptive ones take the place of
+        body.pad_token_id = None
+        super().__init__(body)
+        self.config = config
+        self.add_module("embed_tokens", AdaptiveEmbedding(config))
+        self.add_module("layer_norm", nn.Identity())
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # the table of positions
+        _initialise(module)
 
 
 class AdaptiveInputForCausalLM(PreTrainedModel, GenerationMixin):
@@ -116,25 +137,13 @@ class AdaptiveInputForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: AdaptiveInputConfig) -> None:
         super().__init__(config)
-        body = deepcopy(config)
-        body.vocab_size = 2  # its own embeddings, which the adaptive ones take the place of
-        body.pad_token_id = None
-        self.model = XGLMModel(body)
-        self.model.embed_tokens = AdaptiveEmbedding(config)
-        self.model.layer_norm = nn.Identity()  # as in the paper's code
+        self.model = AdaptiveInputModel(config)
         self.tails = nn.Linear(config.d_model, len(config.cutoffs), bias=False)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
-        elif isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
+        _initialise(module)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the adaptive embedding."""
@@ -144,13 +153,14 @@ class AdaptiveInputForCausalLM(PreTrainedModel, GenerationMixin):
     def adaptive_softmax(self) -> Softmax:
         """Return the output: the first band's words and the tails, then each tail's words."""
         embedding: Any = self.model.embed_tokens
-        dropout = float(self.config.tail_dropout)
+        dropout, width = float(self.config.tail_dropout), self.config.d_model
 
-        def head(hidden: Tensor) -> Tensor:
-            return torch.cat([embedding.scores(hidden, 0), self.tails(hidden)], dim=-1)
+        def head(states: Tensor) -> Tensor:
+            words = embedding.scores(states[..., :width], 0)
+            return torch.cat([words, states[..., width:]], dim=-1)
 
         def tail(band: int) -> Callable[[Tensor], Tensor]:
-            return lambda hidden: embedding.scores(hidden, band, dropout)
+            return lambda states: embedding.scores(states[..., :width], band, dropout)
 
         tails = [tail(band) for band in range(1, len(embedding.bands))]
         return Softmax(embedding.bounds[1:], head, tails)
@@ -169,7 +179,7 @@ class AdaptiveInputForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> AdaptiveInputOutput:
-        """Return hidden states; with labels the loss; log-probabilities where they are asked for.
+        """Return the softmax's states; with labels the loss; log-probabilities where asked for.
 
         Args:
             input_ids: (batch, length) words.
@@ -191,18 +201,20 @@ class AdaptiveInputForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            use_cache=False if self.training else use_cache,
             **kwargs,
         )
         hidden = output.last_hidden_state
+        # All weights are used in here, where several processes look for them.
+        states = torch.cat([hidden, self.tails(hidden)], dim=-1)
         loss = logits = None
         if labels is not None:
             target = F.pad(labels[:, 1:], (0, 1), value=-100)
-            terms = adaptive_softmax_terms(hidden, target, self.adaptive_softmax(), num_passes=1)
+            terms = adaptive_softmax_terms(states, target, self.adaptive_softmax(), num_passes=1)
             count = terms.nll_count if num_items_in_batch is None else num_items_in_batch
             loss = terms.nll.sum() / count
         if return_logits or (return_logits is None and labels is None):
-            kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+            kept = states[:, -logits_to_keep:] if logits_to_keep else states
             logits = adaptive_log_softmax(kept.flatten(0, 1), self.adaptive_softmax())
             logits = logits.view(*kept.shape[:2], -1)
         return AdaptiveInputOutput(
@@ -211,8 +223,21 @@ class AdaptiveInputForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
-            last_hidden_state=hidden,
+            softmax_states=states,
         )
+
+
+def _initialise(module: nn.Module) -> None:
+    """Initialise as the paper's code does: embeddings by their own width, Xavier's for products."""
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+    elif isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
 
 
 def register() -> None:

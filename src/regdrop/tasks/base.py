@@ -136,6 +136,7 @@ class PreparedTask:
         processing_class: Tokenizer or image processor, saved with the model.
         trainer: Makes the trainer; None for `RDropTrainer`.
         arguments: Makes its arguments; None for `transformers.TrainingArguments`.
+        eval_batch_factor: Items a batch of an evaluation, in micro-batches of training.
         options: Further arguments of the trainer's arguments.
         training_options: Those of training alone.
         signatures: What a metric's own library says of how it is computed, by metric.
@@ -150,6 +151,7 @@ class PreparedTask:
     processing_class: Any = None
     trainer: Callable[..., Any] | None = None
     arguments: Callable[..., Any] | None = None
+    eval_batch_factor: int = 4
     options: dict[str, Any] = field(default_factory=dict)
     training_options: dict[str, Any] = field(default_factory=dict)
     signatures: dict[str, str] = field(default_factory=dict)

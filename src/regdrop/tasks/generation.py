@@ -36,9 +36,15 @@ class GenerationTrainer(RDropSeq2SeqTrainer):
             max(len(source), len(target))
             for source, target in zip(dataset["input_ids"], dataset["labels"], strict=True)
         ]
+        max_tokens = self.max_tokens // self.args.world_size
+        if max(lengths) > max_tokens:
+            raise ValueError(
+                "training.batch_size over gradient_accumulation_steps and processes must be at "
+                f"least the {max(lengths)} tokens of the longest example, got {max_tokens}"
+            )
         sampler = TokenBatchSampler(
             lengths,
-            self.max_tokens // self.args.world_size,
+            max_tokens,
             seed=self.args.seed,
             rank=self.args.process_index,
             num_ranks=self.args.world_size,

@@ -114,7 +114,8 @@ def load_image_splits(
     """Load a folder or a hub id by `datasets.load_dataset`.
 
     A set without a validation split gives a tenth of its training split, drawn by a fixed seed;
-    one without a test split is tested on its validation split and validated on that tenth.
+    one without a test split, or whose test split hides its labels, is tested on its validation
+    split and validated on that tenth.
 
     Args:
         dataset: Folder or hub id, with one column of images and one of class labels.
@@ -135,11 +136,16 @@ def load_image_splits(
         raise ValueError(f"dataset {dataset!r} must have a split 'train', got {sorted(loaded)}")
     train = loaded["train"]
     image_column, label_column = find_columns(dataset, train)
-    held_out = loaded.get("validation")
-    test = loaded.get("test", held_out)
-    if held_out is None or test is held_out:
+    held_out, test = loaded.get("validation"), loaded.get("test")
+    if test is None or min(test[label_column][:]) < 0:  # hidden labels are -1
+        test, held_out = held_out, None
+    if test is None:
+        raise ValueError(
+            f"dataset {dataset!r} must have a split 'test' or 'validation' with labels, "
+            f"got {sorted(loaded)}"
+        )
+    if held_out is None:
         train, held_out = hold_out(train)
-        test = held_out if test is None else test
     train = take_part(train, train_examples)
     label_feature = train.features[label_column]
 

@@ -92,6 +92,11 @@ def stream_image_splits(
     columns = find_columns(dataset, train)
     rest = train.skip(HELD_OUT_IMAGES)
     rest = rest if train_examples is None else rest.take(train_examples)
+    if next(iter(rest), None) is None:
+        raise ValueError(
+            f"split 'train' of data {dataset!r} must have more than the {HELD_OUT_IMAGES:,} images "
+            "on which checkpoints are selected; without streaming a tenth is held out"
+        )
     centre, spread = (torch.tensor(list(x)).reshape(-1, 1, 1) for x in (mean, std))
 
     def prepare(pixels: torch.Tensor) -> torch.Tensor:

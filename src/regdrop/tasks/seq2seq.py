@@ -57,18 +57,18 @@ def encode_split(
     )
 
 
-def seq2seq_options(num_beams: int, max_tokens: int) -> dict[str, Any]:
+def seq2seq_options(num_beams: int, eval_batch_size: int) -> dict[str, Any]:
     """Return the arguments of a trainer with batches by tokens that scores what it generates.
 
     Args:
         num_beams: Beams of the evaluations during training.
-        max_tokens: Tokens of a micro-batch.
+        eval_batch_size: Examples a batch of an evaluation.
     """
     return {
         "predict_with_generate": True,
         "generation_num_beams": num_beams,
         "per_device_train_batch_size": 1,  # batches are by tokens
-        "per_device_eval_batch_size": max(128, max_tokens // 32),
+        "per_device_eval_batch_size": eval_batch_size,
         "remove_unused_columns": False,
     }
 

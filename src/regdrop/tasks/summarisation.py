@@ -131,7 +131,10 @@ class Summarisation:
             processing_class=tokenizer,
             trainer=partial(GenerationTrainer, max_tokens=max_tokens),
             arguments=Seq2SeqTrainingArguments,
-            options=seq2seq_options(self.validation_num_beams, max_tokens),
+            # Beams keep keys and values of whole sources.
+            options=seq2seq_options(
+                self.validation_num_beams, max(8, 8 * max_tokens // self.max_source_length)
+            ),
         )
 
     def _load_raw(self) -> dict[str, Any]:
@@ -189,7 +192,8 @@ class Summarisation:
         """Return the model's whole configuration: the checkpoint's, or a new one.
 
         Raises:
-            ValueError: For a checkpoint that is no encoder-decoder, or settings of no model.
+            ValueError: For a checkpoint that is no encoder-decoder or has too few positions, or
+                settings of no model.
         """
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import (
@@ -201,16 +205,24 @@ class Summarisation:
                 "model_config must have a model_type where there is no model, and none where there "
                 f"is one, got model {self.model!r} and {dict(self.model_config)}"
             )
+        longest = max(self.max_source_length, self.max_target_length, self.max_length)
         if self.model is not None:
-            return load_config(
+            config = load_config(
                 find_checkpoint(self.model),
                 "an encoder-decoder",
                 MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
                 **self.model_config,
             )
+            positions = getattr(config, "max_position_embeddings", None)
+            if positions is not None and positions < longest:
+                raise ValueError(
+                    f"max_source_length, max_target_length and max_length must be at most the "
+                    f"{positions} positions of model {self.model!r}, got {longest}"
+                )
+            return config
         common = {
             "vocab_size": len(tokenizer),
-            "max_position_embeddings": max(self.max_source_length, self.max_length) + 1,
+            "max_position_embeddings": longest + 1,
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.eos_token_id,
             "eos_token_id": tokenizer.eos_token_id,

@@ -126,7 +126,7 @@ class Translation:
             processing_class=tokenizer,
             trainer=partial(GenerationTrainer, max_tokens=max_tokens),
             arguments=Seq2SeqTrainingArguments,
-            options=seq2seq_options(self.validation_num_beams, max_tokens),
+            options=seq2seq_options(self.validation_num_beams, max(128, max_tokens // 32)),
             signatures={
                 name: bleu_signature(tokenize=tokenize, lowercase=lowercase)
                 for name, lowercase in (("bleu", False), ("bleu_lowercase", True))

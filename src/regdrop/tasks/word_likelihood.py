@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from regdrop.integrations.transformers import RDropTrainer
+from regdrop.integrations.transformers.heads import find_head
 
 
 class WordLikelihoodTrainer(RDropTrainer):
@@ -20,7 +21,7 @@ class WordLikelihoodTrainer(RDropTrainer):
     ) -> Any:
         """Return the mean loss a word; likelihood and number of words of each block; labels."""
         inputs = self._prepare_inputs(inputs)
-        head = self.rdrop_head(self._bare(model), inputs)
+        head = find_head(self._bare(model), inputs)  # without smoothing or weights
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = head.outputs(model(**head.inputs))
             nll = head.terms(outputs, head.target, num_passes=1).nll.sum(1)

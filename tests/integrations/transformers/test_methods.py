@@ -1,5 +1,7 @@
 """R3F and fraternal dropout, each against the formula of its paper."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,8 @@ from transformers import BartConfig, BartForConditionalGeneration, TrainingArgum
 from models import LENGTH, VOCABULARY, Rows, tiny_bert, tiny_gpt2
 from regdrop import RDropConfig
 from regdrop.experiments.arms import compared_arms, other_arms
+from regdrop.experiments.evaluate import evaluate
+from regdrop.experiments.run import RunPaths, train_run
 from regdrop.integrations.transformers import RDropTrainer
 from regdrop.passes import embedding_noise
 from regdrop.tasks import PRESETS
@@ -33,8 +37,7 @@ def test_r3f_is_its_papers_formula(tmp_path):
     config = RDropConfig(alpha=4 * 0.7, method="r3f", noise=0.5)
     ours = trainer(model, tmp_path, config)
     torch.manual_seed(3)
-    with pytest.warns(UserWarning, match="no active source of dropout"):
-        loss = ours.compute_loss(model, dict(batch))
+    loss = ours.compute_loss(model, dict(batch))
     gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
     embedding = model.get_input_embeddings()
@@ -95,6 +98,29 @@ def test_noise_is_on_the_second_pass_of_the_first_call_alone():
     assert torch.equal(second, plain)
     with embedding_noise(embedding, 4, std=1.0):
         assert torch.equal(embedding(words), plain)
+    with (
+        pytest.raises(ValueError, match="must call its embedding"),
+        embedding_noise(embedding, 2, 1),
+    ):
+        pass
+
+
+def test_noise_is_scaled_as_the_embedding_is():
+    embedding = torch.nn.Embedding(500, 40)
+    embedding.embed_scale = 8.0
+    words = torch.arange(500).repeat(2)
+    with embedding_noise(embedding, 500, std=0.5):
+        output = embedding(words)
+    assert (output[500:] - output[:500]).std().item() == pytest.approx(4.0, rel=0.05)
+
+
+def test_a_squared_difference_is_not_logged_as_a_kl(tmp_path):
+    rows = Rows(input_ids=torch.randint(2, VOCABULARY, (8, LENGTH)), labels=torch.arange(8) % 3)
+    config = RDropConfig(method="fraternal")
+    ours = trainer(tiny_bert(), tmp_path, config, rows, max_steps=2, logging_steps=1)
+    ours.train()
+    assert any("nll" in entry for entry in ours.state.log_history)
+    assert not any("kl" in entry for entry in ours.state.log_history)
 
 
 def test_an_encoder_decoder_has_noise_on_its_source_alone(tmp_path):
@@ -109,8 +135,7 @@ def test_an_encoder_decoder_has_noise_on_its_source_alone(tmp_path):
         getattr(model.model, name).layernorm_embedding.register_forward_hook(
             lambda m, i, o, name=name: seen.update({name: o.detach()})
         )
-    with pytest.warns(UserWarning, match="no active source of dropout"):
-        trainer(model, tmp_path, config).compute_loss(model, {"input_ids": words, "labels": words})
+    trainer(model, tmp_path, config).compute_loss(model, {"input_ids": words, "labels": words})
     assert not torch.allclose(seen["encoder"][:3], seen["encoder"][3:], atol=1e-2)
     assert torch.allclose(seen["decoder"][:3], seen["decoder"][3:])
 
@@ -146,6 +171,28 @@ def test_fraternal_dropout_needs_classes(tmp_path):
     batch = {**bert_batch(), "labels": torch.rand(6)}
     with pytest.raises(ValueError, match="compares the logits of classes"):
         trainer(model, tmp_path, RDropConfig(method="fraternal")).compute_loss(model, batch)
+
+
+def test_every_arm_weights_classes_alike_and_a_task_is_r_drops():
+    task = PRESETS["digits"]
+    weighted = replace(task, rdrop=replace(task.rdrop, class_weight=(1.0,) * 10, noise=0.1))
+    names = ["baseline", "baseline-2x", "alpha-0", "rdrop", "r3f", "fraternal"]
+    arms = compared_arms(weighted, names)
+    assert {arm.rdrop.class_weight for arm in arms} == {(1.0,) * 10}
+    assert arms[4].rdrop.noise == 0.1
+    with pytest.raises(ValueError, match="arms of their own, r3f, fraternal"):
+        compared_arms(replace(task, rdrop=RDropConfig(method="r3f")))
+
+
+@pytest.mark.slow
+def test_a_run_of_another_method_is_evaluated(tmp_path):
+    task = PRESETS["digits"]
+    training = replace(task.training, max_steps=4, eval_steps=2)
+    task = replace(task, training=training, dropout=0.0)  # noise alone makes passes differ
+    arm = other_arms(task)["r3f"]
+    arm = replace(arm, rdrop=replace(arm.rdrop, noise=0.1))
+    record = train_run(task, arm, 0, RunPaths.alone(tmp_path))
+    assert evaluate(tmp_path, "test").figures == pytest.approx(record.test, rel=1e-4)
 
 
 def test_other_methods_are_arms_by_name():

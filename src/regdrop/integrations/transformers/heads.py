@@ -194,7 +194,7 @@ def _adaptive(
     target = _pop_next_tokens(inputs)
     terms = partial(adaptive_softmax_terms, softmax=model.adaptive_softmax())
     inputs["return_logits"] = False
-    return Head(inputs, target, terms, lambda output: _read(output, "last_hidden_state"))
+    return Head(inputs, target, terms, lambda output: _read(output, "softmax_states"))
 
 
 def _generation(

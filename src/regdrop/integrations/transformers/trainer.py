@@ -139,7 +139,9 @@ class RDropTrainerMixin(_Base):
                 batch_size=head.target.shape[0],
                 loss=forward.loss,
             )
-        kl = result.kl if plan.num_passes > 1 else None
+        # Fraternal dropout's divergence is no KL.
+        is_kl = plan.num_passes > 1 and self.rdrop.method != "fraternal"
+        kl = result.kl if is_kl else None
         if other is not None:
             kl = measure_divergence(forward.last_read, other, head.target, forward.terms)
         self._parts.add(plan, result.nll, kl, head)
@@ -242,7 +244,8 @@ class RDropTrainerMixin(_Base):
             if type(self).rdrop_head is RDropTrainerMixin.rdrop_head and not is_sharded:
                 check_own_loss(self._bare(model), inputs)
             self._is_fused = self._can_fuse(model, head)
-        if num_passes > 1 and not self._is_dropout_checked:
+        is_noisy = self.rdrop.method == "r3f" and self.rdrop.noise > 0
+        if num_passes > 1 and not is_noisy and not self._is_dropout_checked:
             self._is_dropout_checked = True
             self._has_warned = warn_without_dropout(model)
 
