@@ -138,7 +138,8 @@ def _draw_cost(
             panel = next(panels)
             known = [row for row in rows if x_of(row) is not None]
             points = [(float(x_of(row) or 0), row.cells[name].value.mean * factor) for row in known]
-            for i, (row, (x, y)) in enumerate(zip(known, points, strict=True)):
+            shown = _apart([x for x, _ in points])
+            for i, (row, x, (_, y)) in enumerate(zip(known, shown, points, strict=True)):
                 half = row.cells[name].value.half_width * factor
                 panel.errorbar(
                     x,
@@ -165,7 +166,22 @@ def _draw_cost(
             panel.set_title(f"test {metric.title}")
             panel.grid(alpha=0.3)
     path = save_figure(figure, folder / "cost.png")
-    return [(path, "Test figures against cost and time, and what no arm beats in both (dashed)")]
+    return [
+        (
+            path,
+            "Test figures against cost and time (arms of one cost a little apart), dashed what none beats",
+        )
+    ]
+
+
+def _apart(values: Sequence[float]) -> list[float]:
+    """Return places of points, those that share one a little apart."""
+    step = 0.015 * (max(values) - min(values))
+    result = []
+    for i, value in enumerate(values):
+        same = [j for j, other in enumerate(values) if abs(other - value) < step]
+        result.append(value + step * (same.index(i) - (len(same) - 1) / 2))
+    return result
 
 
 def _cost_of(row: Row) -> float | None:
