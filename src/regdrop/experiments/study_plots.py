@@ -166,12 +166,8 @@ def _draw_cost(
             panel.set_title(f"test {metric.title}")
             panel.grid(alpha=0.3)
     path = save_figure(figure, folder / "cost.png")
-    return [
-        (
-            path,
-            "Test figures against cost and time (arms of one cost a little apart), dashed what none beats",
-        )
-    ]
+    title = "Test figures against cost and time, and what no arm beats in both (dashed)"
+    return [(path, f"{title}; arms of one cost are drawn a little apart")]
 
 
 def _apart(values: Sequence[float]) -> list[float]:
