@@ -70,10 +70,10 @@ def dropout_report(model: nn.Module, config: RDropConfig | None = None) -> list[
     ]
     if not on:
         lines.append(_advice(model))
-    elif config.backward_passes is None and config.num_passes == 2:
+    elif expected_cost(config) == 2:
         lines.append(
-            "backward_passes=1 estimates the same gradient without bias at about "
-            f"{expected_cost(RDropConfig(backward_passes=1)):.2f} single-pass steps."
+            "fraction=1/3 estimates the same gradient without bias at about "
+            f"{expected_cost(RDropConfig(fraction=1 / 3)):.2f} single-pass steps."
         )
     if any(source.kind == "layerdrop" and source.rate > 0 for source in on):
         lines.append(
