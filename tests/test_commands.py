@@ -278,7 +278,9 @@ def test_doctor_on_the_model_of_a_script(tmp_path, monkeypatch):
     result = run("doctor", "my_script:build")
     assert result.exit_code == 0, result.output
     assert "0.3" in result.output
-    assert "give some batches to regdrop.suggestion.suggest_prefix" in result.output
+    assert "give some batches to regdrop.suggestion.suggest_prefix" in " ".join(
+        result.output.split()
+    )
     result = run("doctor", "my_script:wrong")
     assert result.exit_code == 2
     assert "must return a torch.nn.Module, got int" in " ".join(result.output.split())
