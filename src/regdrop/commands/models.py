@@ -31,7 +31,10 @@ def doctor(
         config = _parse_rdrop(options)
         loaded = load_model(model).train()
     sources = find_dropout(loaded)
-    table = Table("source", "kind", "rate", title=f"{type(loaded).__name__}: sources of dropout")
+    table = Table(title=f"{type(loaded).__name__}: sources of dropout")
+    table.add_column("source", overflow="fold")  # names are copied: never cut
+    table.add_column("kind")
+    table.add_column("rate")
     for source in sources:
         table.add_row(source.name or "(the model)", source.kind, f"{source.rate:g}")
     console.print(table)
