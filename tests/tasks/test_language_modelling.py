@@ -205,6 +205,17 @@ def test_the_end_of_a_sentence_has_an_embedding_like_any_other(tmp_path):
         assert table.weight.grad[0].abs().min() > 0
 
 
+def test_the_softmax_computes_in_the_autocast_dtype_of_its_forward(tmp_path):
+    model = small(tmp_path, "ptb-adaptive").prepare().build_model()
+    words = torch.tensor([[1, 2, 3, 8]])
+    for is_cast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+            states = model(words, return_logits=False).softmax_states
+        softmax = model.adaptive_softmax()
+        assert {tail(states.float()).dtype for tail in softmax.tail} == {dtype}
+    assert model(words, labels=words).loss.dtype == torch.float32
+
+
 def test_bands_are_initialised_by_their_own_width():
     from regdrop.tasks.adaptive_input import AdaptiveInputConfig, AdaptiveInputForCausalLM
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -139,6 +140,7 @@ class AdaptiveInputForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = AdaptiveInputModel(config)
         self.tails = nn.Linear(config.d_model, len(config.cutoffs), bias=False)
+        self._autocast_dtype: torch.dtype | None = None
         self.post_init()
 
     @torch.no_grad()
@@ -151,18 +153,25 @@ class AdaptiveInputForCausalLM(PreTrainedModel, GenerationMixin):
         return embedding
 
     def adaptive_softmax(self) -> Softmax:
-        """Return the output: the first band's words and the tails, then each tail's words."""
+        """Return the output: the first band's words and the tails, then each tail's words.
+
+        It computes in the autocast dtype of the last forward, which has ended when a trainer asks.
+        """
         embedding: Any = self.model.embed_tokens
         dropout, width = float(self.config.tail_dropout), self.config.d_model
 
+        def scores(states: Tensor, band: int, dropout: float) -> Tensor:
+            dtype = self._autocast_dtype
+            with torch.autocast(states.device.type, dtype=dtype, enabled=dtype is not None):
+                result: Tensor = embedding.scores(states[..., :width], band, dropout)
+            return result
+
         def head(states: Tensor) -> Tensor:
-            words = embedding.scores(states[..., :width], 0)
-            return torch.cat([words, states[..., width:]], dim=-1)
+            return torch.cat([scores(states, 0, 0.0), states[..., width:]], dim=-1)
 
-        def tail(band: int) -> Callable[[Tensor], Tensor]:
-            return lambda states: embedding.scores(states[..., :width], band, dropout)
-
-        tails = [tail(band) for band in range(1, len(embedding.bands))]
+        tails = [
+            partial(scores, band=band, dropout=dropout) for band in range(1, len(embedding.bands))
+        ]
         return Softmax(embedding.bounds[1:], head, tails)
 
     def forward(
@@ -205,6 +214,9 @@ class AdaptiveInputForCausalLM(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = output.last_hidden_state
+        device = hidden.device.type
+        is_cast = torch.is_autocast_enabled(device)
+        self._autocast_dtype = torch.get_autocast_dtype(device) if is_cast else None
         # All weights are used in here, where several processes look for them.
         states = torch.cat([hidden, self.tails(hidden)], dim=-1)
         loss = logits = None
