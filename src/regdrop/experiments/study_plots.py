@@ -175,7 +175,7 @@ def _apart(values: Sequence[float]) -> list[float]:
     step = 0.015 * (max(values) - min(values))
     result = []
     for i, value in enumerate(values):
-        same = [j for j, other in enumerate(values) if abs(other - value) < step]
+        same = [j for j, other in enumerate(values) if abs(other - value) <= step]
         result.append(value + step * (same.index(i) - (len(same) - 1) / 2))
     return result
 

@@ -331,6 +331,7 @@ def _part(task: LanguageModelling, words: int) -> LanguageModelling:
         # Chosen on the validation split, as is alpha.
         model_config={**task.model_config, "dropout": 0.3},
         training=replace(task.training, batch_size=8, eval_steps=100, logging_steps=50),
+        rdrop=replace(task.rdrop, alpha=2.0),
     )
 
 
