@@ -2,8 +2,8 @@
 
 from regdrop.tasks import (
     image_presets,
-    language_modelling,
-    summarisation,
+    language_modelling_presets,
+    summarisation_presets,
     translation_presets,
     understanding,
 )
@@ -18,13 +18,13 @@ _ALL: tuple[Task, ...] = (
     *image_presets.SMALL_PRESETS,
     *understanding.SMALL_PRESETS,
     *translation_presets.SMALL_PRESETS,
-    *summarisation.SMALL_PRESETS,
-    *language_modelling.SMALL_PRESETS,
+    *summarisation_presets.SMALL_PRESETS,
+    *language_modelling_presets.SMALL_PRESETS,
     *image_presets.PAPER_PRESETS,
     *understanding.PAPER_PRESETS,
     *translation_presets.PAPER_PRESETS,
-    *summarisation.PAPER_PRESETS,
-    *language_modelling.PAPER_PRESETS,
+    *summarisation_presets.PAPER_PRESETS,
+    *language_modelling_presets.PAPER_PRESETS,
 )
 PRESETS = {preset.name: preset for preset in _ALL}
 # The class of each family, and the preset that stands for it on the command line.
