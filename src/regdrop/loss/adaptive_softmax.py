@@ -80,11 +80,14 @@ def adaptive_softmax_terms(
     graded = num_passes if backward_passes is None else backward_passes
     compute = _likelihood if num_passes == 1 else _both_terms
     parts = [
-        checkpoint(compute, states, wanted, softmax, graded, use_reentrant=False)
+        checkpoint(compute, states, wanted, in_head, softmax, graded, use_reentrant=False)
         if torch.is_grad_enabled()
-        else compute(states, wanted, softmax, graded)
-        for states, wanted in zip(
-            passes.split(chunk_size, dim=1), classes.split(chunk_size), strict=True
+        else compute(states, wanted, in_head, softmax, graded)
+        for states, wanted, in_head in zip(
+            passes.split(chunk_size, dim=1),
+            classes.split(chunk_size),
+            _head_classes(classes, softmax).split(chunk_size),
+            strict=True,
         )
     ]
     nll, kl = (torch.cat([part[i] for part in parts]) for i in range(2))
@@ -106,12 +109,16 @@ def adaptive_log_softmax(hidden: Tensor, softmax: AdaptiveSoftmax) -> Tensor:
 
 
 def _likelihood(
-    passes: Tensor, classes: Tensor, softmax: AdaptiveSoftmax, backward_passes: int
+    passes: Tensor,
+    classes: Tensor,
+    head_classes: Tensor,
+    softmax: AdaptiveSoftmax,
+    backward_passes: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the likelihood of one pass, each tail computed for its own items alone."""
     hidden = passes[0]
     head = _log_softmax(softmax.head(hidden))
-    nll = -_pick(head, _head_classes(classes, softmax))
+    nll = -_pick(head, head_classes)
     for i, tail in enumerate(softmax.tail):
         low, high = softmax.cutoffs[i], softmax.cutoffs[i + 1]
         # A tail without items is computed for none, so that its parameters have a gradient of 0.
@@ -122,12 +129,16 @@ def _likelihood(
 
 
 def _both_terms(
-    passes: Tensor, classes: Tensor, softmax: AdaptiveSoftmax, backward_passes: int
+    passes: Tensor,
+    classes: Tensor,
+    head_classes: Tensor,
+    softmax: AdaptiveSoftmax,
+    backward_passes: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the mean likelihood over passes and the mean divergence over pairs of them."""
     first = softmax.cutoffs[0]
     head = _log_softmax(limit_backward(softmax.head(passes), backward_passes))
-    nll = -_pick(head, _head_classes(classes, softmax).expand(len(passes), -1))
+    nll = -_pick(head, head_classes.expand(len(passes), -1))
     pairs = list(combinations(range(len(passes)), 2))
     kl = torch.stack([_both_ways(head[a], head[b]).sum(0) for a, b in pairs])
     for i, tail in enumerate(softmax.tail):
