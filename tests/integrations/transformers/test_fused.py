@@ -371,7 +371,7 @@ def test_other_heads_have_no_last_layer_to_take_over(tmp_path):
     model = transformers.BertForTokenClassification(
         transformers.BertConfig(**BERT, num_labels=WORDS)
     )
-    with pytest.raises(ValueError, match="BertForTokenClassification: it is no language model"):
+    with pytest.raises(ValueError, match="BertForTokenClassification: its head is not one"):
         trainer_for(tmp_path, "bert", RDropConfig(fused_linear=True), model).train()
 
 
