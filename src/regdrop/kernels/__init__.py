@@ -11,7 +11,8 @@ from torch import Tensor
 
 from regdrop.kernels.chunked import chunked_terms
 from regdrop.kernels.eager import eager_terms
-from regdrop.kernels.fused_linear import Projection, linear_loss, linear_terms, project
+from regdrop.kernels.fused_linear import linear_loss, linear_terms
+from regdrop.kernels.linear_chunks import Projection, project
 from regdrop.kernels.target import Target
 
 Implementation = Literal["auto", "eager", "chunked", "compiled", "cpp", "triton"]
