@@ -20,9 +20,10 @@ check: $(VENV)/.dev ## lint and type-check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev ## measure the loss, the Trainer and a shared trunk; writes results/bench_*.json
+bench: $(VENV)/.dev ## measure the loss, whole steps, the Trainer and a shared trunk; writes results/bench_*
 	$(BIN)/python benchmarks/bench_loss.py
 	$(BIN)/python benchmarks/bench_fused_linear.py
+	$(BIN)/python benchmarks/bench_step.py
 	$(BIN)/python benchmarks/bench_trainer.py
 	$(BIN)/python benchmarks/bench_shared_prefix.py
 

@@ -3,35 +3,38 @@
     python benchmarks/bench_fused_linear.py            # all shapes, some minutes
     python benchmarks/bench_fused_linear.py --quick    # one small shape, to see that it runs
 
-Everything is measured in one process, interleaved; figures are medians. Baselines: the layer and
-then the public implementations' form, two calls of `F.cross_entropy`, or the closed form over
-explicit logits; and the floor: the three matrix products of a linear layer, into buffers that were
+Everything is measured in one process, interleaved; ratios are taken round by round, and their
+median, 10th and 90th percentile kept. Time and memory are drawn against words and items.
+Baselines: the layer and then the public implementations' form, two calls of `F.cross_entropy`, or
+the closed form over explicit logits; on a GPU Apple's `cut_cross_entropy`, without a KL, where it
+is installed; and the floor: the three matrix products of a linear layer, into buffers that were
 touched before. Peak memory is what was allocated above the inputs, in times of the gradients of
 hidden states and weight, which every way has to return.
 """
 
-import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
-from bench_loss import ROOT, peak_bytes, reference, synchronise
+import recording
+from bench_loss import reference
+from drawing import draw
+from measuring import peak_bytes, ratio, time_interleaved
+from recording import Row
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
-from regdrop.experiments.record import describe_hardware, library_versions
 
-# Items a pass, features, words.
-SHAPES = [(2048, 256, 10_000), (1024, 768, 32_000), (512, 768, 128_000)]
+FEATURES = 768
+# Items a pass and words: many of the one at a fixed number of the other.
+WORDS = [(512, v) for v in (8_000, 32_000, 64_000)]
+ITEMS = [(n, 32_000) for n in (128, 512, 1024)]
 FLOOR, OFFICIAL = "three matrix products", "official form"
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -57,10 +60,18 @@ def variants() -> dict[str, Loss]:
         ),
         "fused": fused(),
         "fused, 64 rows a chunk": fused(chunk_size=32),
-        "fused, 256 rows a chunk": fused(chunk_size=128),
-        "fused, 1024 rows a chunk": fused(chunk_size=512),
         "fused, one backward pass": fused(backward_passes=1),
+        **(gpu_variants() if torch.cuda.is_available() else {}),
     }
+
+
+def gpu_variants() -> dict[str, Loss]:
+    """Return what runs on a GPU alone, by name."""
+    if find_spec("cut_cross_entropy") is None:
+        return {}
+    from cut_cross_entropy import linear_cross_entropy
+
+    return {"Apple's cross entropy, no KL": lambda h, w, y: linear_cross_entropy(h, w, y.repeat(2))}
 
 
 def gradients(function: Loss, hidden: Tensor, weight: Tensor, target: Tensor) -> object:
@@ -77,98 +88,87 @@ def products(hidden: Tensor, weight: Tensor, buffers: tuple[Tensor, Tensor, Tens
         torch.mm(logits.t(), hidden, out=grad_weight)
 
 
-def seconds(function: Callable[[], object], device: str) -> float:
-    synchronise(device)
-    start = time.perf_counter()
-    function()
-    synchronise(device)
-    return time.perf_counter() - start
-
-
-def measure(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: str, repeats: int
-) -> dict[str, object]:
+def measure(items: int, words: int, dtype: torch.dtype, device: str, repeats: int) -> list[Row]:
     """Measure all variants on one shape."""
-    items, features, words = shape
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2 * items, features, generator=generator).to(device, dtype)
-    weight = (torch.randn(words, features, generator=generator) / features**0.5).to(device, dtype)
+    hidden = torch.randn(2 * items, FEATURES, generator=generator).to(device, dtype)
+    weight = (torch.randn(words, FEATURES, generator=generator) / FEATURES**0.5).to(device, dtype)
     target = torch.randint(0, words, (items,), generator=generator).to(device)
     hidden.requires_grad_()
     weight.requires_grad_()
     calls = {name: partial(gradients, f, hidden, weight, target) for name, f in variants().items()}
     buffers = hidden.new_empty(2 * items, words), hidden.new_empty(hidden.shape), weight.clone()
     floor = partial(products, hidden, weight, tuple(x.detach() for x in buffers))
-    times: dict[str, list[float]] = {name: [] for name in [*calls, FLOOR]}
-    for repeat in range(repeats + 1):  # the first warms up
-        for name, call in {**calls, FLOOR: floor}.items():
-            value = seconds(call, device)
-            if repeat:
-                times[name].append(value)
+    times = time_interleaved({**calls, FLOOR: floor}, repeats, device)
     del floor, buffers
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    needed = (hidden.numel() + weight.numel()) * hidden.element_size()
-    peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
-    return {
-        "items": items,
-        "features": features,
-        "words": words,
-        "dtype": str(dtype).removeprefix("torch."),
-        "repeats": repeats,
-        "times_three_products": {name: value / medians[FLOOR] for name, value in medians.items()},
-        "speedup_over_official": {
-            name: medians[OFFICIAL] / value for name, value in medians.items()
-        },
-        "peak_times_gradients": {name: peak / needed for name, peak in peaks.items()},
-        "peak_mebibytes": {name: peak / 2**20 for name, peak in peaks.items()},
-        **({"milliseconds": {n: v * 1e3 for n, v in medians.items()}} if device == "cuda" else {}),
-    }
+    rows = []
+    for name, own in times.items():
+        row: Row = {
+            "items": items,
+            "features": FEATURES,
+            "words": words,
+            "dtype": str(dtype).removeprefix("torch."),
+            "variant": name,
+            "times_three_products": ratio(own, times[FLOOR]),
+            "speedup_over_official": ratio(times[OFFICIAL], own),
+        }
+        if name in calls:
+            peak = peak_bytes(calls[name], device)
+            row["peak_times_gradients"] = peak / (hidden.nbytes + weight.nbytes)
+            row["peak_mebibytes"] = peak / 2**20
+        if device == "cuda":
+            row["milliseconds"] = {k: v * 1e3 for k, v in ratio(own, [1.0] * len(own)).items()}
+        rows.append(row)
+    return rows
 
 
-def show(results: list[dict[str, object]], console: Console) -> None:
-    """Print the ratios."""
-    keys = ("times_three_products", "speedup_over_official", "peak_times_gradients")
-    for result in results:
-        title = "2 x {items} x {features}, {words} words, {dtype}".format(**result)
-        titles = ("times the products", "speed-up over the official form", "peak, gradients")
-        table = Table("layer, loss and gradients", *titles, title=title)
-        products_, speed, peak = (result[key] for key in keys)
-        assert isinstance(products_, dict)
-        assert isinstance(speed, dict)
-        assert isinstance(peak, dict)
-        for name, value in products_.items():
-            shown = f"{peak[name]:.2f}" if name in peak else ""
-            table.add_row(name, f"{value:.2f}", f"{speed[name]:.2f}x", shown)
-        console.print(table)
+COLUMNS = {
+    "variant": "layer, loss and gradients",
+    "times_three_products": "times the products",
+    "speedup_over_official": "speed-up over the official form",
+    "peak_times_gradients": "peak, gradients",
+}
+
+
+def draw_curves(
+    rows: list[Row], sweeps: dict[str, list[tuple[int, int]]], path: Path, console: Console
+) -> None:
+    """Draw time and memory against words and items."""
+    panels = []
+    for axis, shapes in sweeps.items():
+        own = [
+            row
+            for row in rows
+            if (row["items"], row["words"]) in shapes and row["dtype"] == "float32"
+        ]
+        other = f"{shapes[0][0]} items" if axis == "words" else f"{shapes[0][1]:,} words"
+        measured = [row for row in own if "peak_mebibytes" in row]
+        panels += [
+            (own, axis, "times_three_products", f"time in times of the products, {other}"),
+            (measured, axis, "peak_mebibytes", f"peak above the inputs, MiB, {other}"),
+        ]
+    draw(panels, path, console)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one small shape")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "bench_fused_linear.json")
-    arguments = parser.parse_args()
+    options = recording.parser(__doc__, repeats=3)
+    arguments = recording.parse(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtypes = [torch.float32] if arguments.quick else [torch.float32, torch.bfloat16]
-    shapes = [(64, 32, 1000)] if arguments.quick else SHAPES
-    cases = [(shape, dtype) for dtype in dtypes for shape in shapes]
+    sweeps = {"words": WORDS, "items": ITEMS}
+    if arguments.quick:
+        sweeps = {axis: [(64, 1000)] for axis in sweeps}
+    cases = [(*shape, torch.float32) for shape in dict.fromkeys(chain(*sweeps.values()))]
+    if not arguments.quick:
+        cases.append((512, 32_000, torch.bfloat16))
     console = Console()
-    results = [
-        measure(shape, dtype, device, arguments.repeats)
-        for shape, dtype in track(cases, "measuring", console=console)
-    ]
-    show(results, console)
-    suffix = " --quick" if arguments.quick else ""
-    record = {
-        "command": f"python benchmarks/bench_fused_linear.py{suffix}",
-        "date": date.today().isoformat(),
-        "versions": library_versions(),
-        "hardware": describe_hardware(),
-        "results": results,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    console.print(f"written to {arguments.output}")
+    rows: list[Row] = []
+    for items, words, dtype in track(cases, "measuring", console=console):
+        found = measure(items, words, dtype, device, arguments.repeats)
+        title = f"2 x {items} x {FEATURES}, {words:,} words, {found[0]['dtype']}"
+        recording.show(found, COLUMNS, title, console)
+        rows += found
+    recording.write(rows, arguments, console)
+    draw_curves(rows, sweeps, arguments.output.with_suffix(".png"), console)
 
 
 if __name__ == "__main__":

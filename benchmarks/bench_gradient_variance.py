@@ -10,12 +10,9 @@ the cosine of the way's mean and full R-Drop's. Lengths and cosines are estimate
 draws, so that noise does not bias them: of an unbiased way the cosine is 1 but for their error.
 """
 
-import argparse
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import date
 from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
@@ -23,19 +20,17 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
+import recording
 from regdrop import RDropConfig
 from regdrop.diagnostics import expected_cost
 from regdrop.experiments import build_arms
 from regdrop.experiments.progress import quiet_libraries
-from regdrop.experiments.record import describe_hardware, library_versions
 from regdrop.experiments.run import build_trainer
 from regdrop.tasks import Task
 from regdrop.tasks.options import change_task, find_task
 
-ROOT = Path(__file__).resolve().parent.parent
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
     "one backward": {"backward_passes": 1},
@@ -146,7 +141,7 @@ def summarise(found: dict[str, dict[str, Moments]], rdrop: RDropConfig) -> list[
     rows = []
     for way, moments in found.items():
         row: dict[str, Any] = {
-            "way": way,
+            "variant": way,
             "cost": expected_cost(replace(rdrop, **WAYS[way])),
         }
         for kind, own in moments.items():
@@ -160,45 +155,34 @@ def summarise(found: dict[str, dict[str, Moments]], rdrop: RDropConfig) -> list[
     return rows
 
 
+COLUMNS = {
+    "variant": "way",
+    "cost": "cost",
+    "masks": "masks",
+    "cosine, masks": "cosine",
+    "masks and batches": "masks and batches",
+    "cosine, masks and batches": "cosine",
+}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--task", default="digits")
-    parser.add_argument("--data", default=None)
-    parser.add_argument("--steps", type=int, default=300, help="steps of R-Drop beforehand")
-    parser.add_argument("--draws", type=int, default=60, help="gradients of each way")
-    parser.add_argument("--quick", action="store_true", help="a few draws after a few steps")
-    parser.add_argument("--output", type=Path, default=None)
-    arguments = parser.parse_args()
+    options = recording.parser(__doc__)
+    options.add_argument("--task", default="digits")
+    options.add_argument("--data", default=None)
+    options.add_argument("--steps", type=int, default=300, help="steps of R-Drop beforehand")
+    options.add_argument("--draws", type=int, default=60, help="gradients of each way")
+    arguments = recording.parse(options)
     if arguments.draws % (2 * TURN):
-        parser.error(f"--draws must be a multiple of {2 * TURN}, got {arguments.draws}")
+        options.error(f"--draws must be a multiple of {2 * TURN}, got {arguments.draws}")
     steps, draws = (5, 2 * TURN) if arguments.quick else (arguments.steps, arguments.draws)
     console = Console()
     quiet_libraries()
     task = change_task(find_task(arguments.task), data=arguments.data, steps=steps)
     rows = summarise(measure(task, steps, draws, console), task.rdrop)
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{x:.3g}" if isinstance(x, float) else x for x in row.values()))
-    console.print(table)
-    command = f"python benchmarks/{Path(__file__).name}"
-    for name in ("task", "data", "steps", "draws"):
-        value = getattr(arguments, name)
-        command += f" --{name} {value}" if value != parser.get_default(name) else ""
-    record = {
-        "command": command + (" --quick" if arguments.quick else ""),
-        "date": date.today().isoformat(),
-        "task": task.name,
-        "alpha": task.rdrop.alpha,
-        "steps": steps,
-        "draws": draws,
-        "versions": library_versions(),
-        "hardware": describe_hardware(),
-        "ways": rows,
-    }
-    output = arguments.output or ROOT / "results" / f"gradient_variance_{arguments.task}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    console.print(f"written to {output}")
+    recording.show(rows, COLUMNS, f"{task.name}, alpha {task.rdrop.alpha:g}", console)
+    if arguments.output == options.get_default("output"):
+        arguments.output = arguments.output.with_stem(f"gradient_variance_{arguments.task}")
+    recording.write(rows, arguments, console, alpha=task.rdrop.alpha)
 
 
 if __name__ == "__main__":

@@ -1,51 +1,54 @@
 """Time and peak memory of the cross-entropy loss with gradient, against other ways to compute it.
 
-    python benchmarks/bench_loss.py            # all shapes, a few minutes
+    python benchmarks/bench_loss.py            # all shapes, some minutes
     python benchmarks/bench_loss.py --quick    # one small shape, to see that it runs
 
-Everything is measured in one process, interleaved; figures are medians. Baselines: the public
-implementations' form (`log_softmax`, `softmax`, `kl_div` both ways, two cross entropies), two
-calls of `F.cross_entropy`, and the copy floor: reading the logits once and writing them once into
-a buffer that was touched before. Peak memory is what was allocated above the inputs, in logits
-pairs: the gradient alone is 1.
+Everything is measured in one process, interleaved; ratios are taken round by round, and their
+median, 10th and 90th percentile kept. Time and memory are drawn against classes and items.
+Baselines: the public implementations' form (`log_softmax`, `softmax`, `kl_div` both ways, two cross
+entropies), two calls of `F.cross_entropy`, and the copy floor: reading the logits once and writing
+them once into a buffer that was touched before. Peak memory is what was allocated above the inputs,
+in logits pairs: the gradient alone is 1.
 
 On a GPU also the Triton kernel, with its share of the bandwidth of that copy (the kernel reads the
 logits twice and writes them once), and Liger's cross entropy of the same rows, without a KL, where
-`liger_kernel` is installed. Apple's `cut_cross_entropy` takes no logits, so it is not comparable.
+`liger_kernel` is installed. Apple's takes no logits: see `bench_fused_linear.py`.
 """
 
-import argparse
-import gc
-import json
 import shutil
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from datetime import date
+from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.cpp_extension import is_ninja_available
 
+import recording
+from drawing import draw
+from measuring import peak_bytes, ratio, time_interleaved
+from recording import ROOT, Row
 from regdrop import rdrop_cross_entropy
-from regdrop.experiments.record import describe_hardware, library_versions
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-import reference  # noqa: E402  the baseline of the tests
+sys.path.insert(0, str(ROOT / "tests"))  # the baseline of the tests
+import reference
 
-SHAPES = {
-    "cpu": [(4096, 10_000), (1024, 32_000), (256, 128_000)],
-    "cuda": [(8192, 10_000), (4096, 32_000), (2048, 128_000), (1024, 256_000)],
+# Items a pass and classes: many of the one at a fixed number of the other.
+ITEMS = {"cpu": [(64, 32_000), (256, 32_000), (1024, 32_000)]}
+ITEMS["cuda"] = [(n, 32_000) for n in (256, 1024, 4096, 16_384)]
+CLASSES = {
+    "cpu": [(256, 2_000), (256, 10_000), (256, 32_000), (256, 128_000)],
+    "cuda": [(2048, v) for v in (2_000, 10_000, 32_000, 128_000, 256_000)],
 }
+OFFICIAL, FLOOR = "official form", "copy floor"
+# Of the logits read or written, in pairs: by a copy, and by the GPU kernel.
+COPIED, MOVED = 2, 3
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -60,7 +63,7 @@ def variants() -> dict[str, Loss]:
     can_build = not torch.cuda.is_available() and is_ninja_available()
     can_compile = torch.cuda.is_available() or any(map(shutil.which, ("c++", "g++", "clang++")))
     return {
-        "official form": lambda x, y: reference.official_loss(x, y, 1.0),
+        OFFICIAL: lambda x, y: reference.official_loss(x, y, 1.0),
         "eager": ours("eager"),
         "two cross entropies": lambda x, y: sum(F.cross_entropy(p, y) for p in x.chunk(2)),
         "chunked": ours("chunked"),
@@ -88,158 +91,95 @@ def gpu_variants() -> dict[str, Loss]:
     return found
 
 
-def time_once(function: Loss, source: Tensor, target: Tensor, device: str) -> float:
-    """Return the seconds of one forward and backward from logits that are no leaf."""
-    leaf = source.detach().requires_grad_()
+def gradient(function: Loss, work: Tensor, target: Tensor) -> object:
+    """Run one forward and backward from logits that are no leaf."""
+    leaf = work.detach().requires_grad_()
     logits = leaf.view_as(leaf)
-    synchronise(device)
-    start = time.perf_counter()
     # Not backward(): it would copy the gradient, which a layer behind the logits takes as it is.
-    torch.autograd.grad(function(logits, target) * 1.5, logits)
-    synchronise(device)
-    return time.perf_counter() - start
+    return torch.autograd.grad(function(logits, target) * 1.5, logits)
 
 
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_pairs(function: Loss, source: Tensor, target: Tensor, device: str) -> float:
-    """Return the highest memory above the inputs, in logits pairs."""
-    logits = source.clone().requires_grad_().view_as(source)
-    peak = peak_bytes(lambda: torch.autograd.grad(function(logits, target) * 1.5, logits), device)
-    return peak / (source.numel() * source.element_size())
-
-
-def peak_bytes(function: Callable[[], object], device: str) -> int:
-    """Return the highest memory that a function allocates."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    return highest_allocation(profiler)
-
-
-def highest_allocation(profiler: profile) -> int:
-    """Return the highest sum of allocations and releases, in bytes."""
-    current = highest = 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()
-        highest = max(highest, current)
-    return highest
-
-
-def measure(
-    rows: int, classes: int, dtype: torch.dtype, device: str, repeats: int
-) -> dict[str, object]:
+def measure(items: int, classes: int, dtype: torch.dtype, device: str, repeats: int) -> list[Row]:
     """Measure all variants on one shape."""
     generator = torch.Generator().manual_seed(0)
-    source = (torch.randn(2 * rows, classes, generator=generator) * 2).to(device, dtype)
-    target = torch.randint(0, classes, (rows,), generator=generator).to(device)
-    functions = variants()
+    source = (torch.randn(2 * items, classes, generator=generator) * 2).to(device, dtype)
+    target = torch.randint(0, classes, (items,), generator=generator).to(device)
     work, floor = torch.empty_like(source), torch.empty_like(source)
-    times: dict[str, list[float]] = {name: [] for name in [*functions, "copy floor"]}
-    for repeat in range(repeats + 1):  # the first warms up and compiles
-        for name, function in functions.items():
-            work.copy_(source)
-            seconds = time_once(function, work, target, device)
-            if repeat:
-                times[name].append(seconds)
-        synchronise(device)
-        start = time.perf_counter()
-        floor.copy_(source)
-        synchronise(device)
-        if repeat:
-            times["copy floor"].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    peaks = {name: peak_pairs(f, source, target, device) for name, f in functions.items()}
-    return {
-        "rows": rows,
-        "classes": classes,
-        "dtype": str(dtype).removeprefix("torch."),
-        "repeats": repeats,
-        "speedup_over_official": {
-            name: medians["official form"] / value for name, value in medians.items()
-        },
-        "times_copy_floor": {
-            name: value / medians["copy floor"] for name, value in medians.items()
-        },
-        "peak_logits_pairs": peaks,
-        **(gpu_figures(medians) if device == "cuda" else {}),
-    }
+    calls = {name: partial(gradient, f, work, target) for name, f in variants().items()}
+    # Some overwrite the logits.
+    refill = partial(work.copy_, source)
+    times = time_interleaved(
+        {**calls, FLOOR: partial(floor.copy_, work)}, repeats, device, prepare=refill
+    )
+    rows = []
+    for name, own in times.items():
+        row: Row = {
+            "items": items,
+            "classes": classes,
+            "dtype": str(dtype).removeprefix("torch."),
+            "variant": name,
+            "speedup_over_official": ratio(times[OFFICIAL], own),
+            "times_copy_floor": ratio(own, times[FLOOR]),
+        }
+        if name in calls:
+            refill()
+            row["peak_logits_pairs"] = peak_bytes(calls[name], device) / source.nbytes
+        if device == "cuda":
+            row["milliseconds"] = {k: v * 1e3 for k, v in ratio(own, [1.0] * len(own)).items()}
+        if name.startswith("triton"):
+            floors = [MOVED / COPIED * seconds for seconds in times[FLOOR]]
+            row["share_of_copy_bandwidth"] = ratio(floors, own)
+        rows.append(row)
+    return rows
 
 
-def gpu_figures(medians: dict[str, float]) -> dict[str, object]:
-    """Return times, and the kernel's bytes a second over those of the copy."""
-    copied, moved = 2, 3  # logits read or written, in pairs
-    return {
-        "milliseconds": {name: value * 1e3 for name, value in medians.items()},
-        "share_of_copy_bandwidth": {
-            name: moved / value / (copied / medians["copy floor"])
-            for name, value in medians.items()
-            if name.startswith("triton")
-        },
-    }
+COLUMNS = {
+    "variant": "loss and gradient",
+    "speedup_over_official": "speed-up over the official form",
+    "times_copy_floor": "times the copy floor",
+    "peak_logits_pairs": "peak, logits pairs",
+}
 
 
-def show(results: list[dict[str, object]], console: Console) -> None:
-    """Print the ratios."""
-    for result in results:
-        table = Table(
-            "loss and gradient",
-            "speed-up over the official form",
-            "times the copy floor",
-            "peak, logits pairs",
-            title=f"2 x {result['rows']} x {result['classes']} {result['dtype']}",
-        )
-        speed, floor, peak = (
-            result[k] for k in ("speedup_over_official", "times_copy_floor", "peak_logits_pairs")
-        )
-        assert isinstance(speed, dict)
-        assert isinstance(floor, dict)
-        assert isinstance(peak, dict)
-        for name in speed:
-            shown = f"{peak[name]:.2f}" if name in peak else ""
-            table.add_row(name, f"{speed[name]:.2f}x", f"{floor[name]:.1f}x", shown)
-        console.print(table)
-        shares = result.get("share_of_copy_bandwidth", {})
-        assert isinstance(shares, dict)
-        for name, share in shares.items():
-            console.print(f"{name}: {share:.0%} of the copy's bandwidth")
+def draw_curves(
+    rows: list[Row], sweeps: dict[str, list[tuple[int, int]]], path: Path, console: Console
+) -> None:
+    """Draw time and memory against classes and items."""
+    panels = []
+    for axis, shapes in sweeps.items():
+        own = [
+            row
+            for row in rows
+            if (row["items"], row["classes"]) in shapes and row["dtype"] == "float32"
+        ]
+        other = f"{shapes[0][0]} items" if axis == "classes" else f"{shapes[0][1]:,} classes"
+        measured = [row for row in own if "peak_logits_pairs" in row]
+        panels += [
+            (own, axis, "times_copy_floor", f"time in copies of the logits, {other}"),
+            (measured, axis, "peak_logits_pairs", f"peak above the inputs, logits pairs, {other}"),
+        ]
+    draw(panels, path, console)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one small shape")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "bench_loss.json")
-    arguments = parser.parse_args()
+    options = recording.parser(__doc__, repeats=5)
+    arguments = recording.parse(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = [torch.float32] if arguments.quick else [torch.float32, torch.bfloat16]
-    shapes = [(64, 1000)] if arguments.quick else SHAPES[device]
-    cases = [(rows, classes, dtype) for dtype in dtypes for rows, classes in shapes]
+    sweeps = {"classes": CLASSES[device], "items": ITEMS[device]}
+    if arguments.quick:
+        sweeps = {axis: [(64, 1000)] for axis in sweeps}
+    shapes = list(dict.fromkeys(chain(*sweeps.values())))
     console = Console()
-    results = []
-    for rows, classes, dtype in track(cases, "measuring", console=console):
-        results.append(measure(rows, classes, dtype, device, arguments.repeats))
-    show(results, console)
-    record = {
-        "command": "python benchmarks/bench_loss.py" + (" --quick" if arguments.quick else ""),
-        "date": date.today().isoformat(),
-        "versions": library_versions(),
-        "hardware": describe_hardware(),
-        "results": results,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    console.print(f"written to {arguments.output}")
+    rows: list[Row] = []
+    cases = [(*shape, dtype) for dtype in dtypes for shape in shapes]
+    for items, classes, dtype in track(cases, "measuring", console=console):
+        found = measure(items, classes, dtype, device, arguments.repeats)
+        title = f"2 x {items} x {classes:,} {found[0]['dtype']}"
+        recording.show(found, COLUMNS, title, console)
+        rows += found
+    recording.write(rows, arguments, console)
+    draw_curves(rows, sweeps, arguments.output.with_suffix(".png"), console)
 
 
 if __name__ == "__main__":

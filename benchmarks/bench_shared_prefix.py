@@ -5,30 +5,26 @@
 
 A convolutional trunk with frozen BatchNorm, and a head with dropout: EfficientNet-Lite0 where its
 package is installed, else a small network. A step is forward, loss, backward and SGD. Every way
-runs in turn, several times; the figures are ratios of medians to the step of one pass.
+runs in turn; ratios to the step of one pass are taken round by round.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import date
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
+import recording
+from measuring import ratio
+from recording import Row
 from regdrop import rdrop_cross_entropy, repeat_batch, share_prefix
-from regdrop.experiments.record import describe_hardware, library_versions
 from regdrop.suggestion import suggest_prefix
 
-ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 100
 WAYS = {"one pass": 1, "two passes": 2, "two passes, trunk once": 2}
 
@@ -101,14 +97,15 @@ def measure(model: nn.Module, way: str, x: Tensor, y: Tensor, steps: int) -> tup
     return statistics.median(times[1:]), losses[0]
 
 
+COLUMNS = {"variant": "way", "step": "in single-pass steps", "loss": "first loss"}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a few steps")
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "results" / "bench_shared_prefix.json"
-    )
-    arguments = parser.parse_args()
-    steps, repeats, size = (1, 1, 2) if arguments.quick else (5, 7, 16)
+    options = recording.parser(__doc__, repeats=5)
+    arguments = recording.parse(options)
+    steps, size = 3, 16
+    if arguments.quick:
+        steps, size = 1, 2
     console = Console()
     name, model = build()
     x, y = torch.randn(size, 3, 224, 224), torch.randint(CLASSES, (size,))
@@ -116,35 +113,22 @@ def main() -> None:
     if suggestion is None or suggestion.until != "features":
         raise RuntimeError(f"the trunk should be what can be shared, got {suggestion}")
     found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
-    for _ in track(range(repeats), "measuring", console=console):
+    for _ in track(range(arguments.repeats), "measuring", console=console):
         for way in WAYS:
             found[way].append(measure(model, way, x, y, steps))
-    seconds = {way: statistics.median(time for time, _ in pairs) for way, pairs in found.items()}
-    losses = {way: pairs[0][1] for way, pairs in found.items()}
-    table = Table("way", "step", "loss", title=f"{name}, batch {size}, in single-pass steps")
-    rows = []
-    for way in WAYS:
-        cost = seconds[way] / seconds["one pass"]
-        rows.append({"way": way, "step": cost, "loss": losses[way]})
-        table.add_row(way, f"{cost:.2f}x", f"{losses[way]:.6f}")
-    console.print(table)
+    seconds = {way: [time for time, _ in pairs] for way, pairs in found.items()}
+    rows: list[Row] = [
+        {
+            "variant": way,
+            "step": ratio(seconds[way], seconds["one pass"]),
+            "loss": found[way][0][1],
+        }
+        for way in WAYS
+    ]
+    recording.show(rows, COLUMNS, f"{name}, batch {size}", console)
     console.print(f"By operations the trunk computed once makes {2 - suggestion.share:.2f}x.")
-    record = {
-        "command": "python benchmarks/bench_shared_prefix.py"
-        + (" --quick" if arguments.quick else ""),
-        "date": date.today().isoformat(),
-        "model": name,
-        "batch": size,
-        "repeats": repeats,
-        "steps": steps,
-        "versions": library_versions(),
-        "hardware": describe_hardware(),
-        "share_of_operations": suggestion.share,
-        "ways": rows,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    console.print(f"written to {arguments.output}")
+    facts = {"model": name, "batch": size, "steps": steps, "share": suggestion.share}
+    recording.write(rows, arguments, console, **facts)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,21 @@
 """What RDropTrainer adds to a step beyond its passes and its loss, and to an evaluation.
 
-    python benchmarks/bench_trainer.py            # about three minutes
+    python benchmarks/bench_trainer.py            # about two minutes
     python benchmarks/bench_trainer.py --quick    # to see that it runs
 
 A small BERT on random words, one process. Every way trains and evaluates in turn, several times;
-the figures are ratios of medians. R-Drop on a batch is set against the plain Trainer on the batch
+the ratios are taken round by round. R-Drop on a batch is set against the plain Trainer on the batch
 stacked: the same work but for the loss.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -30,11 +25,12 @@ from transformers import (
     TrainingArguments,
 )
 
+import recording
+from measuring import ratio
+from recording import Row
 from regdrop import RDropConfig
-from regdrop.experiments.record import describe_hardware, library_versions
 from regdrop.integrations.transformers import RDropTrainer
 
-ROOT = Path(__file__).resolve().parent.parent
 BATCH, LENGTH, WORDS = 16, 64, 1000
 SINGLE = RDropConfig(alpha=0.0, num_passes=1)
 WAYS: dict[str, tuple[int, RDropConfig | None]] = {
@@ -110,39 +106,35 @@ def measure(batch: int, rdrop: RDropConfig | None, steps: int, folder: str) -> t
     return statistics.median(watch.times), time.perf_counter() - start
 
 
+COLUMNS = {"variant": "way", "against": "against", "step": "step", "evaluation": "evaluation"}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a few steps")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "bench_trainer.json")
-    arguments = parser.parse_args()
-    steps, repeats = (5, 1) if arguments.quick else (24, 7)
+    options = recording.parser(__doc__, repeats=5)
+    arguments = recording.parse(options)
+    steps = 24
+    if arguments.quick:
+        steps = 5
     console = Console()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
+    step: dict[str, list[float]] = {name: [] for name in WAYS}
+    evaluation: dict[str, list[float]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in track(range(repeats), "measuring", console=console):
+        for _ in track(range(arguments.repeats), "measuring", console=console):
             for name, (batch, rdrop) in WAYS.items():
-                times[name].append(measure(batch, rdrop, steps, folder))
-    step = {name: statistics.median(t for t, _ in found) for name, found in times.items()}
-    evaluation = {name: statistics.median(t for _, t in found) for name, found in times.items()}
-    table = Table("way", "against", "step", "evaluation")
-    ratios = []
-    for way, other in RATIOS:
-        pair = step[way] / step[other], evaluation[way] / evaluation[other]
-        ratios.append({"way": way, "against": other, "step": pair[0], "evaluation": pair[1]})
-        table.add_row(way, other, f"{pair[0]:.3f}x", f"{pair[1]:.3f}x")
-    console.print(table)
-    record = {
-        "command": "python benchmarks/bench_trainer.py" + (" --quick" if arguments.quick else ""),
-        "date": date.today().isoformat(),
-        "repeats": repeats,
-        "steps": steps,
-        "versions": library_versions(),
-        "hardware": describe_hardware(),
-        "ratios": ratios,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    console.print(f"written to {arguments.output}")
+                seconds = measure(batch, rdrop, steps, folder)
+                step[name].append(seconds[0])
+                evaluation[name].append(seconds[1])
+    rows: list[Row] = [
+        {
+            "variant": way,
+            "against": other,
+            "step": ratio(step[way], step[other]),
+            "evaluation": ratio(evaluation[way], evaluation[other]),
+        }
+        for way, other in RATIOS
+    ]
+    recording.show(rows, COLUMNS, "ratios of times", console)
+    recording.write(rows, arguments, console, steps=steps)
 
 
 if __name__ == "__main__":

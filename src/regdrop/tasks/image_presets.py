@@ -138,7 +138,7 @@ def _part(task: ImageClassification, title: str, images: int) -> ImageClassifica
     """Return a task on so small a part of its training split that it overfits within minutes."""
     training = replace(
         task.training,
-        max_steps=1_000,
+        max_steps=1_500,
         batch_size=64,
         eval_steps=100,
         logging_steps=50,

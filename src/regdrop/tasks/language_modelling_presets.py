@@ -152,5 +152,5 @@ SMALL_PRESETS = (
         _adaptive(_DECODER, (4_000, 12_000), 2),
         12_000,
     ),
-    _part(_small("ptb", "Transformer decoder on the Penn Treebank", _DECODER, 800), 40_000),
+    _part(_small("ptb", "Transformer decoder on the Penn Treebank", _DECODER, 800), 20_000),
 )

@@ -1,0 +1,144 @@
+"""What a whole training step of R-Drop costs, in steps of one pass.
+
+    python benchmarks/bench_step.py            # a few minutes
+    python benchmarks/bench_step.py --quick    # a small model, to see that it runs
+
+An encoder-decoder of 3 + 3 layers, 256 wide, on 64 pairs of 30 random tokens each, 10,000 words,
+dropout 0.1. A step is forward, loss, backward and fused Adam, without a Trainer around it. The
+step of one pass has the loss that everyone has, `F.cross_entropy`; beside it stands one with this
+project's loss at no KL, since a part of what R-Drop seems to save is the baseline's loss. Every
+way runs in turn; ratios are taken round by round, in float32 and under bfloat16's autocast.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+import recording
+from bench_loss import reference
+from measuring import ratio, time_interleaved
+from recording import Row
+from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy, repeat_batch
+
+ONE_PASS = "one pass"
+ALPHA = 1.0
+
+
+class Translator(nn.Module):
+    """A Transformer whose output layer is its embedding."""
+
+    def __init__(self, width: int, layers: int, words: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, width)
+        self.body = nn.Transformer(
+            width, width // 64 or 1, layers, layers, 4 * width, dropout=0.1, batch_first=True
+        )
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+
+    def hidden(self, source: Tensor, target: Tensor) -> Tensor:
+        """Return the decoder's states, (batch, length, width)."""
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1], source.device)
+        embedded = self.embedding(source), self.embedding(target)
+        return self.body(*embedded, tgt_mask=mask, tgt_is_causal=True)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """Return logits, (batch x length, words)."""
+        return F.linear(self.hidden(source, target), self.embedding.weight).flatten(0, 1)
+
+
+Loss = Callable[[Translator, Tensor, Tensor, Tensor], Tensor]
+
+
+def stacked(model: Translator, source: Tensor, target: Tensor) -> Tensor:
+    return model(*(repeat_batch(x, 2) for x in (source, target)))
+
+
+def twice(model: Translator, source: Tensor, target: Tensor) -> Tensor:
+    return torch.cat([model(source, target), model(source, target)])
+
+
+def one_backward(model: Translator, source: Tensor, target: Tensor, words: Tensor) -> Tensor:
+    """The second pass keeps nothing for a backward: the KL's gradient flows through the first."""
+    with torch.no_grad():
+        second = model(source, target)
+    logits = torch.cat([model(source, target), second])
+    return rdrop_cross_entropy(logits, words, alpha=ALPHA, backward_passes=1, inplace=True).loss
+
+
+def fused(model: Translator, source: Tensor, target: Tensor, words: Tensor) -> Tensor:
+    hidden = model.hidden(*(repeat_batch(x, 2) for x in (source, target)))
+    weight = model.embedding.weight
+    return linear_rdrop_cross_entropy(hidden.flatten(0, 1), weight, words, alpha=ALPHA).loss
+
+
+def ours(logits: Tensor, words: Tensor) -> Tensor:
+    return rdrop_cross_entropy(logits, words, alpha=ALPHA, inplace=True).loss
+
+
+def official(logits: Tensor, words: Tensor) -> Tensor:
+    return reference.official_loss(logits, words, ALPHA)
+
+
+WAYS: dict[str, Loss] = {
+    ONE_PASS: lambda model, x, y, words: F.cross_entropy(model(x, y), words),
+    "one pass, our loss": lambda model, x, y, words: (
+        rdrop_cross_entropy(model(x, y), words, alpha=0.0, num_passes=1, inplace=True).loss
+    ),
+    "official form, two forwards": lambda model, x, y, words: official(twice(model, x, y), words),
+    "official form, stacked": lambda model, x, y, words: official(stacked(model, x, y), words),
+    "exact, two forwards": lambda model, x, y, words: ours(twice(model, x, y), words),
+    "exact, stacked": lambda model, x, y, words: ours(stacked(model, x, y), words),
+    "exact, fused with the last layer": fused,
+    "one backward": one_backward,
+}
+
+
+def step(
+    loss: Loss, model: Translator, optimizer: torch.optim.Optimizer, batch: list[Tensor], half: bool
+) -> None:
+    """Train by one step."""
+    with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=half):
+        value = loss(model, *batch)
+    value.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+COLUMNS = {"variant": "way", "step": "in single-pass steps"}
+
+
+def main() -> None:
+    options = recording.parser(__doc__, repeats=7)
+    arguments = recording.parse(options)
+    width, layers, words, pairs, length = 256, 3, 10_000, 64, 30
+    if arguments.quick:
+        width, layers, words, pairs, length = 64, 1, 500, 4, 5
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    model = Translator(width, layers, words).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    batch = [torch.randint(words, (pairs, length), device=device) for _ in range(2)]
+    batch.append(torch.randint(words, (pairs * length,), device=device))
+    console = Console()
+    rows: list[Row] = []
+    for half in track((False, True), "measuring", console=console):
+        calls = {n: partial(step, f, model, optimizer, batch, half) for n, f in WAYS.items()}
+        times = time_interleaved(calls, arguments.repeats, device)
+        dtype = "bfloat16 autocast" if half else "float32"
+        own: list[Row] = [
+            {"dtype": dtype, "variant": name, "step": ratio(seconds, times[ONE_PASS])}
+            for name, seconds in times.items()
+        ]
+        recording.show(own, COLUMNS, f"a training step, {dtype}", console)
+        rows += own
+    facts = {"width": width, "layers": layers, "words": words, "pairs": pairs, "length": length}
+    recording.write(rows, arguments, console, **facts)
+
+
+if __name__ == "__main__":
+    main()
