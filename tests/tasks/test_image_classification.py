@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -208,15 +209,64 @@ def test_photographs_are_streamed(tmp_path, monkeypatch):
     # The first images are of one class here: the whole set validates, as the test split does.
     task = photographs(tmp_path / "more", dataset=data, streaming=True, augmentation="crop")
     prepared = task.prepare()
-    sizes = [sum(1 for _ in prepared.splits[name]) for name in ("train", "validation", "test")]
-    assert sizes == [32, 8, 16]
-    train = prepared.splits["train"]
-    orders = []
-    for epoch in (0, 1, 0):
-        train.set_epoch(epoch)
-        orders.append([int(item["labels"]) for item in train])
-    assert orders[0] == orders[2] != orders[1]
+    sizes = [sum(1 for _ in prepared.splits[name]) for name in ("validation", "test")]
+    assert sizes == [8, 16]
+
+    def epochs():
+        labels = [int(item["labels"]) for item in islice(prepared.splits["train"], 64)]
+        return labels[:32], labels[32:]
+
+    first, second = epochs()
+    assert first != second
+    assert sorted(first) == sorted(second)
+    assert epochs() == (first, second)
     assert_learned(run_arm(task, build_arms(task)["rdrop"], 0, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_interrupted_run_goes_on_with_the_same_crops_of_the_same_images(
+    tmp_path, monkeypatch, streaming
+):
+    from regdrop.experiments import run
+    from regdrop.tasks import image_stream
+
+    class Interrupted(run.RDropTrainer):
+        def _save_checkpoint(self, *args, **kwargs):
+            super()._save_checkpoint(*args, **kwargs)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(image_stream, "HELD_OUT_IMAGES", 8)
+    task = photographs(tmp_path, streaming=streaming, augmentation="crop")
+    arm = build_arms(task)["rdrop"]
+    whole = run_arm(task, arm, 0, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "RDropTrainer", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_arm(task, arm, 0, tmp_path / "cut")
+    resumed = run_arm(task, arm, 0, tmp_path / "cut")
+    losses = [[e["loss"] for e in r.history if "loss" in e] for r in (whole, resumed)]
+    assert losses[0] == losses[1]
+    assert whole.test == resumed.test
+
+
+def test_crops_of_an_image_differ_by_epoch_and_seed(tmp_path):
+    images = photographs(tmp_path, augmentation="crop").prepare().splits["train"]
+    crops = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        torch.manual_seed(seed)
+        images.set_epoch(epoch)
+        crops.append(images[3]["pixel_values"])
+    assert torch.equal(crops[0], crops[3])
+    assert not torch.equal(crops[0], crops[1])
+    assert not torch.equal(crops[0], crops[2])
+
+
+def test_a_stream_sorted_by_class_is_refused(tmp_path, monkeypatch):
+    from regdrop.tasks import image_stream
+
+    monkeypatch.setattr(image_stream, "_WATCHED_LABELS", 12)
+    with pytest.raises(ValueError, match="its first 12 images sorted by 'label'"):
+        photographs(tmp_path, streaming=True).prepare()
 
 
 def test_a_checkpoints_positions_are_resized_to_another_image_size(tmp_path):
@@ -257,7 +307,7 @@ def test_efficientnet_lite_is_fine_tuned_and_saved(tmp_path):
     assert [(s.name, s.rate) for s in find_dropout(model) if s.active] == [("dropout", 0.2)]
     assert not any(m.training for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
     folder = tmp_path / "run"
-    record = train_run(task, build_arms(task)["rdrop"], 0, RunPaths.alone(folder))
+    record = train_run(task, build_arms(task)["rdrop"], 1, RunPaths.alone(folder))
     assert record.test["accuracy"] > 0.9
     assert evaluate(folder, "test").figures == pytest.approx(record.test, rel=1e-4)
 

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from regdrop.experiments.arms import Arm
+from regdrop.experiments.epochs import EpochCallback
 from regdrop.experiments.history import HistoryCallback, Progress
 from regdrop.experiments.processes import is_main_process, main_process_first, num_processes
 from regdrop.experiments.record import (
@@ -120,6 +121,7 @@ def train_run(
         task, arm, seed, paths.work, prepared, model, train=train, validation=validation
     )
     trainer.add_callback(history)
+    trainer.add_callback(EpochCallback(train))
     trainer.train(resume_from_checkpoint=checkpoint)
     best_step, figures = _select(task, arm, trainer, history, paths.work)
     test, examples = _test(task, trainer, prepared, tests)

@@ -48,6 +48,11 @@ class Images(Dataset[dict[str, Any]]):
         self.labels = labels
         self.mean, self.std = (x.reshape(-1, 1, 1) for x in (mean, std))
         self.augmentation = augmentation
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, whose augmentations are its own."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,13 +63,26 @@ class Images(Dataset[dict[str, Any]]):
     def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
         pixels = self.read(positions).float() / 255
         if self.augmentation is not None:
-            pixels = self.augmentation(pixels)
+            pixels = augment(self.augmentation, pixels, (self.epoch, *positions))
         pixels = (pixels - self.mean) / self.std
         labels = self.labels[list(positions)]
         return [
             {"pixel_values": image, "labels": label}
             for image, label in zip(pixels, labels, strict=True)
         ]
+
+
+def augment(augmentation: nn.Module, pixels: Tensor, key: Sequence[int]) -> Tensor:
+    """Augment images (n, C, H, W) by random numbers that the run's seed and the key decide alone.
+
+    A resumed run could not repeat numbers from the global generator: batches are read ahead of the
+    step whose checkpoint keeps its state.
+    """
+    seed = hash((torch.initial_seed(), *key))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        augmented: Tensor = augmentation(pixels)
+    return augmented
 
 
 def load_digits_splits(augmentation: nn.Module | None) -> ImageSplits:

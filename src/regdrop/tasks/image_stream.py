@@ -1,6 +1,7 @@
 """Images of a data set that is too large to keep: read while it trains, in shuffled order."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -9,23 +10,29 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from regdrop.tasks.data import open_splits
-from regdrop.tasks.image_data import ImageSplits, find_columns, to_tensor
+from regdrop.tasks.image_data import ImageSplits, augment, find_columns, to_tensor
 
 # Images of the training split on which checkpoints are selected: its first ones.
 HELD_OUT_IMAGES = 10_000
 _BUFFER = 10_000
-_SEED = 0
+# As many labels tell whether images come class by class.
+_WATCHED_LABELS = 1_000
 
 
 class StreamedImages(IterableDataset[dict[str, Any]]):
-    """Images as `Images` has them, one after the other; every epoch in another order.
+    """Images as `Images` has them, one after the other.
+
+    Those of training never end: epoch follows epoch, each in an order of its own that the seed of
+    the run decides. So the n-th image is always the same, and a Trainer that resumes finds its
+    place by reading as many again.
 
     Args:
         source: A streaming `datasets.IterableDataset`.
         columns: Names of the columns of images and labels.
         prepare: From an image (C, H, W) between 0 and 1 to the model's input.
+        augmentation: Applied before, to images (1, C, H, W); None for none.
         num_channels: 1 for grey, 3 for RGB.
-        shuffle: Whether the order changes.
+        train: Whether images are shuffled and have no end.
     """
 
     def __init__(
@@ -35,20 +42,29 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
         prepare: Callable[[torch.Tensor], torch.Tensor],
         *,
         num_channels: int,
-        shuffle: bool = False,
+        augmentation: nn.Module | None = None,
+        train: bool = False,
     ) -> None:
-        self.source = source.shuffle(seed=_SEED, buffer_size=_BUFFER) if shuffle else source
+        self.source, self.train, self.augmentation = source, train, augmentation
         self.columns, self.prepare, self.num_channels = columns, prepare, num_channels
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration has."""
-        self.source.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         image_column, label_column = self.columns
-        for row in self.source:
-            pixels = self.prepare(to_tensor(row[image_column], self.num_channels))
-            yield {"pixel_values": pixels, "labels": torch.tensor(row[label_column])}
+        for position, row in enumerate(self._endless() if self.train else self.source):
+            pixels = to_tensor(row[image_column], self.num_channels)
+            if self.augmentation is not None:
+                pixels = augment(self.augmentation, pixels[None], (position,))[0]
+            yield {
+                "pixel_values": self.prepare(pixels),
+                "labels": torch.tensor(row[label_column]),
+            }
+
+    def _endless(self) -> Iterator[dict[str, Any]]:
+        seed = torch.initial_seed() % 2**32
+        for epoch in count():
+            shuffled = self.source.shuffle(seed=seed, buffer_size=_BUFFER)
+            shuffled.set_epoch(epoch)
+            yield from shuffled
 
 
 def stream_image_splits(
@@ -79,7 +95,7 @@ def stream_image_splits(
 
     Raises:
         ValueError: For a set without a training split, a test split, an image column or a label
-            column.
+            column, or one whose training images come class by class.
     """
     loaded = open_splits(dataset, config_name, streaming=True)
     tested = next((name for name in ("validation", "test") if name in loaded), None)
@@ -90,6 +106,12 @@ def stream_image_splits(
         )
     train, test = loaded["train"], loaded[tested]
     columns = find_columns(dataset, train)
+    labels = [r[columns[1]] for r in train.select_columns(columns[1]).take(_WATCHED_LABELS)]
+    if len(labels) == _WATCHED_LABELS and labels == sorted(labels):
+        raise ValueError(
+            f"split 'train' of data {dataset!r} must be in no order of its classes to be streamed, "
+            f"got its first {_WATCHED_LABELS:,} images sorted by {columns[1]!r}: shuffle its files"
+        )
     rest = train.skip(HELD_OUT_IMAGES)
     rest = rest if train_examples is None else rest.take(train_examples)
     if next(iter(rest), None) is None:
@@ -102,12 +124,9 @@ def stream_image_splits(
     def prepare(pixels: torch.Tensor) -> torch.Tensor:
         return (resize(pixels, image_size) - centre) / spread
 
-    def augment(pixels: torch.Tensor) -> torch.Tensor:
-        return prepare(pixels if augmentation is None else augmentation(pixels[None])[0])
-
     options: dict[str, Any] = {"num_channels": num_channels}
     return ImageSplits(
-        StreamedImages(rest, columns, augment, shuffle=True, **options),
+        StreamedImages(rest, columns, prepare, augmentation=augmentation, train=True, **options),
         StreamedImages(train.take(HELD_OUT_IMAGES), columns, prepare, **options),
         StreamedImages(test, columns, prepare, **options),
         list(train.features[columns[1]].names),
