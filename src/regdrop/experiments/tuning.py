@@ -210,7 +210,8 @@ def apply_tuned(arms: Sequence[Arm], study: str, path: Path) -> list[Arm]:
     if missing := [arm.name for arm in arms if arm.name not in chosen]:
         raise ValueError(
             f"{path} must hold a choice for every arm, lest some be tuned and others not; it "
-            f"lacks {', '.join(missing)}"
+            f"lacks {', '.join(missing)}: `regdrop tune` takes them too, and trains none for which "
+            "nothing of what is varied matters"
         )
     return [with_settings(arm, chosen[arm.name]["settings"]) for arm in arms]
 

@@ -129,7 +129,9 @@ def _part(task: LanguageModelling, words: int) -> LanguageModelling:
         train_words=words,
         # Chosen on the validation split, as is alpha.
         model_config={**task.model_config, "dropout": 0.3},
-        training=replace(task.training, batch_size=8, eval_steps=100, logging_steps=50),
+        training=replace(
+            task.training, batch_size=8, learning_rate=4e-3, eval_steps=50, logging_steps=50
+        ),
         rdrop=replace(task.rdrop, alpha=2.0),
     )
 
@@ -152,5 +154,5 @@ SMALL_PRESETS = (
         _adaptive(_DECODER, (4_000, 12_000), 2),
         12_000,
     ),
-    _part(_small("ptb", "Transformer decoder on the Penn Treebank", _DECODER, 800), 20_000),
+    _part(_small("ptb", "Transformer decoder on the Penn Treebank", _DECODER, 600), 20_000),
 )
