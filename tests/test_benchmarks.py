@@ -27,3 +27,5 @@ def test_benchmarks_run_and_write_their_record(path, tmp_path):
     assert record["command"] == f"python benchmarks/{path.name} --quick"
     assert {"versions", "hardware", "date"} <= set(record)
     assert min(numbers(record)) > 0
+    table = output.with_suffix(".csv").read_text().splitlines()
+    assert len(table) == 1 + len(record["rows"])

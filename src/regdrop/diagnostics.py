@@ -72,8 +72,8 @@ def dropout_report(model: nn.Module, config: RDropConfig | None = None) -> list[
         lines.append(_advice(model))
     elif expected_cost(config) == 2:
         lines.append(
-            "fraction=1/3 estimates the same gradient without bias at about "
-            f"{expected_cost(RDropConfig(fraction=1 / 3)):.2f} single-pass steps."
+            "every_n_steps=3 estimates the same gradient without bias at about "
+            f"{expected_cost(RDropConfig(every_n_steps=3)):.2f} single-pass steps."
         )
     if any(source.kind == "layerdrop" and source.rate > 0 for source in on):
         lines.append(

@@ -158,6 +158,7 @@ SMALL_PRESETS = (
         if source != target
     ),
     _part(_small("multi30k", "Multi30k", "de", "en", 6_000), 2_000),
+    _part(_small("multi30k", "Multi30k", "en", "de", 6_000), 2_000),
     _small("tatoeba", "Tatoeba", "de", "en", 20_000),
     _small("tatoeba", "Tatoeba", "en", "de", 20_000),
 )
