@@ -33,8 +33,8 @@ from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
 
 FEATURES = 768
 # Items a pass and words: many of the one at a fixed number of the other.
-WORDS = [(512, v) for v in (8_000, 32_000, 64_000)]
-ITEMS = [(n, 32_000) for n in (128, 512, 1024)]
+WORDS = [(256, v) for v in (8_000, 32_000, 64_000)]
+ITEMS = [(n, 32_000) for n in (128, 256, 512)]
 FLOOR, OFFICIAL = "three matrix products", "official form"
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -159,7 +159,7 @@ def main() -> None:
         sweeps = {axis: [(64, 1000)] for axis in sweeps}
     cases = [(*shape, torch.float32) for shape in dict.fromkeys(chain(*sweeps.values()))]
     if not arguments.quick:
-        cases.append((512, 32_000, torch.bfloat16))
+        cases.append((256, 32_000, torch.bfloat16))
     console = Console()
     rows: list[Row] = []
     for items, words, dtype in track(cases, "measuring", console=console):

@@ -113,7 +113,7 @@ COLUMNS = {"variant": "way", "step": "in single-pass steps"}
 
 
 def main() -> None:
-    options = recording.parser(__doc__, repeats=7)
+    options = recording.parser(__doc__, repeats=3)
     arguments = recording.parse(options)
     width, layers, words, pairs, length = 256, 3, 10_000, 64, 30
     if arguments.quick:
