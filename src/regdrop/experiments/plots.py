@@ -16,6 +16,9 @@ COLOURS = ("#000000", "#999999", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#C
 _STYLES = ("-", "--", ":")
 _COLUMNS = 2
 _LEGEND_COLUMNS = 5
+# As many characters fit into a line of the legend, where each entry's line takes some.
+_LEGEND_CHARACTERS = 145
+_HANDLE_CHARACTERS = 6
 _AXES = {"step": ("step", 1.0), "minute": ("seconds", 60.0)}
 
 
@@ -82,7 +85,8 @@ def save_figure(figure: Any, path: Path, *, legend: bool = True) -> Path:
     """Save a figure, below it the legend of its first panel."""
     if legend:
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        columns = min(len(labels), _LEGEND_COLUMNS)
+        longest = max(map(len, labels)) + _HANDLE_CHARACTERS
+        columns = max(1, min(len(labels), _LEGEND_COLUMNS, _LEGEND_CHARACTERS // longest))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     figure.savefig(path, dpi=110)
     return path
