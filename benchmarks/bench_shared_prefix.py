@@ -101,7 +101,7 @@ COLUMNS = {"variant": "way", "step": "in single-pass steps", "loss": "first loss
 
 
 def main() -> None:
-    options = recording.parser(__doc__, repeats=5)
+    options = recording.parser(__doc__, repeats=3)
     arguments = recording.parse(options)
     steps, size = 3, 16
     if arguments.quick:

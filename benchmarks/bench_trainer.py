@@ -112,7 +112,7 @@ COLUMNS = {"variant": "way", "against": "against", "step": "step", "evaluation":
 def main() -> None:
     options = recording.parser(__doc__, repeats=5)
     arguments = recording.parse(options)
-    steps = 24
+    steps = 16
     if arguments.quick:
         steps = 5
     console = Console()
