@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from torch import Tensor
 
 import recording
 from bench_loss import reference
-from drawing import draw
+from drawing import draw_sweeps
 from measuring import peak_bytes, ratio, time_interleaved
 from recording import Row
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
@@ -130,26 +129,6 @@ COLUMNS = {
 }
 
 
-def draw_curves(
-    rows: list[Row], sweeps: dict[str, list[tuple[int, int]]], path: Path, console: Console
-) -> None:
-    """Draw time and memory against words and items."""
-    panels = []
-    for axis, shapes in sweeps.items():
-        own = [
-            row
-            for row in rows
-            if (row["items"], row["words"]) in shapes and row["dtype"] == "float32"
-        ]
-        other = f"{shapes[0][0]} items" if axis == "words" else f"{shapes[0][1]:,} words"
-        measured = [row for row in own if "peak_mebibytes" in row]
-        panels += [
-            (own, axis, "times_three_products", f"time in times of the products, {other}"),
-            (measured, axis, "peak_mebibytes", f"peak above the inputs, MiB, {other}"),
-        ]
-    draw(panels, path, console)
-
-
 def main() -> None:
     options = recording.parser(__doc__, repeats=3)
     arguments = recording.parse(options)
@@ -168,7 +147,11 @@ def main() -> None:
         recording.show(found, COLUMNS, title, console)
         rows += found
     recording.write(rows, arguments, console)
-    draw_curves(rows, sweeps, arguments.output.with_suffix(".png"), console)
+    titles = {
+        "times_three_products": "time in times of the products",
+        "peak_mebibytes": "peak above the inputs, MiB",
+    }
+    draw_sweeps(rows, sweeps, titles, arguments.output.with_suffix(".png"), console)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ from torch import Tensor
 from torch.utils.cpp_extension import is_ninja_available
 
 import recording
-from drawing import draw
+from drawing import draw_sweeps
 from measuring import peak_bytes, ratio, time_interleaved
 from recording import ROOT, Row
 from regdrop import rdrop_cross_entropy
@@ -46,8 +45,6 @@ CLASSES = {
     "cpu": [(256, 2_000), (256, 10_000), (256, 32_000), (256, 128_000)],
     "cuda": [(2048, v) for v in (2_000, 10_000, 32_000, 128_000, 256_000)],
 }
-# Shapes that are measured in bfloat16 too.
-HALF = {"cpu": [(256, 32_000), (256, 128_000)], "cuda": CLASSES["cuda"]}
 OFFICIAL, FLOOR = "official form", "copy floor"
 # Of the logits read or written, in pairs: by a copy, and by the GPU kernel.
 COPIED, MOVED = 2, 3
@@ -143,28 +140,8 @@ COLUMNS = {
 }
 
 
-def draw_curves(
-    rows: list[Row], sweeps: dict[str, list[tuple[int, int]]], path: Path, console: Console
-) -> None:
-    """Draw time and memory against classes and items."""
-    panels = []
-    for axis, shapes in sweeps.items():
-        own = [
-            row
-            for row in rows
-            if (row["items"], row["classes"]) in shapes and row["dtype"] == "float32"
-        ]
-        other = f"{shapes[0][0]} items" if axis == "classes" else f"{shapes[0][1]:,} classes"
-        measured = [row for row in own if "peak_logits_pairs" in row]
-        panels += [
-            (own, axis, "times_copy_floor", f"time in copies of the logits, {other}"),
-            (measured, axis, "peak_logits_pairs", f"peak above the inputs, logits pairs, {other}"),
-        ]
-    draw(panels, path, console)
-
-
 def main() -> None:
-    options = recording.parser(__doc__, repeats=5)
+    options = recording.parser(__doc__, repeats=3)
     arguments = recording.parse(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sweeps = {"classes": CLASSES[device], "items": ITEMS[device]}
@@ -173,16 +150,19 @@ def main() -> None:
     shapes = list(dict.fromkeys(chain(*sweeps.values())))
     console = Console()
     rows: list[Row] = []
-    cases = [(*shape, torch.float32) for shape in shapes]
-    if not arguments.quick:
-        cases += [(*shape, torch.bfloat16) for shape in HALF[device]]
+    dtypes = [torch.float32] if arguments.quick else [torch.float32, torch.bfloat16]
+    cases = [(*shape, dtype) for dtype in dtypes for shape in shapes]
     for items, classes, dtype in track(cases, "measuring", console=console):
         found = measure(items, classes, dtype, device, arguments.repeats)
         title = f"2 x {items} x {classes:,} {found[0]['dtype']}"
         recording.show(found, COLUMNS, title, console)
         rows += found
     recording.write(rows, arguments, console)
-    draw_curves(rows, sweeps, arguments.output.with_suffix(".png"), console)
+    titles = {
+        "times_copy_floor": "time in copies of the logits",
+        "peak_logits_pairs": "peak above the inputs, logits pairs",
+    }
+    draw_sweeps(rows, sweeps, titles, arguments.output.with_suffix(".png"), console)
 
 
 if __name__ == "__main__":

@@ -110,9 +110,9 @@ COLUMNS = {"variant": "way", "against": "against", "step": "step", "evaluation":
 
 
 def main() -> None:
-    options = recording.parser(__doc__, repeats=5)
+    options = recording.parser(__doc__, repeats=3)
     arguments = recording.parse(options)
-    steps = 16
+    steps = 24
     if arguments.quick:
         steps = 5
     console = Console()

@@ -11,6 +11,37 @@ from regdrop.experiments.plots import COLOURS, new_figure, save_figure
 Panel = tuple[Sequence[Row], str, str, str]
 
 
+def draw_sweeps(
+    rows: Sequence[Row],
+    sweeps: Mapping[str, Sequence[tuple[int, int]]],
+    titles: Mapping[str, str],
+    path: Path,
+    console: Console,
+) -> None:
+    """Draw figures in float32 against each of two sizes, the other one held.
+
+    Args:
+        rows: The rows of the record.
+        sweeps: Shapes, items first, by the size that varies among them; the last is "items".
+        titles: Titles by the key of a figure, which rows may lack.
+        path: Where the image is written.
+        console: Where that is said.
+    """
+    other_size = next(iter(sweeps))
+    panels: list[Panel] = []
+    for axis, shapes in sweeps.items():
+        items, other = shapes[0]
+        held = f"{other:,} {other_size}" if axis == "items" else f"{items} items"
+        chosen = [
+            row
+            for row in rows
+            if (row["items"], row[other_size]) in shapes and row["dtype"] == "float32"
+        ]
+        for key, title in titles.items():
+            panels.append(([r for r in chosen if key in r], axis, key, f"{title}, {held}"))
+    draw(panels, path, console)
+
+
 def draw(panels: Sequence[Panel], path: Path, console: Console) -> None:
     """Draw a line a variant, both axes logarithmic; bands are the 10th to the 90th percentile.
 
