@@ -132,7 +132,7 @@ def _part(task: LanguageModelling, words: int) -> LanguageModelling:
         training=replace(
             task.training, batch_size=8, learning_rate=4e-3, eval_steps=50, logging_steps=50
         ),
-        rdrop=replace(task.rdrop, alpha=2.0),
+        rdrop=replace(task.rdrop, alpha=8.0),
     )
 
 
