@@ -26,7 +26,7 @@ from torch import Tensor
 import recording
 from bench_loss import reference
 from drawing import draw_sweeps
-from measuring import peak_bytes, ratio, time_interleaved
+from measuring import can_build_cpp, peak_bytes, ratio, time_interleaved
 from recording import Row
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
 
@@ -58,6 +58,7 @@ def variants() -> dict[str, Loss]:
             lambda x, y: rdrop_cross_entropy(x, y, alpha=1.0, inplace=True).loss
         ),
         "fused": fused(),
+        **({"fused, C++": fused(impl="cpp")} if can_build_cpp() else {}),
         "fused, 64 rows a chunk": fused(chunk_size=32),
         "fused, one backward pass": fused(backward_passes=1),
         **(gpu_variants() if torch.cuda.is_available() else {}),

@@ -15,7 +15,6 @@ logits twice and writes them once), and Liger's cross entropy of the same rows, 
 `liger_kernel` is installed. Apple's takes no logits: see `bench_fused_linear.py`.
 """
 
-import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -27,11 +26,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from torch.utils.cpp_extension import is_ninja_available
 
 import recording
 from drawing import draw_sweeps
-from measuring import peak_bytes, ratio, time_interleaved
+from measuring import can_build_cpp, has_compiler, peak_bytes, ratio, time_interleaved
 from recording import ROOT, Row
 from regdrop import rdrop_cross_entropy
 
@@ -59,16 +57,14 @@ def variants() -> dict[str, Loss]:
 
     compiled = {"compiled": ours("compiled"), "compiled, in place": ours("compiled", True)}
     on_cpu = {"C++": ours("cpp"), "C++, in place": ours("cpp", True)}
-    can_build = not torch.cuda.is_available() and is_ninja_available()
-    can_compile = torch.cuda.is_available() or any(map(shutil.which, ("c++", "g++", "clang++")))
     return {
         OFFICIAL: lambda x, y: reference.official_loss(x, y, 1.0),
         "eager": ours("eager"),
         "two cross entropies": lambda x, y: sum(F.cross_entropy(p, y) for p in x.chunk(2)),
         "chunked": ours("chunked"),
         "chunked, in place": ours("chunked", True),
-        **(compiled if can_compile else {}),
-        **(on_cpu if can_compile and can_build else {}),
+        **(compiled if torch.cuda.is_available() or has_compiler() else {}),
+        **(on_cpu if can_build_cpp() else {}),
         **(gpu_variants() if torch.cuda.is_available() else {}),
     }
 

@@ -12,6 +12,7 @@ way runs in turn; ratios are taken round by round, in float32 and under bfloat16
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 
 import recording
 from bench_loss import reference
-from measuring import ratio, time_interleaved
+from measuring import can_build_cpp, ratio, time_interleaved
 from recording import Row
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy, repeat_batch
+from regdrop.kernels import Implementation
 
 ONE_PASS = "one pass"
 ALPHA = 1.0
@@ -62,22 +64,42 @@ def twice(model: Translator, source: Tensor, target: Tensor) -> Tensor:
     return torch.cat([model(source, target), model(source, target)])
 
 
-def one_backward(model: Translator, source: Tensor, target: Tensor, words: Tensor) -> Tensor:
+def one_backward(
+    model: Translator, source: Tensor, target: Tensor, words: Tensor, impl: Implementation = "auto"
+) -> Tensor:
     """The second pass keeps nothing for a backward: the KL's gradient flows through the first."""
     with torch.no_grad():
         second = model(source, target)
     logits = torch.cat([model(source, target), second])
-    return rdrop_cross_entropy(logits, words, alpha=ALPHA, backward_passes=1, inplace=True).loss
+    return ours(logits, words, impl=impl, backward_passes=1)
 
 
-def fused(model: Translator, source: Tensor, target: Tensor, words: Tensor) -> Tensor:
+def fused(
+    model: Translator, source: Tensor, target: Tensor, words: Tensor, impl: Implementation = "auto"
+) -> Tensor:
+    """The last layer and the loss in one."""
     hidden = model.hidden(*(repeat_batch(x, 2) for x in (source, target)))
+    return fused_loss(model, hidden, words, impl=impl)
+
+
+def one_backward_fused(
+    model: Translator, source: Tensor, target: Tensor, words: Tensor, impl: Implementation = "auto"
+) -> Tensor:
+    """One backward pass, and the last layer and the loss in one."""
+    with torch.no_grad():
+        second = model.hidden(source, target)
+    hidden = torch.cat([model.hidden(source, target), second])
+    return fused_loss(model, hidden, words, impl=impl, backward_passes=1)
+
+
+def fused_loss(model: Translator, hidden: Tensor, words: Tensor, **options: Any) -> Tensor:
     weight = model.embedding.weight
-    return linear_rdrop_cross_entropy(hidden.flatten(0, 1), weight, words, alpha=ALPHA).loss
+    hidden = hidden.flatten(0, 1)
+    return linear_rdrop_cross_entropy(hidden, weight, words, alpha=ALPHA, **options).loss
 
 
-def ours(logits: Tensor, words: Tensor) -> Tensor:
-    return rdrop_cross_entropy(logits, words, alpha=ALPHA, inplace=True).loss
+def ours(logits: Tensor, words: Tensor, **options: Any) -> Tensor:
+    return rdrop_cross_entropy(logits, words, alpha=ALPHA, inplace=True, **options).loss
 
 
 def official(logits: Tensor, words: Tensor) -> Tensor:
@@ -95,6 +117,13 @@ WAYS: dict[str, Loss] = {
     "exact, stacked": lambda model, x, y, words: ours(stacked(model, x, y), words),
     "exact, fused with the last layer": fused,
     "one backward": one_backward,
+    "one backward, fused with the last layer": one_backward_fused,
+}
+WAYS_IN_CPP: dict[str, Loss] = {
+    "exact, stacked, C++": lambda model, x, y, words: ours(stacked(model, x, y), words, impl="cpp"),
+    "exact, fused with the last layer, C++": partial(fused, impl="cpp"),
+    "one backward, C++": partial(one_backward, impl="cpp"),
+    "one backward, fused with the last layer, C++": partial(one_backward_fused, impl="cpp"),
 }
 
 
@@ -124,10 +153,11 @@ def main() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
     batch = [torch.randint(words, (pairs, length), device=device) for _ in range(2)]
     batch.append(torch.randint(words, (pairs * length,), device=device))
+    ways = {**WAYS, **(WAYS_IN_CPP if can_build_cpp() else {})}
     console = Console()
     rows: list[Row] = []
     for half in track((False, True), "measuring", console=console):
-        calls = {n: partial(step, f, model, optimizer, batch, half) for n, f in WAYS.items()}
+        calls = {n: partial(step, f, model, optimizer, batch, half) for n, f in ways.items()}
         times = time_interleaved(calls, arguments.repeats, device)
         dtype = "bfloat16 autocast" if half else "float32"
         own: list[Row] = [

@@ -1,12 +1,24 @@
-"""Times taken in turn, their ratios, and peak memory."""
+"""What can run here, times taken in turn, their ratios, and peak memory."""
 
 import gc
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.cpp_extension import is_ninja_available
+
+
+def has_compiler() -> bool:
+    """Return whether torch.compile finds a C++ compiler."""
+    return any(map(shutil.which, ("c++", "g++", "clang++")))
+
+
+def can_build_cpp() -> bool:
+    """Return whether the C++ kernel runs here: on a CPU, with what it takes to build it."""
+    return not torch.cuda.is_available() and has_compiler() and is_ninja_available()
 
 
 def time_interleaved(

@@ -23,6 +23,7 @@ def test_defaults_are_two_stacked_passes_on_the_baselines_scale():
         "class_weight": None,
         "monitor_steps": None,
         "fused_linear": "auto",
+        "impl": "auto",
         "method": "rdrop",
         "noise": 1e-5,
     }
@@ -84,6 +85,8 @@ def test_a_config_is_frozen_and_hashable():
         ),
         ({"class_weight": (1, -1)}, ValueError, "class_weight must be finite and at least 0"),
         ({"fused_linear": "always"}, ValueError, "fused_linear must be one of"),
+        ({"impl": "fast"}, ValueError, "impl must be one of .* got 'fast'"),
+        ({"impl": "eager", "fused_linear": True}, ValueError, "impl='eager' keeps full logits"),
     ],
 )
 def test_bad_options_are_named(options, error, message):

@@ -12,8 +12,9 @@ import regdrop
 PACKAGE = Path(regdrop.__file__).parent
 
 FLOORS = [
-    {"kernels", "passes", "config", "conventions"},
-    {"loss", "schedule"},
+    {"kernels", "passes", "conventions"},
+    {"loss", "config"},
+    {"schedule"},
     {"step", "diagnostics", "suggestion"},
     {"integrations"},
     {"tasks"},
@@ -25,7 +26,7 @@ FLOORS = [
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 # The public names are gathered from the lower floors alone.
 PUBLIC = {"config", "loss", "passes"}
-CORE_FLOORS = 3
+CORE_FLOORS = 4
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -181,4 +181,4 @@ def test_without_a_compiler_the_error_says_so(monkeypatch):
 def test_logits_elsewhere_are_refused():
     logits = torch.empty(2, 3, 4, device="meta")
     with pytest.raises(ValueError, match="impl='cpp' needs logits on a CPU, got meta"):
-        cpp_rows.cpp_terms(logits, None, backward_passes=2, inplace=False)
+        cpp_rows.cpp_kernel(logits.device)

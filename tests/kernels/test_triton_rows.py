@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regdrop import rdrop_cross_entropy
-from regdrop.kernels import Target, rdrop_terms
+from regdrop.kernels import Target, rdrop_terms, selection
 
 pytest.importorskip("triton", reason="triton is not installed")
 triton_rows = pytest.importorskip("regdrop.kernels.triton_rows")
@@ -196,22 +196,12 @@ def test_forward_alone_keeps_nothing():
 
 
 def test_auto_takes_it_on_a_gpu_where_it_can_run(monkeypatch):
-    import regdrop.kernels as kernels
-
-    asked = []
-    monkeypatch.setattr(kernels, "_can_run_triton", lambda device: device.index == 0)
-    monkeypatch.setattr(triton_rows, "triton_terms", lambda *_, **__: asked.append("triton"))
-    monkeypatch.setattr(kernels, "chunked_terms", lambda *_, **__: asked.append("chunked"))
-    target = Target(torch.zeros(3, dtype=torch.long), None, None, 0.0, None)
-
-    class OnDevice:
-        def __init__(self, name):
-            self.device = torch.device(name)
-            self.is_cuda = self.device.type == "cuda"
-
-    for name in ("cuda:0", "cuda:1", "cpu"):
-        rdrop_terms(OnDevice(name), target, backward_passes=2)
-    assert asked == ["triton", "chunked", "chunked"]
+    monkeypatch.setattr(selection, "_can_run_triton", lambda device: device.index == 0)
+    monkeypatch.setattr(triton_rows, "triton_kernel", lambda device: "triton")
+    monkeypatch.setattr(selection, "chunked_kernel", lambda compiled: "chunked")
+    devices = [torch.device(name) for name in ("cuda:0", "cuda:1", "cpu")]
+    chosen = [selection.closed_form_kernel("auto", device) for device in devices]
+    assert chosen == ["triton", "chunked", "chunked"]
 
 
 COMPILE = """

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
+from implementations import CPP, TRITON
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
 
 FEATURES, CLASSES = 5, 11
@@ -32,13 +33,13 @@ def explicit(hidden, weight, target, *, bias, logit_scale=1.0, softcap=None, **o
     return rdrop_cross_entropy(logits, target, impl="eager", **options)
 
 
-def both(tensors, target, *, chunk_size=None, upstream=0.37, **options):
+def both(tensors, target, *, chunk_size=None, impl="auto", upstream=0.37, **options):
     """Return outputs and gradients of the fused form, then of the explicit one."""
     hidden, weight, bias = tensors
     used = [x for x in tensors if x is not None]
     results = []
     for function, own in (
-        (linear_rdrop_cross_entropy, {"chunk_size": chunk_size}),
+        (linear_rdrop_cross_entropy, {"chunk_size": chunk_size, "impl": impl}),
         (explicit, {}),
     ):
         output = function(hidden, weight, target, bias=bias, **options, **own)
@@ -101,6 +102,18 @@ def test_options_mean_what_they_mean_there(scale, alpha, options):
     tensors, target = make()
     target[target == -100] = options.get("ignore_index", -100)
     assert_same(both(tensors, target, chunk_size=4, scale=scale, alpha=alpha, **options))
+
+
+@pytest.mark.parametrize("impl", ["chunked", "compiled", CPP, TRITON])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_kernel_compares_the_logits_of_a_chunk(impl, reduction, softcap, dtype):
+    tensors, target = make(2, dtype=dtype)
+    options = {"reduction": reduction, "softcap": softcap, "label_smoothing": 0.1, "alpha": 1.7}
+    for backward_passes in (None, 1):
+        options["backward_passes"] = backward_passes
+        assert_same(both(tensors, target, chunk_size=3, impl=impl, **options))
 
 
 @settings(max_examples=40, deadline=None)
@@ -405,6 +418,8 @@ def test_memory_does_not_grow_with_items_times_vocabulary(reduction, dtype):
         ({"alpha": -1.0}, ValueError, "alpha must be finite and at least 0"),
         ({"num_items": 3, "reduction": "sum"}, ValueError, "num_items is only used with"),
         ({"backward_passes": 3}, ValueError, "backward_passes must be None or from 1 to"),
+        ({"impl": "fast"}, ValueError, r"impl must be one of .* got 'fast'"),
+        ({"impl": "eager"}, ValueError, "impl='eager' keeps full logits"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_by_name(changes, error, message):

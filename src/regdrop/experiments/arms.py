@@ -52,6 +52,7 @@ def baseline_arm(task: Task) -> Arm:
         monitor_steps=task.training.logging_steps,
         class_weight=task.rdrop.class_weight,
         fused_linear=task.rdrop.fused_linear,
+        impl=task.rdrop.impl,
     )
     return Arm(BASELINE, "one pass, no R-Drop", rdrop, task.training)
 

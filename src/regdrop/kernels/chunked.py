@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regdrop.kernels.closed_form import ClosedForm, accumulator, closed_form_terms
+from regdrop.kernels.closed_form import ClosedForm, accumulator
 from regdrop.kernels.target import Target
 
 # Temporary blocks together stay below a twentieth of the logits, but a block is never so small
@@ -28,27 +28,10 @@ class RowStatistics(NamedTuple):
     mean_difference: Tensor  # E_i
 
 
-def chunked_terms(
-    logits: Tensor, target: Target, *, backward_passes: int, inplace: bool, compiled: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return each item's likelihood and divergence, with a closed-form gradient.
-
-    Args:
-        logits: (num_passes, N, C); half precision is read and written once, computed in float32.
-        target: What the N items are compared with; gets no gradient.
-        backward_passes: The first passes that carry the gradient, times num_passes / this.
-        inplace: Overwrite `logits` with the gradient in the backward.
-        compiled: Run the arithmetic of a block through `torch.compile`.
-
-    Returns:
-        The negative log-likelihood, mean over passes, and the symmetric KL, mean over pairs of
-        passes, both (N,) and 0 on invalid items.
-    """
-    kernel = ClosedForm(
+def chunked_kernel(compiled: bool = False) -> ClosedForm:
+    """Return the kernel, the arithmetic of a block run through `torch.compile` if asked for."""
+    return ClosedForm(
         partial(forward_blocks, compiled=compiled), partial(backward_blocks, compiled=compiled)
-    )
-    return closed_form_terms(
-        logits, target, kernel, backward_passes=backward_passes, inplace=inplace
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regdrop.kernels.closed_form import ClosedForm, accumulator, closed_form_terms
+from regdrop.kernels.closed_form import ClosedForm, accumulator
 from regdrop.kernels.target import Target
 
 # The vector types of ATen are chosen by these, as torch's own build does for each kind of CPU.
@@ -27,24 +27,17 @@ _FLAGS = {
 }
 
 
-def cpp_terms(
-    logits: Tensor, target: Target, *, backward_passes: int, inplace: bool
-) -> tuple[Tensor, Tensor]:
-    """Return each item's likelihood and divergence, as `chunked_terms` does.
+def cpp_kernel(device: torch.device) -> ClosedForm:
+    """Return the kernel for logits on a device, built before it is returned.
 
     Raises:
-        ValueError: For logits that are not on a CPU, or where there is no compiler.
+        ValueError: For another device than a CPU, or where there is no compiler.
         RuntimeError: Where the compiler fails.
     """
-    if logits.device.type != "cpu":
-        raise ValueError(
-            f"impl='cpp' needs logits on a CPU, got {logits.device}; use 'auto' or 'chunked'"
-        )
+    if device.type != "cpu":
+        raise ValueError(f"impl='cpp' needs logits on a CPU, got {device}; use 'auto' or 'chunked'")
     _library()
-    kernel = ClosedForm(_forward, _backward)
-    return closed_form_terms(
-        logits, target, kernel, backward_passes=backward_passes, inplace=inplace
-    )
+    return ClosedForm(_forward, _backward)
 
 
 def _forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:

@@ -1,8 +1,8 @@
 """The products of a linear layer and the R-Drop terms behind it, a chunk of items at a time.
 
 All passes of an item are in one chunk. A chunk's logits are computed, compared, and overwritten
-with their gradient (the closed form of `chunked.py`), which two more products turn into those of
-the hidden states and of the weight.
+with their gradient by a kernel of the closed form; two more products turn that into the gradients
+of the hidden states and of the weight.
 """
 
 from typing import NamedTuple
@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regdrop.kernels.chunked import backward_blocks, forward_blocks, row_blocks
-from regdrop.kernels.closed_form import accumulator, scale_gradients
+from regdrop.kernels.chunked import row_blocks
+from regdrop.kernels.closed_form import ClosedForm, accumulator, scale_gradients
+from regdrop.kernels.selection import Implementation, closed_form_kernel
 from regdrop.kernels.target import Target
 
 # Rows a chunk, all passes together. Every chunk reads and writes the weight's gradient once: with
@@ -30,6 +31,7 @@ class Projection(NamedTuple):
         softcap: Bound c of the logits, `c * tanh(x / c)`, or None.
         chunk_size: Items a chunk; None chooses.
         dtype: The dtype of the products; None takes autocast's, or that of the tensors.
+        impl: What computes the terms from a chunk's logits, as in `closed_form_kernel`.
     """
 
     weight: Tensor
@@ -38,6 +40,7 @@ class Projection(NamedTuple):
     softcap: float | None = None
     chunk_size: int | None = None
     dtype: torch.dtype | None = None
+    impl: Implementation = "auto"
 
 
 class Gradients(NamedTuple):
@@ -83,6 +86,7 @@ def work_in_chunks(
         torch.zeros_like(weight, dtype=wide) if wanted[1] else None,
         hidden.new_zeros(classes, dtype=wide) if wanted[2] else None,
     )
+    kernel = closed_form_kernel(projection.impl, hidden.device)
     size = _chunk_size(hidden, projection)
     # Memory that was touched before is cheaper than new memory: all chunks share their buffers.
     buffer = hidden.new_empty(num_passes * size, classes, dtype=dtype)
@@ -98,6 +102,7 @@ def work_in_chunks(
                 grad_nll, grad_kl = (None if grad is None else grad[items] for grad in grads)
                 terms[:, items] = _compare(
                     passes[:, low:high],
+                    kernel,
                     projection,
                     target.rows(items.start, items.stop),
                     (grad_nll, grad_kl) if is_graded else (None, None),
@@ -111,6 +116,7 @@ def work_in_chunks(
 
 def _compare(
     products: Tensor,
+    kernel: ClosedForm,
     projection: Projection,
     target: Target,
     grads: tuple[Tensor | None, Tensor | None],
@@ -120,6 +126,7 @@ def _compare(
 
     Args:
         products: (num_passes, n, C), a part of the buffer.
+        kernel: What computes the terms and their gradient.
         projection: What makes logits of them.
         target: What the n items are compared with.
         grads: The gradient of each item's likelihood and divergence; without one the products are
@@ -127,11 +134,11 @@ def _compare(
         backward_passes: The first passes that carry the gradient.
     """
     logits = _shaped(products, projection)
-    nll, kl, statistics = forward_blocks(logits, target)
+    nll, kl, statistics = kernel.forward(logits, target)
     if any(grad is not None for grad in grads):
         slope = _slope(logits, projection)
         scaled = scale_gradients(*grads, len(logits), backward_passes)
-        backward_blocks(logits, logits, target, statistics, *scaled, backward_passes)
+        kernel.backward(logits, logits, target, statistics, *scaled, backward_passes)
         if slope is not None:
             logits.mul_(slope)
         if logits.dtype != products.dtype:
@@ -166,7 +173,8 @@ def _accumulate(
 def project(hidden: Tensor, projection: Projection) -> Tensor:
     """Return the logits themselves, (..., C), without a gradient: those of a few items."""
     projection = with_dtype(hidden, projection)
-    weight, bias, *_, dtype = projection
+    weight, bias, dtype = projection.weight, projection.bias, projection.dtype
+    assert dtype is not None
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         rows = hidden.to(dtype).reshape(-1, hidden.shape[-1])
         products = _product(rows, weight.to(dtype), None if bias is None else bias.to(dtype))

@@ -17,30 +17,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from regdrop.kernels.closed_form import ClosedForm, accumulator, closed_form_terms
+from regdrop.kernels.closed_form import ClosedForm, accumulator
 from regdrop.kernels.target import Target
 
 # Elements a block: 32 a thread at 8 warps, 16 to 32 KiB that a program has on their way at once.
 _BLOCK_ELEMENTS = 8192
 
 
-def triton_terms(
-    logits: Tensor, target: Target, *, backward_passes: int, inplace: bool
-) -> tuple[Tensor, Tensor]:
-    """Return each item's likelihood and divergence, as `chunked_terms` does.
+def triton_kernel(device: torch.device) -> ClosedForm:
+    """Return the kernel for logits on a device.
 
     Raises:
-        ValueError: For logits that are not on a GPU, unless Triton interprets its kernels.
+        ValueError: For another device than a GPU, unless Triton interprets its kernels.
     """
-    if not logits.is_cuda and isinstance(_forward_kernel, triton.JITFunction):
+    if device.type != "cuda" and isinstance(_forward_kernel, triton.JITFunction):
         raise ValueError(
             f"impl='triton' needs logits on a GPU (or TRITON_INTERPRET=1 before triton is "
-            f"imported), got {logits.device}; use 'auto' or 'chunked'"
+            f"imported), got {device}; use 'auto' or 'chunked'"
         )
-    kernel = ClosedForm(_forward, _backward)
-    return closed_form_terms(
-        logits, target, kernel, backward_passes=backward_passes, inplace=inplace
-    )
+    return ClosedForm(_forward, _backward)
 
 
 def _forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:

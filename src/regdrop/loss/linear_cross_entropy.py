@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regdrop.kernels import Projection, Target, linear_loss, linear_terms
+from regdrop.kernels import Implementation, Projection, Target, linear_loss, linear_terms
 from regdrop.loss.checks import (
     check_classes,
     check_counts,
@@ -47,6 +47,7 @@ def linear_rdrop_cross_entropy(
     chunk_size: int | None = None,
     backward_passes: int | None = None,
     num_weight: Tensor | float | None = None,
+    impl: Implementation = "auto",
 ) -> RDropOutput:
     """Compute `rdrop_cross_entropy` of `hidden @ weight.T + bias` without those logits.
 
@@ -76,6 +77,7 @@ def linear_rdrop_cross_entropy(
             least 256 rows of all passes; more in half precision and on a GPU.
         backward_passes: As in `rdrop_cross_entropy`.
         num_weight: As in `rdrop_cross_entropy`.
+        impl: As in `rdrop_cross_entropy`, but for "eager": what compares the logits of a chunk.
 
     Returns:
         The loss and its two parts, float32 for half precision.
@@ -94,7 +96,7 @@ def linear_rdrop_cross_entropy(
         label_smoothing=label_smoothing,
     )
     check_counts(reduction, num_items=num_items, num_weight=num_weight)
-    projection = Projection(weight, bias, logit_scale, softcap, chunk_size)
+    projection = Projection(weight, bias, logit_scale, softcap, chunk_size, impl=impl)
     if reduction == "none":
         terms = linear_cross_entropy_terms(
             hidden,
@@ -289,7 +291,7 @@ def _check(
     num_passes: int,
     class_weight: Tensor | None,
 ) -> None:
-    weight, bias, scale, softcap, chunk_size, dtype = projection
+    weight, bias, scale, softcap, chunk_size, dtype, _ = projection
     check_floating("hidden", hidden)
     check_floating("weight", weight)
     check_stacked("hidden", hidden, target, num_passes)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -276,10 +276,28 @@ PAPER_PRESETS = tuple(
     )
     for glue_task in GLUE
 )
-SMALL_PRESETS = (
+
+
+def _part(task: LanguageUnderstanding, examples: int) -> LanguageUnderstanding:
+    """Return a task on so small a part of its training split that it overfits within a minute."""
+    training = replace(task.training, max_steps=125, batch_size=16, eval_steps=25, logging_steps=25)
+    return replace(
+        task,
+        name=f"{task.name}-part",
+        description=f"{task.description}, {examples:,} training examples",
+        train_examples=examples,
+        training=training,
+    )
+
+
+_SMALL = (
     _small_preset("cola", epochs=4, learning_rate=5e-5, alpha=3.0),
     _small_preset("mrpc", epochs=5),
     _small_preset("rte", epochs=5),
     _small_preset("stsb", epochs=5),
     _small_preset("sst2", epochs=2),
+)
+SMALL_PRESETS = (
+    *_SMALL,
+    *(_part(task, 500) for task in _SMALL if task.glue_task != "cola"),
 )

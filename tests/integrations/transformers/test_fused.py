@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
+from implementations import CPP
 from models import Rows
 from regdrop import RDropConfig
 from regdrop.integrations.transformers import RDropTrainer, find_head
@@ -186,6 +187,7 @@ def test_training_is_that_of_explicit_logits(tmp_path, name):
         ),
         (RDropConfig(alpha=2.0), CHECKPOINTING),
         (RDropConfig(alpha=0.0, num_passes=1, monitor_steps=1), {}),
+        pytest.param(RDropConfig(alpha=2.0, impl="cpp"), {}, marks=CPP.marks),
     ],
     ids=str,
 )
@@ -361,7 +363,7 @@ def test_a_head_of_ones_own_keeps_its_terms(tmp_path):
             def terms(*args, **options):
                 return cross_entropy_terms(*args, **options)
 
-            return replace(super().rdrop_head(model, inputs), terms=terms, takes_inplace=False)
+            return replace(super().rdrop_head(model, inputs), terms=terms, takes_kernel=False)
 
     with pytest.raises(ValueError, match="its terms must be those of a cross entropy"):
         run(tmp_path, "gpt2", RDropConfig(fused_linear=True), kind=Own)

@@ -5,10 +5,12 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from implementations import CPP
 from models import key_dropout, text_rows, tiny_bert
 from regdrop import RDropConfig, find_dropout
 from regdrop.integrations.transformers import RDropTrainer
 from regdrop.integrations.transformers.forward import is_free_to_overwrite
+from regdrop.loss import cross_entropy
 
 
 def run(folder, model=None, rdrop=None, kind=RDropTrainer, **options):
@@ -236,7 +238,7 @@ def test_training_overwrites_logits_and_gives_the_same_model(tmp_path):
         def rdrop_head(self, model, inputs):
             from dataclasses import replace
 
-            return replace(super().rdrop_head(model, inputs), takes_inplace=False)
+            return replace(super().rdrop_head(model, inputs), takes_kernel=False)
 
     a, b = run(tmp_path, kind=Watching), run(tmp_path, kind=Copying)
     assert overwritten == [True] * 3 + [False] * 3
@@ -254,3 +256,34 @@ def test_outputs_that_are_asked_for_stay_readable(tmp_path):
     trainer = run(tmp_path, kind=Reading)
     assert torch.equal(*trainer.seen)
     assert issubclass(Reading, Trainer)
+
+
+# --- how the loss is computed -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["eager", "chunked", CPP])
+def test_the_loss_is_computed_as_asked_and_trains_the_same(tmp_path, impl, monkeypatch):
+    automatic = run(tmp_path)
+    seen = set()
+    original = cross_entropy.rdrop_terms
+
+    def watched(*args, impl, **kwargs):
+        seen.add(impl)
+        return original(*args, impl=impl, **kwargs)
+
+    monkeypatch.setattr(cross_entropy, "rdrop_terms", watched)
+    assert_same(run(tmp_path, rdrop=RDropConfig(alpha=2.0, impl=impl)), automatic)
+    assert impl in seen
+
+
+def test_a_head_without_a_cross_entropy_has_no_kernel_to_choose(tmp_path):
+    model = tiny_bert(num_labels=3, problem_type="multi_label_classification")
+    rows = text_rows(3, problem_type="multi_label_classification")
+    trainer = RDropTrainer(
+        model=model,
+        args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True),
+        train_dataset=rows,
+        rdrop=RDropConfig(impl="chunked"),
+    )
+    with pytest.raises(ValueError, match="impl='chunked' chooses how a cross entropy is computed"):
+        trainer.train()

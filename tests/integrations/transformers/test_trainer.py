@@ -141,7 +141,7 @@ def test_logged_parts_are_means_over_all_items_since_the_last_log(tmp_path):
                 outputs.append((logits.detach().clone(), target.clone()))
                 return cross_entropy_terms(logits, target, **options)
 
-            return replace(super().rdrop_head(model, inputs), terms=terms, takes_inplace=False)
+            return replace(super().rdrop_head(model, inputs), terms=terms, takes_kernel=False)
 
     # Micro-batches of 4 and 2 items, ignored labels among them; one log in the end.
     rows = text_rows(10)

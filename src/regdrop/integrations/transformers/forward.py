@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from regdrop.config import RDropConfig
 from regdrop.integrations.transformers.fused import FusedHead, fused_options
 from regdrop.integrations.transformers.heads import Head, base_model
-from regdrop.kernels import Projection
+from regdrop.kernels import Implementation, Projection
 from regdrop.loss import (
     ItemTerms,
     LossFunction,
@@ -34,6 +34,10 @@ class HeadForward:
         may_overwrite: Whether nobody but the loss reads the logits.
         fused: The last layer, where it is left to the loss; then the states before it take the
             place of the logits.
+        impl: How a cross entropy is computed.
+
+    Raises:
+        ValueError: For an `impl` beside a head of another loss than a cross entropy.
 
     Attributes:
         last_output: The model's output of the last call.
@@ -47,8 +51,15 @@ class HeadForward:
         *,
         may_overwrite: bool = False,
         fused: FusedHead | None = None,
+        impl: Implementation = "auto",
     ) -> None:
+        if impl != "auto" and not head.takes_kernel:
+            raise ValueError(
+                f"impl={impl!r} chooses how a cross entropy is computed; this head has none, "
+                "it needs impl='auto'"
+            )
         self.model, self.head, self.may_overwrite, self.fused = model, head, may_overwrite, fused
+        self.impl = impl
         self.last_output: Any = None
         self.last_read: Tensor = head.target
         self._projection: Projection | None = None
@@ -61,7 +72,8 @@ class HeadForward:
             self.last_read = self.head.outputs(self.last_output)
         else:
             found = self.fused.run(self.model, inputs)
-            self.last_output, self.last_read, self._projection = found
+            self.last_output, self.last_read, projection = found
+            self._projection = projection._replace(impl=self.impl)
         auxiliary = auxiliary_loss(self.model, self.last_output)
         if auxiliary is not None and torch.is_grad_enabled():
             self._auxiliary.append(auxiliary)
@@ -91,8 +103,10 @@ class HeadForward:
         options: dict[str, Any] = {"num_passes": num_passes, "backward_passes": backward_passes}
         if self.fused is not None:
             return linear_cross_entropy_terms(outputs, target, **self._fused_options(), **options)
-        if self.may_overwrite and self.head.takes_inplace and is_free_to_overwrite(outputs):
-            options["inplace"] = True
+        if self.head.takes_kernel:
+            options["impl"] = self.impl
+            may_overwrite = self.may_overwrite and self.impl != "eager"
+            options["inplace"] = may_overwrite and is_free_to_overwrite(outputs)
         return self.head.terms(outputs, target, **options)
 
     def auxiliary_loss(self, config: RDropConfig, num_items: Tensor | int | None) -> Tensor | float:

@@ -46,7 +46,7 @@ class Head:
         outputs: From the model's output to the logits, (items, ...).
         class_weight: Weight of each class in the likelihood, bound in `terms` too.
         ignore_index: The label that does not count.
-        takes_inplace: Whether `terms` can overwrite the logits.
+        takes_kernel: Whether `terms` take `inplace` and `impl`, as `cross_entropy_terms` do.
         vocabulary: Number of words between which a language model chooses; None for other heads.
     """
 
@@ -56,7 +56,7 @@ class Head:
     outputs: Callable[[Any], Tensor] = _logits
     class_weight: Tensor | None = None
     ignore_index: int = _IGNORED
-    takes_inplace: bool = False
+    takes_kernel: bool = False
     vocabulary: int | None = None
 
     def num_items(self) -> Tensor:
@@ -81,7 +81,7 @@ def fraternal_head(head: Head) -> Head:
     if not isinstance(terms, partial) or terms.func is not cross_entropy_terms:
         raise ValueError("method='fraternal' compares the logits of classes; this head has none")
     changed = partial(fraternal_terms, **terms.keywords)
-    return replace(head, terms=changed, takes_inplace=False)
+    return replace(head, terms=changed, takes_kernel=False)
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -226,7 +226,7 @@ def _spans(
     def outputs(output: Any) -> Tensor:
         return torch.stack([_read(output, "start_logits"), _read(output, "end_logits")], dim=1)
 
-    return Head(inputs, target, terms, outputs, ignore_index=length, takes_inplace=True)
+    return Head(inputs, target, terms, outputs, ignore_index=length, takes_kernel=True)
 
 
 def _classes(
@@ -242,7 +242,7 @@ def _classes(
         )
     class_weight = None if weight is None else torch.tensor(weight, device=target.device)
     terms = partial(cross_entropy_terms, weight=class_weight, label_smoothing=smoothing)
-    return Head(inputs, target, terms, class_weight=class_weight, takes_inplace=True)
+    return Head(inputs, target, terms, class_weight=class_weight, takes_kernel=True)
 
 
 def _words(

@@ -123,7 +123,13 @@ class RDropTrainerMixin(_Base):
         # Who asks for the outputs wants their logits.
         is_fused = self._is_fused and not return_outputs
         fused = find_fused_head(self._bare(model)) if is_fused else None
-        forward = HeadForward(model, head, may_overwrite=not return_outputs, fused=fused)
+        forward = HeadForward(
+            model,
+            head,
+            may_overwrite=not return_outputs,
+            fused=fused,
+            impl=self.rdrop.impl,
+        )
         monitored = plan.num_passes == 1 and is_monitored(self.rdrop, step)
         other = extra_pass(model, forward, head.inputs) if monitored else None
         with self._noise(model, head, plan.num_passes):
@@ -254,7 +260,8 @@ class RDropTrainerMixin(_Base):
         wanted = self.rdrop.fused_linear
         if wanted == "auto":
             wanted = (head.vocabulary or 0) >= SMALLEST_FUSED_VOCABULARY
-        if not wanted or self.rdrop.method == "fraternal":  # which compares logits
+        # Fraternal dropout compares logits, and the eager form keeps them.
+        if not wanted or self.rdrop.method == "fraternal" or self.rdrop.impl == "eager":
             return False
         try:
             if head.vocabulary is None:

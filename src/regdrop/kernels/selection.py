@@ -1,0 +1,69 @@
+"""Which kernel computes the closed form: by name, or the best that a device has."""
+
+import os
+import shutil
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+
+from regdrop.kernels.chunked import chunked_kernel
+from regdrop.kernels.closed_form import ClosedForm
+
+Implementation = Literal["auto", "eager", "chunked", "compiled", "cpp", "triton"]
+
+
+def check_implementation(impl: str) -> None:
+    """Check a name.
+
+    Raises:
+        ValueError: If there is no such implementation.
+    """
+    if impl not in get_args(Implementation):
+        raise ValueError(f"impl must be one of {get_args(Implementation)}, got {impl!r}")
+
+
+def closed_form_kernel(impl: Implementation, device: torch.device) -> ClosedForm:
+    """Return the kernel of a name for logits on a device.
+
+    "auto" takes the Triton kernel on a GPU where it can run, else the chunked form; it never builds
+    anything and never calls torch.compile. Inside torch.compile every kernel is the chunked form,
+    which the compiler fuses.
+
+    Raises:
+        ValueError: For "eager", which is no closed form, an unknown name, or a kernel that is not
+            available there.
+    """
+    check_implementation(impl)
+    if impl == "eager":
+        raise ValueError("impl='eager' keeps full logits; use 'auto' or another kernel")
+    if torch.compiler.is_compiling():
+        return chunked_kernel()
+    if impl == "auto":
+        impl = "triton" if device.type == "cuda" and _can_run_triton(device) else "chunked"
+    if impl == "cpp":
+        from regdrop.kernels.cpp_rows import cpp_kernel
+
+        return cpp_kernel(device)
+    if impl == "triton":
+        if find_spec("triton") is None:
+            raise ValueError(
+                "impl='triton' needs the package triton, which is not installed; "
+                "use 'auto' or 'chunked'"
+            )
+        from regdrop.kernels.triton_rows import triton_kernel
+
+        return triton_kernel(device)
+    return chunked_kernel(compiled=impl == "compiled")
+
+
+@cache
+def _can_run_triton(device: torch.device) -> bool:
+    """Return whether Triton is installed, finds the C compiler it needs, and knows this GPU."""
+    compiler = os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))
+    return (
+        find_spec("triton") is not None
+        and bool(compiler)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
