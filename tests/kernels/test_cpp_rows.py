@@ -144,6 +144,28 @@ def test_rising_maxima_and_masked_blocks(num_passes):
 
 
 @built
+@pytest.mark.parametrize("position", [0, 5, 500, 1030, 2099])
+def test_a_nan_anywhere_in_a_row_reaches_the_loss(position):
+    logits = torch.randn(4, 2100)
+    logits[2, position] = math.nan
+    output = rdrop_cross_entropy(logits, torch.tensor([7, 8]), alpha=1.0, impl="cpp")
+    assert output.nll.isnan()
+    assert output.loss.isnan()
+
+
+@built
+def test_logits_far_apart_lose_no_digits():
+    logits, target = torch.randn(2 * 50, 3000) * 40, torch.randint(0, 3000, (50,))
+    truth = rdrop_cross_entropy(logits.double(), target, alpha=1.0, impl="eager")
+    output = rdrop_cross_entropy(logits, target, alpha=1.0, impl="cpp")
+    for ours, exact in zip(output, truth, strict=True):
+        assert ours.item() == pytest.approx(exact.item(), rel=1e-6)
+    grad = gradient(logits, target, alpha=1.0, impl="cpp")
+    exact = gradient(logits.double(), target, alpha=1.0, impl="eager")
+    assert (grad - exact).norm() < 1e-5 * exact.norm()
+
+
+@built
 def test_result_does_not_depend_on_the_number_of_threads():
     logits, target = torch.randn(2 * 300, 1000), torch.randint(0, 1000, (300,))
     threads = torch.get_num_threads()
