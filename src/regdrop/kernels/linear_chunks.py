@@ -81,10 +81,12 @@ def work_in_chunks(
     bias = None if bias is None else bias.to(dtype)
     terms = hidden.new_zeros(2, num_items, dtype=wide)
     is_graded = any(wanted) and any(grad is not None for grad in grads)
+    # The first chunk writes the parameters' gradients, the others add to them.
+    new = hidden.new_empty if is_graded and num_items else hidden.new_zeros
     gradients = Gradients(
         torch.zeros_like(hidden) if wanted[0] else None,
-        torch.zeros_like(weight, dtype=wide) if wanted[1] else None,
-        hidden.new_zeros(classes, dtype=wide) if wanted[2] else None,
+        new(weight.shape, dtype=wide) if wanted[1] else None,
+        new(classes, dtype=wide) if wanted[2] else None,
     )
     kernel = closed_form_kernel(projection.impl, hidden.device)
     size = _chunk_size(hidden, projection)
@@ -158,16 +160,25 @@ def _accumulate(
 
     `scratch`, of the weight's shape, takes a product that is added in another dtype than its own.
     """
+    is_first = items.start == 0
     if gradients.hidden is not None:
         out = gradients.hidden[: len(rows) // (items.stop - items.start), items]
         out.copy_((grad @ weight).view(out.shape))
     if gradients.weight is not None:
         if scratch is None:
-            gradients.weight.addmm_(grad.t(), rows)
+            gradients.weight.addmm_(grad.t(), rows, beta=0 if is_first else 1)
         else:
-            gradients.weight.add_(torch.mm(grad.t(), rows, out=scratch))
+            product = torch.mm(grad.t(), rows, out=scratch)
+            _write(gradients.weight, product, is_first)
     if gradients.bias is not None:
-        gradients.bias.add_(grad.sum(0, dtype=gradients.bias.dtype))
+        _write(gradients.bias, grad.sum(0, dtype=gradients.bias.dtype), is_first)
+
+
+def _write(total: Tensor, part: Tensor, is_first: bool) -> None:
+    if is_first:
+        total.copy_(part)
+    else:
+        total.add_(part)
 
 
 def project(hidden: Tensor, projection: Projection) -> Tensor:
