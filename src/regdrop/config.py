@@ -36,8 +36,9 @@ class RDropConfig:
         fused_linear: Whether the last layer of a language model and the loss are computed in one,
             so that its logits never exist. "auto": from 8,192 words on, where the layer and what
             follows it are understood; True: always, else an error; False: never.
-        impl: How a cross entropy and its divergence are computed, as in `rdrop_cross_entropy`;
-            "cpp" is the fastest on a CPU and is built once. Behind a fused last layer too.
+        impl: How a cross entropy and its divergence are computed, as in `rdrop_cross_entropy`,
+            behind a fused last layer too ("eager" has none); "cpp" is the fastest on a CPU and is
+            built once for each kind of CPU. Heads of other losses take "auto" alone.
         method: "rdrop", or another regulariser of two passes to compare with it: "r3f" adds noise
             to the embeddings of the second pass, which carries no likelihood (its lambda is
             alpha / 4); "fraternal" compares logits by their squared difference, mean over classes
@@ -159,13 +160,17 @@ class RDropConfig:
                     f"got {self.dropout_rates}"
                 )
         if self.impl == "eager" and self.fused_linear is True:
-            raise ValueError("impl='eager' keeps full logits: it needs fused_linear=False")
+            raise ValueError("impl='eager' keeps full logits: it excludes fused_linear=True")
         if self.method != "rdrop":
-            needed = {"num_passes": 2, "fraction": 1.0, "passes": "stacked"}
+            needed: dict[str, Any] = {"num_passes": 2, "fraction": 1.0, "passes": "stacked"}
             if self.method == "r3f":
                 needed["backward_passes"] = None
-            elif self.fused_linear is True:
-                raise ValueError("method='fraternal' compares logits: it needs fused_linear=False")
+            else:
+                needed["impl"] = "auto"
+                if self.fused_linear is True:
+                    raise ValueError(
+                        "method='fraternal' compares logits: it excludes fused_linear=True"
+                    )
             for name, value in needed.items():
                 if getattr(self, name) != value:
                     raise ValueError(

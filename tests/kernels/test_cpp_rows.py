@@ -145,10 +145,13 @@ def test_rising_maxima_and_masked_blocks(num_passes):
 
 @built
 @pytest.mark.parametrize("position", [0, 5, 500, 1030, 2099])
-def test_a_nan_anywhere_in_a_row_reaches_the_loss(position):
-    logits = torch.randn(4, 2100)
-    logits[2, position] = math.nan
-    output = rdrop_cross_entropy(logits, torch.tensor([7, 8]), alpha=1.0, impl="cpp")
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1], ids=hex)  # a GPU's are the second
+@pytest.mark.parametrize("num_passes", [1, 2])
+def test_a_nan_anywhere_in_a_row_reaches_the_loss(position, bits, num_passes):
+    logits = torch.randn(2 * num_passes, 2100)
+    logits.view(torch.int32)[1, position] = bits
+    options = {"alpha": 1.0 if num_passes > 1 else 0.0, "num_passes": num_passes, "impl": "cpp"}
+    output = rdrop_cross_entropy(logits, torch.tensor([7, 8]), **options)
     assert output.nll.isnan()
     assert output.loss.isnan()
 

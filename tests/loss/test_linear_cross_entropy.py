@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from implementations import CPP, TRITON
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
+from regdrop.kernels import chunked
 
 FEATURES, CLASSES = 5, 11
 WEIGHTS = torch.linspace(0.2, 3, CLASSES, dtype=torch.float64)
@@ -108,12 +109,14 @@ def test_options_mean_what_they_mean_there(scale, alpha, options):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_every_kernel_compares_the_logits_of_a_chunk(impl, reduction, softcap, dtype):
+def test_every_kernel_compares_the_logits_of_a_chunk(impl, reduction, softcap, dtype, monkeypatch):
+    monkeypatch.setattr(chunked, "_SMALLEST_BLOCK", 1)  # several blocks a chunk
     tensors, target = make(2, dtype=dtype)
     options = {"reduction": reduction, "softcap": softcap, "label_smoothing": 0.1, "alpha": 1.7}
     for backward_passes in (None, 1):
         options["backward_passes"] = backward_passes
-        assert_same(both(tensors, target, chunk_size=3, impl=impl, **options))
+        for chunk_size in (3, None):
+            assert_same(both(tensors, target, chunk_size=chunk_size, impl=impl, **options))
 
 
 @settings(max_examples=40, deadline=None)

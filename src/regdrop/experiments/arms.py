@@ -99,7 +99,13 @@ def other_arms(task: Task) -> dict[str, Arm]:
     whatever the task's alpha, which is R-Drop's; `regdrop tune` chooses others.
     """
     base = RDropConfig(class_weight=task.rdrop.class_weight, noise=task.rdrop.noise)
-    r3f = replace(base, alpha=4.0, method="r3f")
+    r3f = replace(
+        base,
+        alpha=4.0,
+        method="r3f",
+        fused_linear=task.rdrop.fused_linear,
+        impl=task.rdrop.impl,
+    )
     fraternal = replace(base, alpha=0.3, method="fraternal")
     arms = (
         Arm("r3f", "R3F: noise on the embeddings, lambda 1", r3f, task.training),

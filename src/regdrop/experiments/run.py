@@ -14,6 +14,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from regdrop.config import RDropConfig
 from regdrop.experiments.arms import Arm
 from regdrop.experiments.epochs import EpochCallback
 from regdrop.experiments.history import HistoryCallback, Progress
@@ -365,6 +366,8 @@ def check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any])
     Raises:
         ValueError: If not, with the names of the settings that differ.
     """
+    if "rdrop" in found:  # what was not an option then had the value that is its default now
+        found = {**found, "rdrop": {**RDropConfig().to_dict(), **found["rdrop"]}}
     if names := _differences(found, wanted):
         raise ValueError(
             f"{path} was made with other settings ({', '.join(names)}); "

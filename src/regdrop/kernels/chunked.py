@@ -35,8 +35,8 @@ def chunked_kernel(compiled: bool = False) -> ClosedForm:
     )
 
 
-def row_blocks(logits: Tensor) -> list[tuple[int, int]]:
-    """Return the first and the last item, exclusive, of every block."""
+def row_blocks(logits: Tensor, least_items: int = 1) -> list[tuple[int, int]]:
+    """Return the first and the last item, exclusive, of every block, of `least_items` or more."""
     num_passes, num_items, num_classes = logits.shape
     if num_items == 0 or torch.compiler.is_compiling():
         return [(0, num_items)]
@@ -44,7 +44,7 @@ def row_blocks(logits: Tensor) -> list[tuple[int, int]]:
     share = _LARGEST_SHARE * max(1, 4 // logits.element_size())
     smallest = _SMALLEST_BLOCK if logits.is_cpu else _SMALLEST_BLOCK_ON_DEVICES
     elements = max(smallest, logits.numel() // share)
-    rows = max(1, elements // (num_passes * max(1, num_classes)))
+    rows = max(least_items, elements // (num_passes * max(1, num_classes)))
     return [(start, min(start + rows, num_items)) for start in range(0, num_items, rows)]
 
 

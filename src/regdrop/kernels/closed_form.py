@@ -50,10 +50,17 @@ class BackwardKernel(Protocol):
 
 
 class ClosedForm(NamedTuple):
-    """One way to compute the closed form."""
+    """One way to compute the closed form.
+
+    Attributes:
+        forward: Computes the terms.
+        backward: Writes the gradient.
+        least_items: Items a call, below which it leaves a part of the device idle.
+    """
 
     forward: ForwardKernel
     backward: BackwardKernel
+    least_items: int = 1
 
 
 def closed_form_terms(

@@ -37,7 +37,8 @@ def cpp_kernel(device: torch.device) -> ClosedForm:
     if device.type != "cpu":
         raise ValueError(f"impl='cpp' needs logits on a CPU, got {device}; use 'auto' or 'chunked'")
     _library()
-    return ClosedForm(_forward, _backward)
+    # A thread takes whole items.
+    return ClosedForm(_forward, _backward, least_items=4 * torch.get_num_threads())
 
 
 def _forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:

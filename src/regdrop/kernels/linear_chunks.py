@@ -99,7 +99,7 @@ def work_in_chunks(
             rows = hidden[:, start:stop].to(dtype).reshape(-1, features)
             products = _product(rows, weight, bias, out=buffer[: len(rows)])
             passes = products.view(num_passes, stop - start, classes)
-            for low, high in row_blocks(passes):
+            for low, high in row_blocks(passes, kernel.least_items):
                 items = slice(start + low, start + high)
                 grad_nll, grad_kl = (None if grad is None else grad[items] for grad in grads)
                 terms[:, items] = _compare(

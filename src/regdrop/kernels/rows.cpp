@@ -15,6 +15,7 @@
 #include <ATen/cpu/vec/vec.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
@@ -127,7 +128,7 @@ struct Block {
   std::vector<acc_t> buffer;
 };
 
-// The exponential of less is 0: of float, less than its smallest normal number.
+// Below this an exponential counts as 0; that of float is about its smallest normal number.
 template <typename acc_t>
 constexpr acc_t kLeast = std::is_same_v<acc_t, float> ? -87.33 : -746;
 
@@ -144,12 +145,12 @@ inline Vectorized<double> exponential(Vectorized<double> x) { return x.exp(); }
 
 inline Vectorized<float> exponential(Vectorized<float> x) {
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
-  // 2^n 2^f, n the nearest integer of x log2(e), f what remains. Where n is added to a large number,
-  // the last bits of the sum are n. 2^f is the polynomial of degree 5 with the least relative error
-  // (9e-8) on [-1/2, 1/2] that is 1 at 0.
+  // 2^n 2^f, n the nearest integer of x log2(e), f what remains. Where n and the exponents' bias are
+  // added to a large number, the last bits of the sum are those of 2^n. 2^f is the polynomial of
+  // degree 5 with the least relative error (9e-8) on [-1/2, 1/2] that is 1 at 0.
   using Vec = Vectorized<float>;
   using Bits = Vectorized<int32_t>;
-  const Vec large(12582912.f), least(kLeast<float>), log2e(1.44269504f);
+  const Vec large(12582912.f + 127.f), least(kLeast<float>), log2e(1.44269504f);
   const Vec bounded = at::vec::clamp_min(x, least);
   const Vec shifted = at::vec::fmadd(bounded, log2e, large);
   const Vec f = at::vec::fmsub(bounded, log2e, shifted - large);
@@ -158,11 +159,10 @@ inline Vectorized<float> exponential(Vectorized<float> x) {
   power = at::vec::fmadd(f, power, Vec(0.240222424f));
   power = at::vec::fmadd(f, power, Vec(0.693147004f));
   power = at::vec::fmadd(f, power, Vec(1.f));
-  const Bits exponent = at::vec::cast<int32_t>(shifted) << Bits(23);
-  power = at::vec::cast<float>(at::vec::cast<int32_t>(power) + exponent);
-  return Vec::blendv(power, Vec(0), x < least);
+  const Vec scale = at::vec::cast<float>(at::vec::cast<int32_t>(shifted) << Bits(23));
+  return Vec::blendv(power * scale, Vec(0), x < least);
 #else
-  return x.exp();
+  return x.exp_u20();
 #endif
 }
 
@@ -312,7 +312,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
             inverse_sum.mutable_data_ptr<acc_t>(), mean_difference.mutable_data_ptr<acc_t>()};
         with_passes(passes, [&](auto constant) {
           at::parallel_for(0, items, grain(passes * num_classes), [&](int64_t begin, int64_t end) {
-            forward_items<scalar_t, acc_t, constant()>(logits, target, out, begin, end);
+            forward_items<scalar_t, acc_t, decltype(constant)::value>(logits, target, out, begin, end);
           });
         });
       });
@@ -416,8 +416,8 @@ void backward(const Tensor& out, const Tensor& logits, const std::optional<Tenso
                                grad_kl ? grad_kl->const_data_ptr<acc_t>() : nullptr};
         with_passes(passes, [&](auto constant) {
           at::parallel_for(0, items, grain(passes * num_classes), [&](int64_t begin, int64_t end) {
-            backward_items<scalar_t, acc_t, constant()>(out, logits, target, in, backward_passes,
-                                                        begin, end);
+            backward_items<scalar_t, acc_t, decltype(constant)::value>(
+                out, logits, target, in, backward_passes, begin, end);
           });
         });
       });

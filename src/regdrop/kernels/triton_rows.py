@@ -35,7 +35,8 @@ def triton_kernel(device: torch.device) -> ClosedForm:
             f"impl='triton' needs logits on a GPU (or TRITON_INTERPRET=1 before triton is "
             f"imported), got {device}; use 'auto' or 'chunked'"
         )
-    return ClosedForm(_forward, _backward)
+    # The forward has one program an item.
+    return ClosedForm(_forward, _backward, least_items=1024)
 
 
 def _forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:

@@ -279,7 +279,7 @@ PAPER_PRESETS = tuple(
 
 
 def _part(task: LanguageUnderstanding, examples: int) -> LanguageUnderstanding:
-    """Return a task on so small a part of its training split that it overfits within a minute."""
+    """Return a task on so small a part of its training split that it overfits within minutes."""
     training = replace(task.training, max_steps=125, batch_size=16, eval_steps=25, logging_steps=25)
     return replace(
         task,

@@ -55,8 +55,8 @@ class HeadForward:
     ) -> None:
         if impl != "auto" and not head.takes_kernel:
             raise ValueError(
-                f"impl={impl!r} chooses how a cross entropy is computed; this head has none, "
-                "it needs impl='auto'"
+                f"impl={impl!r} chooses how a cross entropy is computed, and the terms of this "
+                "head are not those of cross_entropy_terms; use impl='auto'"
             )
         self.model, self.head, self.may_overwrite, self.fused = model, head, may_overwrite, fused
         self.impl = impl
