@@ -99,8 +99,8 @@ def backward_blocks(
     """Write the gradient of the logits, as `BackwardKernel` describes it."""
     rows = _compiled(_backward_rows) if compiled else _backward_rows
     for start, stop in row_blocks(logits):
-        rows(
-            out[:, start:stop],
+        # Written outside: compiled functions do not get inputs right that share their memory.
+        out[:backward_passes, start:stop] = rows(
             logits[:, start:stop],
             target.rows(start, stop),
             RowStatistics(*(x[:, start:stop] for x in statistics)),
@@ -108,18 +108,18 @@ def backward_blocks(
             None if grad_kl is None else grad_kl[start:stop],
             backward_passes,
         )
+    out[backward_passes:].zero_()
 
 
 def _backward_rows(
-    out: Tensor,
     logits: Tensor,
     target: Target,
     statistics: RowStatistics,
     grad_nll: Tensor | None,
     grad_kl: Tensor | None,
     backward_passes: int,
-) -> None:
-    """Write `p (mass a + b (1 - E + d)) - b mean(p) - a target` for the first passes, else 0."""
+) -> Tensor:
+    """Return `p (mass a + b (1 - E + d)) - b mean(p) - a target` of the first passes."""
     maximum, inverse_sum, mean_difference = (x[..., None] for x in statistics)
     x = logits - maximum
     if grad_kl is not None:
@@ -141,8 +141,7 @@ def _backward_rows(
         _subtract_target(grad, target, grad_nll)
     if target.valid is not None:
         grad.masked_fill_(~target.valid[None, :, None], 0)
-    out[:backward_passes].copy_(grad)
-    out[backward_passes:].zero_()
+    return grad
 
 
 def _difference(x: Tensor) -> Tensor:
