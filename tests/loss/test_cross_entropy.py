@@ -476,7 +476,7 @@ def test_compiled_equals_chunked(dtype):
 
 
 def test_triton_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr("regdrop.kernels.find_spec", lambda name: None)
+    monkeypatch.setattr("regdrop.kernels.selection.find_spec", lambda name: None)
     logits, target = make()
     with pytest.raises(ValueError, match="impl='triton' needs the package triton"):
         rdrop_cross_entropy(logits, target, alpha=1.0, impl="triton")
