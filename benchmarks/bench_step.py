@@ -60,10 +60,6 @@ def stacked(model: Translator, source: Tensor, target: Tensor) -> Tensor:
     return model(*(repeat_batch(x, 2) for x in (source, target)))
 
 
-def twice(model: Translator, source: Tensor, target: Tensor) -> Tensor:
-    return torch.cat([model(source, target), model(source, target)])
-
-
 def one_backward(
     model: Translator, source: Tensor, target: Tensor, words: Tensor, impl: Implementation = "auto"
 ) -> Tensor:
@@ -111,9 +107,7 @@ WAYS: dict[str, Loss] = {
     "one pass, our loss": lambda model, x, y, words: (
         rdrop_cross_entropy(model(x, y), words, alpha=0.0, num_passes=1, inplace=True).loss
     ),
-    "official form, two forwards": lambda model, x, y, words: official(twice(model, x, y), words),
     "official form, stacked": lambda model, x, y, words: official(stacked(model, x, y), words),
-    "exact, two forwards": lambda model, x, y, words: ours(twice(model, x, y), words),
     "exact, stacked": lambda model, x, y, words: ours(stacked(model, x, y), words),
     "exact, fused with the last layer": fused,
     "one backward": one_backward,

@@ -4,7 +4,7 @@ The formulas are in `closed_form.py`. The forward keeps three numbers a row.
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -97,11 +97,13 @@ def backward_blocks(
     compiled: bool = False,
 ) -> None:
     """Write the gradient of the logits, as `BackwardKernel` describes it."""
-    rows = _compiled(_backward_rows) if compiled else _backward_rows
+    write = _compiled(_write_backward_rows) if compiled else _write_backward_rows
     for start, stop in row_blocks(logits):
-        # Written outside: compiled functions do not get inputs right that share their memory.
-        out[:backward_passes, start:stop] = rows(
-            logits[:, start:stop],
+        rows = logits[:, start:stop]
+        write(
+            # One tensor where both are: compiled functions get wrong what shares its memory unseen.
+            rows if out is logits else out[:backward_passes, start:stop],
+            rows,
             target.rows(start, stop),
             RowStatistics(*(x[:, start:stop] for x in statistics)),
             None if grad_nll is None else grad_nll[start:stop],
@@ -109,6 +111,20 @@ def backward_blocks(
             backward_passes,
         )
     out[backward_passes:].zero_()
+
+
+def _write_backward_rows(
+    out: Tensor,
+    logits: Tensor,
+    target: Target,
+    statistics: RowStatistics,
+    grad_nll: Tensor | None,
+    grad_kl: Tensor | None,
+    backward_passes: int,
+) -> None:
+    grad = _backward_rows(logits, target, statistics, grad_nll, grad_kl, backward_passes)
+    # A part that is the whole would be compiled into a copy of the whole.
+    (out if len(out) == backward_passes else out[:backward_passes]).copy_(grad)
 
 
 def _backward_rows(
@@ -126,7 +142,7 @@ def _backward_rows(
         b = grad_kl[:, None]
         difference = _difference(x)[:backward_passes]
         p = x.exp_().mul_(inverse_sum)
-        mean_p = p.mean(0)
+        mean_p = _mean_of_passes(p)
         p = p[:backward_passes]
         slope = b * (1 - mean_difference[:backward_passes])
         if grad_nll is not None:
@@ -146,8 +162,18 @@ def _backward_rows(
 
 def _difference(x: Tensor) -> Tensor:
     """Return z_i - mean_j z_j up to row constants; 0 where a class is masked in every pass."""
-    difference = x - x.mean(0)
+    difference = x - _mean_of_passes(x)
+    if torch.compiler.is_compiling():
+        # The same as below, which would be compiled into a loop over single numbers.
+        return torch.where(difference == difference, difference, 0)
     return difference.nan_to_num_(0.0, torch.inf, -torch.inf)
+
+
+def _mean_of_passes(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        # A mean would be compiled into a loop of its own.
+        return reduce(torch.add, x.unbind(0)) / len(x)
+    return x.mean(0)
 
 
 def _target_mass(target: Target, num_classes: int, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,7 @@ class ForwardKernel(Protocol):
 
 
 class BackwardKernel(Protocol):
-    """Writes the gradient of the logits to `out`, which may be the logits themselves.
+    """Writes the gradient of the logits to `out`: the logits themselves, or memory of its own.
 
     `grad_nll` and `grad_kl`, (N,) or None, are the upstream gradients over the number of passes
     (less one for the divergence), already scaled for the passes that carry the gradient.
@@ -131,13 +131,14 @@ class _Terms(Function):
     def backward(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Any:
         if grad_nll is None and grad_kl is None:
             return None, None, None, None, None
-        logits, *rest = ctx.saved_tensors
+        saved, *rest = ctx.saved_tensors
+        logits = saved.detach()
         classes, probabilities, weight, _, valid = (
             rest.pop(0) if given else None for given in ctx.target_fields
         )
         target = Target(classes, probabilities, weight, ctx.label_smoothing, valid)
         grads = scale_gradients(grad_nll, grad_kl, logits.shape[0], ctx.backward_passes)
-        out = logits.detach() if ctx.inplace else torch.empty_like(logits)
+        out = logits if ctx.inplace else torch.empty_like(logits)
         ctx.kernel.backward(out, logits, target, tuple(rest), *grads, ctx.backward_passes)
         if ctx.inplace:
             # Autograd then refuses a layer's backward that needs the logits. Not every kernel
