@@ -22,6 +22,9 @@ elif not is_ninja_available():
 else:
     WHY_NO_CPP = ""
 
+# On a CPU torch.compile writes C++; without a compiler its graphs can be traced all the same.
+HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+
 TRITON = pytest.param(
     "triton", marks=pytest.mark.skipif(_why_no_triton != "", reason=_why_no_triton)
 )

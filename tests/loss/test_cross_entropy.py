@@ -1,5 +1,4 @@
 import math
-import shutil
 
 import pytest
 import torch
@@ -8,14 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from implementations import CPP, TRITON
+from implementations import CPP, HAS_COMPILER, TRITON
 from regdrop import RDropCrossEntropyLoss, rdrop_cross_entropy
 
 IMPLEMENTATIONS = ["eager", "chunked"]
 CLOSED_FORMS = ["chunked", TRITON, CPP]
 ALL = ["eager", *CLOSED_FORMS]
-# On a CPU torch.compile writes C++; without a compiler its graphs can be traced all the same.
-HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
 def make(num_passes=2, batch=5, classes=7, *, ignored=(), dtype=torch.float64, seed=0, scale=2.0):
