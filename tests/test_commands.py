@@ -147,7 +147,7 @@ def test_a_killed_training_goes_on_with_resume_alone(tmp_path):
     before = (unfinished / "history.jsonl").read_text().splitlines()
     subprocess.run([*command, "--resume"], capture_output=True, check=True)
     record = json.loads((tmp_path / "record.json").read_text())
-    assert record["steps"] == 100
+    assert record["steps"] == 200
     assert json.loads(before[0]) == record["history"][0]
     assert (tmp_path / "model" / "model.safetensors").exists()
 
@@ -155,7 +155,7 @@ def test_a_killed_training_goes_on_with_resume_alone(tmp_path):
 def start(output, name="compare", work="unfinished/rdrop-seed0"):
     """Start the command in a group of processes of its own, until its first checkpoint."""
     command = [sys.executable, "-c", "from regdrop.cli import main; main()", name, "digits"]
-    command += ["--steps", "100", "--set", "training.eval_steps=25", "--output", str(output)]
+    command += ["--steps", "200", "--output", str(output)]
     command += ["--arms", "rdrop", "--seeds", "1"] if name == "compare" else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     unfinished = output / work
@@ -178,7 +178,7 @@ def test_interrupting_and_repeating_the_command_goes_on(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "rdrop seed 0" in done.stdout
     record = json.loads((tmp_path / "records" / "rdrop-seed0.json").read_text())
-    assert record["steps"] == 100
+    assert record["steps"] == 200
     assert json.loads(before[0]) == record["history"][0]
 
 

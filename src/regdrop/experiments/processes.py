@@ -32,14 +32,17 @@ def require_one_process(command: str) -> None:
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """Let the main process go through the block before the others do."""
+    """Let the main process go through the block before the others do; all go on together."""
     if num_processes() == 1:
         yield
         return
     from accelerate import PartialState
 
-    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with state.main_process_first():
         yield
+    # Otherwise the main one could undo what the others are about to look for, or to make again.
+    state.wait_for_everyone()
 
 
 def leave_process_group() -> None:
