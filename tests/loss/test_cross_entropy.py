@@ -466,10 +466,10 @@ def test_compiled_equals_chunked(dtype):
     compiled = rdrop_cross_entropy(logits, target, impl="compiled", **options)
     chunked = rdrop_cross_entropy(logits, target, impl="chunked", **options)
     torch.testing.assert_close(compiled.loss, chunked.loss)
-    torch.testing.assert_close(
-        gradient(logits, target, impl="compiled", **options),
-        gradient(logits, target, impl="chunked", **options),
-    )
+    expected = gradient(logits, target, impl="chunked", **options)
+    for inplace in (False, True):
+        found = gradient(logits, target, impl="compiled", inplace=inplace, **options)
+        torch.testing.assert_close(found, expected)
 
 
 def test_triton_that_is_not_installed_is_named(monkeypatch):

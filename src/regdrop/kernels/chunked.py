@@ -101,7 +101,7 @@ def backward_blocks(
     for start, stop in row_blocks(logits):
         rows = logits[:, start:stop]
         write(
-            # One tensor where both are: compiled functions get wrong what shares its memory unseen.
+            # One tensor where both are: compiled functions go wrong where two inputs share memory.
             rows if out is logits else out[:backward_passes, start:stop],
             rows,
             target.rows(start, stop),
