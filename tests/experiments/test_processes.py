@@ -182,3 +182,29 @@ def test_other_commands_refuse_several_processes(tmp_path, monkeypatch, command)
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [command, target])
     assert result.exit_code == 2
     assert f"{command} must be started once, got 2 processes" in result.output
+
+
+SLOW_BEGINNER = """
+import sys, time
+from pathlib import Path
+from regdrop.experiments.processes import is_main_process, leave_process_group, main_process_first
+
+folder = Path(sys.argv[1])
+with main_process_first():
+    if not is_main_process():
+        time.sleep(1)
+    folder.mkdir(exist_ok=True)
+if is_main_process():
+    folder.rmdir()
+leave_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_what_the_main_process_removes_is_not_made_again_by_one_that_begins_late(tmp_path):
+    (tmp_path / "begin.py").write_text(SLOW_BEGINNER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "begin.py"), str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "run").exists()
