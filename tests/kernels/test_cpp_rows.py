@@ -169,6 +169,13 @@ def test_logits_far_apart_lose_no_digits():
 
 
 @built
+def test_a_gradient_of_many_pages_of_memory_is_that_of_the_plain_form():
+    logits, target = torch.randn(2 * 40, 40_000), torch.randint(0, 40_000, (40,))
+    grads = [gradient(logits, target, alpha=1.0, impl=impl) for impl in ("cpp", "chunked")]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-9)
+
+
+@built
 def test_result_does_not_depend_on_the_number_of_threads():
     logits, target = torch.randn(2 * 300, 1000), torch.randint(0, 1000, (300,))
     threads = torch.get_num_threads()

@@ -18,12 +18,16 @@ from regdrop.kernels.closed_form import ClosedForm, accumulator
 from regdrop.kernels.target import Target
 
 # The vector types of ATen are chosen by these, as torch's own build does for each kind of CPU.
+_AVX2 = ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [
+    *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-mavx2", "-mfma", "-mf16c"),
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+]
 _FLAGS = {
-    "AVX2": ["-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
-    "AVX512": [
-        *("-DCPU_CAPABILITY_AVX512", "-mavx2", "-mfma", "-mf16c"),
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-    ],
+    "DEFAULT": ["-DCPU_CAPABILITY=DEFAULT"],
+    "AVX2": _AVX2,
+    "AVX512": _AVX512,
+    "AVX512_BF16": [*_AVX512, "-mavx512bf16"],
 }
 
 
@@ -100,17 +104,21 @@ def _library() -> Any:
             f"impl='cpp' builds a kernel and finds no {' and no '.join(missing)}; "
             f"install it or use impl='auto' or 'chunked'"
         )
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in _FLAGS:
-        capability = "DEFAULT"
+    kind = _kind_of_cpu()
     load(
-        name=f"regdrop_rows_{capability.lower()}",
+        name=f"regdrop_rows_{kind.lower()}",
         sources=[str(Path(__file__).with_name("rows.cpp"))],
-        extra_cflags=[
-            *("-O3", "-fopenmp", f"-DCPU_CAPABILITY={capability}"),
-            *_FLAGS.get(capability, ()),
-        ],
+        extra_cflags=["-O3", "-fopenmp", *_FLAGS[kind]],
         extra_ldflags=["-fopenmp"],
         is_python_module=False,
     )
     return torch.ops.regdrop
+
+
+def _kind_of_cpu() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    # torch names its features from 2.11 on.
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    if capability == "AVX512" and features.get("avx512_bf16"):
+        return "AVX512_BF16"
+    return capability if capability in _FLAGS else "DEFAULT"

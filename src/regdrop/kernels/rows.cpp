@@ -2,10 +2,10 @@
 //
 // An item's rows, one of every pass, are taken in blocks that fit into the first-level cache. The
 // forward keeps running maxima and sums relative to them, the backward writes the gradient once.
-// Exponentials are most of the arithmetic: between a load and a store everything else stays in
-// registers, for which the usual numbers of passes are compiled in. A row's last block is filled up
-// with -inf in every pass, which contributes nothing, so that no loop over vectors needs a
-// remainder.
+// Between a load and a store everything stays in registers, conversions included, for which the
+// usual numbers of passes are compiled in: exponentials are then most of the arithmetic. A row's
+// last block is filled up with -inf in every pass, which contributes nothing, so that no loop over
+// vectors needs a remainder.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -15,9 +15,14 @@
 #include <ATen/cpu/vec/vec.h>
 #include <torch/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -50,17 +55,16 @@ struct TargetRows {
 
   bool has_spread() const { return share > 0 || probabilities != nullptr; }
 
-  // The mass on each class of a block, but for that on the class index itself.
+  // The mass on a class, but for that on the class index itself.
+  acc_t spread(int64_t item, int64_t at) const {
+    const acc_t given = probabilities ? probabilities[item * num_classes + at] * kept : acc_t(0);
+    return (share + given) * (weight ? weight[at] : acc_t(1));
+  }
+
+  // The same of a block of classes.
   void spread(acc_t* out, int64_t item, int64_t start, int64_t size) const {
-    const acc_t* given = probabilities ? probabilities + item * num_classes + start : nullptr;
-    for (int64_t v = 0; v < kBlock; ++v) {
-      acc_t mass = 0;
-      if (v < size) {
-        mass = share + (given ? given[v] * kept : acc_t(0));
-        if (weight) mass *= weight[start + v];
-      }
-      out[v] = mass;
-    }
+    for (int64_t v = 0; v < size; ++v) out[v] = spread(item, start + v);
+    std::fill(out + size, out + kBlock, acc_t(0));
   }
 
   acc_t class_mass(int64_t item) const { return weight ? kept * weight[classes[item]] : kept; }
@@ -84,48 +88,106 @@ struct EachPass<value_t, 0> : std::vector<value_t> {
   explicit EachPass(int64_t passes) : std::vector<value_t>(passes) {}
 };
 
+// Call a function with 0, 1, ..., kCount - 1, written out: a loop over an array of vectors would
+// keep it in memory. Where kCount is 0 it is not known and `count` holds.
+template <int kCount, typename function_t>
+inline void for_each(int64_t count, const function_t& function) {
+  if constexpr (kCount > 1) for_each<kCount - 1>(count, function);
+  if constexpr (kCount > 0) return function(kCount - 1);
+  for (int64_t i = 0; i < count; ++i) function(i);
+}
+
+// The vectors of the accumulator's type that a vector of the logits fills: two of a half type.
+template <typename scalar_t>
+constexpr int kParts = sizeof(at::opmath_type<scalar_t>) / sizeof(scalar_t);
+template <typename scalar_t>
+using Parts = std::array<Vectorized<at::opmath_type<scalar_t>>, kParts<scalar_t>>;
+
+template <typename scalar_t>
+Parts<scalar_t> load_parts(const scalar_t* from) {
+  const auto x = Vectorized<scalar_t>::loadu(from);
+  if constexpr (kParts<scalar_t> == 1) {
+    return {x};
+  } else {
+    const auto [low, high] = at::vec::convert_to_float<scalar_t>(x);
+    return {low, high};
+  }
+}
+
+template <typename scalar_t>
+void store_parts(scalar_t* to, const Parts<scalar_t>& x) {
+  if constexpr (kParts<scalar_t> == 1) {
+    x[0].store(to);
+#ifdef __AVX512BF16__
+  } else if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+    // The instruction takes numbers below the smallest normal one for 0.
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(x[1], x[0]);
+    _mm512_storeu_si512(to, reinterpret_cast<const __m512i&>(rounded));
+#endif
+  } else {
+    at::vec::convert_from_float<scalar_t>(x[0], x[1]).store(to);
+  }
+}
+
 // A block of an item: kBlock classes of every pass at most.
 template <typename scalar_t, typename acc_t, int kPasses>
 struct Block {
   using Vec = Vectorized<acc_t>;
+  using Logits = EachPass<Parts<scalar_t>, kPasses>;
+
+  static constexpr int64_t kStep = Vectorized<scalar_t>::size();
+  static_assert(kBlock % kStep == 0);
 
   explicit Block(int64_t passes) : passes(passes), at(passes), buffer(passes * kBlock) {}
 
-  // Rows of the accumulator's type are read where they are, unless they need filling up.
-  void load(const scalar_t* rows, int64_t stride_pass, int64_t size) {
-    padded = (size + Vec::size() - 1) / Vec::size() * Vec::size();
-    for (int64_t i = 0; i < count(); ++i) {
-      if constexpr (std::is_same_v<scalar_t, acc_t>) {
-        if (padded == size) {
-          at[i] = rows + i * stride_pass;
-          continue;
-        }
-      }
-      acc_t* own = own_memory(i);
-      at::vec::convert(rows + i * stride_pass, own, size);
-      std::fill(own + size, own + padded, -std::numeric_limits<acc_t>::infinity());
+  // Rows are read where they are, unless they need filling up.
+  void move_to(const scalar_t* rows, int64_t stride_pass, int64_t size) {
+    padded = (size + kStep - 1) / kStep * kStep;
+    each([&](int64_t i) {
+      at[i] = rows + i * stride_pass;
+      if (padded == size) return;
+      scalar_t* own = own_memory(i);
+      std::copy_n(at[i], size, own);
+      std::fill(own + size, own + padded, -std::numeric_limits<scalar_t>::infinity());
       at[i] = own;
-    }
+    });
   }
 
-  acc_t* own_memory(int64_t i) { return buffer.data() + i * kBlock; }
+  scalar_t* own_memory(int64_t i) { return buffer.data() + i * kBlock; }
 
-  // Subtract each pass's maximum from a vector of every pass; return their mean over passes.
-  Vec centre(EachPass<Vec, kPasses>& x, const EachPass<acc_t, kPasses>& maximum, int64_t v) const {
+  // Read a vector of every pass.
+  void read(Logits& x, int64_t v) const {
+    each([&](int64_t i) { x[i] = load_parts(at[i] + v); });
+  }
+
+  // Subtract each pass's maximum from one part of them; return their mean over passes.
+  Vec centre(Logits& x, int part, const EachPass<acc_t, kPasses>& maximum) const {
     Vec sum(0);
-    for (int64_t i = 0; i < count(); ++i) {
-      x[i] = Vec::loadu(at[i] + v) - Vec(maximum[i]);
-      sum = sum + x[i];
-    }
+    each([&](int64_t i) {
+      x[i][part] = x[i][part] - Vec(maximum[i]);
+      sum = sum + x[i][part];
+    });
     return sum * Vec(acc_t(1) / count());
   }
 
   int64_t count() const { return kPasses > 0 ? kPasses : passes; }
 
+  // Call a function with each pass.
+  template <typename function_t>
+  void each(const function_t& function) const {
+    for_each<kPasses>(passes, function);
+  }
+
+  // Call a function with each part of a vector.
+  template <typename function_t>
+  static void each_part(const function_t& function) {
+    for_each<kParts<scalar_t>>(0, function);
+  }
+
   const int64_t passes;
   int64_t padded = 0;
-  EachPass<const acc_t*, kPasses> at;
-  std::vector<acc_t> buffer;
+  EachPass<const scalar_t*, kPasses> at;
+  std::vector<scalar_t> buffer;
 };
 
 // Below this an exponential counts as 0; that of float is about its smallest normal number.
@@ -136,8 +198,7 @@ constexpr acc_t kLeast = std::is_same_v<acc_t, float> ? -87.33 : -746;
 // probability.
 template <typename acc_t>
 Vectorized<acc_t> difference(Vectorized<acc_t> x, Vectorized<acc_t> mean) {
-  using Vec = Vectorized<acc_t>;
-  return Vec::blendv(x - mean, Vec(0), x < Vec(kLeast<acc_t>));
+  return (x - mean) & (x >= Vectorized<acc_t>(kLeast<acc_t>));
 }
 
 // The exponential of numbers of at most 0, and of nan.
@@ -145,12 +206,13 @@ inline Vectorized<double> exponential(Vectorized<double> x) { return x.exp(); }
 
 inline Vectorized<float> exponential(Vectorized<float> x) {
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
-  // 2^n 2^f, n the nearest integer of x log2(e), f what remains. Where n and the exponents' bias are
-  // added to a large number, the last bits of the sum are those of 2^n. 2^f is the polynomial of
-  // degree 5 with the least relative error (9e-8) on [-1/2, 1/2] that is 1 at 0.
+  // 2^n 2^f, n the nearest integer of x log2(e), f what remains. Where n and the exponents' bias
+  // are added to a large number, the last bits of the sum are those of 2^n; of the least n, that of
+  // -88 and less, they are 0. 2^f is the polynomial of degree 5 with the least relative error
+  // (9e-8) on [-1/2, 1/2] that is 1 at 0.
   using Vec = Vectorized<float>;
   using Bits = Vectorized<int32_t>;
-  const Vec large(12582912.f + 127.f), least(kLeast<float>), log2e(1.44269504f);
+  const Vec large(12582912.f + 127.f), least(-88.f), log2e(1.44269504f);
   const Vec bounded = at::vec::clamp_min(x, least);
   const Vec shifted = at::vec::fmadd(bounded, log2e, large);
   const Vec f = at::vec::fmsub(bounded, log2e, shifted - large);
@@ -159,8 +221,7 @@ inline Vectorized<float> exponential(Vectorized<float> x) {
   power = at::vec::fmadd(f, power, Vec(0.240222424f));
   power = at::vec::fmadd(f, power, Vec(0.693147004f));
   power = at::vec::fmadd(f, power, Vec(1.f));
-  const Vec scale = at::vec::cast<float>(at::vec::cast<int32_t>(shifted) << Bits(23));
-  return Vec::blendv(power * scale, Vec(0), x < least);
+  return power * at::vec::cast<float>(at::vec::cast<int32_t>(shifted) << Bits(23));
 #else
   return x.exp_u20();
 #endif
@@ -170,6 +231,13 @@ template <typename acc_t>
 acc_t sum_of(Vectorized<acc_t> x) {
   using Vec = Vectorized<acc_t>;
   return at::vec::vec_reduce_all<acc_t>([](Vec& a, Vec& b) { return a + b; }, x);
+}
+
+template <typename acc_t>
+acc_t first_of(Vectorized<acc_t> x) {
+  std::array<acc_t, Vectorized<acc_t>::size()> numbers;
+  x.store(numbers.data());
+  return numbers[0];
 }
 
 int64_t grain(int64_t numbers_an_item) {
@@ -203,7 +271,8 @@ void forward_items(const Tensor& logits, const TargetRows<acc_t>& target,
   Block<scalar_t, acc_t, kPasses> block(passes);
   const int64_t count = block.count();
   EachPass<acc_t, kPasses> highest(passes), origin(passes), rise(passes);
-  EachPass<Vec, kPasses> x(passes), sum(passes), product(passes);
+  EachPass<Vec, kPasses> sum(passes), product(passes);
+  typename Block<scalar_t, acc_t, kPasses>::Logits x(passes);
   // Of e = exp(z - maximum), of e * difference, and of target * (z - maximum).
   EachPass<double, kPasses> total(passes), weighted(passes), cross(passes);
   std::vector<acc_t> spread(kBlock);
@@ -222,14 +291,14 @@ void forward_items(const Tensor& logits, const TargetRows<acc_t>& target,
     const scalar_t* row = logits.const_data_ptr<scalar_t>() + item * logits.stride(1);
     for (int64_t start = 0; start < num_classes; start += kBlock) {
       const int64_t size = std::min(kBlock, num_classes - start);
-      block.load(row + start, logits.stride(0), size);
+      block.move_to(row + start, logits.stride(0), size);
       // A higher maximum: what was summed is expressed relative to it. A nan may be lost here, its
       // exponential is not.
       acc_t mean_rise = 0;
-      for (int64_t i = 0; i < count; ++i) {
+      block.each([&](int64_t i) {
         Vec top(highest[i]);
-        for (int64_t v = 0; v < block.padded; v += Vec::size())
-          top = at::vec::clamp_min(Vec::loadu(block.at[i] + v), top);
+        for (int64_t v = 0; v < block.padded; v += block.kStep)
+          for (const Vec part : load_parts(block.at[i] + v)) top = at::vec::clamp_min(part, top);
         const acc_t higher = at::vec::vec_reduce_all<acc_t>(
             [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, top);
         rise[i] = highest[i] == -infinity ? acc_t(0) : higher - highest[i];
@@ -237,29 +306,37 @@ void forward_items(const Tensor& logits, const TargetRows<acc_t>& target,
         origin[i] = higher == -infinity ? acc_t(0) : higher;
         mean_rise += rise[i] / count;
         sum[i] = product[i] = Vec(0);
+      });
+      for (int64_t v = 0; v < block.padded; v += block.kStep) {
+        block.read(x, v);
+        // The next block's maximum needs little arithmetic and would wait for memory.
+        block.each([&](int64_t i) { __builtin_prefetch(block.at[i] + v + kBlock); });
+        block.each_part([&](int part) {
+          const Vec mean = block.centre(x, part, origin);
+          block.each([&](int64_t i) {
+            const Vec e = exponential(x[i][part]);
+            sum[i] = sum[i] + e;
+            product[i] = at::vec::fmadd(e, difference(x[i][part], mean), product[i]);
+          });
+        });
       }
-      for (int64_t v = 0; v < block.padded; v += Vec::size()) {
-        const Vec mean = block.centre(x, origin, v);
-        for (int64_t i = 0; i < count; ++i) {
-          const Vec e = exponential(x[i]);
-          sum[i] = sum[i] + e;
-          product[i] = at::vec::fmadd(e, difference(x[i], mean), product[i]);
-        }
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        const double scale = std::exp(-double(rise[i]));
+      block.each([&](int64_t i) {
+        const double scale = rise[i] > 0 ? std::exp(-double(rise[i])) : 1;
         weighted[i] = (weighted[i] - total[i] * (rise[i] - mean_rise)) * scale;
         weighted[i] += sum_of<acc_t>(product[i]);
         total[i] = total[i] * scale + sum_of<acc_t>(sum[i]);
-      }
+      });
       if (!target.has_spread()) continue;
       target.spread(spread.data(), item, start, size);
       for (int64_t i = 0; i < count; ++i) {
         Vec likelihood(0);
-        for (int64_t v = 0; v < block.padded; v += Vec::size()) {
-          const Vec s = Vec::loadu(spread.data() + v);
-          const Vec term = s * (Vec::loadu(block.at[i] + v) - Vec(origin[i]));
-          likelihood = likelihood + Vec::blendv(term, Vec(0), s == Vec(0));
+        for (int64_t v = 0; v < block.padded; v += block.kStep) {
+          const Parts<scalar_t> z = load_parts(block.at[i] + v);
+          for (int part = 0; part < kParts<scalar_t>; ++part) {
+            const Vec s = Vec::loadu(spread.data() + v + part * Vec::size());
+            const Vec term = s * (z[part] - Vec(origin[i]));
+            likelihood = likelihood + Vec::blendv(term, Vec(0), s == Vec(0));
+          }
         }
         cross[i] += sum_of<acc_t>(likelihood) - spread_mass * rise[i];
       }
@@ -312,7 +389,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
             inverse_sum.mutable_data_ptr<acc_t>(), mean_difference.mutable_data_ptr<acc_t>()};
         with_passes(passes, [&](auto constant) {
           at::parallel_for(0, items, grain(passes * num_classes), [&](int64_t begin, int64_t end) {
-            forward_items<scalar_t, acc_t, decltype(constant)::value>(logits, target, out, begin, end);
+            constexpr int known = decltype(constant)::value;
+            forward_items<scalar_t, acc_t, known>(logits, target, out, begin, end);
           });
         });
       });
@@ -330,18 +408,20 @@ template <typename scalar_t, typename acc_t, int kPasses>
 void backward_items(const Tensor& out, const Tensor& logits, const TargetRows<acc_t>& target,
                     const Slopes<acc_t>& in, int64_t backward_passes, int64_t begin, int64_t end) {
   using Vec = Vectorized<acc_t>;
+  using Logits = typename Block<scalar_t, acc_t, kPasses>::Logits;
   const int64_t passes = logits.size(0), items = logits.size(1), num_classes = logits.size(2);
   Block<scalar_t, acc_t, kPasses> block(passes);
-  const int64_t count = block.count();
+  const int64_t count = block.count(), stride_pass = out.stride(0);
   EachPass<acc_t, kPasses> highest(passes), inverse_sum(passes), slope(passes);
-  EachPass<Vec, kPasses> x(passes), p(passes);
-  EachPass<acc_t*, kPasses> grad(passes);
+  Logits x(passes), at_class(passes);
+  EachPass<Vec, kPasses> p(passes);
+  EachPass<scalar_t*, kPasses> grad(passes);
   std::vector<acc_t> spread(kBlock);
   for (int64_t item = begin; item < end; ++item) {
     scalar_t* out_row = out.mutable_data_ptr<scalar_t>() + item * out.stride(1);
     const auto clear_from = [&](int64_t first) {
       for (int64_t i = first; i < count; ++i)
-        std::fill_n(out_row + i * out.stride(0), num_classes, scalar_t(0));
+        std::fill_n(out_row + i * stride_pass, num_classes, scalar_t(0));
     };
     const int64_t graded = target.counts(item) ? backward_passes : 0;
     if (graded == 0) {
@@ -356,44 +436,71 @@ void backward_items(const Tensor& out, const Tensor& logits, const TargetRows<ac
       inverse_sum[i] = in.inverse_sum[at];
       slope[i] = a * in.mass[item] + b * (1 - in.mean_difference[at]);
     }
-    const bool spreads = in.grad_nll && target.has_spread();
+    const bool compares = in.grad_kl != nullptr;
+    // From one part of the logits to their gradients, in their place.
+    const auto differentiate = [&](Logits& x, int part, Vec mass) {
+      const Vec mean = block.centre(x, part, highest);
+      Vec mean_p(0);
+      block.each([&](int64_t i) {
+        p[i] = exponential(x[i][part]) * Vec(inverse_sum[i]);
+        mean_p = mean_p + p[i];
+      });
+      const Vec taken = at::vec::fmadd(Vec(a), mass, mean_p * Vec(b / count));
+      block.each([&](int64_t i) {
+        const Vec d = compares ? difference(x[i][part], mean) : Vec(0);
+        const Vec factor = at::vec::fmadd(d, Vec(b), Vec(slope[i]));
+        x[i][part] = at::vec::fmsub(p[i], factor, taken);
+      });
+    };
     const scalar_t* row = logits.const_data_ptr<scalar_t>() + item * logits.stride(1);
+    // The class of the target is differentiated by itself, before its logits may be written over.
+    const bool has_class = in.grad_nll && target.classes;
+    const int64_t label = has_class ? target.classes[item] : 0;
+    if (has_class) {
+      block.each([&](int64_t i) {
+        at_class[i].fill(Vec(acc_t(row[i * logits.stride(0) + label])));
+      });
+      differentiate(at_class, 0, Vec(target.spread(item, label) + target.class_mass(item)));
+    }
+    const bool spreads = in.grad_nll && target.has_spread();
     for (int64_t start = 0; start < num_classes; start += kBlock) {
       const int64_t size = std::min(kBlock, num_classes - start);
-      block.load(row + start, logits.stride(0), size);
+      block.move_to(row + start, logits.stride(0), size);
       if (spreads) target.spread(spread.data(), item, start, size);
-      // Where a block is read in place it is written in place, after all passes were read.
-      for (int64_t i = 0; i < graded; ++i) {
-        grad[i] = block.own_memory(i);
-        if constexpr (std::is_same_v<scalar_t, acc_t>)
-          if (block.padded == size) grad[i] = out_row + i * out.stride(0) + start;
+      // Written where it is read, or, of a block that was filled up, over what it was filled up in.
+      const bool whole = block.padded == size;
+      for (int64_t i = 0; i < graded; ++i)
+        grad[i] = whole ? out_row + i * stride_pass + start : block.own_memory(i);
+      for (int64_t v = 0; v < block.padded; v += block.kStep) {
+        block.read(x, v);
+        block.each_part([&](int part) {
+          const acc_t* mass = spread.data() + v + part * Vec::size();
+          differentiate(x, part, spreads ? Vec::loadu(mass) : Vec(0));
+        });
+        block.each([&](int64_t i) {
+          if (i < graded) store_parts(grad[i] + v, x[i]);
+        });
       }
-      for (int64_t v = 0; v < block.padded; v += Vec::size()) {
-        const Vec mean = block.centre(x, highest, v);
-        Vec mean_p(0);
-        for (int64_t i = 0; i < count; ++i) {
-          p[i] = exponential(x[i]) * Vec(inverse_sum[i]);
-          mean_p = mean_p + p[i];
-        }
-        Vec taken = mean_p * Vec(b / count);
-        if (spreads) taken = at::vec::fmadd(Vec(a), Vec::loadu(spread.data() + v), taken);
-        for (int64_t i = 0; i < graded; ++i) {
-          const Vec d = in.grad_kl ? difference(x[i], mean) : Vec(0);
-          const Vec factor = at::vec::fmadd(d, Vec(b), Vec(slope[i]));
-          at::vec::fmsub(p[i], factor, taken).store(grad[i] + v);
-        }
-      }
-      for (int64_t i = 0; i < graded; ++i) {
-        if (in.grad_nll && target.classes) {
-          const int64_t at = target.classes[item] - start;
-          if (at >= 0 && at < size) grad[i][at] -= a * target.class_mass(item);
-        }
-        if (grad[i] == block.own_memory(i))
-          at::vec::convert(grad[i], out_row + i * out.stride(0) + start, size);
-      }
+      for (int64_t i = 0; i < graded && !whole; ++i)
+        std::copy_n(grad[i], size, out_row + i * stride_pass + start);
     }
+    if (has_class)
+      for (int64_t i = 0; i < graded; ++i)
+        out_row[i * stride_pass + label] = scalar_t(first_of<acc_t>(at_class[i][0]));
     clear_from(graded);
   }
+}
+
+// The gradient's memory is mostly new: where the system has large pages, the first touch of it
+// takes one fault for each of them instead of hundreds.
+void ask_for_large_pages(const Tensor& memory) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 1 << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(memory.data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (begin + memory.nbytes()) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 void backward(const Tensor& out, const Tensor& logits, const std::optional<Tensor>& classes,
@@ -403,6 +510,7 @@ void backward(const Tensor& out, const Tensor& logits, const std::optional<Tenso
               const std::optional<Tensor>& grad_nll, const std::optional<Tensor>& grad_kl,
               int64_t backward_passes) {
   const int64_t passes = logits.size(0), items = logits.size(1), num_classes = logits.size(2);
+  if (!out.is_alias_of(logits)) ask_for_large_pages(out);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kBFloat16, at::kHalf, logits.scalar_type(), "rdrop_backward", [&] {
         using acc_t = at::opmath_type<scalar_t>;
@@ -416,8 +524,9 @@ void backward(const Tensor& out, const Tensor& logits, const std::optional<Tenso
                                grad_kl ? grad_kl->const_data_ptr<acc_t>() : nullptr};
         with_passes(passes, [&](auto constant) {
           at::parallel_for(0, items, grain(passes * num_classes), [&](int64_t begin, int64_t end) {
-            backward_items<scalar_t, acc_t, decltype(constant)::value>(
-                out, logits, target, in, backward_passes, begin, end);
+            constexpr int known = decltype(constant)::value;
+            backward_items<scalar_t, acc_t, known>(out, logits, target, in, backward_passes, begin,
+                                                   end);
           });
         });
       });

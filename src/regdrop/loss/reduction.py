@@ -39,14 +39,14 @@ def combine_terms(
     """
     nll, kl = terms.nll, terms.kl
     nll_count, kl_count = positive_counts(terms.nll_count, terms.kl_count, nll.dtype)
-    mean_nll = nll.detach().sum() / nll_count
-    mean_kl = kl.detach().sum() / kl_count
+    total_nll, total_kl = nll.sum(), kl.sum()
+    mean_nll, mean_kl = total_nll.detach() / nll_count, total_kl.detach() / kl_count
 
     if reduction == "mean":
         nll_count, kl_count = denominators(nll_count, kl_count, num_items, num_weight)
-        nll, kl = nll.sum() / nll_count, kl.sum() / kl_count
+        nll, kl = total_nll / nll_count, total_kl / kl_count
     elif reduction == "sum":
-        nll, kl = nll.sum(), kl.sum()
+        nll, kl = total_nll, total_kl
     nll_weight, kl_weight = term_weights(alpha, num_passes, scale)
     # Without alpha no gradient of the divergence is computed at all.
     loss = nll * nll_weight if alpha == 0 else nll * nll_weight + kl * kl_weight
