@@ -7,6 +7,7 @@ while others wait.
 
 import os
 import shutil
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def _library() -> Any:
 def _kind_of_cpu() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     # torch names its features from 2.11 on.
-    features = getattr(torch.cpu, "get_capabilities", dict)()
+    features: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if capability == "AVX512" and features.get("avx512_bf16"):
         return "AVX512_BF16"
     return capability if capability in _FLAGS else "DEFAULT"

@@ -201,6 +201,14 @@ Vectorized<acc_t> difference(Vectorized<acc_t> x, Vectorized<acc_t> mean) {
   return (x - mean) & (x >= Vectorized<acc_t>(kLeast<acc_t>));
 }
 
+#ifdef CPU_CAPABILITY_AVX512
+// The same without a mask in a vector.
+inline Vectorized<float> difference(Vectorized<float> x, Vectorized<float> mean) {
+  const auto possible = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kLeast<float>), _CMP_GE_OQ);
+  return _mm512_maskz_sub_ps(possible, x, mean);
+}
+#endif
+
 // The exponential of numbers of at most 0, and of nan.
 inline Vectorized<double> exponential(Vectorized<double> x) { return x.exp(); }
 

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from regdrop.loss.checks import (
     check_counts,
@@ -13,6 +13,7 @@ from regdrop.loss.checks import (
     check_options,
 )
 from regdrop.loss.elementwise import masked_terms, split_passes
+from regdrop.loss.module import RDropLoss
 from regdrop.loss.output import RDropOutput
 from regdrop.loss.reduction import Reduction, Scale, combine_terms
 from regdrop.loss.terms import ItemTerms
@@ -121,7 +122,7 @@ def _bernoulli_kl(a: Tensor, b: Tensor) -> Tensor:
     return (a.sigmoid() - b.sigmoid()) * difference / 2
 
 
-class RDropBCEWithLogitsLoss(nn.Module):
+class RDropBCEWithLogitsLoss(RDropLoss):
     """`rdrop_binary_cross_entropy_with_logits` as a module that holds the options."""
 
     weight: Tensor | None
@@ -138,21 +139,15 @@ class RDropBCEWithLogitsLoss(nn.Module):
         scale: Scale = "sum",
         backward_passes: int | None = None,
     ) -> None:
-        super().__init__()
-        check_options(
-            alpha=alpha,
+        super().__init__(
+            alpha,
             num_passes=num_passes,
             reduction=reduction,
             scale=scale,
             backward_passes=backward_passes,
         )
-        self.alpha = alpha
-        self.num_passes = num_passes
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
-        self.reduction: Reduction = reduction
-        self.scale: Scale = scale
-        self.backward_passes = backward_passes
 
     def forward(
         self,
@@ -175,7 +170,3 @@ class RDropBCEWithLogitsLoss(nn.Module):
             scale=self.scale,
             backward_passes=self.backward_passes,
         )
-
-    def extra_repr(self) -> str:
-        """Return the options that the module's printed form shows."""
-        return f"alpha={self.alpha}, num_passes={self.num_passes}, scale={self.scale!r}"

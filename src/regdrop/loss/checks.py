@@ -38,6 +38,11 @@ def check_options(
             f"backward_passes must be None or from 1 to num_passes={num_passes}, "
             f"got {backward_passes}"
         )
+    check_label_smoothing(label_smoothing)
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Raise for a label smoothing out of range."""
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
 

@@ -1,7 +1,7 @@
 """R-Drop for one class an item: cross entropy and the KL between softmax outputs."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regdrop.kernels import Implementation, Target, rdrop_terms
 from regdrop.loss.checks import (
@@ -9,10 +9,12 @@ from regdrop.loss.checks import (
     check_counts,
     check_finite_divergence,
     check_floating,
+    check_label_smoothing,
     check_options,
     check_own_memory,
     check_stacked,
 )
+from regdrop.loss.module import RDropLoss
 from regdrop.loss.output import RDropOutput
 from regdrop.loss.reduction import Reduction, Scale, combine_terms
 from regdrop.loss.terms import ItemTerms
@@ -189,7 +191,7 @@ def _check(logits: Tensor, target: Tensor, num_passes: int, weight: Tensor | Non
     return items
 
 
-class RDropCrossEntropyLoss(nn.Module):
+class RDropCrossEntropyLoss(RDropLoss):
     """`rdrop_cross_entropy` as a module that holds the options; `alpha` may be changed at will."""
 
     weight: Tensor | None
@@ -208,23 +210,17 @@ class RDropCrossEntropyLoss(nn.Module):
         inplace: bool = False,
         impl: Implementation = "auto",
     ) -> None:
-        super().__init__()
-        check_options(
-            alpha=alpha,
+        super().__init__(
+            alpha,
             num_passes=num_passes,
             reduction=reduction,
             scale=scale,
             backward_passes=backward_passes,
-            label_smoothing=label_smoothing,
         )
-        self.alpha = alpha
-        self.num_passes = num_passes
+        check_label_smoothing(label_smoothing)
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
-        self.reduction: Reduction = reduction
-        self.scale: Scale = scale
-        self.backward_passes = backward_passes
         self.inplace = inplace
         self.impl: Implementation = impl
 
@@ -252,7 +248,3 @@ class RDropCrossEntropyLoss(nn.Module):
             inplace=self.inplace,
             impl=self.impl,
         )
-
-    def extra_repr(self) -> str:
-        """Return the options that the module's printed form shows."""
-        return f"alpha={self.alpha}, num_passes={self.num_passes}, scale={self.scale!r}"

@@ -3,10 +3,11 @@
 from itertools import combinations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regdrop.loss.checks import check_counts, check_mask, check_options
 from regdrop.loss.elementwise import masked_terms, split_passes
+from regdrop.loss.module import RDropLoss
 from regdrop.loss.output import RDropOutput
 from regdrop.loss.reduction import Reduction, Scale, combine_terms
 from regdrop.loss.terms import ItemTerms
@@ -86,31 +87,8 @@ def mse_terms(
     return masked_terms(nll, kl, mask, target)
 
 
-class RDropMSELoss(nn.Module):
+class RDropMSELoss(RDropLoss):
     """`rdrop_mse_loss` as a module that holds the options; `alpha` may be changed at will."""
-
-    def __init__(
-        self,
-        alpha: float,
-        *,
-        num_passes: int = 2,
-        reduction: Reduction = "mean",
-        scale: Scale = "sum",
-        backward_passes: int | None = None,
-    ) -> None:
-        super().__init__()
-        check_options(
-            alpha=alpha,
-            num_passes=num_passes,
-            reduction=reduction,
-            scale=scale,
-            backward_passes=backward_passes,
-        )
-        self.alpha = alpha
-        self.num_passes = num_passes
-        self.reduction: Reduction = reduction
-        self.scale: Scale = scale
-        self.backward_passes = backward_passes
 
     def forward(
         self,
@@ -131,7 +109,3 @@ class RDropMSELoss(nn.Module):
             scale=self.scale,
             backward_passes=self.backward_passes,
         )
-
-    def extra_repr(self) -> str:
-        """Return the options that the module's printed form shows."""
-        return f"alpha={self.alpha}, num_passes={self.num_passes}, scale={self.scale!r}"
