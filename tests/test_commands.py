@@ -219,6 +219,11 @@ def test_killing_the_command_ends_its_runs(tmp_path):
         (("sweep", "alphas", "--task", "digits"), "STUDY must be one of alpha, every-n-steps"),
         (("sweep", "alpha", "--task", "digits", "--grid", "1,x"), "--grid must be numbers"),
         (("tune", "digits", "--vary", "dropout=1"), "a variation must be rdrop.NAME="),
+        (("tune", "digits", "--vary", "rdrop.alpha=1", "--grid", "2"), "--study compare has none"),
+        (
+            "tune digits --vary rdrop.alpha=1 --study every-n-steps --grid 2 --arms every-3".split(),
+            "arms must be among baseline, every-2, every-2-rescaled; got every-3",
+        ),
         (("compare", "digits", "--tuned", "x.json"), "x.json must be a file of `regdrop tune`"),
         (("sweep", "cost", "--task", "digits", "--grid", "1"), "takes no grid"),
         (("sweep", "alpha", "--task", "digits", "--arms", "rdrop"), "arms must be among alpha-0"),

@@ -50,6 +50,7 @@ ArmNames = Annotated[str | None, typer.Option(help="Arms to train, by commas; th
 StudyArmNames = Annotated[
     str | None, typer.Option("--arms", help="Arms of the study to train, by commas; all if absent.")
 ]
+Grid = Annotated[str | None, typer.Option(help="Values of what is varied, by commas: 0,1,3.")]
 Tuned = Annotated[
     Path | None,
     typer.Option(help="Settings of the arms that `regdrop tune` chose: its tuned.json."),
@@ -106,9 +107,7 @@ def sweep(
     data: Data = None,
     model: ModelOption = None,
     alpha: Alpha = None,
-    grid: Annotated[
-        str | None, typer.Option(help="Values of what is varied, by commas: 0,1,3.")
-    ] = None,
+    grid: Grid = None,
     seeds: Seeds = 5,
     first_seed: FirstSeed = 0,
     arms: StudyArmNames = None,
@@ -126,8 +125,7 @@ def sweep(
     with usage_errors():
         require_one_process("sweep")
         chosen = chosen_task(task, preset, data, model, alpha, steps, settings)
-        known = {arm.name: arm for arm in study_arms(study, chosen, _numbers(grid))}
-        trained = _tuned(choose_arms(known, _names(arms)), study, tuned)
+        trained = _tuned(_arms_of_study(study, chosen, grid, arms), study, tuned)
         console.print(f"[bold]{study}[/bold]: {STUDIES[study].question}")
         folder = output or Path("runs") / f"{chosen.name}-{study}"
         _run(study, chosen, trained, range(first_seed, first_seed + seeds), workers, folder)
@@ -150,6 +148,7 @@ def tune(
     study: Annotated[str, typer.Option(help="Whose arms: compare, or a study of `sweep`.")] = (
         COMPARISON
     ),
+    grid: Grid = None,
     arms: StudyArmNames = None,
     trials: Annotated[
         int, typer.Option(min=1, help="Settings that a search tries for each arm.")
@@ -174,10 +173,11 @@ def tune(
         require_one_process("tune")
         chosen = chosen_task(task, preset, data, model, None, steps, settings)
         if study == COMPARISON:
+            if grid is not None:
+                raise ValueError(f"--grid is that of a study; --study {COMPARISON} has none")
             trained = compared_arms(chosen, _names(arms))
         else:
-            known = {arm.name: arm for arm in study_arms(study, chosen)}
-            trained = choose_arms(known, _names(arms))
+            trained = _arms_of_study(study, chosen, grid, arms)
         variations = [parse_variation(text) for text in vary]
         folder = output or Path("runs") / f"{chosen.name}-tuning"
         check_study(folder, TUNING)
@@ -240,6 +240,11 @@ def _run(
 
 def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def _arms_of_study(study: str, task: Task, grid: str | None, names: str | None) -> list[Arm]:
+    known = {arm.name: arm for arm in study_arms(study, task, _numbers(grid))}
+    return choose_arms(known, _names(names))
 
 
 def _tuned(arms: Sequence[Arm], study: str, path: Path | None) -> list[Arm]:
