@@ -199,6 +199,9 @@ def test_killing_the_command_ends_its_runs(tmp_path):
     assert not (tmp_path / "records").exists()
 
 
+TUNE = ("tune", "digits", "--vary", "rdrop.alpha=1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -219,9 +222,9 @@ def test_killing_the_command_ends_its_runs(tmp_path):
         (("sweep", "alphas", "--task", "digits"), "STUDY must be one of alpha, every-n-steps"),
         (("sweep", "alpha", "--task", "digits", "--grid", "1,x"), "--grid must be numbers"),
         (("tune", "digits", "--vary", "dropout=1"), "a variation must be rdrop.NAME="),
-        (("tune", "digits", "--vary", "rdrop.alpha=1", "--grid", "2"), "--study compare has none"),
+        ((*TUNE, "--grid", "2"), "got --study compare"),
         (
-            "tune digits --vary rdrop.alpha=1 --study every-n-steps --grid 2 --arms every-3".split(),
+            (*TUNE, "--study", "every-n-steps", "--grid", "2", "--arms", "every-3"),
             "arms must be among baseline, every-2, every-2-rescaled; got every-3",
         ),
         (("compare", "digits", "--tuned", "x.json"), "x.json must be a file of `regdrop tune`"),

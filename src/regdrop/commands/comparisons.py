@@ -50,7 +50,7 @@ ArmNames = Annotated[str | None, typer.Option(help="Arms to train, by commas; th
 StudyArmNames = Annotated[
     str | None, typer.Option("--arms", help="Arms of the study to train, by commas; all if absent.")
 ]
-Grid = Annotated[str | None, typer.Option(help="Values of what is varied, by commas: 0,1,3.")]
+Grid = Annotated[str | None, typer.Option(help="Values of what the study varies: 0,1,3.")]
 Tuned = Annotated[
     Path | None,
     typer.Option(help="Settings of the arms that `regdrop tune` chose: its tuned.json."),
@@ -174,7 +174,7 @@ def tune(
         chosen = chosen_task(task, preset, data, model, None, steps, settings)
         if study == COMPARISON:
             if grid is not None:
-                raise ValueError(f"--grid is that of a study; --study {COMPARISON} has none")
+                raise ValueError(f"--grid needs a study that has one, got --study {COMPARISON}")
             trained = compared_arms(chosen, _names(arms))
         else:
             trained = _arms_of_study(study, chosen, grid, arms)

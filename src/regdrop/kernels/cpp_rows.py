@@ -18,7 +18,8 @@ from torch import Tensor
 from regdrop.kernels.closed_form import ClosedForm, accumulator
 from regdrop.kernels.target import Target
 
-# The vector types of ATen are chosen by these, as torch's own build does for each kind of CPU.
+# The vector types of ATen are chosen by these, as torch's own build does for each kind of CPU;
+# of AVX512_BF16 torch has none, it is the kernel's own.
 _AVX2 = ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [
     *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-mavx2", "-mfma", "-mf16c"),
@@ -118,7 +119,7 @@ def _library() -> Any:
 
 def _kind_of_cpu() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
-    # torch names its features from 2.11 on.
+    # torch tells a CPU's features from 2.11 on; before, ATen rounds to bfloat16.
     features: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if capability == "AVX512" and features.get("avx512_bf16"):
         return "AVX512_BF16"

@@ -190,7 +190,7 @@ struct Block {
   std::vector<scalar_t> buffer;
 };
 
-// Below this an exponential counts as 0; that of float is about its smallest normal number.
+// Below this an exponential is 0 or next to it, and a difference counts as 0.
 template <typename acc_t>
 constexpr acc_t kLeast = std::is_same_v<acc_t, float> ? -87.33 : -746;
 
@@ -223,7 +223,7 @@ inline Vectorized<float> exponential(Vectorized<float> x) {
   const Vec large(12582912.f + 127.f), least(-88.f), log2e(1.44269504f);
   const Vec bounded = at::vec::clamp_min(x, least);
   const Vec shifted = at::vec::fmadd(bounded, log2e, large);
-  const Vec f = at::vec::fmsub(bounded, log2e, shifted - large);
+  const Vec f = at::vec::fmadd(bounded, log2e, large - shifted);
   Vec power = at::vec::fmadd(f, Vec(0.00132647273f), Vec(0.00967151299f));
   power = at::vec::fmadd(f, power, Vec(0.0555073358f));
   power = at::vec::fmadd(f, power, Vec(0.240222424f));
@@ -340,11 +340,11 @@ void forward_items(const Tensor& logits, const TargetRows<acc_t>& target,
         Vec likelihood(0);
         for (int64_t v = 0; v < block.padded; v += block.kStep) {
           const Parts<scalar_t> z = load_parts(block.at[i] + v);
-          for (int part = 0; part < kParts<scalar_t>; ++part) {
+          block.each_part([&](int part) {
             const Vec s = Vec::loadu(spread.data() + v + part * Vec::size());
             const Vec term = s * (z[part] - Vec(origin[i]));
             likelihood = likelihood + Vec::blendv(term, Vec(0), s == Vec(0));
-          }
+          });
         }
         cross[i] += sum_of<acc_t>(likelihood) - spread_mass * rise[i];
       }
@@ -453,15 +453,17 @@ void backward_items(const Tensor& out, const Tensor& logits, const TargetRows<ac
         p[i] = exponential(x[i][part]) * Vec(inverse_sum[i]);
         mean_p = mean_p + p[i];
       });
-      const Vec taken = at::vec::fmadd(Vec(a), mass, mean_p * Vec(b / count));
+      // Added, as fmsub has the wrong sign on ARM in older versions of torch (issue 149292).
+      const Vec taken = at::vec::fmadd(Vec(-a), mass, mean_p * Vec(-b / count));
       block.each([&](int64_t i) {
         const Vec d = compares ? difference(x[i][part], mean) : Vec(0);
         const Vec factor = at::vec::fmadd(d, Vec(b), Vec(slope[i]));
-        x[i][part] = at::vec::fmsub(p[i], factor, taken);
+        x[i][part] = at::vec::fmadd(p[i], factor, taken);
       });
     };
     const scalar_t* row = logits.const_data_ptr<scalar_t>() + item * logits.stride(1);
-    // The class of the target is differentiated by itself, before its logits may be written over.
+    // The target's class has more mass than its block knows of. It is differentiated apart, so that
+    // it is rounded once, and first, as its logits may be written over.
     const bool has_class = in.grad_nll && target.classes;
     const int64_t label = has_class ? target.classes[item] : 0;
     if (has_class) {
@@ -500,7 +502,8 @@ void backward_items(const Tensor& out, const Tensor& logits, const TargetRows<ac
 }
 
 // The gradient's memory is mostly new: where the system has large pages, the first touch of it
-// takes one fault for each of them instead of hundreds.
+// takes one fault for each of them instead of hundreds. The advice stays with the addresses when
+// they serve another tensor, which does no harm.
 void ask_for_large_pages(const Tensor& memory) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 1 << 21;

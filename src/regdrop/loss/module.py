@@ -1,4 +1,4 @@
-"""What the losses of all output families hold as modules: the options that each of them has."""
+"""Base class of the losses as modules: the options that they share."""
 
 from torch import nn
 
@@ -7,7 +7,7 @@ from regdrop.loss.reduction import Reduction, Scale
 
 
 class RDropLoss(nn.Module):
-    """Base of the losses as modules; `alpha` may be changed at will.
+    """A loss as a module; `alpha` may be changed at will.
 
     Raises:
         TypeError, ValueError: For an option that is out of range.
