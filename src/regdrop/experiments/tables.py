@@ -120,18 +120,21 @@ def find_metrics(records: Sequence[RunRecord]) -> dict[str, Metric]:
 
 
 def format_cell(cell: Cell, metric: Metric) -> str:
-    """Return a figure as text, with its 95 % interval and its difference to the baseline."""
+    """Return a figure as text, with its 95 % interval and its difference to the baseline.
+
+    A figure of one seed has no interval and stands alone.
+    """
     factor, digits = (100, 2) if metric.percent else (1, 3)
 
-    def number(x: float) -> str:
-        return "n/a" if math.isinf(x) else f"{x * factor:.{digits}f}"
+    def number(mean: float, half_width: float) -> str:
+        text = f"{mean * factor:.{digits}f}"
+        return text if math.isinf(half_width) else f"{text} ± {half_width * factor:.{digits}f}"
 
-    text = f"{number(cell.value.mean)} ± {number(cell.value.half_width)}"
+    text = number(cell.value.mean, cell.value.half_width)
     if cell.difference is None:
         return text
     sign = "+" if cell.difference.mean >= 0 else "−"
-    change = f"{sign}{number(abs(cell.difference.mean))} ± {number(cell.difference.half_width)}"
-    return f"{text} ({change})"
+    return f"{text} ({sign}{number(abs(cell.difference.mean), cell.difference.half_width)})"
 
 
 def table_cells(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
