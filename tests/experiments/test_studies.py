@@ -126,8 +126,9 @@ def test_the_front_holds_what_no_other_point_beats():
     assert pareto_front(losses, greater_is_better=False) == [4, 2]
 
 
-@pytest.mark.parametrize("study", [name for name in STUDIES if name != "curves"])
-def test_every_study_draws_its_figure(tmp_path, record, study, monkeypatch):
+@pytest.fixture
+def draw(tmp_path, record, monkeypatch):
+    """Return a function from a study and its arms to the first panel of its figure."""
     from matplotlib.figure import Figure
 
     figures = []
@@ -135,19 +136,34 @@ def test_every_study_draws_its_figure(tmp_path, record, study, monkeypatch):
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
     )
+
+    def draw(study, arms):
+        for i, arm in enumerate(arms):
+            for seed in (0, 1):
+                value = 0.5 + 0.02 * i
+                config = resolved_config(DIGITS, arm)
+                one = record(arm.name, seed, value, 1 - value, config=config, steps=600)
+                one.save(record_path(tmp_path, arm.name, seed))
+        note_command(tmp_path, study, f"regdrop sweep {study}")
+        write_report(tmp_path)
+        return figures[0].axes[0]
+
+    return draw
+
+
+def test_a_line_without_points_of_its_own_is_not_drawn(draw):
+    arms = {arm.name: arm for arm in study_arms("every-n-steps", DIGITS, [1, 2])}
+    panel = draw("every-n-steps", [arms["baseline"], arms["rdrop"], arms["every-2-rescaled"]])
+    assert panel.get_legend_handles_labels()[1] == ["baseline", "alpha times k"]
+
+
+@pytest.mark.parametrize("study", [name for name in STUDIES if name != "curves"])
+def test_every_study_draws_its_figure(tmp_path, draw, study):
     arms = study_arms(study, DIGITS)
-    for i, arm in enumerate(arms):
-        for seed in (0, 1):
-            value = 0.5 + 0.02 * i
-            config = resolved_config(DIGITS, arm)
-            one = record(arm.name, seed, value, 1 - value, config=config, steps=600)
-            one.save(record_path(tmp_path, arm.name, seed))
-    note_command(tmp_path, study, f"regdrop sweep {study}")
-    write_report(tmp_path)
+    panel = draw(study, arms)
     text = (tmp_path / "report.md").read_text()
     assert STUDIES[study].question in text
     assert f"regdrop sweep {study}" in text
-    panel = figures[0].axes[0]
     assert panel.get_title() == "test accuracy (%)"
     values = [50 + 2 * i for i in range(len(arms))]
     if study == "dropout-rates":

@@ -56,6 +56,12 @@ def _draw_lines(setting: str, label: str, series: Callable[[RunRecord], Sequence
         for arm in rows:
             for title in series(one_of[arm]):
                 lines.setdefault(title, []).append(arm)
+        # A line that shares all of its points with a longer one shows nothing of its own.
+        lines = {
+            title: arms
+            for title, arms in lines.items()
+            if not any(set(arms) < set(others) for others in lines.values())
+        }
         levels = [arm for arm in rows if not series(one_of[arm])]
         figure, panels = new_figure(len(metrics))
         for (name, metric), panel in zip(metrics.items(), panels, strict=False):
