@@ -63,7 +63,11 @@ struct TargetRows {
 
   // The same of a block of classes.
   void spread(acc_t* out, int64_t item, int64_t start, int64_t size) const {
-    for (int64_t v = 0; v < size; ++v) out[v] = spread(item, start + v);
+    if (probabilities || weight) {
+      for (int64_t v = 0; v < size; ++v) out[v] = spread(item, start + v);
+    } else {
+      std::fill(out, out + size, share);
+    }
     std::fill(out + size, out + kBlock, acc_t(0));
   }
 
@@ -241,6 +245,19 @@ acc_t sum_of(Vectorized<acc_t> x) {
   return at::vec::vec_reduce_all<acc_t>([](Vec& a, Vec& b) { return a + b; }, x);
 }
 
+// In double, by several sums at once: one alone would wait for each of its additions.
+template <typename acc_t>
+double sum_of_block(const acc_t* numbers) {
+  constexpr int64_t count = 32;
+  static_assert(kBlock % count == 0);
+  std::array<double, count> sums{};
+  for (int64_t v = 0; v < kBlock; v += count)
+    for (int64_t i = 0; i < count; ++i) sums[i] += numbers[v + i];
+  double sum = 0;
+  for (const double part : sums) sum += part;
+  return sum;
+}
+
 template <typename acc_t>
 acc_t first_of(Vectorized<acc_t> x) {
   std::array<acc_t, Vectorized<acc_t>::size()> numbers;
@@ -348,7 +365,7 @@ void forward_items(const Tensor& logits, const TargetRows<acc_t>& target,
         }
         cross[i] += sum_of<acc_t>(likelihood) - spread_mass * rise[i];
       }
-      for (int64_t v = 0; v < size; ++v) spread_mass += spread[v];
+      spread_mass += sum_of_block(spread.data());
     }
     double item_nll = 0, item_kl = 0;
     const double on_class = target.classes ? target.class_mass(item) : 0;
