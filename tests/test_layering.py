@@ -15,7 +15,7 @@ FLOORS = [
     {"kernels", "passes", "conventions"},
     {"loss", "config"},
     {"schedule"},
-    {"step", "diagnostics", "suggestion"},
+    {"heads", "step", "diagnostics", "suggestion"},
     {"integrations"},
     {"tasks"},
     {"experiments"},

@@ -10,6 +10,7 @@ from regdrop.loss.binary_cross_entropy import (
     binary_cross_entropy_terms,
     rdrop_binary_cross_entropy_with_logits,
 )
+from regdrop.loss.counts import ItemCounts, count_items
 from regdrop.loss.cross_entropy import (
     RDropCrossEntropyLoss,
     cross_entropy_terms,
@@ -29,6 +30,7 @@ from regdrop.loss.terms import ItemTerms, LossFunction, TermsFunction
 
 __all__ = [
     "AdaptiveSoftmax",
+    "ItemCounts",
     "ItemTerms",
     "LossFunction",
     "RDropBCEWithLogitsLoss",
@@ -40,6 +42,7 @@ __all__ = [
     "adaptive_softmax_terms",
     "binary_cross_entropy_terms",
     "combine_terms",
+    "count_items",
     "cross_entropy_terms",
     "fraternal_terms",
     "linear_cross_entropy_loss",

@@ -14,6 +14,7 @@ from regdrop.loss.checks import (
     check_own_memory,
     check_stacked,
 )
+from regdrop.loss.counts import ItemCounts, counted_by
 from regdrop.loss.module import RDropLoss
 from regdrop.loss.output import RDropOutput
 from regdrop.loss.reduction import Reduction, Scale, combine_terms
@@ -103,6 +104,22 @@ def rdrop_cross_entropy(
     )
 
 
+def count_classes(
+    target: Tensor, weight: Tensor | None = None, ignore_index: int = -100
+) -> ItemCounts:
+    """Return the number of items that count, and their number or class weight in the likelihood."""
+    if target.is_floating_point():
+        count = torch.full((), target[..., 0].numel(), device=target.device)
+        return ItemCounts(count, count)
+    valid = target != ignore_index
+    count = valid.sum()
+    if weight is None:
+        return ItemCounts(count, count)
+    classes = torch.where(valid, target, 0).long()
+    return ItemCounts((weight.detach()[classes] * valid).sum(), count)
+
+
+@counted_by(count_classes)
 def cross_entropy_terms(
     logits: Tensor,
     target: Tensor,

@@ -1,7 +1,7 @@
 """What a model predicts: from a Hugging Face model and its batch to the terms of the loss."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,79 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regdrop.heads import Head, read_logits, read_output
 from regdrop.loss import (
-    TermsFunction,
     adaptive_softmax_terms,
     binary_cross_entropy_terms,
     cross_entropy_terms,
-    fraternal_terms,
     mse_terms,
 )
 
 _IGNORED = -100
-
-
-def _read(output: Any, name: str) -> Tensor:
-    logits: Tensor | None = getattr(output, name, None)
-    if logits is None:
-        raise ValueError(
-            f"the model's output must have {name}, got {type(output).__name__}; "
-            "for another head override RDropTrainerMixin.rdrop_head"
-        )
-    return logits
-
-
-def _logits(output: Any) -> Tensor:
-    return _read(output, "logits")
-
-
-@dataclass(frozen=True)
-class Head:
-    """How one batch enters the model, and its outputs the loss.
-
-    Attributes:
-        inputs: What the model is given: the batch without its labels.
-        target: The labels in the shape that the terms expect.
-        terms: The output family's terms of each item, its options bound.
-        outputs: From the model's output to the logits, (items, ...).
-        class_weight: Weight of each class in the likelihood, bound in `terms` too.
-        ignore_index: The label that does not count.
-        takes_kernel: Whether `terms` take `inplace` and `impl`, as `cross_entropy_terms` do.
-        vocabulary: Number of words between which a language model chooses; None for other heads.
-    """
-
-    inputs: dict[str, Any]
-    target: Tensor
-    terms: TermsFunction
-    outputs: Callable[[Any], Tensor] = _logits
-    class_weight: Tensor | None = None
-    ignore_index: int = _IGNORED
-    takes_kernel: bool = False
-    vocabulary: int | None = None
-
-    def num_items(self) -> Tensor:
-        """Return the number of items that count: the denominator of the divergence's mean."""
-        return self.target.ne(self.ignore_index).sum()
-
-    def total_weight(self) -> Tensor:
-        """Return the denominator of the likelihood's mean."""
-        if self.class_weight is None:
-            return self.num_items()
-        valid = self.target.ne(self.ignore_index)
-        return (self.class_weight[self.target.clamp(min=0)] * valid).sum()
-
-
-def fraternal_head(head: Head) -> Head:
-    """Return a head whose divergence is the squared difference of logits.
-
-    Raises:
-        ValueError: For a head of other outputs than classes.
-    """
-    terms: Any = head.terms
-    if not isinstance(terms, partial) or terms.func is not cross_entropy_terms:
-        raise ValueError("method='fraternal' compares the logits of classes; this head has none")
-    changed = partial(fraternal_terms, **terms.keywords)
-    return replace(head, terms=changed, takes_kernel=False)
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -139,7 +75,7 @@ def _classification(
     if problem_type == "regression":
         if config.num_labels > 1:
             return Head(inputs, labels, mse_terms)
-        return Head(inputs, labels.reshape(-1), mse_terms, lambda out: _logits(out).flatten())
+        return Head(inputs, labels.reshape(-1), mse_terms, lambda out: read_logits(out).flatten())
     raise ValueError(
         "config.problem_type must be None, 'single_label_classification', "
         f"'multi_label_classification' or 'regression', got {problem_type!r}"
@@ -194,7 +130,7 @@ def _adaptive(
     target = _pop_next_tokens(inputs)
     terms = partial(adaptive_softmax_terms, softmax=model.adaptive_softmax())
     inputs["return_logits"] = False
-    return Head(inputs, target, terms, lambda output: _read(output, "softmax_states"))
+    return Head(inputs, target, terms, lambda output: read_output(output, "softmax_states"))
 
 
 def _generation(
@@ -224,9 +160,9 @@ def _spans(
     terms = partial(cross_entropy_terms, ignore_index=length)
 
     def outputs(output: Any) -> Tensor:
-        return torch.stack([_read(output, "start_logits"), _read(output, "end_logits")], dim=1)
+        return torch.stack([read_output(output, "start_logits"), read_output(output, "end_logits")], dim=1)
 
-    return Head(inputs, target, terms, outputs, ignore_index=length, takes_kernel=True)
+    return Head(inputs, target, terms, outputs, takes_kernel=True)
 
 
 def _classes(
@@ -242,7 +178,7 @@ def _classes(
         )
     class_weight = None if weight is None else torch.tensor(weight, device=target.device)
     terms = partial(cross_entropy_terms, weight=class_weight, label_smoothing=smoothing)
-    return Head(inputs, target, terms, class_weight=class_weight, takes_kernel=True)
+    return Head(inputs, target, terms, takes_kernel=True)
 
 
 def _words(

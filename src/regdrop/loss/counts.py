@@ -1,0 +1,64 @@
+"""How many items count: the denominators of both terms, from the target alone.
+
+A trainer needs them before the model has run, for a whole accumulation window. Each terms function
+names the function that counts for it, and uses it itself, so that there is one truth.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+Terms = TypeVar("Terms", bound=Callable[..., Any])
+
+
+class ItemCounts(NamedTuple):
+    """The denominators of the means of both terms.
+
+    Attributes:
+        nll: Number (or class weight) of the items whose likelihood counts, a scalar.
+        kl: Number of the items whose divergence counts, a scalar.
+    """
+
+    nll: Tensor
+    kl: Tensor
+
+
+_COUNTS: dict[Any, Callable[..., ItemCounts]] = {}
+
+
+def counted_by(count: Callable[..., ItemCounts]) -> Callable[[Terms], Terms]:
+    """Name the function that counts the items of a terms function.
+
+    Args:
+        count: From the target, and those of the terms' options that it has too, to the counts.
+    """
+
+    def register(terms: Terms) -> Terms:
+        _COUNTS[terms] = count
+        return terms
+
+    return register
+
+
+def count_items(terms: Callable[..., Any], target: Any) -> ItemCounts | None:
+    """Return the denominators of a target's terms without any output of a model.
+
+    Args:
+        terms: A terms function of this library, its options bound by `functools.partial` or not.
+        target: The original, unstacked target.
+
+    Returns:
+        The counts; None where the terms are not of this library, so that nobody can know.
+    """
+    options: dict[str, Any] = {}
+    while isinstance(terms, partial):
+        options = {**terms.keywords, **options}
+        terms = terms.func
+    count = _COUNTS.get(terms)
+    if count is None:
+        return None
+    accepted = inspect.signature(count).parameters
+    return count(target, **{name: value for name, value in options.items() if name in accepted})
