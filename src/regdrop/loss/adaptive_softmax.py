@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from regdrop.kernels.eager import kl_divergence
 from regdrop.kernels.gradient import limit_backward
 from regdrop.loss.checks import check_finite_divergence, check_floating, check_stacked
+from regdrop.loss.counts import counted_by
+from regdrop.loss.cross_entropy import count_classes
 from regdrop.loss.terms import ItemTerms
 
 
@@ -39,6 +41,7 @@ class AdaptiveSoftmax(Protocol):
         """See above."""
 
 
+@counted_by(count_classes)
 def adaptive_softmax_terms(
     hidden: Tensor,
     target: Tensor,
@@ -94,8 +97,7 @@ def adaptive_softmax_terms(
     check_finite_divergence(kl)
     empty = nll.new_zeros(target.numel())
     nll, kl = (empty.index_add(0, rows, term).view(target.shape) for term in (nll, kl))
-    count = valid.sum()
-    return ItemTerms(nll, kl, count, count)
+    return ItemTerms(nll, kl, *count_classes(target, ignore_index=ignore_index))
 
 
 def adaptive_log_softmax(hidden: Tensor, softmax: AdaptiveSoftmax) -> Tensor:

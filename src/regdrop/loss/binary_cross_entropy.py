@@ -12,7 +12,8 @@ from regdrop.loss.checks import (
     check_mask,
     check_options,
 )
-from regdrop.loss.elementwise import masked_terms, split_passes
+from regdrop.loss.counts import counted_by
+from regdrop.loss.elementwise import count_elements, masked_terms, split_passes
 from regdrop.loss.module import RDropLoss
 from regdrop.loss.output import RDropOutput
 from regdrop.loss.reduction import Reduction, Scale, combine_terms
@@ -85,6 +86,7 @@ def rdrop_binary_cross_entropy_with_logits(
     )
 
 
+@counted_by(count_elements)
 def binary_cross_entropy_terms(
     logits: Tensor,
     target: Tensor,

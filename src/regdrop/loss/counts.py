@@ -5,7 +5,7 @@ names the function that counts for it, and uses it itself, so that there is one 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -57,7 +57,7 @@ def count_items(terms: Callable[..., Any], target: Any) -> ItemCounts | None:
     while isinstance(terms, partial):
         options = {**terms.keywords, **options}
         terms = terms.func
-    count = _COUNTS.get(terms)
+    count = _COUNTS.get(terms) if isinstance(terms, Hashable) else None
     if count is None:
         return None
     accepted = inspect.signature(count).parameters

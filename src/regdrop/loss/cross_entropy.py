@@ -1,5 +1,7 @@
 """R-Drop for one class an item: cross entropy and the KL between softmax outputs."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -109,14 +111,17 @@ def count_classes(
 ) -> ItemCounts:
     """Return the number of items that count, and their number or class weight in the likelihood."""
     if target.is_floating_point():
-        count = torch.full((), target[..., 0].numel(), device=target.device)
+        count = torch.full((), math.prod(target.shape[:-1]), device=target.device)
         return ItemCounts(count, count)
-    valid = target != ignore_index
+    classes = target.long()
+    valid = classes != ignore_index
     count = valid.sum()
     if weight is None:
         return ItemCounts(count, count)
-    classes = torch.where(valid, target, 0).long()
-    return ItemCounts((weight.detach()[classes] * valid).sum(), count)
+    weights = weight.detach()[torch.where(valid, classes, 0)] * valid
+    # In double, which not every device has, so that the count is right for logits in double.
+    dtype = torch.float32 if weights.device.type == "mps" else torch.float64
+    return ItemCounts(weights.sum(dtype=dtype), count)
 
 
 @counted_by(count_classes)
@@ -148,14 +153,8 @@ def cross_entropy_terms(
     )
     if num_passes > 1:
         check_finite_divergence(kl)
-    if bundle.valid is None:
-        kl_count = torch.full((), num_items, dtype=nll.dtype, device=nll.device)
-    else:
-        kl_count = bundle.valid.sum()
-    nll_count = kl_count
-    if weight is not None and bundle.classes is not None and bundle.valid is not None:
-        nll_count = weight.detach().to(nll.dtype)[bundle.classes].mul(bundle.valid).sum()
-    return ItemTerms(nll.view(items.shape), kl.view(items.shape), nll_count, kl_count)
+    counts = count_classes(target, weight, ignore_index)
+    return ItemTerms(nll.view(items.shape), kl.view(items.shape), *counts)
 
 
 def _bundle(

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from regdrop.kernels.gradient import limit_backward
 from regdrop.loss.checks import check_floating, check_mask, check_stacked
+from regdrop.loss.counts import ItemCounts
 from regdrop.loss.terms import ItemTerms
 
 
@@ -24,12 +25,19 @@ def split_passes(
     return limit_backward(passes, num_passes if backward_passes is None else backward_passes)
 
 
+def count_elements(target: Tensor, mask: Tensor | None = None) -> ItemCounts:
+    """Return the number of elements that the mask leaves."""
+    counted = check_mask(mask, target)
+    if counted is None:
+        count = torch.full((), target.numel(), device=target.device)
+    else:
+        count = counted.sum()
+    return ItemCounts(count, count)
+
+
 def masked_terms(nll: Tensor, kl: Tensor, mask: Tensor | None, target: Tensor) -> ItemTerms:
     """Return the terms of every element, 0 and uncounted where the mask is False."""
-    mask = check_mask(mask, target)
-    if mask is None:
-        count = torch.full((), nll.numel(), dtype=nll.dtype, device=nll.device)
-    else:
-        nll, kl = nll.masked_fill(~mask, 0), kl.masked_fill(~mask, 0)
-        count = mask.sum()
-    return ItemTerms(nll, kl, count, count)
+    counted = check_mask(mask, target)
+    if counted is not None:
+        nll, kl = nll.masked_fill(~counted, 0), kl.masked_fill(~counted, 0)
+    return ItemTerms(nll, kl, *count_elements(target, mask))

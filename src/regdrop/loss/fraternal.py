@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from regdrop.kernels.gradient import limit_backward
-from regdrop.loss.cross_entropy import cross_entropy_terms
+from regdrop.loss.counts import counted_by
+from regdrop.loss.cross_entropy import count_classes, cross_entropy_terms
 from regdrop.loss.terms import ItemTerms
 
 
+@counted_by(count_classes)
 def fraternal_terms(
     logits: Tensor,
     target: Tensor,

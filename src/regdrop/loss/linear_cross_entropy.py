@@ -16,6 +16,8 @@ from regdrop.loss.checks import (
     check_options,
     check_stacked,
 )
+from regdrop.loss.counts import ItemCounts, counted_by
+from regdrop.loss.cross_entropy import count_classes
 from regdrop.loss.output import RDropOutput
 from regdrop.loss.reduction import (
     Reduction,
@@ -128,6 +130,7 @@ def linear_rdrop_cross_entropy(
     )
 
 
+@counted_by(count_classes)
 def linear_cross_entropy_terms(
     hidden: Tensor,
     target: Tensor,
@@ -160,7 +163,7 @@ def linear_cross_entropy_terms(
         check_finite_divergence(kl)
     empty = nll.new_zeros(target.numel())
     nll, kl = (empty.index_add(0, found.positions, term).view(target.shape) for term in (nll, kl))
-    return ItemTerms(nll, kl, found.nll_count, found.kl_count)
+    return ItemTerms(nll, kl, *found.counts)
 
 
 def linear_cross_entropy_loss(
@@ -210,7 +213,7 @@ def linear_cross_entropy_loss(
     first = hidden if items is None else hidden[: target.shape[0]]
     whole = find_rows(first, target, num_passes=num_passes if items is None else 1)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    nll_count, kl_count = positive_counts(whole.nll_count, whole.kl_count, dtype)
+    nll_count, kl_count = positive_counts(*whole.counts, dtype)
     nll_divisor, divisor = torch.ones_like(nll_count), torch.ones_like(kl_count)
     if reduction == "mean":
         nll_divisor, divisor = denominators(nll_count, kl_count, num_items, num_weight)
@@ -254,8 +257,7 @@ class _ValidRows(NamedTuple):
     positions: Tensor  # (n,), their positions among all items
     hidden: Tensor  # (num_passes, n, features)
     target: Target
-    nll_count: Tensor
-    kl_count: Tensor
+    counts: ItemCounts
 
 
 def _valid_rows(
@@ -271,17 +273,15 @@ def _valid_rows(
     """Check the arguments and drop the items that do not count, before anything is computed."""
     _check(hidden, target, projection, num_passes, weight)
     num_items, num_classes = target.numel(), projection.weight.shape[0]
-    index = (target.reshape(-1) != ignore_index).nonzero()[:, 0]
+    classes = target.reshape(-1).long()
+    index = (classes != ignore_index).nonzero()[:, 0]
     passes = hidden.reshape(num_passes, num_items, hidden.shape[-1])
     if index.numel() < num_items:
         passes = passes.index_select(1, index)
-    classes = target.reshape(-1)[index].long()
+    classes = classes[index]
     check_classes(classes, num_classes, ignore_index)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    count = torch.full((), index.numel(), dtype=dtype, device=hidden.device)
-    nll_count = count if weight is None else weight.to(dtype)[classes].sum()
     bundle = Target(classes, None, weight, label_smoothing, None)
-    return _ValidRows(index, passes, bundle, nll_count, count)
+    return _ValidRows(index, passes, bundle, count_classes(target, weight, ignore_index))
 
 
 def _check(

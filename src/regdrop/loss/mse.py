@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from regdrop.loss.checks import check_counts, check_mask, check_options
-from regdrop.loss.elementwise import masked_terms, split_passes
+from regdrop.loss.counts import counted_by
+from regdrop.loss.elementwise import count_elements, masked_terms, split_passes
 from regdrop.loss.module import RDropLoss
 from regdrop.loss.output import RDropOutput
 from regdrop.loss.reduction import Reduction, Scale, combine_terms
@@ -66,6 +67,7 @@ def rdrop_mse_loss(
     )
 
 
+@counted_by(count_elements)
 def mse_terms(
     input: Tensor,
     target: Tensor,
