@@ -14,8 +14,8 @@ PACKAGE = Path(regdrop.__file__).parent
 FLOORS = [
     {"kernels", "passes", "conventions"},
     {"loss", "config"},
-    {"schedule"},
-    {"heads", "step", "diagnostics", "suggestion"},
+    {"schedule", "diagnostics"},
+    {"heads", "step", "suggestion"},
     {"integrations"},
     {"tasks"},
     {"experiments"},
@@ -25,7 +25,7 @@ FLOORS = [
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 # The public names are gathered from the lower floors alone.
-PUBLIC = {"config", "loss", "passes"}
+PUBLIC = {"config", "loss", "passes", "step"}
 CORE_FLOORS = 4
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -19,6 +19,7 @@ from regdrop.passes import (
     repeat_batch,
     share_prefix,
 )
+from regdrop.step import rdrop_step
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "rdrop_binary_cross_entropy_with_logits",
     "rdrop_cross_entropy",
     "rdrop_mse_loss",
+    "rdrop_step",
     "repeat_batch",
     "share_prefix",
     "symmetric_kl",

@@ -9,6 +9,7 @@ from regdrop.kernels import Implementation
 
 AlphaSchedule = Literal["constant", "linear", "cosine"]
 Method = Literal["rdrop", "r3f", "fraternal"]
+Likelihood = Literal["auto", "model"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class RDropConfig:
         passes: "stacked" for one forward of the stacked batch, "sequential" for one a pass.
         scale: "mean" for a loss on the scale of training without R-Drop, "sum" for the paper's.
         class_weight: Weight of each class in the likelihood.
+        unlabelled_index: Label of items that have none: they count in the divergence and not in the
+            likelihood, so that labelled and unlabelled data train in one batch.
+        likelihood: What a trainer minimises beside the divergence. "model": the loss that the
+            model, or the trainer's own `compute_loss`, returns, whatever it is. "auto": the loss
+            that regdrop knows for the model, computed with its divergence at once; where it knows
+            none that gives the model's own loss, "model", with a notice.
         monitor_steps: Every so many steps measure the divergence also where a step has one pass,
             by an extra pass that leaves the run as it is.
         fused_linear: Whether the last layer of a language model and the loss are computed in one,
@@ -63,6 +70,8 @@ class RDropConfig:
     passes: Literal["stacked", "sequential"] = "stacked"
     scale: Literal["sum", "mean"] = "mean"
     class_weight: tuple[float, ...] | None = None
+    unlabelled_index: int | None = None
+    likelihood: Likelihood = "auto"
     monitor_steps: int | None = None
     fused_linear: bool | Literal["auto"] = "auto"
     impl: Implementation = "auto"
@@ -111,6 +120,8 @@ class RDropConfig:
             _check_integer("monitor_steps", self.monitor_steps, 1)
         if self.backward_passes is not None:
             _check_integer("backward_passes", self.backward_passes, 1)
+        if self.unlabelled_index is not None:
+            _check_integer("unlabelled_index", self.unlabelled_index, -(2**63))
         for rate in self.dropout_rates or ():
             if not 0 <= rate < 1:
                 raise ValueError(f"dropout_rates must be from 0 up to 1, got {rate}")
@@ -126,6 +137,7 @@ class RDropConfig:
             "fused_linear": ("auto", True, False),
             "impl": get_args(Implementation),
             "method": get_args(Method),
+            "likelihood": get_args(Likelihood),
         }
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
@@ -161,6 +173,15 @@ class RDropConfig:
                 )
         if self.impl == "eager" and self.fused_linear is True:
             raise ValueError("impl='eager' keeps full logits: it excludes fused_linear=True")
+        if self.likelihood == "model":
+            for name in ("class_weight", "unlabelled_index"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} needs a likelihood that regdrop computes, got likelihood='model': "
+                        "give the model's own loss its weights, or use likelihood='auto'"
+                    )
+            if self.method != "rdrop":
+                raise ValueError(f"method={self.method!r} needs likelihood='auto', got 'model'")
         if self.method != "rdrop":
             needed: dict[str, Any] = {"num_passes": 2, "fraction": 1.0, "passes": "stacked"}
             if self.method == "r3f":

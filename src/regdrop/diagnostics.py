@@ -1,8 +1,11 @@
 """Does R-Drop act at all: sources of dropout, the divergence between passes, the cost of a step."""
 
+import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,20 @@ Output = TypeVar("Output")
 
 # One training step without R-Drop is one part forward and two parts backward.
 _FORWARD_SHARE = 1 / 3
+# Steps from one look at a divergence to the next: on a GPU each waits for the device.
+_STEPS_BETWEEN_LOOKS = 100
+
+
+@dataclass
+class _Watch:
+    """What was seen of the divergence of one function from batches to outputs."""
+
+    steps: int = 0
+    zeros: int = 0
+    has_warned: bool = False
+
+
+_WATCHES: WeakKeyDictionary[Any, _Watch] = WeakKeyDictionary()
 
 
 def warn_without_dropout(model: nn.Module) -> bool:
@@ -42,6 +59,64 @@ def warn_zero_divergence() -> None:
         "(regdrop.find_dropout) and that no random state is restored between passes.",
         stacklevel=2,
     )
+
+
+def watch_divergence(forward: Callable[..., Any], kl: Tensor) -> None:
+    """Warn once where the divergence of a loop of one's own is exactly 0.
+
+    The first two steps and every hundredth are looked at. One zero alone is no sign where the
+    model's dropout is on: a new LoRA adapter gives it in its first step.
+
+    Args:
+        forward: The function from batches to outputs, or the model; tells loops apart.
+        kl: Divergence of a step of several passes.
+    """
+    modules = list(reached_modules(forward))
+    watch = _WATCHES.setdefault(_identity(forward, modules), _Watch())
+    is_looked_at = watch.steps < 2 or watch.steps % _STEPS_BETWEEN_LOOKS == 0
+    watch.steps += 1
+    if watch.has_warned or not is_looked_at or torch.compiler.is_compiling() or kl.item() != 0:
+        return
+    watch.zeros += 1
+    sources = [source for module in modules for source in find_dropout(module)]
+    if modules and not any(source.active for source in sources):
+        watch.has_warned = warn_without_dropout(modules[0])
+    elif watch.zeros > 1:
+        warn_zero_divergence()
+        watch.has_warned = True
+
+
+def reached_modules(forward: Callable[..., Any]) -> Iterator[nn.Module]:
+    """Yield the modules that a function calls as far as its closure and its globals tell."""
+    if isinstance(forward, nn.Module):
+        yield forward
+        return
+    while isinstance(forward, functools.partial):
+        yield from (value for value in forward.args if isinstance(value, nn.Module))
+        forward = forward.func
+    owner = getattr(forward, "__self__", None)
+    if isinstance(owner, nn.Module):
+        yield owner
+    code = getattr(forward, "__code__", None)
+    if code is None:
+        return
+    known = getattr(forward, "__globals__", {})
+    named = [known.get(name) for name in code.co_names]
+    for cell in getattr(forward, "__closure__", None) or ():
+        try:
+            named.append(cell.cell_contents)
+        except ValueError:  # a name that has no value yet
+            continue
+    yield from (value for value in named if isinstance(value, nn.Module))
+
+
+def _identity(forward: Any, modules: list[nn.Module]) -> Any:
+    """Return what stays the same from step to step where a loop writes its function anew."""
+    if modules:
+        return modules[0]
+    while isinstance(forward, functools.partial):
+        forward = forward.func
+    return getattr(forward, "__code__", forward)
 
 
 def expected_cost(config: RDropConfig) -> float:

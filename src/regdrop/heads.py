@@ -16,6 +16,10 @@ from regdrop.loss import (
 )
 
 
+class UnknownHeadError(ValueError):
+    """Nothing is known of what a model predicts and minimises."""
+
+
 def read_output(output: Any, name: str) -> Tensor:
     """Return a tensor of a model's output by name.
 
@@ -81,6 +85,15 @@ class Head:
                 "from the target to regdrop.loss.ItemCounts"
             )
         return found
+
+
+def strip_options(terms: TermsFunction) -> TermsFunction:
+    """Return terms as a model's own loss has them: without label smoothing and class weights."""
+    if not isinstance(terms, partial):
+        return terms
+    own = ("label_smoothing", "weight", "unlabelled_index")
+    kept = {name: value for name, value in terms.keywords.items() if name not in own}
+    return partial(terms.func, *terms.args, **kept)
 
 
 def fraternal_head(head: Head) -> Head:

@@ -2,21 +2,195 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regdrop.config import RDropConfig
-from regdrop.loss import ItemTerms, LossFunction, RDropOutput, TermsFunction, combine_terms
-from regdrop.passes import find_batch_size, run_passes
-from regdrop.schedule import StepPlan
+from regdrop.diagnostics import extra_pass, measure_divergence, reached_modules, watch_divergence
+from regdrop.kernels.gradient import limit_backward
+from regdrop.loss import (
+    ItemTerms,
+    LossFunction,
+    RDropOutput,
+    TermsFunction,
+    binary_cross_entropy_terms,
+    combine_terms,
+    cross_entropy_terms,
+    fraternal_terms,
+    is_counted,
+    mse_terms,
+)
+from regdrop.passes import find_batch_size, find_tensors, run_passes
+from regdrop.schedule import StepPlan, is_monitored, plan_step
+
+Loss = Literal["cross_entropy", "binary_cross_entropy", "mse"]
+
+
+def rdrop_step(
+    forward: Callable[[Any], Any],
+    batch: Any,
+    target: Any,
+    *,
+    config: RDropConfig,
+    step: int,
+    loss: Loss | Callable[..., ItemTerms] = "cross_entropy",
+    num_items: Tensor | float | None = None,
+    num_weight: Tensor | float | None = None,
+    batch_size: int | None = None,
+    shared: Iterable[str] = (),
+) -> RDropOutput:
+    """Run the passes of one optimiser step as a config has them, and compute their loss.
+
+    It plans the step (schedule of alpha, `every_n_steps`, `start_step`), stacks or repeats the
+    batch (`passes`, `fraction`, `backward_passes`) and combines the terms, like the trainers do.
+    The model and the loop stay yours. It warns once where no dropout is active or the KL is
+    exactly 0.
+
+    Args:
+        forward: Maps a batch without its target to the model's output, (items, ...) with classes
+            last: the model itself, or a function around it. With a loss of your own the output may
+            also be a tuple, list or mapping of tensors.
+        batch: The original batch, as `repeat_batch` takes it; never changed.
+        target: The original target, (batch, ...); with a loss of your own also a structure.
+        config: The options. `dropout_rates` and method="r3f" need a trainer.
+        step: Optimiser step, counted from 0; the same for all micro-batches of an accumulation
+            window and on all ranks.
+        loss: "cross_entropy", "binary_cross_entropy" (with logits) or "mse", or a function of
+            terms: from stacked outputs, the target and `num_passes` to `regdrop.loss.ItemTerms`,
+            such as `functools.partial(regdrop.loss.cross_entropy_terms, label_smoothing=0.1)`.
+        num_items: Denominator of both terms instead of this batch's own count: a total over an
+            accumulation window and all ranks.
+        num_weight: Denominator of the likelihood alone: the total class weight, or the number of
+            labelled items. Defaults to `num_items`.
+        batch_size: As in `repeat_batch`.
+        shared: As in `repeat_batch`.
+
+    Returns:
+        The loss and its two parts; `kl` is 0 where the step has one pass that is not monitored.
+
+    Raises:
+        TypeError: If `config` is no RDropConfig.
+        ValueError: For an unknown loss, an option that needs a trainer, or what the loss and
+            `repeat_batch` refuse.
+    """
+    if not isinstance(config, RDropConfig):
+        raise TypeError(f"config must be an RDropConfig, got {type(config).__name__}")
+    terms = _find_terms(loss, config, next(find_tensors(target)).device)
+    plan = plan_step(config, step)
+    last: list[Any] = []
+
+    def noted(inputs: Any) -> Any:
+        last[:] = [forward(inputs)]
+        return last[0]
+
+    is_measured = plan.num_passes == 1 and is_monitored(config, step)
+    modules = nn.ModuleList(reached_modules(forward)) if is_measured else None
+    other = None if modules is None else extra_pass(modules, forward, batch)
+    output = compute_step_loss(
+        noted,
+        batch,
+        target,
+        terms,
+        config,
+        plan,
+        num_items=num_items,
+        num_weight=num_weight,
+        batch_size=batch_size,
+        shared=shared,
+    )
+    if other is not None:
+        return output._replace(kl=measure_divergence(last[0], other, target, terms))
+    if plan.num_passes > 1:
+        watch_divergence(forward, output.kl)
+    return output
+
+
+def _find_terms(
+    loss: Loss | Callable[..., ItemTerms], config: RDropConfig, device: torch.device
+) -> TermsFunction:
+    """Return the terms of a loss by its name, with the config's options, or of one's own."""
+    if config.likelihood == "model":
+        raise ValueError(
+            "likelihood='model' is for trainers, whose model returns a loss; give rdrop_step a "
+            "function of terms as loss instead"
+        )
+    if config.dropout_rates is not None:
+        raise ValueError(
+            f"dropout_rates={config.dropout_rates} must hold until the backward has ended: leave "
+            "it out of the config and run rdrop_step and backward inside "
+            "regdrop.dropout_rates(model, rates)"
+        )
+    if config.method == "r3f":
+        raise ValueError("method='r3f' adds noise to a model's embeddings: it needs RDropTrainer")
+    if loss == "cross_entropy":
+        options: dict[str, Any] = {"unlabelled_index": config.unlabelled_index}
+        if config.class_weight is not None:
+            options["weight"] = torch.tensor(config.class_weight, device=device)
+        if config.method == "fraternal":
+            return partial(fraternal_terms, **options)
+        return partial(cross_entropy_terms, impl=config.impl, **options)
+    for name, default in (
+        ("class_weight", None),
+        ("unlabelled_index", None),
+        ("impl", "auto"),
+        ("method", "rdrop"),
+    ):
+        if getattr(config, name) != default:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} is an option of loss='cross_entropy'; bind it "
+                "to your terms by functools.partial"
+            )
+    if loss == "binary_cross_entropy":
+        return binary_cross_entropy_terms
+    if loss == "mse":
+        return mse_terms
+    if not callable(loss):
+        raise ValueError(
+            "loss must be 'cross_entropy', 'binary_cross_entropy', 'mse' or a function of terms, "
+            f"got {loss!r}"
+        )
+    return cut_outputs_of(loss)
+
+
+def cut_outputs_of(terms: Callable[..., ItemTerms]) -> TermsFunction:
+    """Return terms whose gradient ends at `backward_passes` also where they know nothing of it.
+
+    The library's own cut the gradient in their kernels, which saves memory. For others the outputs
+    are cut before they see them, so that nobody has to scale a gradient by hand.
+    """
+    if is_counted(terms):
+        return terms
+
+    def cut_terms(
+        outputs: Any,
+        target: Any,
+        /,
+        *,
+        num_passes: int,
+        backward_passes: int | None = None,
+    ) -> ItemTerms:
+        if backward_passes is not None and backward_passes < num_passes:
+            outputs = _cut(outputs, num_passes, backward_passes)
+        return terms(outputs, target, num_passes=num_passes)
+
+    return cut_terms
+
+
+def _cut(outputs: Any, num_passes: int, backward_passes: int) -> Any:
+    if isinstance(outputs, Tensor):
+        passes = outputs.unflatten(0, (num_passes, -1))
+        return limit_backward(passes, backward_passes).flatten(0, 1)
+    if isinstance(outputs, dict):
+        return {name: _cut(part, num_passes, backward_passes) for name, part in outputs.items()}
+    return type(outputs)(_cut(part, num_passes, backward_passes) for part in outputs)
 
 
 def compute_step_loss(
-    forward: Callable[[Any], Tensor],
+    forward: Callable[[Any], Any],
     batch: Any,
-    target: Tensor,
+    target: Any,
     terms: TermsFunction,
     config: RDropConfig,
     plan: StepPlan,
@@ -56,7 +230,19 @@ def compute_step_loss(
         output = compute(forward(batch), target, alpha=0.0, num_passes=1, **options)
         return output._replace(loss=output.loss * plan.factor)
     size = find_batch_size(batch) if batch_size is None else batch_size
-    items = _random_items(size, config.fraction, target.device)
+    items = None
+    if config.fraction < 1:
+        if not isinstance(target, Tensor):
+            raise ValueError(
+                f"fraction={config.fraction} needs a target that is one tensor, got "
+                f"{type(target).__name__}"
+            )
+        if target.shape[0] != size:
+            raise ValueError(
+                f"fraction={config.fraction} needs one row an item, got {size} rows for "
+                f"{target.shape[0]} items; use fraction=1.0"
+            )
+        items = _random_items(size, config.fraction, target.device)
     outputs = run_passes(
         forward,
         batch,
@@ -80,17 +266,15 @@ def compute_step_loss(
     )
 
 
-def _random_items(batch_size: int, fraction: float, device: torch.device) -> Tensor | None:
-    if fraction == 1:
-        return None
+def _random_items(batch_size: int, fraction: float, device: torch.device) -> Tensor:
     count = max(1, round(fraction * batch_size))
     return torch.randperm(batch_size, device=device)[:count]
 
 
 def _combined_loss(
     terms: TermsFunction,
-    outputs: Tensor,
-    target: Tensor,
+    outputs: Any,
+    target: Any,
     *,
     alpha: float,
     num_passes: int,

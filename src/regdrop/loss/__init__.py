@@ -10,7 +10,7 @@ from regdrop.loss.binary_cross_entropy import (
     binary_cross_entropy_terms,
     rdrop_binary_cross_entropy_with_logits,
 )
-from regdrop.loss.counts import ItemCounts, count_items
+from regdrop.loss.counts import ItemCounts, count_items, is_counted
 from regdrop.loss.cross_entropy import (
     RDropCrossEntropyLoss,
     cross_entropy_terms,
@@ -45,6 +45,7 @@ __all__ = [
     "count_items",
     "cross_entropy_terms",
     "fraternal_terms",
+    "is_counted",
     "linear_cross_entropy_loss",
     "linear_cross_entropy_terms",
     "linear_rdrop_cross_entropy",

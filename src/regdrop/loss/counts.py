@@ -43,6 +43,13 @@ def counted_by(count: Callable[..., ItemCounts]) -> Callable[[Terms], Terms]:
     return register
 
 
+def is_counted(terms: Callable[..., Any]) -> bool:
+    """Return whether a terms function, its options bound or not, is of this library."""
+    while isinstance(terms, partial):
+        terms = terms.func
+    return terms in _COUNTS
+
+
 def count_items(terms: Callable[..., Any], target: Any) -> ItemCounts | None:
     """Return the denominators of a target's terms without any output of a model.
 

@@ -5,7 +5,7 @@ from regdrop.passes.kept_state import kept_buffers, kept_random_state
 from regdrop.passes.noise import embedding_noise
 from regdrop.passes.rates import dropout_rates, uses_gradient_checkpointing
 from regdrop.passes.shared_prefix import SharedPrefix, share_prefix, why_not_shared
-from regdrop.passes.stacking import find_batch_size, repeat_batch, take_items
+from regdrop.passes.stacking import find_batch_size, find_tensors, repeat_batch, take_items
 from regdrop.passes.strategies import Strategy, run_passes
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "embedding_noise",
     "find_batch_size",
     "find_dropout",
+    "find_tensors",
     "kept_buffers",
     "kept_random_state",
     "repeat_batch",

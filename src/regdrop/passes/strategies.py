@@ -1,6 +1,6 @@
 """How several passes of a batch go through a model: in one forward or one after the other."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
@@ -36,7 +36,7 @@ def stacked_rows() -> StackedRows | None:
 
 
 def run_passes(
-    forward: Callable[[Any], Tensor],
+    forward: Callable[[Any], Any],
     batch: Any,
     *,
     num_passes: int,
@@ -45,11 +45,12 @@ def run_passes(
     items: Tensor | None = None,
     batch_size: int | None = None,
     shared: Iterable[str] = (),
-) -> Tensor:
+) -> Any:
     """Run a batch several times through a model and return the stacked outputs.
 
     Args:
-        forward: Maps a batch to the model's output, (items, ...).
+        forward: Maps a batch to the model's output, (items, ...): a tensor, or a tuple, list or
+            mapping of tensors.
         batch: The original batch; never changed.
         num_passes: Number of passes.
         strategy: "stacked" for one forward of the batch stacked in blocks, "sequential" for one
@@ -72,18 +73,33 @@ def run_passes(
         with torch.no_grad():
             rest = _run(forward, batch, selections[graded:], **options)
     outputs = _run(forward, batch, selections[:graded], **options)
-    return outputs if rest is None else torch.cat([outputs, rest])
+    return outputs if rest is None else _concatenate([outputs, rest])
+
+
+def _concatenate(outputs: Sequence[Any]) -> Any:
+    """Return several outputs of one structure as one, along the first dimension."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(outputs))
+    if isinstance(first, Mapping):
+        return {name: _concatenate([output[name] for output in outputs]) for name in first}
+    if isinstance(first, (tuple, list)):
+        return type(first)(_concatenate(parts) for parts in zip(*outputs, strict=True))
+    raise TypeError(
+        "forward must return a tensor, or a tuple, list or mapping of tensors, "
+        f"got {type(first).__name__}"
+    )
 
 
 def _run(
-    forward: Callable[[Any], Tensor],
+    forward: Callable[[Any], Any],
     batch: Any,
     selections: list[Tensor | None],
     *,
     strategy: Strategy,
     batch_size: int,
     shared: tuple[str, ...],
-) -> Tensor:
+) -> Any:
     """Run one pass for each selection of items; None selects the whole batch."""
     if strategy == "stacked" and len(selections) > 1:
         options: dict[str, Any] = {"batch_size": batch_size, "shared": shared}
@@ -97,7 +113,7 @@ def _run(
         forward(batch if s is None else take_items(batch, s, batch_size=batch_size, shared=shared))
         for s in selections
     ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return outputs[0] if len(outputs) == 1 else _concatenate(outputs)
 
 
 def _stack(

@@ -6,16 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from regdrop.config import RDropConfig
+from regdrop.heads import Head
 from regdrop.integrations.transformers.fused import FusedHead, fused_options
-from regdrop.integrations.transformers.heads import Head, base_model
+from regdrop.integrations.transformers.heads import base_model
 from regdrop.kernels import Implementation, Projection
 from regdrop.loss import (
     ItemTerms,
     LossFunction,
     RDropOutput,
+    is_counted,
     linear_cross_entropy_loss,
     linear_cross_entropy_terms,
 )
+from regdrop.step import cut_outputs_of
 
 # Backward nodes that do not need what they returned, and views, which are asked further.
 _NEED_NOTHING = frozenset(
@@ -62,6 +65,7 @@ class HeadForward:
         self.impl = impl
         self.last_output: Any = None
         self.last_read: Tensor = head.target
+        self._own_terms = cut_outputs_of(head.terms)
         self._projection: Projection | None = None
         self._auxiliary: list[Tensor] = []
 
@@ -107,7 +111,10 @@ class HeadForward:
             options["impl"] = self.impl
             may_overwrite = self.may_overwrite and self.impl != "eager"
             options["inplace"] = may_overwrite and is_free_to_overwrite(outputs)
-        return self.head.terms(outputs, target, **options)
+        terms = self._own_terms(outputs, target, **options)
+        if target is self.head.target and not is_counted(self.head.terms):
+            require_counts(self.head, terms)
+        return terms
 
     def auxiliary_loss(self, config: RDropConfig, num_items: Tensor | int | None) -> Tensor | float:
         """Return the auxiliary losses of the forwards with a gradient, on the loss's scale.
@@ -118,8 +125,34 @@ class HeadForward:
             return 0.0
         mean = torch.stack(self._auxiliary).mean()
         factor = config.num_passes if config.scale == "sum" else 1
-        share = 1 if num_items is None else self.head.num_items() / num_items
+        share = 1 if num_items is None else self.head.counts().kl / num_items
         return mean * factor * share
+
+
+def require_counts(head: Head, terms: ItemTerms) -> None:
+    """Refuse a head that counts other items than its terms do.
+
+    On a GPU it is an assertion on the device, for which nobody waits.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    counts = head.counts()
+    same = (counts.kl == terms.kl_count) & torch.isclose(
+        counts.nll.to(terms.nll), terms.nll_count.to(terms.nll)
+    )
+    message = (
+        "count of rdrop_head's Head must give what its terms count: the loss of a window would be "
+        "divided by another number of items. Give Head(count=...) a function from the target to "
+        "regdrop.loss.ItemCounts"
+    )
+    if same.device.type == "cuda":
+        torch._assert_async(same, message)
+    elif not bool(same):
+        raise ValueError(
+            f"{message}; it gave {counts.nll.item():g} and {counts.kl.item():g}, the terms "
+            f"{terms.nll_count.item():g} and {terms.kl_count.item():g}"
+        )
 
 
 def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regdrop.integrations.transformers.heads import Head
+from regdrop.loss import ItemCounts
 from regdrop.schedule import StepPlan
 
 
@@ -25,16 +25,16 @@ class LoggedParts:
         """Whether nothing was added since the last log."""
         return self._sums is None
 
-    def add(self, plan: StepPlan, nll: Tensor, kl: Tensor | None, head: Head) -> None:
+    def add(self, plan: StepPlan, nll: Tensor, kl: Tensor | None, counts: ItemCounts) -> None:
         """Add the means of a micro-batch, each times what it is a mean over.
 
         Args:
             plan: What the step did.
             nll: Mean likelihood of the micro-batch.
             kl: Mean divergence; None where it was not measured.
-            head: Tells what they are means over.
+            counts: What they are means over.
         """
-        weight, count = head.total_weight(), head.num_items()
+        weight, count = counts
         if kl is None:
             kl, count = torch.zeros_like(nll), torch.zeros_like(count)
         sums = torch.stack([nll * weight, weight, kl * count, count]).float()

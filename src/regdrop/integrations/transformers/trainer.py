@@ -2,10 +2,12 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import is_compiled_module
@@ -19,28 +21,32 @@ from regdrop.diagnostics import (
     warn_without_dropout,
     warn_zero_divergence,
 )
+from regdrop.heads import Head, fraternal_head
+from regdrop.integrations.transformers.batches import why_not_stacked
 from regdrop.integrations.transformers.checkpoints import load_renamed_weights
 from regdrop.integrations.transformers.forward import HeadForward
 from regdrop.integrations.transformers.fused import find_fused_head
-from regdrop.integrations.transformers.heads import Head, base_model, find_head, fraternal_head
+from regdrop.integrations.transformers.heads import base_model
+from regdrop.integrations.transformers.own_loss import LossForward, OwnLoss
 from regdrop.integrations.transformers.parts import LoggedParts
-from regdrop.integrations.transformers.verify import check_fused_head, check_own_loss
+from regdrop.integrations.transformers.recording import RecordOptions, add_to_model_card
+from regdrop.integrations.transformers.selection import HeadSelection, takes
+from regdrop.integrations.transformers.verify import check_fused_head
+from regdrop.loss import ItemCounts, RDropOutput
+from regdrop.loss.reduction import term_weights
 from regdrop.passes import dropout_rates, embedding_noise
-from regdrop.schedule import is_monitored, plan_step
+from regdrop.schedule import StepPlan, is_monitored, plan_step
 from regdrop.step import compute_step_loss
 
 CONFIG_NAME = "rdrop_config.json"
 STATE_NAME = "rdrop_state.json"
 # With fewer words the logits are no larger than what a model keeps for its backward anyway.
 SMALLEST_FUSED_VOCABULARY = 8192
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
+# Hyperparameters of a search that are R-Drop's begin so: "rdrop.alpha".
+_SEARCH_PREFIX = "rdrop."
 
 
-class RDropTrainerMixin(_Base):
+class RDropTrainerMixin(HeadSelection):
     """R-Drop for a `transformers.Trainer` or a subclass of it; list it first among the bases.
 
     Training runs the passes that `rdrop` asks for and logs `nll`, `kl` and `alpha` beside the
@@ -48,15 +54,19 @@ class RDropTrainerMixin(_Base):
     under gradient accumulation and over several processes, also for models whose own loss is not.
     The config is saved beside every checkpoint as `rdrop_config.json`.
 
+    The likelihood is the one that R-Drop knows for the model's class; for an unknown class the one
+    of a few that agrees with the model's own loss on the first batch; else, and where a class below
+    the mixin has a `compute_loss` of its own, that loss as it is (`likelihood="model"`), which is
+    said.
+
     Args:
         rdrop: The options; `RDropConfig()` by default.
         args: Everything else is the Trainer's.
 
     Raises:
         TypeError: If `rdrop` is no RDropConfig.
-        ValueError: For a `compute_loss_func`, for several GPUs in one process, for several
-            forwards a step under DeepSpeed, or, at the first step, for a model whose loss is
-            another than R-Drop's.
+        ValueError: For several GPUs in one process, for several forwards a step under DeepSpeed,
+            or, at the first step, for a head of one's own that its terms or the model contradict.
     """
 
     def __init__(self, *args: Any, rdrop: RDropConfig | None = None, **kwargs: Any) -> None:
@@ -64,41 +74,28 @@ class RDropTrainerMixin(_Base):
         if not isinstance(self.rdrop, RDropConfig):
             raise TypeError(f"rdrop must be an RDropConfig, got {type(rdrop).__name__}")
         super().__init__(*args, **kwargs)
-        if self.compute_loss_func is not None:
-            raise ValueError("compute_loss_func must be None: R-Drop computes the loss")
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"R-Drop needs one process a GPU, got {self.args.n_gpu} GPUs in one process; "
                 "start it by torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
             )
         graded = self.rdrop.backward_passes or self.rdrop.num_passes
-        if self.is_deepspeed_enabled and (
-            self.rdrop.passes == "sequential" or graded < self.rdrop.num_passes
-        ):
-            raise ValueError(
-                "DeepSpeed takes one forward for each backward: R-Drop needs passes='stacked' and "
-                f"backward_passes=None there, got {self.rdrop.passes!r} and {graded}"
-            )
-        self._model_counts_items: bool = getattr(self, "model_accepts_loss_kwargs", False)
+        if self.rdrop.passes == "sequential" or graded < self.rdrop.num_passes:
+            self._require_several_forwards(f"passes={self.rdrop.passes!r} and {graded} graded")
+        self._model_takes_num_items: bool = getattr(self, "model_accepts_loss_kwargs", False)
         # The Trainer counts the items of an accumulation window only for models that ask for it;
         # R-Drop divides by them whatever the model does.
         self.model_accepts_loss_kwargs: bool = True
+        self.loss_is_scaled_for_ga = True
         self._num_weight: Tensor | None = None
+        self._own_num_items: Tensor | int | None = None
         self._parts = LoggedParts()
-        self._is_loss_checked = self._is_dropout_checked = self._has_warned = False
-        self._is_fused = False
-
-    def rdrop_head(self, model: nn.Module, inputs: Mapping[str, Any]) -> Head:
-        """Return how a batch with its labels enters the unwrapped model, and its outputs the loss.
-
-        Override it for a head that is not known, or a loss of your own.
-        """
-        return find_head(
-            model,
-            inputs,
-            label_smoothing=self.args.label_smoothing_factor,
-            class_weight=self.rdrop.class_weight,
-        )
+        self._resumed_parts: dict[str, Any] | None = None
+        self._is_checked = self._is_dropout_checked = self._has_warned = False
+        self._is_fused = self._was_computed = False
+        self._told: set[str] = set()
+        self._searched = self.rdrop
+        self.callback_handler.callbacks.insert(0, RecordOptions(self))
 
     def compute_loss(
         self,
@@ -112,24 +109,17 @@ class RDropTrainerMixin(_Base):
         With `return_outputs` in training, the outputs are those of the last forward, stacked.
         """
         if not model.training:
-            count = num_items_in_batch if self._model_counts_items else None
-            return super().compute_loss(model, inputs, return_outputs, count)
+            return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._was_computed = True
         step = self.state.global_step
         plan = plan_step(self.rdrop, step)
-        head = self.rdrop_head(self._bare(model), inputs)
-        self._check(model, head, inputs, plan.num_passes)
+        head = self._head(inputs)
+        assert self._source is not None
+        own = self._source.own
+        self._check(model, head, plan.num_passes, own)
         if self.rdrop.method == "fraternal":
             head = fraternal_head(head)
-        # Who asks for the outputs wants their logits.
-        is_fused = self._is_fused and not return_outputs
-        fused = find_fused_head(self._bare(model)) if is_fused else None
-        forward = HeadForward(
-            model,
-            head,
-            may_overwrite=not return_outputs,
-            fused=fused,
-            impl=self.rdrop.impl,
-        )
+        forward = self._forward(model, head, own, return_outputs)
         monitored = plan.num_passes == 1 and is_monitored(self.rdrop, step)
         other = extra_pass(model, forward, head.inputs) if monitored else None
         with self._noise(model, head, plan.num_passes):
@@ -138,11 +128,11 @@ class RDropTrainerMixin(_Base):
                 head.inputs,
                 head.target,
                 forward.terms,
-                self.rdrop,
+                self._step_config(head, own, plan),
                 plan,
                 num_items=num_items_in_batch,
                 num_weight=None if num_items_in_batch is None else self._num_weight,
-                batch_size=head.target.shape[0],
+                batch_size=head.rows,
                 loss=forward.loss,
             )
         # Fraternal dropout's divergence is no KL.
@@ -150,12 +140,113 @@ class RDropTrainerMixin(_Base):
         kl = result.kl if is_kl else None
         if other is not None:
             kl = measure_divergence(forward.last_read, other, head.target, forward.terms)
-        self._parts.add(plan, result.nll, kl, head)
-        loss = result.loss + forward.auxiliary_loss(self.rdrop, num_items_in_batch)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # Gradients are averaged over the processes, the items were counted over all.
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if isinstance(forward, LossForward):
+            loss = self._add_own_loss(forward, result, plan, kl, num_items_in_batch)
+        else:
+            self._parts.add(plan, result.nll, kl, head.counts())
+            loss = result.loss + forward.auxiliary_loss(self.rdrop, num_items_in_batch)
+            loss = loss * self._gradient_shares(num_items_in_batch)
         return (loss, forward.last_output) if return_outputs else loss
+
+    def _evaluation_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Any
+    ) -> Any:
+        """Compute the loss of one pass as the Trainer does, a mean over the batch of this process.
+
+        The Trainer gives the number of items of all processes to every model, and then multiplies
+        the loss by the number of processes also for models that do not divide by it.
+        """
+        owner = self._loss_owner()
+        own = None if self._source is None else self._source.own
+        is_counting = owner is not None and self._model_takes_num_items
+        if owner is not None and own is not None:
+            is_counting = own.counts_items
+        compute = super().compute_loss
+        options = {"num_items_in_batch": num_items if is_counting else None}
+        if not takes(compute, "num_items_in_batch"):
+            options = {}
+        return compute(model, inputs, return_outputs=return_outputs, **options)
+
+    def _forward(
+        self, model: nn.Module, head: Head, own: OwnLoss | None, return_outputs: bool
+    ) -> HeadForward | LossForward:
+        """Return the micro-batch as a function from inputs to what the loss reads."""
+        if own is not None:
+            num_items = self._own_num_items if own.counts_items else None
+            return LossForward(partial(self._own_loss, model), head, own, num_items)
+        # Who asks for the outputs wants their logits.
+        is_fused = self._is_fused and not return_outputs
+        return HeadForward(
+            model,
+            head,
+            may_overwrite=not return_outputs,
+            fused=find_fused_head(self._bare(model)) if is_fused else None,
+            impl=self.rdrop.impl,
+        )
+
+    def _step_config(self, head: Head, own: OwnLoss | None, plan: StepPlan) -> RDropConfig:
+        """Return the options of a step: passes run one by one where a batch cannot be stacked."""
+        config = self.rdrop
+        if plan.num_passes == 1 or (config.passes == "sequential" and config.fraction == 1):
+            return config
+        reason = why_not_stacked(head.inputs, head.rows)
+        if own is not None and not own.is_rowwise:
+            reason = "the loss of its rows is none of each row by itself"
+        if reason is not None and config.fraction < 1:
+            raise ValueError(
+                f"fraction={config.fraction} takes some rows of a batch, and here {reason}; use "
+                "fraction=1.0"
+            )
+        # A part of the batch has no place in the mean of a loss that somebody else computes.
+        if reason is None and (own is None or config.fraction == 1):
+            return config
+        if reason is not None:
+            self._require_several_forwards(f"a batch that cannot be stacked: {reason}")
+            if reason not in self._told:
+                self._told.add(reason)
+                self._tell(f"passes run one after the other, not stacked: {reason}")
+        return replace(config, passes="sequential")
+
+    def _add_own_loss(
+        self,
+        forward: LossForward,
+        result: RDropOutput,
+        plan: StepPlan,
+        kl: Tensor | None,
+        num_items: Tensor | int | None,
+    ) -> Tensor:
+        """Return the loss of a micro-batch from the own loss of its passes and the divergence."""
+        likelihood = forward.likelihood(self.rdrop.fraction < 1)
+        batches = getattr(self, "current_gradient_accumulation_steps", 1)
+        divergence = result.loss * self._gradient_shares(num_items)
+        if num_items is None:
+            divergence = result.loss / batches
+        counts = forward.head.counts()
+        weight = torch.ones((), device=likelihood.device)
+        nll = likelihood.detach()
+        if forward.counts_items and self._own_num_items is not None:
+            # It is a share of the window's mean; the window's items are shared out alike.
+            nll = nll * (batches / max(1, self._gradient_shares(self._own_num_items)))
+        elif not forward.counts_items:
+            likelihood = likelihood / batches
+        self._parts.add(plan, nll, kl, ItemCounts(weight, counts.kl))
+        factor = plan.factor
+        if plan.num_passes > 1:
+            factor = term_weights(plan.alpha, plan.num_passes, self.rdrop.scale)[0]
+        return likelihood * factor + divergence
+
+    def _gradient_shares(self, num_items: Tensor | int | None) -> int:
+        """Return over how many processes gradients are averaged that were counted together."""
+        if num_items is None or not self.args.average_tokens_across_devices:
+            return 1
+        return int(self.accelerator.num_processes // self.get_tp_size())
+
+    def _require_several_forwards(self, what: str) -> None:
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "DeepSpeed takes one forward for each backward: R-Drop needs passes='stacked' and "
+                f"backward_passes=None there, got {what}"
+            )
 
     def training_step(
         self,
@@ -165,28 +256,37 @@ class RDropTrainerMixin(_Base):
     ) -> Tensor:
         """Run one micro-batch forward and backward, with each pass's dropout rate in force."""
         rates = self.rdrop.dropout_rates
-        if rates is None or plan_step(self.rdrop, self.state.global_step).num_passes == 1:
-            return super().training_step(model, inputs, num_items_in_batch)
-        # Where passes are not treated alike, chance decides which rate each of them gets.
-        shuffled = [rates[i] for i in torch.randperm(len(rates)).tolist()]
-        with dropout_rates(self._bare(model), shuffled):
-            return super().training_step(model, inputs, num_items_in_batch)
+        context: AbstractContextManager[None] = nullcontext()
+        if rates is not None and plan_step(self.rdrop, self.state.global_step).num_passes > 1:
+            # Where passes are not treated alike, chance decides which rate each of them gets.
+            shuffled = [rates[i] for i in torch.randperm(len(rates)).tolist()]
+            context = dropout_rates(self._bare(model), shuffled)
+        self._was_computed = False
+        with context:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self._was_computed:
+            raise ValueError(
+                f"{type(self).__name__} must call RDropTrainerMixin.compute_loss, and a class "
+                "before the mixin has one that does not: list RDropTrainerMixin first"
+            )
+        return loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Collect an accumulation window, and count its items and their weight over all ranks."""
-        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        samples, self._own_num_items = super().get_batch_samples(
+            epoch_iterator, num_batches, device
+        )
         if not samples:
-            return samples, num_items
-        model = self._bare(self.model)
-        heads = [self.rdrop_head(model, sample) for sample in samples]
-        counts = [(head.num_items().float(), head.total_weight().float()) for head in heads]
-        totals = torch.stack([torch.stack(pair) for pair in counts]).sum(0).to(device)
+            return samples, self._own_num_items
+        counts = [self._head(sample).counts() for sample in samples]
+        pairs = [torch.stack([nll.float(), kl.float()]) for nll, kl in counts]
+        totals = torch.stack(pairs).sum(0).to(device)
         if self.args.average_tokens_across_devices:
             totals = self.accelerator.reduce(totals, reduction="sum") / self.get_tp_size()
-        count, self._num_weight = totals.unbind()
-        return samples, count
+        self._num_weight, num_items = totals.unbind()
+        return samples, num_items
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; beside a training loss also its parts, means over the items since the last log."""
@@ -215,8 +315,41 @@ class RDropTrainerMixin(_Base):
         if not self._load_renamed(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         state = Path(resume_from_checkpoint) / STATE_NAME
+        self._resumed_parts = None
         if self.accelerator.is_main_process and state.exists():
-            self._parts.load(json.loads(state.read_text(encoding="utf-8")), self.args.device)
+            self._resumed_parts = json.loads(state.read_text(encoding="utf-8"))
+
+    def begin_parts(self) -> None:
+        """Begin the logged parts anew, or as the checkpoint has them from which training goes on.
+
+        An attempt that `auto_find_batch_size` gave up has left its own.
+        """
+        self._parts = LoggedParts()
+        if self._resumed_parts is not None and self.state.global_step:
+            self._parts.load(self._resumed_parts, self.args.device)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the Trainer's model card, with the R-Drop options among its hyperparameters."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_to_model_card(Path(self.args.output_dir or ".") / "README.md", self.rdrop)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Take R-Drop's hyperparameters of a trial, such as "rdrop.alpha"; leave the others."""
+        space = getattr(self, "hp_space", None)
+        params = space(trial) if trial is not None and _is_optuna(trial) and space else trial
+        own = {k: v for k, v in dict(params or {}).items() if k.startswith(_SEARCH_PREFIX)}
+        if not own:
+            return super()._hp_search_setup(trial)
+        options = {name.removeprefix(_SEARCH_PREFIX): value for name, value in own.items()}
+        self.rdrop = RDropConfig.from_dict({**self._searched.to_dict(), **options})
+        rest = {name: value for name, value in params.items() if name not in own}
+        self.hp_space = lambda _: rest
+        try:
+            super()._hp_search_setup(trial if _is_optuna(trial) else rest)
+        finally:
+            self.hp_space = space
+            self._trial = trial
 
     def _load_best_model(self) -> None:
         if not self._load_renamed(self.state.best_model_checkpoint):
@@ -235,21 +368,11 @@ class RDropTrainerMixin(_Base):
         embedding = reader.get_input_embeddings()
         return embedding_noise(embedding, head.target.shape[0], self.rdrop.noise)
 
-    def _bare(self, model: Any) -> nn.Module:
-        """Return the model without what distribution and compilation wrap around it."""
-        bare: nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        return bare
-
-    def _check(
-        self, model: nn.Module, head: Head, inputs: Mapping[str, Any], num_passes: int
-    ) -> None:
-        """Refuse another loss than the model's own before the first step, and warn once."""
-        if not self._is_loss_checked:
-            self._is_loss_checked = True
-            is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            if type(self).rdrop_head is RDropTrainerMixin.rdrop_head and not is_sharded:
-                check_own_loss(self._bare(model), inputs)
-            self._is_fused = self._can_fuse(model, head)
+    def _check(self, model: nn.Module, head: Head, num_passes: int, own: OwnLoss | None) -> None:
+        """Before the first step, choose how the last layer is computed; warn without dropout."""
+        if not self._is_checked:
+            self._is_checked = True
+            self._is_fused = own is None and self._can_fuse(model, head)
         is_noisy = self.rdrop.method == "r3f" and self.rdrop.noise > 0
         if num_passes > 1 and not is_noisy and not self._is_dropout_checked:
             self._is_dropout_checked = True
@@ -282,6 +405,10 @@ class RDropTrainerMixin(_Base):
             )
             return False
         return True
+
+
+def _is_optuna(trial: Any) -> bool:
+    return not isinstance(trial, dict) and hasattr(trial, "suggest_float")
 
 
 class RDropTrainer(RDropTrainerMixin, Trainer):

@@ -1,46 +1,60 @@
 """Does R-Drop compute what the model computes: its own loss, and the logits of its last layer?"""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from regdrop.diagnostics import extra_pass
+from regdrop.heads import Head, strip_options
+from regdrop.integrations.transformers.detection import find_loss
+from regdrop.integrations.transformers.evaluation import evaluation_mode
 from regdrop.integrations.transformers.forward import auxiliary_loss
 from regdrop.integrations.transformers.fused import find_fused_head, fused_options
-from regdrop.integrations.transformers.heads import Head, base_model, find_head
 from regdrop.kernels import project
-from regdrop.loss import combine_terms
+from regdrop.loss import ItemTerms, combine_terms, is_counted
 
 
-def check_own_loss(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Compare the likelihood of one batch with the loss that the model returns for it.
+class Comparison(NamedTuple):
+    """A model's own loss of one batch, and the likelihood that R-Drop would minimise.
 
-    A model may have a loss of its own behind a familiar name. One evaluation of one batch, which
-    leaves the run as it was, tells it from those that R-Drop knows.
+    Attributes:
+        own: The model's; None where it returns none.
+        ours: The head's, without label smoothing and class weights.
+        dtype: The dtype of the logits.
+        terms: The head's terms, with all of its options.
+    """
+
+    own: Tensor | None
+    ours: Tensor
+    dtype: torch.dtype
+    terms: ItemTerms
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both are the same up to rounding; True where there is nothing to compare."""
+        if self.own is None or not self.own.isfinite():
+            return True
+        tolerance = 1e-2 if self.dtype in (torch.float32, torch.float64) else 5e-2
+        own = self.own.to(self.ours.dtype)
+        return bool(torch.isclose(self.ours, own, rtol=tolerance, atol=1e-5, equal_nan=True))
+
+
+def compare_losses(model: nn.Module, head: Head, inputs: Mapping[str, Any]) -> Comparison:
+    """Evaluate one batch with its labels and without, and leave the run as it was.
+
+    A model may have a loss of its own behind a familiar name: this tells it from those that
+    R-Drop knows.
 
     Args:
-        model: An unwrapped Hugging Face model.
-        inputs: A batch with its labels.
-
-    Raises:
-        ValueError: If they differ, by the model's name.
+        model: An unwrapped model.
+        head: The head of the batch.
+        inputs: The batch with its labels.
     """
-    with _evaluation(model):
-        own, ours, dtype = extra_pass(model, partial(_losses, model), dict(inputs))
-    if own is None:
-        return
-    tolerance = 1e-2 if dtype in (torch.float32, torch.float64) else 5e-2
-    own = own.to(ours.dtype)
-    if not torch.isclose(ours, own, rtol=tolerance, atol=1e-5, equal_nan=True) and own.isfinite():
-        raise ValueError(
-            f"{type(base_model(model)).__name__} has a loss of its own ({own.item():.6g} on the "
-            f"first batch, where R-Drop's likelihood is {ours.item():.6g}); R-Drop would bypass "
-            "it: override RDropTrainerMixin.rdrop_head to say what is minimised"
-        )
+    with evaluation_mode(model):
+        return extra_pass(model, partial(_compare, model, head), dict(inputs))
 
 
 def check_fused_head(model: nn.Module, head: Head) -> None:
@@ -58,7 +72,7 @@ def check_fused_head(model: nn.Module, head: Head) -> None:
     """
     fused_options(head)
     fused = find_fused_head(model)
-    with _evaluation(model):
+    with evaluation_mode(model):
         try:
             output, hidden, projection = extra_pass(model, partial(fused.run, model), head.inputs)
         except RuntimeError as error:
@@ -80,25 +94,19 @@ def check_fused_head(model: nn.Module, head: Head) -> None:
         raise ValueError("its logits are not those of its last layer, its bias, scale and soft cap")
 
 
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Run a model in evaluation mode; the modes of all its modules come back on exit."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _losses(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor | None, Tensor, torch.dtype]:
-    """Return the model's own loss, the likelihood that R-Drop would minimise, and its dtype."""
-    output: Any = model(**inputs)
-    head = find_head(model, inputs)
+def _compare(model: nn.Module, head: Head, inputs: dict[str, Any]) -> Comparison:
+    output: Any = model(**head.inputs)
     logits = head.outputs(output)
-    terms = head.terms(logits, head.target, num_passes=1)
-    ours: Tensor = combine_terms(terms, alpha=0.0, num_passes=1).loss
+    # Terms of one's own may need two passes to compare: here both are the same.
+    passes = 1 if is_counted(head.terms) else 2
+    both = torch.cat([logits] * passes) if passes > 1 else logits
+    terms = head.terms(both, head.target, num_passes=passes)
+    plain = strip_options(head.terms)(both, head.target, num_passes=passes)
+    ours: Tensor = combine_terms(plain, alpha=0.0, num_passes=passes, scale="mean").loss
     auxiliary = auxiliary_loss(model, output)
     ours = ours if auxiliary is None else ours + auxiliary
-    return getattr(output, "loss", None), ours, logits.dtype
+    try:
+        own = find_loss(model(**inputs))
+    except Exception:  # whatever a model raises for labels that are a head's of one's own
+        own = None
+    return Comparison(own, ours, logits.dtype, terms)

@@ -1,0 +1,300 @@
+"""The loss of a model that no name tells: the one of a few that agrees with the model's own."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regdrop.diagnostics import extra_pass
+from regdrop.heads import Head
+from regdrop.integrations.transformers.evaluation import evaluation_mode
+from regdrop.loss import (
+    binary_cross_entropy_terms,
+    combine_terms,
+    cross_entropy_terms,
+    mse_terms,
+)
+
+_IGNORED = -100
+_TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2
+_ELEMENTWISE: dict[str, Callable[..., Any]] = {
+    "binary cross entropy": binary_cross_entropy_terms,
+    "mean squared error": mse_terms,
+}
+# How far parameters are moved to tell apart what agrees by chance, as with logits that are all 0.
+_SHAKE = 0.1
+
+Key = str | int | None
+
+
+def named_tensors(output: Any) -> Iterator[tuple[Key, Tensor]]:
+    """Yield the tensors of a model's output with their names or positions."""
+    if isinstance(output, Tensor):
+        yield None, output
+        return
+    items: Iterator[tuple[Any, Any]] = iter(())
+    if isinstance(output, Mapping):
+        items = iter(output.items())
+    elif isinstance(output, (tuple, list)):
+        items = iter(enumerate(output))
+    elif is_dataclass(output):
+        items = ((field.name, getattr(output, field.name)) for field in fields(output))
+    yield from ((key, value) for key, value in items if isinstance(value, Tensor))
+
+
+def find_tensor(output: Any, key: Key) -> Tensor:
+    """Return the tensor of a model's output at a name or position.
+
+    Raises:
+        ValueError: If the output has none there.
+    """
+    tensors = dict(named_tensors(output))
+    if key not in tensors:
+        raise ValueError(f"the model's output must hold a tensor {key!r}, got {list(tensors)}")
+    return tensors[key]
+
+
+def find_loss(output: Any) -> Tensor | None:
+    """Return the loss as the Trainer finds it: by name, else the first of several."""
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif isinstance(output, (tuple, list)):
+        loss = output[0] if output else None
+    else:
+        loss = getattr(output, "loss", None)
+    is_number = isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()
+    return loss.detach().flatten()[0] if is_number else None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every batch of a model becomes a head, as its first batch told.
+
+    Attributes:
+        family: "cross entropy", or an element-wise loss by name.
+        label: Name of the labels in the batch.
+        logits: Where they are in the model's output: a name, a position, or None for the output.
+        is_shifted: Whether position t predicts the label of position t + 1.
+        ignore_index: Label that does not count.
+        class_dim: Dimension of the classes.
+        is_flat: Whether the model merges items and positions in the logits' first dimension.
+        keeps_label: Whether the model must be given the labels to run.
+    """
+
+    family: str
+    label: str
+    logits: Key
+    is_shifted: bool = False
+    ignore_index: int = _IGNORED
+    class_dim: int = -1
+    is_flat: bool = False
+    keeps_label: bool = False
+
+    def __str__(self) -> str:
+        if self.family != "cross entropy":
+            return self.family
+        shift = ", labels moved by one" if self.is_shifted else ""
+        ignored = "" if self.ignore_index == _IGNORED else f", ignoring {self.ignore_index}"
+        return f"{self.family}{shift}{ignored}"
+
+    def head(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        label_smoothing: float = 0.0,
+        class_weight: Sequence[float] | None = None,
+        unlabelled_index: int | None = None,
+    ) -> Head:
+        """Return the head of a batch.
+
+        Raises:
+            ValueError: For options of a cross entropy beside another loss.
+        """
+        batch = dict(inputs)
+        target: Tensor = batch[self.label] if self.keeps_label else batch.pop(self.label)
+        rows = target.shape[0]
+        if self.family != "cross entropy":
+            if label_smoothing or class_weight is not None or unlabelled_index is not None:
+                raise ValueError(
+                    "label_smoothing, class_weight and unlabelled_index need a cross entropy; the "
+                    f"model's own loss is {self.family}"
+                )
+            return Head(batch, target.float(), _ELEMENTWISE[self.family], self._read_like(target))
+        if self.is_shifted:
+            target = F.pad(target[..., 1:], (0, 1), value=self.ignore_index)
+        elif not target.is_floating_point() and target.dim() > 1 and target.shape[-1] == 1:
+            target = target.flatten()
+        if self.is_flat:
+            target = target.flatten()
+        options: dict[str, Any] = {"label_smoothing": label_smoothing}
+        if self.class_dim != -1:
+            options["class_dim"] = self.class_dim
+        if class_weight is not None:
+            options["weight"] = torch.tensor(class_weight, device=target.device)
+        terms = partial(
+            cross_entropy_terms,
+            ignore_index=self.ignore_index,
+            unlabelled_index=unlabelled_index,
+            **options,
+        )
+        is_classes = not target.is_floating_point() and self.class_dim == -1
+        return Head(batch, target, terms, self.read, takes_kernel=is_classes, batch_size=rows)
+
+    def read(self, output: Any) -> Tensor:
+        """Return the logits of the model's output."""
+        return find_tensor(output, self.logits)
+
+    def _read_like(self, target: Tensor) -> Callable[[Any], Tensor]:
+        """Return a reader that gives one number an element of the target."""
+
+        def read(output: Any) -> Tensor:
+            return self.read(output).reshape(-1, *target.shape[1:])
+
+        return read
+
+
+def detect_recipe(
+    model: nn.Module,
+    run: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    label_names: Sequence[str],
+) -> Recipe | None:
+    """Compare the model's own loss on a batch, dropout off, with the losses that it may be.
+
+    Args:
+        model: The unwrapped model; its modes, buffers and parameters are as before afterwards.
+        run: What is called: the model, or what wraps it.
+        inputs: A batch with its labels.
+        label_names: Names that labels have.
+
+    Returns:
+        The one that agrees; None where none does, several do, or the model returns no loss.
+    """
+    labels = [
+        name
+        for name in dict.fromkeys((*label_names, "labels", "label"))
+        if isinstance(inputs.get(name), Tensor)
+    ]
+    with evaluation_mode(model):
+        look = partial(extra_pass, model, partial(_look, run, labels), dict(inputs))
+        found = _agreeing(look(), inputs, labels)
+        if len(found) > 1:
+            with _shaken(model):
+                again = _agreeing(look(), inputs, labels)
+            found = [recipe for recipe in found if recipe in again]
+    return found[0] if len(found) == 1 else None
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a model returned for a batch: its loss, and the tensors beside it."""
+
+    loss: Tensor | None
+    tensors: list[tuple[Key, Tensor]]
+    keeps_label: bool
+
+
+def _look(run: Callable[..., Any], labels: Sequence[str], inputs: dict[str, Any]) -> _Look:
+    whole = run(**inputs)
+    rest = {name: value for name, value in inputs.items() if name not in labels}
+    try:
+        output, keeps_label = run(**rest), False
+    except Exception:  # whatever a model raises that cannot do without its labels
+        output, keeps_label = whole, True
+    return _Look(find_loss(whole), list(named_tensors(output)), keeps_label)
+
+
+def _agreeing(look: _Look, inputs: Mapping[str, Any], labels: Sequence[str]) -> list[Recipe]:
+    """Return the recipes whose likelihood is the model's own loss; one for each reading."""
+    if look.loss is None or not look.loss.isfinite():
+        return []
+    found: list[Recipe] = []
+    readings: set[tuple[Any, ...]] = set()
+    for recipe, logits in _candidates(look, inputs, labels):
+        # Two tensors of an output may hold the same numbers: the first is taken.
+        reading = (recipe.family, recipe.label, recipe.is_shifted, recipe.class_dim)
+        if reading not in readings and _agrees(recipe, logits, inputs, look.loss):
+            readings.add(reading)
+            found.append(recipe)
+    return found
+
+
+def _candidates(
+    look: _Look, inputs: Mapping[str, Any], labels: Sequence[str]
+) -> Iterator[tuple[Recipe, Tensor]]:
+    for label in labels:
+        target: Tensor = inputs[label]
+        for key, logits in look.tensors:
+            if not logits.is_floating_point() or logits.dim() == 0 or target.dim() == 0:
+                continue
+            for recipe in _recipes(key, logits, label, target, look.keeps_label):
+                yield recipe, logits
+
+
+def _recipes(
+    key: Key, logits: Tensor, label: str, target: Tensor, keeps_label: bool
+) -> Iterator[Recipe]:
+    """Yield the ways in which logits and labels of these shapes may belong together."""
+    make = partial(Recipe, label=label, logits=key, keeps_label=keeps_label)
+    is_whole = not target.is_floating_point()
+    column = target[..., 0] if target.dim() > 1 and target.shape[-1] == 1 else target
+    if is_whole and target.dtype != torch.bool and logits.dim() > 1 and logits.shape[-1] > 1:
+        for ignore_index in _ignored(target, logits.shape[-1]):
+            entropy = partial(make, "cross entropy", ignore_index=ignore_index)
+            if logits.shape[:-1] == column.shape:
+                yield entropy()
+                if column.dim() > 1:
+                    yield entropy(is_shifted=True)
+            elif logits.dim() == 2 and target.dim() > 1 and len(logits) == target.numel():
+                yield entropy(is_flat=True)
+    is_second = logits.dim() > 2 and (logits.shape[0], *logits.shape[2:]) == target.shape
+    if is_whole and is_second and logits.shape[1] > 1:
+        for ignore_index in _ignored(target, logits.shape[1]):
+            yield make("cross entropy", ignore_index=ignore_index, class_dim=1)
+    if not is_whole and logits.shape == target.shape and logits.dim() > 1:
+        yield make("cross entropy")
+    if logits.numel() == target.numel() and len(logits) == len(target):
+        yield from (make(family) for family in _ELEMENTWISE)
+
+
+def _ignored(target: Tensor, num_classes: int) -> list[int]:
+    """Return the labels that may not count: those that name no class, else torch's."""
+    strange = target[(target < 0) | (target >= num_classes)].unique().tolist()
+    return strange if len(strange) == 1 else [_IGNORED]
+
+
+def _agrees(recipe: Recipe, logits: Tensor, inputs: Mapping[str, Any], own: Tensor) -> bool:
+    head = recipe.head(inputs)
+    stacked = (
+        logits.reshape(-1, *head.target.shape[1:]) if recipe.family in _ELEMENTWISE else logits
+    )
+    try:
+        terms = head.terms(stacked, head.target, num_passes=1)
+    except (ValueError, TypeError, RuntimeError):  # labels that are no classes of these logits
+        return False
+    ours = combine_terms(terms, alpha=0.0, num_passes=1).loss
+    is_half = logits.dtype in (torch.float16, torch.bfloat16)
+    tolerance = _HALF_TOLERANCE if is_half else _TOLERANCE
+    return bool(torch.isclose(ours, own.to(ours), rtol=tolerance, atol=1e-7))
+
+
+@contextmanager
+def _shaken(model: nn.Module) -> Iterator[None]:
+    """Move a model's parameters by chance; they are what they were on exit."""
+    kept = [(p, p.detach().clone()) for p in model.parameters() if p.is_floating_point()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter, _ in kept:
+                noise = torch.randn(parameter.shape, generator=generator) * _SHAKE
+                parameter.add_(noise.to(parameter))
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)

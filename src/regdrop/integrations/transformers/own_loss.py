@@ -1,0 +1,291 @@
+"""The model's or the trainer's own loss as the likelihood, beside the divergence of the logits.
+
+Whatever the loss is, it is computed by whoever computes it without R-Drop, for every pass. What
+it is not known to be, a mean over rows or one that counts items, is tried on the first batch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regdrop.diagnostics import extra_pass
+from regdrop.heads import Head
+from regdrop.integrations.transformers.detection import find_tensor, named_tensors
+from regdrop.integrations.transformers.evaluation import evaluation_mode
+from regdrop.loss import (
+    ItemCounts,
+    ItemTerms,
+    binary_cross_entropy_terms,
+    mse_terms,
+    symmetric_kl,
+)
+from regdrop.passes import find_batch_size, repeat_batch
+from regdrop.step import cut_outputs_of
+
+_IGNORED = -100
+_CLOSE = {"rtol": 1e-3, "atol": 1e-6}
+
+# From a batch with its labels, and the number of items of the window or None, to loss and output.
+ComputeLoss = Callable[[dict[str, Any], Any], tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """What the first batch told of a loss that somebody else computes.
+
+    Attributes:
+        counts_items: Whether it is divided by the number of items that it is given; else it is a
+            mean over its own batch.
+        is_rowwise: Whether its value for a stacked batch is the mean of those of the passes. Where
+            it is not, as with negatives or pairs in the batch, passes run one by one.
+        divergence: How the logits are compared; None where the head is known.
+    """
+
+    counts_items: bool
+    is_rowwise: bool
+    divergence: "Divergence | None"
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How the logits of a model with a loss of its own are compared.
+
+    Attributes:
+        kind: "classes", "labels" (each a yes or no), "numbers" or "margins" (of pairs of rows).
+        logits: Where they are in the output: a name, a position, or None for the output itself.
+        mask: Name of the input that tells which items count, of their shape; None where all do.
+        label: Name of the labels of "labels" and "numbers".
+    """
+
+    kind: str
+    logits: str | int | None
+    mask: str | None = None
+    label: str | None = None
+
+    def head(self, inputs: Mapping[str, Any], rows: int) -> Head:
+        """Return a head whose terms hold the divergence; its likelihood is not used."""
+        batch = dict(inputs)
+        read = partial(find_tensor, key=self.logits)
+        if self.kind == "margins":
+            device = next(v for v in batch.values() if isinstance(v, Tensor)).device
+            ones = torch.ones(rows // 2, device=device)
+            margins = partial(_read_margins, read=read)
+            return Head(batch, ones, binary_cross_entropy_terms, margins, batch_size=rows)
+        if self.label is not None:
+            target = batch[self.label].float()
+            terms = binary_cross_entropy_terms if self.kind == "labels" else mse_terms
+            shaped = partial(_read_shaped, read=read, shape=target.shape[1:])
+            return Head(batch, target, terms, shaped, batch_size=rows)
+        if self.mask is None:
+            device = next(v for v in batch.values() if isinstance(v, Tensor)).device
+            counted = torch.ones(rows, dtype=torch.bool, device=device)
+        else:
+            counted = batch[self.mask]
+            is_attention = self.mask == "attention_mask"
+            counted = counted.bool() if is_attention else counted != _IGNORED
+        return Head(batch, counted, _class_terms, read, batch_size=rows, count=_count_true)
+
+
+def _class_terms(logits: Tensor, counted: Tensor, /, *, num_passes: int, **_: Any) -> ItemTerms:
+    """Return the KL of each item; of each row its mean over positions where all of them count."""
+    if num_passes == 1:
+        kl = torch.zeros(counted.shape, device=logits.device)
+    elif logits.shape[1:-1] == counted.shape[1:]:
+        kl = symmetric_kl(logits, num_passes=num_passes, mask=counted, reduction="none")
+    else:
+        kl = symmetric_kl(logits, num_passes=num_passes, reduction="none").flatten(1).mean(1)
+    return ItemTerms(torch.zeros_like(kl), kl, *_count_true(counted))
+
+
+def _count_true(counted: Tensor) -> ItemCounts:
+    return ItemCounts(counted.sum(), counted.sum())
+
+
+def _read_margins(output: Any, *, read: Callable[[Any], Tensor]) -> Tensor:
+    """Return the margin of each pair of one pass: the first half of its rows less the second."""
+    chosen, rejected = read(output).flatten().chunk(2)
+    return chosen - rejected
+
+
+def _read_shaped(output: Any, *, read: Callable[[Any], Tensor], shape: torch.Size) -> Tensor:
+    return read(output).reshape(-1, *shape)
+
+
+class LossForward:
+    """A model with its own loss as a function from inputs to what the divergence reads.
+
+    Args:
+        compute: The loss of a batch with its labels.
+        head: Reads the logits; its terms hold the divergence.
+        facts: What the first batch told of the loss.
+        num_items: Items of the accumulation window as the loss counts them; None if it does not.
+
+    Attributes:
+        last_output: The model's output of the last call.
+        last_read: Its logits.
+        counts_items: Whether the loss divides by the number of items that it is given.
+        loss: None: terms are computed and combined.
+    """
+
+    loss = None
+
+    def __init__(
+        self, compute: ComputeLoss, head: Head, facts: OwnLoss, num_items: Tensor | float | None
+    ) -> None:
+        self.head = head
+        self.counts_items = facts.counts_items
+        self.last_output: Any = None
+        self.last_read: Tensor = head.target
+        self._compute, self._num_items = compute, num_items
+        self._own_terms = cut_outputs_of(head.terms)
+        self._losses: list[Tensor] = []
+
+    def __call__(self, inputs: dict[str, Any]) -> Tensor:
+        """Compute the loss of some passes, and return their logits."""
+        num_items = self._num_items
+        if num_items is not None:
+            num_items = num_items * (find_batch_size(inputs) / self.head.rows)
+        loss, self.last_output = self._compute(inputs, num_items)
+        self.last_read = self.head.outputs(self.last_output)
+        if torch.is_grad_enabled():
+            self._losses.append(loss)
+        return self.last_read
+
+    def terms(
+        self,
+        outputs: Tensor,
+        target: Tensor,
+        /,
+        *,
+        num_passes: int,
+        backward_passes: int | None = None,
+    ) -> ItemTerms:
+        """Return the divergence of each item; the likelihood is 0."""
+        if num_passes == 1:
+            zero, one = outputs.new_zeros(()), outputs.new_ones(())
+            return ItemTerms(zero, zero, one, one)
+        options: dict[str, Any] = {"num_passes": num_passes, "backward_passes": backward_passes}
+        own = self._own_terms(outputs, target, **options)
+        return own._replace(nll=torch.zeros_like(own.kl), nll_count=own.kl_count)
+
+    def likelihood(self, of_first_pass: bool) -> Tensor:
+        """Return the mean loss of the passes with a gradient, or that of the first alone."""
+        return self._losses[0] if of_first_pass else torch.stack(self._losses).mean()
+
+
+def probe_own_loss(
+    model: nn.Module,
+    compute: ComputeLoss,
+    inputs: Mapping[str, Any],
+    *,
+    head: Head | None,
+    label_names: Sequence[str],
+    counts_items: bool | None,
+) -> OwnLoss:
+    """Try a loss on one batch, dropout off, to see what it is.
+
+    Args:
+        model: The unwrapped model.
+        compute: The loss.
+        inputs: A batch with its labels.
+        head: The head of the batch where one is known.
+        label_names: Names that labels have.
+        counts_items: Whether the loss divides by the number of items that it is given; None to try.
+
+    Raises:
+        ValueError: If the output holds nothing that could be logits.
+    """
+    with evaluation_mode(model):
+        look = partial(extra_pass, model)
+        loss, output = look(lambda batch: compute(batch, None), dict(inputs))
+        if counts_items is None:
+            # Numbers that no batch has: only a divisor makes twice as many half the loss.
+            some, twice = (
+                look(lambda batch, n=n: compute(batch, torch.tensor(n))[0], dict(inputs))
+                for n in (37.0, 74.0)
+            )
+            counts_items = not bool(torch.isclose(some, twice, **_CLOSE))
+        is_rowwise = _is_rowwise(look, compute, inputs, loss)
+    rows = find_batch_size(inputs)
+    divergence = (
+        None if head is not None else _find_divergence(output, inputs, label_names, rows, loss)
+    )
+    return OwnLoss(counts_items, is_rowwise, divergence)
+
+
+def _is_rowwise(
+    look: Callable[..., Any], compute: ComputeLoss, inputs: Mapping[str, Any], loss: Tensor
+) -> bool:
+    try:
+        stacked = look(lambda batch: compute(batch, None)[0], repeat_batch(dict(inputs)))
+    except Exception:  # whatever a model raises for rows that do not fit together
+        return False
+    return bool(torch.isclose(stacked, loss.to(stacked), **_CLOSE))
+
+
+def _find_divergence(
+    output: Any, inputs: Mapping[str, Any], label_names: Sequence[str], rows: int, loss: Tensor
+) -> Divergence:
+    """Return how the logits of an output are compared, by their shape and that of the labels."""
+    key, logits = _find_logits(output, rows)
+    name = next(
+        (n for n in (*label_names, "labels", "label") if isinstance(inputs.get(n), Tensor)), None
+    )
+    labels = None if name is None else inputs[name]
+    items = logits.shape[:-1] if logits.dim() > 1 else logits.shape
+    is_single = logits.dim() == 1 or logits.shape[-1] == 1
+    if (
+        labels is not None
+        and labels.numel() == logits.numel()
+        and (is_single or labels.is_floating_point())
+    ):
+        values = labels.float()
+        is_shares = (
+            logits.dim() > 1
+            and not is_single
+            and bool(torch.isclose(values.sum(-1), torch.ones(())).all())
+        )
+        if is_shares:
+            return Divergence("classes", key)
+        is_binary = bool(((values >= 0) & (values <= 1)).all())
+        return Divergence("labels" if is_binary else "numbers", key, label=name)
+    if is_single:
+        if rows % 2 == 0 and logits.numel() == rows and _are_pairs(logits, loss):
+            return Divergence("margins", key)
+        raise ValueError(
+            f"the model's output {key!r} is one number a row, of shape {tuple(logits.shape)}, and "
+            "no labels of that shape tell how passes are compared: override rdrop_head of the "
+            "trainer to say what its divergence is"
+        )
+    if labels is not None and not labels.is_floating_point() and labels.shape == items:
+        return Divergence("classes", key, mask=name)
+    attention = inputs.get("attention_mask")
+    if isinstance(attention, Tensor) and attention.shape == items:
+        return Divergence("classes", key, mask="attention_mask")
+    return Divergence("classes", key)
+
+
+def _are_pairs(logits: Tensor, loss: Tensor) -> bool:
+    """Return whether a loss is that of pairs, their better rows first (Bradley and Terry)."""
+    chosen, rejected = logits.flatten().float().chunk(2)
+    return bool(torch.isclose(-F.logsigmoid(chosen - rejected).mean(), loss.float(), **_CLOSE))
+
+
+def _find_logits(output: Any, rows: int) -> tuple[str | int | None, Tensor]:
+    """Return the logits of an output: by name, else the first numbers with a row an item."""
+    tensors = dict(named_tensors(output))
+    if "logits" in tensors:
+        return "logits", tensors["logits"]
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dim() > 0 and len(tensor) == rows:
+            return key, tensor
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    raise ValueError(
+        f"the model's output must hold logits of {rows} rows to be compared between passes, got "
+        f"{found}: return them beside the loss"
+    )

@@ -1,0 +1,80 @@
+"""R-Drop's options where a run is recorded: experiment trackers, and the model card."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from regdrop.config import RDropConfig
+
+_MARK = "The following hyperparameters were used during training:"
+
+
+class RecordOptions(TrainerCallback):
+    """Begins the logged parts, and shows the options to the trackers in the model's config.
+
+    Trackers record that config when training begins, and nothing else of a trainer of one's own.
+    Before the first step it is what it was, so that no saved model has an entry of ours.
+
+    Args:
+        trainer: Has the options as `rdrop`.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Add the options; this callback comes before the trackers'."""
+        self._trainer.begin_parts()
+        config = getattr(kwargs.get("model"), "config", None)
+        if config is not None:
+            config.rdrop = self._trainer.rdrop.to_dict()
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Take the options away again."""
+        _forget(kwargs.get("model"))
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Take the options away also where there was no step."""
+        _forget(kwargs.get("model"))
+
+
+def add_to_model_card(path: Path, rdrop: RDropConfig) -> None:
+    """Add the options that differ from the default, and alpha, to the card's hyperparameters."""
+    if not path.exists():
+        return
+    card = path.read_text(encoding="utf-8")
+    if _MARK not in card:
+        return
+    default = RDropConfig().to_dict()
+    options = ", ".join(
+        f"{name}={value!r}"
+        for name, value in rdrop.to_dict().items()
+        if name == "alpha" or value != default[name]
+    )
+    line = f"\n- rdrop (regularized dropout, arXiv 2106.14448): {options}"
+    path.write_text(card.replace(_MARK, f"{_MARK}{line}", 1), encoding="utf-8")
+
+
+def _forget(model: Any) -> None:
+    config = getattr(model, "config", None)
+    if config is not None:
+        vars(config).pop("rdrop", None)

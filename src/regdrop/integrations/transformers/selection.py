@@ -1,0 +1,289 @@
+"""Which likelihood a trainer minimises: by the model's name, its own loss or its first batch."""
+
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from transformers import Trainer
+
+from regdrop.config import RDropConfig
+from regdrop.heads import Head, UnknownHeadError
+from regdrop.integrations.transformers.detection import Recipe, detect_recipe
+from regdrop.integrations.transformers.forward import require_counts
+from regdrop.integrations.transformers.heads import base_model, find_head
+from regdrop.integrations.transformers.own_loss import OwnLoss, probe_own_loss
+from regdrop.integrations.transformers.verify import Comparison, compare_losses
+from regdrop.loss import ItemCounts, cross_entropy_terms, is_counted, mse_terms
+from regdrop.passes import find_batch_size
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the head of every batch and its likelihood come from, as the first batch told.
+
+    Attributes:
+        recipe: The head of a model that no name tells.
+        own: The likelihood is the model's or the trainer's own loss; None where R-Drop computes it.
+        count: Rule by which the items of terms of one's own are counted.
+    """
+
+    recipe: Recipe | None = None
+    own: OwnLoss | None = None
+    count: str | None = None
+
+
+def _count_labels(target: Tensor) -> ItemCounts:
+    count = target.ne(-100).sum()
+    return ItemCounts(count, count)
+
+
+def _count_rows(target: Tensor) -> ItemCounts:
+    count = torch.full((), target.shape[0], device=target.device)
+    return ItemCounts(count, count)
+
+
+def _count_numbers(target: Tensor) -> ItemCounts:
+    count = torch.full((), target.numel(), device=target.device)
+    return ItemCounts(count, count)
+
+
+_COUNTS = {"labels": _count_labels, "rows": _count_rows, "numbers": _count_numbers}
+
+
+class HeadSelection(_Base):
+    """The part of `RDropTrainerMixin` that finds the head of a batch."""
+
+    rdrop: RDropConfig
+    _source: Source | None = None
+
+    def rdrop_head(self, model: nn.Module, inputs: Mapping[str, Any]) -> Head:
+        """Return how a batch with its labels enters the unwrapped model, and its outputs the loss.
+
+        Override it for a head that is not known, or a loss of your own.
+        """
+        return find_head(
+            model,
+            inputs,
+            label_smoothing=self.args.label_smoothing_factor,
+            class_weight=self.rdrop.class_weight,
+            unlabelled_index=self.rdrop.unlabelled_index,
+            label_names=self.label_names,
+        )
+
+    def _head(self, inputs: Mapping[str, Any]) -> Head:
+        """Return the head of a batch; the first batch decides where it comes from."""
+        if self._source is None:
+            self._source = self._find_source(inputs)
+            if self.accelerator.num_processes > 1:
+                # All processes do as the main one does, whose first batch is another.
+                self._source = broadcast_object_list([self._source])[0]
+        source = self._source
+        if source.own is not None and source.own.divergence is not None:
+            return source.own.divergence.head(inputs, find_batch_size(inputs))
+        if source.recipe is not None:
+            head = source.recipe.head(
+                inputs,
+                label_smoothing=self.args.label_smoothing_factor,
+                class_weight=self.rdrop.class_weight,
+                unlabelled_index=self.rdrop.unlabelled_index,
+            )
+        else:
+            head = self.rdrop_head(self._bare(self.model), inputs)
+        if source.own is not None:
+            return replace(head, inputs=dict(inputs))
+        return head if source.count is None else replace(head, count=_COUNTS[source.count])
+
+    def _find_source(self, inputs: Mapping[str, Any]) -> Source:
+        owner = self._loss_owner()
+        if self.rdrop.likelihood == "model":
+            return self._own_source(inputs)
+        if owner is not None:
+            source = self._own_source(inputs)
+            self._tell_own(f"the loss is that of {owner}", source)
+            return source
+        model = self._bare(self.model)
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if type(self).rdrop_head is not HeadSelection.rdrop_head:
+            head = self.rdrop_head(model, inputs)
+            return Source() if is_sharded else self._check_own_head(model, head, inputs)
+        name = type(base_model(model)).__name__
+        try:
+            head = self.rdrop_head(model, inputs)
+            found = None if is_sharded else compare_losses(model, head, inputs)
+        except UnknownHeadError as error:
+            reason = str(error).split(";")[0] if name in str(error) else f"{name} is not known"
+        else:
+            if found is None or found.agrees:
+                return Source()
+            assert found.own is not None
+            reason = (
+                f"{name} has a loss of its own ({found.own.item():.6g} on the first batch, where "
+                f"that of its kind is {found.ours.item():.6g})"
+            )
+        recipe = self._detect(inputs)
+        if recipe is not None:
+            self._tell(f"{reason}; its own loss on the first batch is {recipe}, which is minimised")
+            return Source(recipe=recipe)
+        source = self._own_source(inputs)
+        self._tell_own(reason, source)
+        return source
+
+    def _detect(self, inputs: Mapping[str, Any]) -> Recipe | None:
+        model = self._bare(self.model)
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        run: Any = self.model_wrapped if is_sharded else model
+        return detect_recipe(model, run, inputs, self.label_names)
+
+    def _check_own_head(self, model: nn.Module, head: Head, inputs: Mapping[str, Any]) -> Source:
+        """Hold a head of `rdrop_head` against the model's own loss and its terms' own count."""
+        found = compare_losses(model, head, inputs)
+        if not found.agrees:
+            self._compare_readings(head, found, inputs)
+        if head.count is None and not is_counted(head.terms):
+            rule = next((n for n, count in _COUNTS.items() if _is_count(count, head, found)), None)
+            if rule is None:
+                raise ValueError(
+                    "count must be given for the Head of rdrop_head: its terms count "
+                    f"{found.terms.nll_count.item():g} and {found.terms.kl_count.item():g} items "
+                    f"for a target of shape {tuple(head.target.shape)}, which is neither its "
+                    "labels other than -100, its rows nor all of its numbers. Give a function from "
+                    "the target to regdrop.loss.ItemCounts"
+                )
+            return Source(count=rule)
+        require_counts(head, found.terms)
+        return Source()
+
+    def _compare_readings(self, head: Head, found: Comparison, inputs: Mapping[str, Any]) -> None:
+        """Refuse a head that reads the same labels otherwise than the model's own loss does."""
+        assert found.own is not None
+        own, ours = found.own.item(), found.ours.item()
+        terms = head.terms.func if isinstance(head.terms, partial) else head.terms
+        is_classes = terms is cross_entropy_terms and not head.target.is_floating_point()
+        recipe = self._detect(inputs) if is_classes else None
+        if recipe is not None and recipe.family == "cross entropy":
+            raise ValueError(
+                f"rdrop_head gives a cross entropy of {ours:.6g} on the first batch, where the "
+                f"model's own loss is {own:.6g}: a {recipe}. Give the Head that target (a causal "
+                "model needs its labels moved by one); if another loss is meant, give it terms of "
+                "your own"
+            )
+        self._tell(
+            f"rdrop_head gives a likelihood of {ours:.6g} on the first batch, where the model's "
+            f"own loss is {own:.6g}; the former is minimised"
+        )
+
+    def _own_source(self, inputs: Mapping[str, Any]) -> Source:
+        """Return the facts of a loss that the model or the trainer computes."""
+        options = {
+            "class_weight": self.rdrop.class_weight,
+            "unlabelled_index": self.rdrop.unlabelled_index,
+            "method": None if self.rdrop.method == "rdrop" else self.rdrop.method,
+        }
+        for name, value in options.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value!r} needs a likelihood that regdrop computes, and here it is "
+                    "the model's or the trainer's own loss: leave it out, or override rdrop_head"
+                )
+        model = self._bare(self.model)
+        try:
+            head: Head | None = self.rdrop_head(model, inputs)
+        except ValueError:
+            head = None
+        if head is not None and _may_be_a_yes_or_no(head):
+            head = None
+        own = probe_own_loss(
+            model,
+            partial(self._own_loss, self.model),
+            inputs,
+            head=head,
+            label_names=self.label_names,
+            counts_items=self._own_loss_counts(),
+        )
+        return Source(own=own)
+
+    def _own_loss(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Return the loss and the output as they are without R-Drop."""
+        compute = super().compute_loss
+        options = {"num_items_in_batch": num_items} if takes(compute, "num_items_in_batch") else {}
+        result = compute(model, dict(inputs), return_outputs=True, **options)
+        if not isinstance(result, tuple):
+            raise ValueError(
+                f"{self._loss_owner()} must return (loss, outputs) under return_outputs=True, got "
+                f"{type(result).__name__}"
+            )
+        loss, outputs = result
+        return loss, outputs
+
+    def _own_loss_counts(self) -> bool | None:
+        """Return whether that loss divides by the items it is given; None where that is to try."""
+        if type(self).loss_is_scaled_for_ga is not None:
+            return type(self).loss_is_scaled_for_ga
+        if not takes(super().compute_loss, "num_items_in_batch"):
+            return False
+        is_plain = self._loss_owner() is None
+        return False if is_plain and not self._model_takes_num_items else None
+
+    def _loss_owner(self) -> str | None:
+        """Return who computes the loss without R-Drop, but for the Trainer and its model."""
+        if self.compute_loss_func is not None:
+            return "compute_loss_func"
+        classes = type(self).__mro__
+        below = classes[classes.index(HeadSelection) + 1 : classes.index(Trainer)]
+        owner = next((c for c in below if "compute_loss" in vars(c)), None)
+        return None if owner is None else f"{owner.__name__}.compute_loss"
+
+    def _tell_own(self, reason: str, source: Source) -> None:
+        assert source.own is not None
+        lines = [f"{reason}; it is minimised as it is, beside the KL of its logits"]
+        if not source.own.is_rowwise:
+            lines.append("its rows depend on each other, so that passes run one after the other")
+        if not source.own.counts_items and self.args.gradient_accumulation_steps > 1:
+            lines.append(
+                "it is a mean over its own batch: micro-batches count alike, however many items "
+                "they hold"
+            )
+        self._tell(". ".join(lines) + ". RDropConfig(likelihood='model') says so")
+
+    def _tell(self, line: str) -> None:
+        if self.is_world_process_zero():
+            logger.warning("R-Drop: %s.", line)
+
+    def _bare(self, model: Any) -> nn.Module:
+        """Return the model without what distribution and compilation wrap around it."""
+        bare: nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return bare
+
+
+def _is_count(count: Any, head: Head, found: Comparison) -> bool:
+    kl = int(found.terms.kl_count.item())
+    return int(count(head.target).kl) == kl and found.terms.nll_count.item() == kl
+
+
+def _may_be_a_yes_or_no(head: Head) -> bool:
+    """Return whether a head compares numbers that a loss of one's own may read as chances."""
+    terms = head.terms.func if isinstance(head.terms, partial) else head.terms
+    return terms is mse_terms
+
+
+def takes(function: Any, name: str) -> bool:
+    """Return whether a function may be given an argument by a name."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
+    )
