@@ -46,6 +46,7 @@ def rdrop_items(
     num_passes: int = 2,
     weight: Tensor | None = None,
     ignore_index: int = -100,
+    unlabelled_index: int | None = None,
     label_smoothing: float = 0.0,
 ) -> list[tuple[float, float, float]]:
     """Return (nll, kl, weight in the mean) of every valid item."""
@@ -61,10 +62,13 @@ def rdrop_items(
             distribution, item_weight = item, 1.0
         elif item == ignore_index:
             continue
+        elif item == unlabelled_index:
+            distribution, item_weight = [0.0] * num_classes, 0.0
         else:
             distribution = [float(v == item) for v in range(num_classes)]
             item_weight = weights[item]
-        smoothed = [(1 - label_smoothing) * t + label_smoothing / num_classes for t in distribution]
+        share = label_smoothing / num_classes if any(distribution) else 0.0
+        smoothed = [(1 - label_smoothing) * t + share for t in distribution]
         rows = [p[n] for p in passes]
         nll = sum(likelihood(row, smoothed, weights) for row in rows) / num_passes
         items.append((nll, symmetric_kl(rows), item_weight))
@@ -89,6 +93,7 @@ def rdrop_loss(
     if reduction == "mean":
         if num_weight is None:
             num_weight = sum(item[2] for item in items) if num_items is None else num_items
+            num_weight = num_weight or 1.0  # nothing is labelled: a sum of 0
         nll /= num_weight
         divergence /= len(items) if num_items is None else num_items
     total = num_passes * nll + alpha * divergence

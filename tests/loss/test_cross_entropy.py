@@ -396,7 +396,8 @@ def test_accumulation_with_num_items_equals_one_batch():
 def test_num_items_of_zero_gives_zero():
     logits, _ = make()
     target = torch.full((5,), -100)
-    assert rdrop_cross_entropy(logits, target, alpha=1.0, num_items=0).loss.item() == 0
+    nothing = torch.tensor(0)
+    assert rdrop_cross_entropy(logits, target, alpha=1.0, num_items=nothing).loss.item() == 0
 
 
 def test_no_gradient_work_without_alpha(monkeypatch):
@@ -517,6 +518,8 @@ def test_module_is_the_function():
         ({"alpha": -1.0}, ValueError, "alpha must be finite and at least 0, got -1.0"),
         ({"alpha": math.nan}, ValueError, "alpha must be finite"),
         ({"alpha": torch.tensor(1.0)}, TypeError, "alpha must be a number, got Tensor"),
+        ({"alpha": "1"}, TypeError, "alpha must be a number, got str"),
+        ({"alpha": True}, TypeError, "alpha must be a number, got bool"),
         ({"num_passes": 1}, ValueError, "num_passes must be at least 2"),
         ({"num_passes": 0}, ValueError, "num_passes must be at least 1, got 0"),
         ({"num_passes": 2.0}, TypeError, "num_passes must be an integer, got float"),
@@ -524,15 +527,23 @@ def test_module_is_the_function():
         ({"scale": "avg"}, ValueError, "scale must be one of"),
         ({"impl": "fast"}, ValueError, "impl must be one of"),
         ({"backward_passes": 3}, ValueError, "backward_passes must be None or from 1"),
+        ({"backward_passes": 1.5}, TypeError, "backward_passes must be an integer, got float"),
+        ({"backward_passes": True}, TypeError, "backward_passes must be an integer, got bool"),
+        ({"label_smoothing": "0.1"}, TypeError, "label_smoothing must be a number, got str"),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be between"),
-        ({"num_items": -1}, ValueError, "num_items must be finite and at least 0"),
+        ({"num_items": -1}, ValueError, "num_items must be finite and above 0, got -1"),
+        ({"num_items": 0}, ValueError, "num_items must be finite and above 0, got 0"),
+        ({"num_weight": math.nan}, ValueError, "num_weight must be finite and above 0"),
+        ({"num_items": torch.tensor(-3)}, ValueError, "num_items must be finite and at least 0"),
+        ({"num_weight": torch.tensor(math.nan)}, ValueError, "num_weight must be finite"),
+        ({"num_items": "3"}, TypeError, "num_items must be a number, got str"),
         ({"num_items": 3, "reduction": "sum"}, ValueError, "num_items is only used"),
         ({"weight": torch.ones(3)}, ValueError, "weight must have one entry a class"),
         ({"inplace": True, "impl": "eager"}, ValueError, "inplace=True needs"),
         ({"logits": torch.ones(10, 7, dtype=torch.long)}, TypeError, "logits must be floating"),
         ({"logits": torch.ones(5, 7)}, ValueError, "the model saw the batch once"),
         ({"logits": torch.ones(9, 7)}, ValueError, "got 9 rows for 5 targets"),
-        ({"logits": torch.ones(10, 7, 4)}, ValueError, "classes are the last dimension"),
+        ({"logits": torch.ones(10, 7, 4)}, ValueError, r"\(5, 7\), got \(5,\) .* class_dim=-1"),
         ({"target": torch.ones(10, dtype=torch.long)}, ValueError, "target was stacked too"),
         ({"target": torch.full((5,), 7)}, ValueError, "from 0 to 6 .* got 7"),
         ({"target": torch.full((5,), -1)}, ValueError, "got -1"),

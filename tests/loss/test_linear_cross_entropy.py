@@ -94,7 +94,7 @@ def test_equals_the_loss_of_explicit_logits(
         {"class_weight": WEIGHTS, "label_smoothing": 0.2, "backward_passes": 1},
         {"num_items": 23},
         {"num_items": torch.tensor(23), "num_weight": 7.5, "class_weight": WEIGHTS},
-        {"num_items": 0},
+        {"num_items": torch.tensor(0)},
         {"ignore_index": 3},
     ],
     ids=str,
@@ -103,6 +103,31 @@ def test_options_mean_what_they_mean_there(scale, alpha, options):
     tensors, target = make()
     target[target == -100] = options.get("ignore_index", -100)
     assert_same(both(tensors, target, chunk_size=4, scale=scale, alpha=alpha, **options))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_scale_that_is_a_tensor_gets_its_gradient(softcap, has_bias, shape):
+    (hidden, weight, bias), target = make()
+    tensors = hidden, weight, bias if has_bias else None
+    scale = torch.full(shape, 1.3, dtype=torch.float64, requires_grad=True)
+    options = {"alpha": 1.5, "bias": tensors[2], "softcap": softcap, "logit_scale": scale}
+    wanted = [x for x in (*tensors, scale) if x is not None]
+    results = []
+    for function in (linear_rdrop_cross_entropy, explicit):
+        output = function(hidden, weight, target, **options)
+        results.append((output, torch.autograd.grad(output.loss, wanted)))
+    assert_same(results)
+
+
+def test_a_scale_that_is_a_tensor_keeps_half_precision():
+    (hidden, weight, _), target = make(dtype=torch.bfloat16)
+    scale = torch.tensor(1.5, requires_grad=True)
+    linear_rdrop_cross_entropy(hidden, weight, target, alpha=1.0, logit_scale=scale).loss.backward()
+    assert hidden.grad.dtype == torch.bfloat16
+    assert scale.grad.dtype == torch.float32
+    assert scale.grad != 0
 
 
 @pytest.mark.parametrize("impl", ["chunked", CPP, TRITON])

@@ -61,7 +61,7 @@ def linear_loss(
         projection: As in `linear_terms`.
         target: As in `linear_terms`.
         nll_weight: Weight of the likelihood, near 1 so that half precision holds the gradient;
-            None leaves it out.
+            one for all items or one each, (N,), where 0 leaves an item out; None leaves it out.
         kl_weight: Weight of the divergence, likewise.
         backward_passes: As in `linear_terms`.
 
@@ -188,7 +188,10 @@ def _weighted_sum(
 ) -> Tensor:
     total = nll.new_zeros(())
     for term, weight in zip((nll, kl), weights, strict=True):
-        if weight is not None:
+        if isinstance(weight, Tensor) and weight.dim():
+            # An item that is left out may have any term, an infinite one too.
+            total = total + (term.masked_fill(weight == 0, 0) * weight).sum()
+        elif weight is not None:
             total = total + term.sum() * weight
     return total
 

@@ -1,6 +1,7 @@
 """Checks of the arguments that the losses share: errors name the argument and what it was."""
 
 import math
+from numbers import Real
 from typing import get_args
 
 import torch
@@ -19,8 +20,7 @@ def check_options(
     label_smoothing: float = 0.0,
 ) -> None:
     """Raise ValueError or TypeError for an option that is out of range."""
-    if isinstance(alpha, (Tensor, bool)):
-        raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
+    check_number("alpha", alpha)
     if not (math.isfinite(alpha) and alpha >= 0):
         raise ValueError(f"alpha must be finite and at least 0, got {alpha}")
     check_num_passes(num_passes, smallest=1)
@@ -33,30 +33,48 @@ def check_options(
         raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
     if scale not in get_args(Scale):
         raise ValueError(f"scale must be one of {get_args(Scale)}, got {scale!r}")
-    if backward_passes is not None and not 1 <= backward_passes <= num_passes:
-        raise ValueError(
-            f"backward_passes must be None or from 1 to num_passes={num_passes}, "
-            f"got {backward_passes}"
-        )
+    if backward_passes is not None:
+        check_integer("backward_passes", backward_passes)
+        if not 1 <= backward_passes <= num_passes:
+            raise ValueError(
+                f"backward_passes must be None or from 1 to num_passes={num_passes}, "
+                f"got {backward_passes}"
+            )
     check_label_smoothing(label_smoothing)
+
+
+def check_number(name: str, value: float) -> None:
+    """Raise TypeError unless the argument is a real number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_integer(name: str, value: int) -> None:
+    """Raise TypeError unless the argument is an integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
 
 
 def check_label_smoothing(label_smoothing: float) -> None:
     """Raise for a label smoothing out of range."""
+    check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
 
 
 def check_num_passes(num_passes: int, *, smallest: int = 2) -> None:
     """Raise for a number of passes that is no integer or too small."""
-    if isinstance(num_passes, bool) or not isinstance(num_passes, int):
-        raise TypeError(f"num_passes must be an integer, got {type(num_passes).__name__}")
+    check_integer("num_passes", num_passes)
     if num_passes < smallest:
         raise ValueError(f"num_passes must be at least {smallest}, got {num_passes}")
 
 
 def check_counts(reduction: str, **counts: Tensor | float | None) -> None:
-    """Raise for a denominator that is negative, not a scalar, or unused by the reduction."""
+    """Raise for a denominator that is not positive, not a scalar, or unused by the reduction.
+
+    A tensor may be 0: that is the count of a window in which nothing counts. Its value is checked
+    on the CPU.
+    """
     for name, count in counts.items():
         if count is None:
             continue
@@ -65,8 +83,13 @@ def check_counts(reduction: str, **counts: Tensor | float | None) -> None:
         if isinstance(count, Tensor):
             if count.numel() != 1:
                 raise ValueError(f"{name} must be a scalar, got shape {tuple(count.shape)}")
-        elif not (math.isfinite(count) and count >= 0):
-            raise ValueError(f"{name} must be finite and at least 0, got {count}")
+            is_readable = count.device.type == "cpu" and not torch.compiler.is_compiling()
+            if is_readable and not 0 <= count.item() < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, got {count.item()}")
+            continue
+        check_number(name, count)
+        if not 0 < count < math.inf:
+            raise ValueError(f"{name} must be finite and above 0, got {count}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -100,15 +123,76 @@ def check_stacked(name: str, stacked: Tensor, target: Tensor, num_passes: int) -
     )
 
 
-def check_classes(index: Tensor, num_classes: int, ignore_index: int) -> None:
+def check_class_dim(name: str, logits: Tensor, class_dim: int) -> None:
+    """Raise unless the logits have a dimension of classes behind that of the batch."""
+    check_integer("class_dim", class_dim)
+    if logits.dim() < 2:
+        raise ValueError(
+            f"{name} must be (num_passes * batch, ..., classes), got shape {tuple(logits.shape)}"
+        )
+    if not -logits.dim() < class_dim < logits.dim() or class_dim == 0:
+        raise ValueError(
+            f"class_dim must name a dimension of {name} behind the batch, 1 to {logits.dim() - 1} "
+            f"or -1 to {1 - logits.dim()}, got {class_dim} for shape {tuple(logits.shape)}"
+        )
+
+
+def check_sums(target: Tensor, class_dim: int) -> None:
+    """Raise ValueError on the CPU for probabilities whose classes are in dimension 1.
+
+    The shape does not tell; they sum to 1 there and not along the last dimension.
+    """
+    is_last = class_dim % target.dim() == target.dim() - 1
+    if not is_last or target.dim() < 3 or target.device.type != "cpu" or not target.numel():
+        return
+    if torch.compiler.is_compiling() or _sums_to_1(target[:1], -1):
+        return
+    if _sums_to_1(target, 1):
+        raise ValueError(
+            f"target holds class probabilities along dimension 1 (they sum to 1 there, and not "
+            f"along the last), got shape {tuple(target.shape)} with class_dim={class_dim}; "
+            f"pass class_dim=1"
+        )
+
+
+def _sums_to_1(target: Tensor, dim: int) -> bool:
+    sums = target.detach().sum(dim, dtype=torch.float64)
+    return bool(((sums - 1).abs() < 1e-2).all())
+
+
+def check_unlabelled_index(
+    unlabelled_index: int | None, ignore_index: int, num_classes: int = 0
+) -> None:
+    """Raise for an index of unlabelled items that means something else too."""
+    if unlabelled_index is None:
+        return
+    check_integer("unlabelled_index", unlabelled_index)
+    if unlabelled_index == ignore_index:
+        raise ValueError(
+            f"unlabelled_index must differ from ignore_index={ignore_index}, which leaves items "
+            f"out of both terms, got {unlabelled_index}"
+        )
+    if 0 <= unlabelled_index < num_classes:
+        raise ValueError(
+            f"unlabelled_index must be no class (0 to {num_classes - 1}), got {unlabelled_index}; "
+            f"use -1"
+        )
+
+
+def check_classes(
+    index: Tensor, num_classes: int, ignore_index: int, unlabelled_index: int | None = None
+) -> None:
     """Raise ValueError on the CPU for an index of an item that counts but names no class."""
     if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
         return
     low, high = int(index.min()), int(index.max())
     if low < 0 or high >= num_classes:
+        others = f"ignore_index={ignore_index}"
+        if unlabelled_index is not None:
+            others += f" or unlabelled_index={unlabelled_index}"
         raise ValueError(
-            f"target must hold class indices from 0 to {num_classes - 1} or "
-            f"ignore_index={ignore_index}, got {low if low < 0 else high}"
+            f"target must hold class indices from 0 to {num_classes - 1} or {others}, "
+            f"got {low if low < 0 else high}"
         )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from regdrop.kernels import Implementation, Target, rdrop_terms
 from regdrop.loss.checks import (
+    check_class_dim,
     check_classes,
     check_counts,
     check_finite_divergence,
@@ -15,6 +16,8 @@ from regdrop.loss.checks import (
     check_options,
     check_own_memory,
     check_stacked,
+    check_sums,
+    check_unlabelled_index,
 )
 from regdrop.loss.counts import ItemCounts, counted_by
 from regdrop.loss.module import RDropLoss
@@ -31,6 +34,8 @@ def rdrop_cross_entropy(
     num_passes: int = 2,
     weight: Tensor | None = None,
     ignore_index: int = -100,
+    unlabelled_index: int | None = None,
+    class_dim: int = -1,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
     num_items: Tensor | float | None = None,
@@ -47,23 +52,32 @@ def rdrop_cross_entropy(
             whole batch first, then pass 1 (the layout of `repeat_batch`). Half precision is
             computed in float32.
         target: The original, unstacked target: class indices (batch, ...), int64, or class
-            probabilities (batch, ..., C).
+            probabilities (batch, ..., C), with the classes where those of `logits` are.
         alpha: Weight of the divergence, the paper's.
         num_passes: Number of passes in `logits`; 1 with alpha 0 is plain cross entropy.
         weight: (C,) weight of each class in the likelihood, as in torch's cross entropy.
         ignore_index: Index that marks an item that counts in neither term.
+        unlabelled_index: Index that marks an item without a label, which counts in the divergence
+            alone: the likelihood is a mean over the labelled items, the divergence over all that
+            are not ignored. Any number but a class and `ignore_index`. None: no item is.
+        class_dim: Dimension of the classes in `logits`; 1 for torch's own layout, (batch, C, ...).
+            Where other dimensions have as many elements as there are classes, no check can tell
+            a wrong one.
         label_smoothing: Smoothing of the likelihood's target; the KL compares raw outputs.
         reduction: "mean" over valid items, "sum", or "none" (one number an item).
         num_items: Denominator of both terms under "mean" instead of the number of valid items:
-            a total over an accumulation window and all ranks.
-        num_weight: Denominator of the likelihood alone under "mean", for class weights: the
-            total weight of the same items. Defaults to `num_items`.
+            a total over an accumulation window and all ranks. Above 0; a tensor may be 0, the
+            count of a window in which nothing counts.
+        num_weight: Denominator of the likelihood alone under "mean", for class weights or
+            unlabelled items: the total weight, or number, of the labelled ones. Defaults to
+            `num_items`.
         scale: "sum" for the paper's `num_passes * nll + alpha * kl`, "mean" for that over
             num_passes, on the scale of training without R-Drop.
         backward_passes: Number of first passes that carry the gradient, scaled so that it stays
             unbiased; the others may come from a forward without gradient. None: all.
         inplace: Let the gradient overwrite `logits` in the backward, which saves their memory. A
-            layer whose own backward needs its output raises.
+            layer whose own backward needs its output raises. Logits that have to be copied to
+            have their classes last, as (batch, C, ...) have, are overwritten in the copy.
         impl: "auto", or how to compute it: "eager", "chunked", "compiled", "cpp" or "triton"
             (docs/performance.md).
 
@@ -90,6 +104,8 @@ def rdrop_cross_entropy(
         num_passes=num_passes,
         weight=weight,
         ignore_index=ignore_index,
+        unlabelled_index=unlabelled_index,
+        class_dim=class_dim,
         label_smoothing=label_smoothing,
         backward_passes=backward_passes,
         inplace=inplace,
@@ -107,18 +123,24 @@ def rdrop_cross_entropy(
 
 
 def count_classes(
-    target: Tensor, weight: Tensor | None = None, ignore_index: int = -100
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    unlabelled_index: int | None = None,
+    class_dim: int = -1,
 ) -> ItemCounts:
     """Return the number of items that count, and their number or class weight in the likelihood."""
     if target.is_floating_point():
-        count = torch.full((), math.prod(target.shape[:-1]), device=target.device)
+        count = torch.full((), math.prod(_without(target.shape, class_dim)), device=target.device)
         return ItemCounts(count, count)
+    check_unlabelled_index(unlabelled_index, ignore_index)
     classes = target.long()
     valid = classes != ignore_index
     count = valid.sum()
+    labelled = valid if unlabelled_index is None else valid & (classes != unlabelled_index)
     if weight is None:
-        return ItemCounts(count, count)
-    weights = weight.detach()[torch.where(valid, classes, 0)] * valid
+        return ItemCounts(count if unlabelled_index is None else labelled.sum(), count)
+    weights = weight.detach()[torch.where(labelled, classes, 0)] * labelled
     # In double, which not every device has, so that the count is right for logits in double.
     dtype = torch.float32 if weights.device.type == "mps" else torch.float64
     return ItemCounts(weights.sum(dtype=dtype), count)
@@ -132,18 +154,39 @@ def cross_entropy_terms(
     num_passes: int,
     weight: Tensor | None = None,
     ignore_index: int = -100,
+    unlabelled_index: int | None = None,
+    class_dim: int = -1,
     label_smoothing: float = 0.0,
     backward_passes: int | None = None,
     inplace: bool = False,
     impl: Implementation = "auto",
 ) -> ItemTerms:
     """Return the terms of every item, in the shape of the class indices; see above."""
-    items = _check(logits, target, num_passes, weight)
-    num_classes = logits.shape[-1]
+    shape = _check(logits, target, num_passes, weight, class_dim)
     if inplace:
         check_own_memory("logits", logits)
-    bundle = _bundle(target, items, num_classes, weight, ignore_index, label_smoothing)
-    num_items = items.numel()
+    logits = logits.movedim(class_dim, -1)
+    num_items, num_classes = math.prod(shape), logits.shape[-1]
+    labelled = None
+    if target.is_floating_point():
+        if unlabelled_index is not None:
+            raise ValueError(
+                f"unlabelled_index needs class indices, got unlabelled_index={unlabelled_index} "
+                f"and class probabilities; mark items of an indexed target, or leave it out"
+            )
+        check_sums(target, class_dim)
+        probabilities = target.movedim(class_dim, -1).reshape(num_items, num_classes)
+        bundle = Target(None, probabilities, weight, label_smoothing, None)
+    else:
+        check_unlabelled_index(unlabelled_index, ignore_index, num_classes)
+        classes = target.reshape(-1).long()
+        valid = classes != ignore_index
+        if unlabelled_index is not None:
+            labelled = classes != unlabelled_index
+            classes = torch.where(labelled, classes, 0)
+        classes = torch.where(valid, classes, 0)
+        check_classes(classes, num_classes, ignore_index, unlabelled_index)
+        bundle = Target(classes, None, weight, label_smoothing, valid)
     nll, kl = rdrop_terms(
         logits.reshape(num_passes, num_items, num_classes),
         bundle,
@@ -153,58 +196,50 @@ def cross_entropy_terms(
     )
     if num_passes > 1:
         check_finite_divergence(kl)
-    counts = count_classes(target, weight, ignore_index)
-    return ItemTerms(nll.view(items.shape), kl.view(items.shape), *counts)
+    if labelled is not None:
+        # After the kernel, whose upstream gradient then is 0 there.
+        nll = nll.masked_fill(~labelled, 0)
+    counts = count_classes(target, weight, ignore_index, unlabelled_index, class_dim)
+    return ItemTerms(nll.view(shape), kl.view(shape), *counts)
 
 
-def _bundle(
-    target: Tensor,
-    items: Tensor,
-    num_classes: int,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Target:
-    if target.is_floating_point():
-        return Target(None, target.reshape(-1, num_classes), weight, label_smoothing, None)
-    index = items.reshape(-1).long()
-    valid = index != ignore_index
-    index = torch.where(valid, index, 0)
-    check_classes(index, num_classes, ignore_index)
-    return Target(index, None, weight, label_smoothing, valid)
-
-
-def _check(logits: Tensor, target: Tensor, num_passes: int, weight: Tensor | None) -> Tensor:
-    """Return a tensor of the items' shape, the target itself when it holds class indices."""
+def _check(
+    logits: Tensor, target: Tensor, num_passes: int, weight: Tensor | None, class_dim: int
+) -> tuple[int, ...]:
+    """Return the items' shape, that of the target when it holds class indices."""
     check_floating("logits", logits)
     check_stacked("logits", logits, target, num_passes)
-    if logits.dim() < 2:
-        raise ValueError(
-            f"logits must be (num_passes * batch, ..., classes), got shape {tuple(logits.shape)}"
-        )
+    check_class_dim("logits", logits, class_dim)
+    shape = (target.shape[0], *_without(logits.shape, class_dim)[1:])
     if target.is_floating_point():
         if target.shape[1:] != logits.shape[1:]:
             raise ValueError(
                 f"target of class probabilities must have the shape of one pass, "
                 f"{(target.shape[0], *logits.shape[1:])}, got {tuple(target.shape)}"
             )
-        items = target[..., 0]
     elif target.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        if target.shape[1:] != logits.shape[1:-1]:
+        if target.shape != shape:
+            fitting = [d for d in (1, -1) if _without(logits.shape, d)[1:] == target.shape[1:]]
             raise ValueError(
                 f"target of class indices must have the shape of one pass without the classes, "
-                f"{(target.shape[0], *logits.shape[1:-1])}, got {tuple(target.shape)} for logits "
-                f"{tuple(logits.shape)}; classes are the last dimension of logits"
+                f"{shape}, got {tuple(target.shape)} for logits {tuple(logits.shape)} with "
+                f"class_dim={class_dim}" + "".join(f"; class_dim={d} fits" for d in fitting)
             )
-        items = target
     else:
         raise TypeError(f"target must hold integers or probabilities, got {target.dtype}")
-    if weight is not None and tuple(weight.shape) != (logits.shape[-1],):
+    num_classes = logits.shape[class_dim]
+    if weight is not None and tuple(weight.shape) != (num_classes,):
         raise ValueError(
-            f"weight must have one entry a class, shape ({logits.shape[-1]},), "
-            f"got {tuple(weight.shape)}"
+            f"weight must have one entry a class, shape ({num_classes},), got {tuple(weight.shape)}"
         )
-    return items
+    return shape
+
+
+def _without(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    """Return a shape without one of its dimensions."""
+    sizes = list(shape)
+    del sizes[dim]
+    return tuple(sizes)
 
 
 class RDropCrossEntropyLoss(RDropLoss):
@@ -219,6 +254,8 @@ class RDropCrossEntropyLoss(RDropLoss):
         num_passes: int = 2,
         weight: Tensor | None = None,
         ignore_index: int = -100,
+        unlabelled_index: int | None = None,
+        class_dim: int = -1,
         label_smoothing: float = 0.0,
         reduction: Reduction = "mean",
         scale: Scale = "sum",
@@ -234,8 +271,11 @@ class RDropCrossEntropyLoss(RDropLoss):
             backward_passes=backward_passes,
         )
         check_label_smoothing(label_smoothing)
+        check_unlabelled_index(unlabelled_index, ignore_index)
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
+        self.unlabelled_index = unlabelled_index
+        self.class_dim = class_dim
         self.label_smoothing = label_smoothing
         self.inplace = inplace
         self.impl: Implementation = impl
@@ -255,6 +295,8 @@ class RDropCrossEntropyLoss(RDropLoss):
             num_passes=self.num_passes,
             weight=self.weight,
             ignore_index=self.ignore_index,
+            unlabelled_index=self.unlabelled_index,
+            class_dim=self.class_dim,
             label_smoothing=self.label_smoothing,
             reduction=self.reduction,
             num_items=num_items,

@@ -19,6 +19,8 @@ def fraternal_terms(
     num_passes: int,
     weight: Tensor | None = None,
     ignore_index: int = -100,
+    unlabelled_index: int | None = None,
+    class_dim: int = -1,
     label_smoothing: float = 0.0,
     backward_passes: int | None = None,
 ) -> ItemTerms:
@@ -33,6 +35,8 @@ def fraternal_terms(
         num_passes: Number of passes; the mean is over pairs.
         weight: As in `rdrop_cross_entropy`.
         ignore_index: As there.
+        unlabelled_index: As there.
+        class_dim: As there.
         label_smoothing: As there.
         backward_passes: As there.
     """
@@ -42,10 +46,12 @@ def fraternal_terms(
         num_passes=num_passes,
         weight=weight,
         ignore_index=ignore_index,
+        unlabelled_index=unlabelled_index,
+        class_dim=class_dim,
         label_smoothing=label_smoothing,
         backward_passes=backward_passes,
     )
-    passes = logits.reshape(num_passes, *target.shape, logits.shape[-1])
+    passes = logits.movedim(class_dim, -1).reshape(num_passes, *own.nll.shape, -1)
     passes = passes if passes.dtype == torch.float64 else passes.float()
     passes = limit_backward(passes, num_passes if backward_passes is None else backward_passes)
     pairs = [(a - b).square().mean(-1) for a, b in combinations(passes, 2)]

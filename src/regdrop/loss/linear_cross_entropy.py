@@ -13,8 +13,10 @@ from regdrop.loss.checks import (
     check_counts,
     check_finite_divergence,
     check_floating,
+    check_number,
     check_options,
     check_stacked,
+    check_unlabelled_index,
 )
 from regdrop.loss.counts import ItemCounts, counted_by
 from regdrop.loss.cross_entropy import count_classes
@@ -40,11 +42,12 @@ def linear_rdrop_cross_entropy(
     num_passes: int = 2,
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
+    unlabelled_index: int | None = None,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
     num_items: Tensor | float | None = None,
     scale: Scale = "sum",
-    logit_scale: float = 1.0,
+    logit_scale: Tensor | float = 1.0,
     softcap: float | None = None,
     chunk_size: int | None = None,
     backward_passes: int | None = None,
@@ -69,11 +72,14 @@ def linear_rdrop_cross_entropy(
         num_passes: Number of passes in `hidden`; 1 with alpha 0 is plain cross entropy.
         class_weight: (C,) weight of each class in the likelihood.
         ignore_index: Index that marks an item that counts in neither term.
+        unlabelled_index: Index that marks an item that counts in the divergence alone, as in
+            `rdrop_cross_entropy`.
         label_smoothing: Smoothing of the likelihood's target.
         reduction: As in `rdrop_cross_entropy`, as are the following three.
         num_items: Denominator of both terms under "mean".
         scale: "sum" or "mean".
-        logit_scale: A number that multiplies the logits, as in Cohere's models.
+        logit_scale: A number that multiplies the logits, as in Cohere's models; or a scalar
+            tensor, which gets its gradient and multiplies `hidden` (and `bias`) in their dtype.
         softcap: Bound c of the logits, `c * tanh(logits / c)`, as in Gemma 2.
         chunk_size: Items a chunk; by default as many as take no more memory than `hidden`, and at
             least 256 rows of all passes; more in half precision and on a GPU.
@@ -98,6 +104,14 @@ def linear_rdrop_cross_entropy(
         label_smoothing=label_smoothing,
     )
     check_counts(reduction, num_items=num_items, num_weight=num_weight)
+    if isinstance(logit_scale, Tensor):
+        # Left to autograd, since nothing but the gradients of both is needed for that of the scale.
+        if logit_scale.numel() != 1:
+            raise ValueError(f"logit_scale must be a scalar, got {tuple(logit_scale.shape)}")
+        logit_scale = logit_scale.reshape(())
+        hidden = (hidden * logit_scale).to(hidden.dtype)
+        bias = None if bias is None else (bias * logit_scale).to(bias.dtype)
+        logit_scale = 1.0
     projection = Projection(weight, bias, logit_scale, softcap, chunk_size, impl=impl)
     if reduction == "none":
         terms = linear_cross_entropy_terms(
@@ -107,6 +121,7 @@ def linear_rdrop_cross_entropy(
             num_passes=num_passes,
             weight=class_weight,
             ignore_index=ignore_index,
+            unlabelled_index=unlabelled_index,
             label_smoothing=label_smoothing,
             backward_passes=backward_passes,
         )
@@ -121,6 +136,7 @@ def linear_rdrop_cross_entropy(
         num_passes=num_passes,
         weight=class_weight,
         ignore_index=ignore_index,
+        unlabelled_index=unlabelled_index,
         label_smoothing=label_smoothing,
         reduction=reduction,
         scale=scale,
@@ -140,6 +156,7 @@ def linear_cross_entropy_terms(
     num_passes: int,
     weight: Tensor | None = None,
     ignore_index: int = -100,
+    unlabelled_index: int | None = None,
     label_smoothing: float = 0.0,
     backward_passes: int | None = None,
 ) -> ItemTerms:
@@ -151,6 +168,7 @@ def linear_cross_entropy_terms(
         num_passes=num_passes,
         weight=weight,
         ignore_index=ignore_index,
+        unlabelled_index=unlabelled_index,
         label_smoothing=label_smoothing,
     )
     nll, kl = linear_terms(
@@ -161,6 +179,8 @@ def linear_cross_entropy_terms(
     )
     if num_passes > 1:
         check_finite_divergence(kl)
+    if found.labelled is not None:
+        nll = nll.masked_fill(~found.labelled, 0)
     empty = nll.new_zeros(target.numel())
     nll, kl = (empty.index_add(0, found.positions, term).view(target.shape) for term in (nll, kl))
     return ItemTerms(nll, kl, *found.counts)
@@ -176,6 +196,7 @@ def linear_cross_entropy_loss(
     num_passes: int,
     weight: Tensor | None = None,
     ignore_index: int = -100,
+    unlabelled_index: int | None = None,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
     scale: Scale = "sum",
@@ -194,6 +215,7 @@ def linear_cross_entropy_loss(
         num_passes: See above.
         weight: Its class_weight.
         ignore_index: See above.
+        unlabelled_index: See above.
         label_smoothing: See above.
         reduction: "mean" or "sum".
         scale: See above.
@@ -208,6 +230,7 @@ def linear_cross_entropy_loss(
         projection=projection,
         weight=weight,
         ignore_index=ignore_index,
+        unlabelled_index=unlabelled_index,
         label_smoothing=label_smoothing,
     )
     first = hidden if items is None else hidden[: target.shape[0]]
@@ -218,10 +241,11 @@ def linear_cross_entropy_loss(
     if reduction == "mean":
         nll_divisor, divisor = denominators(nll_count, kl_count, num_items, num_weight)
     # One divisor is left for the end: half precision would not hold gradients that are divided.
-    nll_weight, kl_weight = term_weights(alpha, num_passes, scale)
-    compute = partial(
-        linear_loss, projection=projection, nll_weight=nll_weight * divisor / nll_divisor
-    )
+    nll_factor, kl_weight = term_weights(alpha, num_passes, scale)
+    nll_weight = nll_factor * divisor / nll_divisor
+    if whole.labelled is not None:
+        nll_weight = torch.where(whole.labelled, nll_weight, 0)
+    compute = partial(linear_loss, projection=projection, nll_weight=nll_weight)
     graded = num_passes if backward_passes is None else backward_passes
     if items is None:
         share = 1.0
@@ -248,6 +272,8 @@ def linear_cross_entropy_loss(
         total = total + divergence
     if num_passes > 1:
         check_finite_divergence(kl)
+    if whole.labelled is not None:
+        nll = nll.masked_fill(~whole.labelled, 0)
     return RDropOutput(total / divisor, nll.sum() / nll_count, kl.sum() * share / kl_count)
 
 
@@ -257,6 +283,7 @@ class _ValidRows(NamedTuple):
     positions: Tensor  # (n,), their positions among all items
     hidden: Tensor  # (num_passes, n, features)
     target: Target
+    labelled: Tensor | None  # (n,), where they count in the likelihood; None: all do
     counts: ItemCounts
 
 
@@ -268,20 +295,27 @@ def _valid_rows(
     num_passes: int,
     weight: Tensor | None,
     ignore_index: int,
+    unlabelled_index: int | None,
     label_smoothing: float,
 ) -> _ValidRows:
     """Check the arguments and drop the items that do not count, before anything is computed."""
     _check(hidden, target, projection, num_passes, weight)
     num_items, num_classes = target.numel(), projection.weight.shape[0]
+    check_unlabelled_index(unlabelled_index, ignore_index, num_classes)
     classes = target.reshape(-1).long()
     index = (classes != ignore_index).nonzero()[:, 0]
     passes = hidden.reshape(num_passes, num_items, hidden.shape[-1])
     if index.numel() < num_items:
         passes = passes.index_select(1, index)
     classes = classes[index]
-    check_classes(classes, num_classes, ignore_index)
+    labelled = None
+    if unlabelled_index is not None:
+        labelled = classes != unlabelled_index
+        classes = torch.where(labelled, classes, 0)
+    check_classes(classes, num_classes, ignore_index, unlabelled_index)
     bundle = Target(classes, None, weight, label_smoothing, None)
-    return _ValidRows(index, passes, bundle, count_classes(target, weight, ignore_index))
+    counts = count_classes(target, weight, ignore_index, unlabelled_index)
+    return _ValidRows(index, passes, bundle, labelled, counts)
 
 
 def _check(
@@ -327,6 +361,7 @@ def _check(
             f"hidden and weight must have one dtype outside autocast, got {hidden.dtype} and "
             f"{weight.dtype}"
         )
+    check_number("logit_scale", scale)
     if not math.isfinite(scale):
         raise ValueError(f"logit_scale must be finite, got {scale}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):

@@ -62,11 +62,10 @@ def term_weights(alpha: float, num_passes: int, scale: Scale) -> tuple[float, fl
 def positive_counts(
     nll_count: Tensor, kl_count: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return both terms' counts; where nothing counts they are 1, for sums that are 0."""
-    nothing_counts = kl_count == 0
+    """Return both terms' counts; where nothing counts in a term it is 1, for a sum that is 0."""
     return (
-        torch.where(nothing_counts, 1, nll_count).to(dtype),
-        torch.where(nothing_counts, 1, kl_count).to(dtype),
+        torch.where(nll_count == 0, 1, nll_count).to(dtype),
+        torch.where(kl_count == 0, 1, kl_count).to(dtype),
     )
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from regdrop.kernels import Target, rdrop_terms
 from regdrop.loss.checks import (
+    check_class_dim,
     check_finite_divergence,
     check_floating,
     check_mask,
@@ -19,6 +20,7 @@ def symmetric_kl(
     *,
     num_passes: int = 2,
     mask: Tensor | None = None,
+    class_dim: int = -1,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """Compute the symmetric KL divergence `1/2 [KL(P||Q) + KL(Q||P)]` between passes.
@@ -27,6 +29,8 @@ def symmetric_kl(
         logits: (num_passes * batch, ..., C), floating point; pass 0 of the whole batch first.
         num_passes: Number of passes; more than two are averaged over all pairs.
         mask: Boolean, True where an item counts, broadcastable to (batch, ...).
+        class_dim: Dimension of the classes in `logits`; 1 for torch's own layout, (batch, C, ...).
+            From the logits alone a wrong one cannot be told.
         reduction: "mean" over unmasked items, "sum", or "none" (one number an item).
 
     Returns:
@@ -39,11 +43,13 @@ def symmetric_kl(
     check_num_passes(num_passes)
     check_options(alpha=1.0, num_passes=num_passes, reduction=reduction, scale="sum")
     check_floating("logits", logits)
-    if logits.dim() < 2 or logits.shape[0] % num_passes:
+    check_class_dim("logits", logits, class_dim)
+    if logits.shape[0] % num_passes:
         raise ValueError(
             f"logits must be (num_passes * batch, ..., classes) with num_passes={num_passes}, "
             f"got shape {tuple(logits.shape)}"
         )
+    logits = logits.movedim(class_dim, -1)
     passes = logits.reshape(num_passes, logits.shape[0] // num_passes, *logits.shape[1:])
     items = passes[0, ..., 0]
     mask = check_mask(mask, items)
