@@ -25,7 +25,7 @@ class WordLikelihoodTrainer(RDropTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = head.outputs(model(**head.inputs))
             nll = head.terms(outputs, head.target, num_passes=1).nll.sum(1)
-        words = head.target.ne(head.ignore_index).sum(1).to(nll.dtype)
+        words = head.target.ne(-100).sum(1).to(nll.dtype)
         loss = nll.sum() / words.sum().clamp(min=1)
         # The Trainer computes no figures without labels.
         return loss, None if prediction_loss_only else (nll, words), words

@@ -61,14 +61,14 @@ def find_tensor(output: Any, key: Key) -> Tensor:
 
 def find_loss(output: Any) -> Tensor | None:
     """Return the loss as the Trainer finds it: by name, else the first of several."""
+    loss: Any = getattr(output, "loss", None)
     if isinstance(output, Mapping):
         loss = output.get("loss")
     elif isinstance(output, (tuple, list)):
         loss = output[0] if output else None
-    else:
-        loss = getattr(output, "loss", None)
-    is_number = isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()
-    return loss.detach().flatten()[0] if is_number else None
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        return None
+    return loss.detach().flatten()[0]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from regdrop.passes import find_batch_size, repeat_batch
 from regdrop.step import cut_outputs_of
 
 _IGNORED = -100
-_CLOSE = {"rtol": 1e-3, "atol": 1e-6}
 
 # From a batch with its labels, and the number of items of the window or None, to loss and output.
 ComputeLoss = Callable[[dict[str, Any], Any], tuple[Tensor, Any]]
@@ -122,7 +121,6 @@ class LossForward:
     Args:
         compute: The loss of a batch with its labels.
         head: Reads the logits; its terms hold the divergence.
-        facts: What the first batch told of the loss.
         num_items: Items of the accumulation window as the loss counts them; None if it does not.
 
     Attributes:
@@ -134,11 +132,9 @@ class LossForward:
 
     loss = None
 
-    def __init__(
-        self, compute: ComputeLoss, head: Head, facts: OwnLoss, num_items: Tensor | float | None
-    ) -> None:
+    def __init__(self, compute: ComputeLoss, head: Head, num_items: Tensor | float | None) -> None:
         self.head = head
-        self.counts_items = facts.counts_items
+        self.counts_items = num_items is not None
         self.last_output: Any = None
         self.last_read: Tensor = head.target
         self._compute, self._num_items = compute, num_items
@@ -201,31 +197,29 @@ def probe_own_loss(
         ValueError: If the output holds nothing that could be logits.
     """
     with evaluation_mode(model):
-        look = partial(extra_pass, model)
-        loss, output = look(lambda batch: compute(batch, None), dict(inputs))
+
+        def look(batch: Mapping[str, Any], num_items: float | None) -> tuple[Tensor, Any]:
+            items = None if num_items is None else torch.tensor(num_items)
+            return extra_pass(model, lambda own: compute(own, items), dict(batch))
+
         if counts_items is None:
             # Numbers that no batch has: only a divisor makes twice as many half the loss.
-            some, twice = (
-                look(lambda batch, n=n: compute(batch, torch.tensor(n))[0], dict(inputs))
-                for n in (37.0, 74.0)
-            )
-            counts_items = not bool(torch.isclose(some, twice, **_CLOSE))
-        is_rowwise = _is_rowwise(look, compute, inputs, loss)
-    rows = find_batch_size(inputs)
-    divergence = (
-        None if head is not None else _find_divergence(output, inputs, label_names, rows, loss)
-    )
+            counts_items = not _are_close(look(inputs, 37.0)[0], look(inputs, 74.0)[0])
+        some = 37.0 if counts_items else None
+        loss, output = look(inputs, some)
+        try:
+            stacked, _ = look(repeat_batch(dict(inputs)), None if some is None else 2 * some)
+            is_rowwise = _are_close(stacked, loss)
+        except Exception:  # whatever a model raises for rows that do not fit together
+            is_rowwise = False
+    divergence = None
+    if head is None:
+        divergence = _find_divergence(output, inputs, label_names, find_batch_size(inputs), loss)
     return OwnLoss(counts_items, is_rowwise, divergence)
 
 
-def _is_rowwise(
-    look: Callable[..., Any], compute: ComputeLoss, inputs: Mapping[str, Any], loss: Tensor
-) -> bool:
-    try:
-        stacked = look(lambda batch: compute(batch, None)[0], repeat_batch(dict(inputs)))
-    except Exception:  # whatever a model raises for rows that do not fit together
-        return False
-    return bool(torch.isclose(stacked, loss.to(stacked), **_CLOSE))
+def _are_close(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.isclose(a, b.to(a), rtol=1e-3, atol=1e-6))
 
 
 def _find_divergence(
@@ -273,7 +267,7 @@ def _find_divergence(
 def _are_pairs(logits: Tensor, loss: Tensor) -> bool:
     """Return whether a loss is that of pairs, their better rows first (Bradley and Terry)."""
     chosen, rejected = logits.flatten().float().chunk(2)
-    return bool(torch.isclose(-F.logsigmoid(chosen - rejected).mean(), loss.float(), **_CLOSE))
+    return _are_close(-F.logsigmoid(chosen - rejected).mean(), loss)
 
 
 def _find_logits(output: Any, rows: int) -> tuple[str | int | None, Tensor]:

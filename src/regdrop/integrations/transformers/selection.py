@@ -68,6 +68,7 @@ class HeadSelection(_Base):
 
     rdrop: RDropConfig
     _source: Source | None = None
+    _model_takes_num_items: bool
 
     def rdrop_head(self, model: nn.Module, inputs: Mapping[str, Any]) -> Head:
         """Return how a batch with its labels enters the unwrapped model, and its outputs the loss.
@@ -142,10 +143,12 @@ class HeadSelection(_Base):
         return source
 
     def _detect(self, inputs: Mapping[str, Any]) -> Recipe | None:
-        model = self._bare(self.model)
+        return detect_recipe(self._bare(self.model), self._runnable(), inputs, self.label_names)
+
+    def _runnable(self) -> Any:
+        """Return what may be called beside training: what holds the whole of its parameters."""
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        run: Any = self.model_wrapped if is_sharded else model
-        return detect_recipe(model, run, inputs, self.label_names)
+        return self.model_wrapped if is_sharded else self._bare(self.model)
 
     def _check_own_head(self, model: nn.Module, head: Head, inputs: Mapping[str, Any]) -> Source:
         """Hold a head of `rdrop_head` against the model's own loss and its terms' own count."""
@@ -207,7 +210,7 @@ class HeadSelection(_Base):
             head = None
         own = probe_own_loss(
             model,
-            partial(self._own_loss, self.model),
+            partial(self._own_loss, self._runnable()),
             inputs,
             head=head,
             label_names=self.label_names,

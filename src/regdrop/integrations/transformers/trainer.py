@@ -82,7 +82,7 @@ class RDropTrainerMixin(HeadSelection):
         graded = self.rdrop.backward_passes or self.rdrop.num_passes
         if self.rdrop.passes == "sequential" or graded < self.rdrop.num_passes:
             self._require_several_forwards(f"passes={self.rdrop.passes!r} and {graded} graded")
-        self._model_takes_num_items: bool = getattr(self, "model_accepts_loss_kwargs", False)
+        self._model_takes_num_items = getattr(self, "model_accepts_loss_kwargs", False)
         # The Trainer counts the items of an accumulation window only for models that ask for it;
         # R-Drop divides by them whatever the model does.
         self.model_accepts_loss_kwargs: bool = True
@@ -173,7 +173,7 @@ class RDropTrainerMixin(HeadSelection):
         """Return the micro-batch as a function from inputs to what the loss reads."""
         if own is not None:
             num_items = self._own_num_items if own.counts_items else None
-            return LossForward(partial(self._own_loss, model), head, own, num_items)
+            return LossForward(partial(self._own_loss, model), head, num_items)
         # Who asks for the outputs wants their logits.
         is_fused = self._is_fused and not return_outputs
         return HeadForward(
@@ -224,10 +224,10 @@ class RDropTrainerMixin(HeadSelection):
         counts = forward.head.counts()
         weight = torch.ones((), device=likelihood.device)
         nll = likelihood.detach()
-        if forward.counts_items and self._own_num_items is not None:
+        if forward.counts_items:
             # It is a share of the window's mean; the window's items are shared out alike.
-            nll = nll * (batches / max(1, self._gradient_shares(self._own_num_items)))
-        elif not forward.counts_items:
+            nll = nll * (batches / self._gradient_shares(self._own_num_items))
+        else:
             likelihood = likelihood / batches
         self._parts.add(plan, nll, kl, ItemCounts(weight, counts.kl))
         factor = plan.factor
@@ -336,7 +336,7 @@ class RDropTrainerMixin(HeadSelection):
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Take R-Drop's hyperparameters of a trial, such as "rdrop.alpha"; leave the others."""
-        space = getattr(self, "hp_space", None)
+        space: Any = getattr(self, "hp_space", None)
         params = space(trial) if trial is not None and _is_optuna(trial) and space else trial
         own = {k: v for k, v in dict(params or {}).items() if k.startswith(_SEARCH_PREFIX)}
         if not own:
