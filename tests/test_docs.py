@@ -53,6 +53,74 @@ def test_python_blocks_run_one_after_the_other(name, tmp_path):
     assert setting["loss"].isfinite()
 
 
+class TwoHeads(nn.Module):
+    """A word tagger that also classifies its sentence."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.dropout = nn.Embedding(20, 8), nn.Dropout(0.5)
+        self.intent, self.slots = nn.Linear(8, 3), nn.Linear(8, 5)
+
+    def forward(self, words):
+        states = self.dropout(self.words(words))
+        return {"intent": self.intent(states.mean(1)), "slots": self.slots(states)}
+
+
+class Graph(nn.Module):
+    """Sums over neighbours."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.dropout = nn.Linear(8, 3), nn.Dropout(0.5)
+
+    def forward(self, batch):
+        nodes, edges = batch["nodes"], batch["edges"]
+        sums = torch.zeros_like(nodes).index_add(0, edges[1], nodes[edges[0]])
+        return self.layer(self.dropout(torch.cat([nodes, sums], 1)))
+
+
+def test_python_blocks_about_models_run():
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    dropout, classifier = nn.Dropout(0.5), nn.Linear(4, 3)
+    embedding, tags = nn.Embedding(20, 5), torch.randint(0, 5, (3, 7))
+    setting = {
+        "x": x,
+        "y": y,
+        "model": nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)),
+        "segmenter": nn.Sequential(nn.Dropout(0.5), nn.Conv2d(1, 4, 3, padding=1)),
+        "images": torch.randn(2, 1, 6, 6),
+        "masks": torch.randint(0, 4, (2, 6, 6)),
+        "recogniser": nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 6)),
+        "sounds": torch.randn(2, 9, 4),
+        "transcripts": torch.tensor([[1, 2, 3], [4, 5, -100]]),
+        "tagger": nn.Sequential(embedding, dropout),
+        "sentences": torch.randint(0, 20, (3, 7)),
+        "tags": tags,
+        "log_likelihood": lambda scores, tags: (
+            -F.cross_entropy(scores.transpose(1, 2), tags, reduction="none").sum(1)
+        ),
+        "two_heads": TwoHeads(),
+        "words": torch.randint(0, 20, (3, 7)),
+        "intents": torch.randint(0, 3, (3,)),
+        "slot_labels": tags,
+        "encoder": nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 8)),
+        "graph_network": Graph(),
+        "nodes": torch.randn(8, 4),
+        "edges": torch.randint(0, 8, (2, 24)),
+        "node_labels": torch.randint(0, 3, (8,)),
+        "margin_head": lambda x, y: classifier(dropout(x)) - 0.5 * F.one_hot(y, 3),
+        "rewards": lambda x: classifier(dropout(x))[:, 0],
+    }
+    seen = 0
+    for block in blocks(ROOT / "docs/models.md", "python"):
+        setting.pop("loss", None)
+        exec(compile(block, "docs/models.md", "exec"), setting)
+        if "loss" in setting:
+            seen += 1
+            assert setting["loss"].isfinite()
+    assert seen >= 11
+
+
 def test_commands_exist():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
     commands = {c.name or c.callback.__name__ for c in app.registered_commands}
