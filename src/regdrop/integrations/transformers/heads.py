@@ -73,6 +73,28 @@ _OTHER_LOSSES: tuple[tuple[tuple[str, ...], str], ...] = (
         "that of a beam over the answer's first and last token",
     ),
     (("ProphetNetForConditionalGeneration", "ProphetNetForCausalLM"), "that of several next words"),
+    (("BlipForConditionalGeneration",), "with label smoothing"),
+    (("GitForCausalLM",), "that of the positions behind a picture"),
+    (("ShieldGemma2ForImageClassification",), "that of words, where its logits are yes and no"),
+    (("DiarizationForAudioFrameClassification",), "of several speakers a frame"),
+)
+# Decoders whose labels the caller has moved already, and one whose decoder inputs are; encoders
+# under older names.
+_ALIGNED = (
+    "ForMaskedLM",
+    "WithLMHeadModel",
+    "XLNetLMHeadModel",
+    "PPFormulaNetForConditionalGeneration",
+    "BartForCausalLM",
+    "BigBirdPegasusForCausalLM",
+    "BlenderbotForCausalLM",
+    "BlenderbotSmallForCausalLM",
+    "CpmAntForCausalLM",
+    "MarianForCausalLM",
+    "MvpForCausalLM",
+    "PegasusForCausalLM",
+    "TrOCRForCausalLM",
+    "WhisperForCausalLM",
 )
 _HEADS: tuple[tuple[tuple[str, ...], Callable[[LabelledBatch], Head]], ...] = (
     (
@@ -90,17 +112,7 @@ _HEADS: tuple[tuple[tuple[str, ...], Callable[[LabelledBatch], Head]], ...] = (
     (("ForSemanticSegmentation",), pixels),
     (("ForMultipleChoice",), choices),
     (("ForQuestionAnswering", "ForQuestionAnsweringSimple"), spans),
-    # Encoders under older names, a language model whose labels are moved by the caller, and one
-    # whose decoder inputs are.
-    (
-        (
-            "ForMaskedLM",
-            "WithLMHeadModel",
-            "XLNetLMHeadModel",
-            "PPFormulaNetForConditionalGeneration",
-        ),
-        aligned,
-    ),
+    (_ALIGNED, aligned),
     (("AdaptiveInputForCausalLM",), adaptive),
     (("ForCausalLM", "LMHeadModel", "ReformerModelWithLMHead", "BertGenerationDecoder"), causal),
     (

@@ -63,6 +63,11 @@ class LabelledBatch:
         return type(self.model).__name__
 
     @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """Return what the model's forward takes."""
+        return inspect.signature(self.model.forward).parameters
+
+    @property
     def virtual_tokens(self) -> int:
         """Return how many learned positions come before those of the batch."""
         if self.prompt is None or self.prompt.peft_type in _SAME_LENGTH:
@@ -95,7 +100,7 @@ class LabelledBatch:
         labels = self.inputs.pop(name, None)
         if isinstance(labels, Tensor):
             return labels
-        accepted = inspect.signature(self.model.forward).parameters
+        accepted = self.parameters
         if name not in accepted and "kwargs" not in accepted:
             raise self.unknown(f"has a loss of its own: its forward takes no {name!r}")
         named = [key for key in self.inputs if key in self.label_names]

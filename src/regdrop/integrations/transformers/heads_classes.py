@@ -17,7 +17,8 @@ def classification(batch: LabelledBatch) -> Head:
     labels, config = batch.pop(), batch.model.config
     problem_type = config.problem_type or _problem_type(config.num_labels, labels)
     if problem_type == "single_label_classification":
-        return batch.classes(labels.reshape(-1), config.num_labels)
+        outputs = partial(_rows_of_logits, num_labels=config.num_labels)
+        return batch.classes(labels.reshape(-1), config.num_labels, outputs)
     batch.refuse_options(f"problem_type={problem_type!r}: they need single-label classification")
     if problem_type == "multi_label_classification":
         return Head(batch.inputs, labels, binary_cross_entropy_terms)
@@ -38,6 +39,11 @@ def _problem_type(num_labels: int, labels: Tensor) -> str:
     if labels.dtype in (torch.long, torch.int):
         return "single_label_classification"
     return "multi_label_classification"
+
+
+def _rows_of_logits(output: Any, num_labels: int) -> Tensor:
+    # Some have a dimension of one query between.
+    return read_logits(output).reshape(-1, num_labels)
 
 
 def _flat_logits(output: Any) -> Tensor:

@@ -16,7 +16,7 @@ _ENCODER_PROMPTS = frozenset({"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CAR
 
 
 def aligned(batch: LabelledBatch) -> Head:
-    """The word at every position that has a label, such as those behind masks."""
+    """The word at every position that has a label: behind masks, or moved by the caller."""
     return _words(batch, batch.pop())
 
 
@@ -51,6 +51,9 @@ def generation(batch: LabelledBatch) -> Head:
         inputs["decoder_input_ids"] = words
         if batch.name == "EncoderDecoderModel" and "decoder_attention_mask" not in inputs:
             inputs["decoder_attention_mask"] = (words != batch.model.config.pad_token_id).long()
+    if batch.prompt is None and "use_cache" in batch.parameters:
+        # As the models do that are given labels; some of the others look ahead.
+        inputs.setdefault("use_cache", False)
     return _words(batch, labels)
 
 
