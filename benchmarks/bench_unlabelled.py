@@ -1,0 +1,358 @@
+"""What sentences without a label add to R-Drop where labels are few: MiniLM on parts of SST-2.
+
+    python benchmarks/bench_unlabelled.py --data data/sst2_sentences    # about an hour on one core
+    python benchmarks/bench_unlabelled.py --quick    # on made-up sentences, to see that it runs
+
+Every seed draws the labelled sentences of a run, and others whose labels are hidden. All ways see
+the same labelled batches. Without R-Drop a sentence without a label has no loss at all, so that
+there is no such way. Alpha and the number of steps are chosen for each way and number of labels by
+the held-out NLL on another seed; the test split is read once, at the end of a run. Every finished
+run is a file, and is not run again.
+"""
+
+import json
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+from torch.nn import functional as F
+
+import recording
+from regdrop import RDropConfig, rdrop_step
+from regdrop.experiments.plots import COLOURS, new_figure, save_figure
+from regdrop.experiments.progress import quiet_libraries
+from regdrop.experiments.record import describe_hardware, library_versions, write_json
+from regdrop.experiments.statistics import Estimate, estimate, paired_difference
+from regdrop.tasks import PreparedTask
+from regdrop.tasks.options import change_task, find_task
+
+UNLABELLED = -1
+BASELINE, RDROP, BOTH = "labels", "labels, R-Drop", "labels and unlabelled, R-Drop"
+TUNING_SEED = 100
+WARM_UP = 12  # steps; the rate is constant from there, so that a shorter run is the longer's start
+OPTIMISATION = ("learning_rate", "weight_decay", "max_grad_norm")
+LOGGED = 25  # steps over which training figures are averaged
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is trained on.
+
+    Attributes:
+        labels: Numbers of labelled sentences.
+        pool: Sentences without a label.
+        labelled_batch: Labelled sentences of a batch.
+        unlabelled_batch: Others of a batch, in the way that has them.
+        alphas: Among which alpha is chosen.
+        steps: Numbers of steps among which theirs is chosen.
+        seeds: Reported runs.
+    """
+
+    labels: tuple[int, ...] = (100, 500)
+    pool: int = 5_000
+    labelled_batch: int = 8
+    unlabelled_batch: int = 16
+    alphas: tuple[float, ...] = (1.0, 3.0, 10.0)
+    steps: tuple[int, ...] = (50, 100, 150, 200)
+    seeds: int = 5
+
+
+QUICK = Sizes((8, 16), 30, 4, 4, (1.0,), (1, 2), 2)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run: what its record is named after, and begins with."""
+
+    labels: int
+    way: str
+    alpha: float
+    steps: int
+    seed: int
+
+    @property
+    def path(self) -> str:
+        """The file of its record in the folder of results."""
+        stage = "tuning" if self.seed == TUNING_SEED else "runs"
+        slug = {BASELINE: "baseline", RDROP: "rdrop", BOTH: "rdrop-unlabelled"}[self.way]
+        return f"{stage}/{self.labels}-{slug}-alpha{self.alpha:g}-seed{self.seed}.json"
+
+
+def draw_batches(size: int, count: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Draw batches of `count` out of `size` without end, all once before one comes again."""
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < count:
+            waiting += torch.randperm(size, generator=generator).tolist()
+        yield waiting[:count]
+        waiting = waiting[count:]
+
+
+def training_batches(prepared: PreparedTask, setting: Setting, sizes: Sizes) -> Iterator[Any]:
+    """Draw the batches of a run; the labelled part is the same for all ways of a seed."""
+    order = torch.Generator().manual_seed(setting.seed)
+    rows = prepared.splits["train"]
+    chosen = torch.randperm(len(rows), generator=order).tolist()
+    labelled = [rows[i] for i in chosen[: setting.labels]]
+    # One pool for all numbers of labels of a seed, without any sentence that one of them labels.
+    others = chosen[max(sizes.labels) :][: sizes.pool]
+    unlabelled = [{**rows[i], "labels": UNLABELLED} for i in others]
+    count = sizes.unlabelled_batch if setting.way == BOTH else 0
+    parts = zip(
+        draw_batches(len(labelled), sizes.labelled_batch, order),
+        draw_batches(len(unlabelled), count, torch.Generator().manual_seed(setting.seed)),
+        strict=True,
+    )
+    for first, second in parts:
+        batch = [labelled[i] for i in first] + [unlabelled[i] for i in second]
+        yield prepared.data_collator(batch)
+
+
+def evaluate(model: nn.Module, prepared: PreparedTask, split: str) -> dict[str, float]:
+    """Return accuracy and NLL of a split, in one pass without dropout."""
+    model.eval()
+    rows = sorted(prepared.splits[split], key=lambda row: len(row["input_ids"]))
+    correct, nll = 0, 0.0
+    for start in range(0, len(rows), 64):
+        batch = dict(prepared.data_collator(rows[start : start + 64]))
+        target = batch.pop("labels")
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = model(**batch).logits.float()
+        correct += int((logits.argmax(-1) == target).sum())
+        nll += float(F.cross_entropy(logits, target, reduction="sum"))
+    return {"accuracy": correct / len(rows), "nll": nll / len(rows)}
+
+
+def train(
+    prepared: PreparedTask, setting: Setting, sizes: Sizes, optimisation: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Train as set and return the figures; the held-out ones too where they choose a setting."""
+    torch.manual_seed(setting.seed)
+    model = prepared.build_model()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=optimisation["learning_rate"],
+        weight_decay=optimisation["weight_decay"],
+        fused=True,
+    )
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARM_UP))
+    config = RDropConfig(
+        alpha=setting.alpha,
+        num_passes=1 if setting.way == BASELINE else 2,
+        unlabelled_index=UNLABELLED,
+    )
+    history: list[dict[str, float]] = []
+    held_out: list[dict[str, float]] = []
+    seconds, mark = 0.0, time.perf_counter()
+    for step, batch in enumerate(islice(training_batches(prepared, setting, sizes), setting.steps)):
+        model.train()
+        inputs = dict(batch)
+        target = inputs.pop("labels")
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, nll, kl = rdrop_step(
+                lambda x: model(**x).logits, inputs, target, config=config, step=step
+            )
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), optimisation["max_grad_norm"])
+        optimizer.step()
+        rate.step()
+        optimizer.zero_grad()
+        history.append({"nll": float(nll), "kl": float(kl)})
+        if setting.seed == TUNING_SEED and step + 1 in sizes.steps:
+            seconds += time.perf_counter() - mark
+            held_out.append({"steps": step + 1, **evaluate(model, prepared, "validation")})
+            mark = time.perf_counter()
+    seconds += time.perf_counter() - mark
+    found: dict[str, Any] = {"seconds": seconds, "training": list(averaged(history))}
+    if held_out:
+        return {**found, "held_out": held_out}
+    return {**found, "test": evaluate(model, prepared, "test")}
+
+
+def averaged(history: Sequence[Mapping[str, float]]) -> Iterator[dict[str, float]]:
+    """Return the means of training figures over so many steps each."""
+    for start in range(0, len(history), LOGGED):
+        part = history[start : start + LOGGED]
+        means = {name: sum(entry[name] for entry in part) / len(part) for name in part[0]}
+        yield {"step": start + len(part), **means}
+
+
+def run(
+    prepared: PreparedTask, setting: Setting, sizes: Sizes, folder: Path, config: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the record of a run; it is run if there is none.
+
+    Raises:
+        ValueError: If there is one of other settings.
+    """
+    path = folder / setting.path
+    plain = json.loads(json.dumps({**asdict(setting), "config": config}))
+    if path.exists():
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if {name: record.get(name) for name in plain} != plain:
+            raise ValueError(f"{path} is of a run with other settings: use another --output")
+        return record
+    record = {
+        **plain,
+        **train(prepared, setting, sizes, config),
+        "versions": library_versions(),
+        "hardware": describe_hardware(),
+    }
+    write_json(path, record)
+    return record
+
+
+def alphas_of(way: str, sizes: Sizes) -> tuple[float, ...]:
+    return (0.0,) if way == BASELINE else sizes.alphas
+
+
+def choose(records: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
+    """Return the alpha and the number of steps with the lowest held-out NLL."""
+    trials = [
+        (entry["nll"], record["alpha"], entry["steps"])
+        for record in records
+        for entry in record["held_out"]
+    ]
+    return min(trials)[1:]
+
+
+Figures = dict[tuple[int, str], dict[int, dict[str, Any]]]
+
+
+def markdown(figures: Figures) -> str:
+    """Return the table: means, and the paired differences to labels alone."""
+    lines = [
+        "| labels | trained on | alpha | steps | test accuracy (%) | test NLL |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (labels, way), runs in figures.items():
+        any_run = next(iter(runs.values()))
+        alpha = "" if way == BASELINE else f"{any_run['alpha']:g}"
+        cells = []
+        for metric, factor, digits in (("accuracy", 100, 2), ("nll", 1, 3)):
+            values = {seed: factor * own["test"][metric] for seed, own in runs.items()}
+            cell = shown(estimate(list(values.values())), digits)
+            for reference in {BASELINE: (), RDROP: (BASELINE,), BOTH: (BASELINE, RDROP)}[way]:
+                others = figures[labels, reference]
+                base = {seed: factor * own["test"][metric] for seed, own in others.items()}
+                cell += f" ({shown(paired_difference(values, base), digits, sign=True)})"
+            cells.append(cell)
+        lines.append(
+            f"| {labels} | {way} | {alpha} | {any_run['steps']} | {cells[0]} | {cells[1]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def shown(value: Estimate, digits: int, *, sign: bool = False) -> str:
+    mean = f"{value.mean:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+    return f"{mean} ± {value.half_width:.{digits}f}"
+
+
+def draw(figures: Figures, path: Path) -> None:
+    """Draw every run, the runs of a seed joined, and the mean of every way."""
+    figure, panels = new_figure(2)
+    labels = sorted({labels for labels, _ in figures})
+    ways = list(dict.fromkeys(way for _, way in figures))
+    for panel, (metric, title, factor) in zip(
+        panels, (("accuracy", "test accuracy (%)", 100), ("nll", "test NLL", 1)), strict=True
+    ):
+        for number, count in enumerate(labels):
+            places = [number + (i - 1) / 4 for i in range(len(ways))]
+            runs = [figures[count, way] for way in ways]
+            for seed in sorted(set.intersection(*(set(own) for own in runs))):
+                values = [factor * own[seed]["test"][metric] for own in runs]
+                panel.plot(places, values, color=COLOURS[1], linewidth=0.8, zorder=1)
+            for place, way, colour, own in zip(places, ways, COLOURS[2:], runs, strict=False):
+                values = [factor * one["test"][metric] for one in own.values()]
+                label = way if number == 0 else None
+                panel.scatter([place] * len(values), values, color=colour, s=14, label=label)
+                mean = sum(values) / len(values)
+                panel.plot([place - 0.08, place + 0.08], [mean, mean], color=colour, linewidth=3)
+        panel.set_xticks(range(len(labels)), [f"{count} labels" for count in labels])
+        panel.set_title(title)
+        panel.grid(alpha=0.3, axis="y")
+    save_figure(figure, path)
+
+
+def made_up_sentences(folder: Path) -> Path:
+    """Write sentences of words that are good or bad."""
+    folder.mkdir()
+    words = ("a film", "the plot", "its end", "every scene", "one joke")
+    for split, count in (("train", 100), ("validation", 30)):
+        rows = [f"{words[i % 5]} is {('bad', 'good')[i % 2]},{i % 2}" for i in range(count)]
+        text = "sentence,label\n" + "\n".join(rows)
+        (folder / f"{split}.csv").write_text(text, encoding="utf-8")
+    return folder
+
+
+def main() -> None:
+    options = recording.parser(__doc__)
+    options.add_argument("--data", default="nyu-mll/glue", help="folder or hub id of SST-2")
+    options.set_defaults(output=recording.ROOT / "results" / "unlabelled-sst2" / "runs.json")
+    arguments = recording.parse(options)
+    sizes = QUICK if arguments.quick else Sizes()
+    folder = arguments.output.parent
+    console = Console()
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as name:
+        made_up = arguments.quick and str(made_up_sentences(Path(name) / "data"))
+        task = change_task(find_task("minilm-sst2-part"), data=made_up or arguments.data)
+        # 40 tokens cut one sentence in twelve, and keep batches of mixed lengths small.
+        task = replace(task, train_examples=None, max_length=40)  # type: ignore[call-arg]
+        prepared = task.prepare()
+        config = {
+            "task": task.name,
+            "model": task.model,  # type: ignore[attr-defined]
+            "max_length": task.max_length,  # type: ignore[attr-defined]
+            **{name: getattr(task.training, name) for name in OPTIMISATION},
+            "warm_up": WARM_UP,
+            # More seeds or alphas change no run that is finished.
+            **{k: v for k, v in asdict(sizes).items() if k not in ("alphas", "seeds")},
+        }
+        groups = [(labels, way) for labels in sizes.labels for way in (BASELINE, RDROP, BOTH)]
+        trials = defaultdict(list)
+        tuning = [
+            (group, Setting(*group, alpha, max(sizes.steps), TUNING_SEED))
+            for group in groups
+            for alpha in alphas_of(group[1], sizes)
+        ]
+        for group, setting in track(tuning, "choosing alpha and steps", console=console):
+            trials[group].append(run(prepared, setting, sizes, folder, config))
+        chosen = {group: choose(records) for group, records in trials.items()}
+        settings = [
+            (group, Setting(*group, *chosen[group], seed))
+            for seed in range(sizes.seeds)
+            for group in groups
+        ]
+        figures: Figures = {group: {} for group in groups}
+        for group, setting in track(settings, "training", console=console):
+            figures[group][setting.seed] = run(prepared, setting, sizes, folder, config)
+    rows: list[recording.Row] = [
+        {
+            **{name: record[name] for name in ("labels", "way", "steps", "seed", "seconds")},
+            "alpha": record["alpha"] or None,
+            **record["test"],
+        }
+        for runs in figures.values()
+        for record in runs.values()
+    ]
+    columns = {name: name for name in rows[0]}
+    recording.show(rows, columns, task.name, console)
+    table = markdown(figures)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    console.print(table)
+    draw(figures, folder / "unlabelled.png")
+    recording.write(rows, arguments, console, alphas=sizes.alphas, **config)
+
+
+if __name__ == "__main__":
+    main()
