@@ -7,6 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from regdrop.config import RDropConfig
 
+_PREFIX = "rdrop_"
 _MARK = "The following hyperparameters were used during training:"
 
 
@@ -34,7 +35,9 @@ class RecordOptions(TrainerCallback):
         self._trainer.begin_parts()
         config = getattr(kwargs.get("model"), "config", None)
         if config is not None:
-            config.rdrop = self._trainer.rdrop.to_dict()
+            # One entry an option: MLflow leaves out long values.
+            for name, value in self._trainer.rdrop.to_dict().items():
+                setattr(config, f"{_PREFIX}{name}", value)
 
     def on_step_begin(
         self,
@@ -76,5 +79,5 @@ def add_to_model_card(path: Path, rdrop: RDropConfig) -> None:
 
 def _forget(model: Any) -> None:
     config = getattr(model, "config", None)
-    if config is not None:
-        vars(config).pop("rdrop", None)
+    for name in RDropConfig().to_dict() if config is not None else ():
+        vars(config).pop(f"{_PREFIX}{name}", None)
