@@ -1,6 +1,7 @@
 """Does R-Drop act at all: sources of dropout, the divergence between passes, the cost of a step."""
 
 import functools
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from regdrop.config import RDropConfig
 from regdrop.loss import TermsFunction
-from regdrop.passes import find_dropout, kept_buffers, kept_random_state
+from regdrop.passes import concatenate_outputs, find_dropout, kept_buffers, kept_random_state
 
 Output = TypeVar("Output")
 
@@ -87,27 +88,31 @@ def watch_divergence(forward: Callable[..., Any], kl: Tensor) -> None:
 
 
 def reached_modules(forward: Callable[..., Any]) -> Iterator[nn.Module]:
-    """Yield the modules that a function calls as far as its closure and its globals tell."""
+    """Yield the modules that a function calls, as far as what it names and is bound to tells."""
     if isinstance(forward, nn.Module):
         yield forward
         return
+    named: list[Any] = []
     while isinstance(forward, functools.partial):
-        yield from (value for value in forward.args if isinstance(value, nn.Module))
+        named += [*forward.args, *forward.keywords.values()]
         forward = forward.func
-    owner = getattr(forward, "__self__", None)
-    if isinstance(owner, nn.Module):
-        yield owner
+    named.append(getattr(forward, "__self__", forward))
     code = getattr(forward, "__code__", None)
-    if code is None:
-        return
-    known = getattr(forward, "__globals__", {})
-    named = [known.get(name) for name in code.co_names]
-    for cell in getattr(forward, "__closure__", None) or ():
-        try:
-            named.append(cell.cell_contents)
-        except ValueError:  # a name that has no value yet
-            continue
-    yield from (value for value in named if isinstance(value, nn.Module))
+    if code is not None:
+        function: Any = getattr(forward, "__func__", forward)
+        named += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        named += [function.__globals__.get(name) for name in code.co_names]
+        for cell in function.__closure__ or ():
+            try:
+                named.append(cell.cell_contents)
+            except ValueError:  # a name that has no value yet
+                continue
+    for value in named:
+        if isinstance(value, nn.Module):
+            yield value
+        elif not isinstance(value, (type, types.ModuleType, types.FunctionType)):
+            held = getattr(value, "__dict__", {}).values()
+            yield from (item for item in held if isinstance(item, nn.Module))
 
 
 def _identity(forward: Any, modules: list[nn.Module]) -> Any:
@@ -160,20 +165,18 @@ def dropout_report(model: nn.Module, config: RDropConfig | None = None) -> list[
     return lines
 
 
-def measure_divergence(
-    logits: Tensor, other: Tensor, target: Tensor, terms: TermsFunction
-) -> Tensor:
+def measure_divergence(outputs: Any, other: Any, target: Any, terms: TermsFunction) -> Tensor:
     """Return the divergence of two passes of the same batch, a detached mean over its items.
 
     Args:
-        logits: Output of one pass, (batch, ...).
+        outputs: Output of one pass, (batch, ...), or a structure of such.
         other: Output of the other.
         target: The target, which tells the items that count.
         terms: The output family's terms of each item.
     """
     # Terms may draw masks of their own, as an adaptive softmax does.
     with torch.no_grad(), kept_random_state():
-        both = terms(torch.cat([logits.detach(), other.detach()]), target, num_passes=2)
+        both = terms(concatenate_outputs([outputs, other]), target, num_passes=2)
         return both.kl.sum() / both.kl_count.clamp(min=1)
 
 

@@ -77,7 +77,8 @@ def rdrop_step(
     """
     if not isinstance(config, RDropConfig):
         raise TypeError(f"config must be an RDropConfig, got {type(config).__name__}")
-    terms = _find_terms(loss, config, next(find_tensors(target)).device)
+    labels = next(find_tensors(target), None)
+    terms = _find_terms(loss, config, None if labels is None else labels.device)
     plan = plan_step(config, step)
     last: list[Any] = []
 
@@ -108,7 +109,7 @@ def rdrop_step(
 
 
 def _find_terms(
-    loss: Loss | Callable[..., ItemTerms], config: RDropConfig, device: torch.device
+    loss: Loss | Callable[..., ItemTerms], config: RDropConfig, device: torch.device | None
 ) -> TermsFunction:
     """Return the terms of a loss by its name, with the config's options, or of one's own."""
     if config.likelihood == "model":
@@ -184,7 +185,8 @@ def _cut(outputs: Any, num_passes: int, backward_passes: int) -> Any:
         return limit_backward(passes, backward_passes).flatten(0, 1)
     if isinstance(outputs, dict):
         return {name: _cut(part, num_passes, backward_passes) for name, part in outputs.items()}
-    return type(outputs)(_cut(part, num_passes, backward_passes) for part in outputs)
+    parts = [_cut(part, num_passes, backward_passes) for part in outputs]
+    return type(outputs)(*parts) if hasattr(outputs, "_fields") else type(outputs)(parts)
 
 
 def compute_step_loss(

@@ -6,12 +6,13 @@ from regdrop.passes.noise import embedding_noise
 from regdrop.passes.rates import dropout_rates, uses_gradient_checkpointing
 from regdrop.passes.shared_prefix import SharedPrefix, share_prefix, why_not_shared
 from regdrop.passes.stacking import find_batch_size, find_tensors, repeat_batch, take_items
-from regdrop.passes.strategies import Strategy, run_passes
+from regdrop.passes.strategies import Strategy, concatenate_outputs, run_passes
 
 __all__ = [
     "DropoutSource",
     "SharedPrefix",
     "Strategy",
+    "concatenate_outputs",
     "dropout_rates",
     "embedding_noise",
     "find_batch_size",

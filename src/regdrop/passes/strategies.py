@@ -73,18 +73,23 @@ def run_passes(
         with torch.no_grad():
             rest = _run(forward, batch, selections[graded:], **options)
     outputs = _run(forward, batch, selections[:graded], **options)
-    return outputs if rest is None else _concatenate([outputs, rest])
+    return outputs if rest is None else concatenate_outputs([outputs, rest])
 
 
-def _concatenate(outputs: Sequence[Any]) -> Any:
-    """Return several outputs of one structure as one, along the first dimension."""
+def concatenate_outputs(outputs: Sequence[Any]) -> Any:
+    """Return several outputs of one structure as one, along the first dimension.
+
+    Raises:
+        TypeError: For an output that is no tensor, tuple, list or mapping of them.
+    """
     first = outputs[0]
     if isinstance(first, Tensor):
         return torch.cat(list(outputs))
     if isinstance(first, Mapping):
-        return {name: _concatenate([output[name] for output in outputs]) for name in first}
+        return {name: concatenate_outputs([output[name] for output in outputs]) for name in first}
     if isinstance(first, (tuple, list)):
-        return type(first)(_concatenate(parts) for parts in zip(*outputs, strict=True))
+        parts = [concatenate_outputs(part) for part in zip(*outputs, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     raise TypeError(
         "forward must return a tensor, or a tuple, list or mapping of tensors, "
         f"got {type(first).__name__}"
@@ -113,7 +118,7 @@ def _run(
         forward(batch if s is None else take_items(batch, s, batch_size=batch_size, shared=shared))
         for s in selections
     ]
-    return outputs[0] if len(outputs) == 1 else _concatenate(outputs)
+    return outputs[0] if len(outputs) == 1 else concatenate_outputs(outputs)
 
 
 def _stack(

@@ -118,8 +118,9 @@ def test_rows_of_steps_of_one_pass_monitoring_and_evaluation(tmp_path):
     rdrop = RDropConfig(alpha=2.0, every_n_steps=2, monitor_steps=1)
     options = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 16}
     trainer = run(tmp_path, model, text_rows(), rdrop, until="bert", **options)
-    # The model's own loss, the checked first step, then one pass with its monitor.
-    assert rows == [8, 16, 8, 8, 8, 8, 8, 8]
+    # The first batch without and with its labels, the checked first step, then one pass with its
+    # monitor.
+    assert rows == [8, 8, 16, 8, 8, 8, 8, 8, 8]
     rows.clear()
     with_sharing = trainer.evaluate()["eval_loss"]
     assert rows == [16]

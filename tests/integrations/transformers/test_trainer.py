@@ -138,7 +138,8 @@ def test_logged_parts_are_means_over_all_items_since_the_last_log(tmp_path):
     class Recording(RDropTrainer):
         def rdrop_head(self, model, inputs):
             def terms(logits, target, **options):
-                outputs.append((logits.detach().clone(), target.clone()))
+                if logits.requires_grad:  # and not when the first batch is looked at
+                    outputs.append((logits.detach().clone(), target.clone()))
                 return cross_entropy_terms(logits, target, **options)
 
             return replace(super().rdrop_head(model, inputs), terms=terms, takes_kernel=False)
@@ -362,20 +363,9 @@ def test_a_model_with_dropout_is_not_warned_about(tmp_path):
     assert not [w for w in caught if "R-Drop" in str(w.message)]
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"rdrop": {"alpha": 1}}, TypeError, "rdrop must be an RDropConfig, got dict"),
-        (
-            {"further": {"compute_loss_func": lambda *args, **kwargs: None}},
-            ValueError,
-            "compute_loss_func must be None",
-        ),
-    ],
-)
-def test_wrong_arguments_are_refused_before_training(tmp_path, options, error, message):
-    with pytest.raises(error, match=message):
-        make(tmp_path, **options)
+def test_a_config_of_another_type_is_refused_before_training(tmp_path):
+    with pytest.raises(TypeError, match="rdrop must be an RDropConfig, got dict"):
+        make(tmp_path, rdrop={"alpha": 1})
 
 
 @pytest.mark.parametrize(
@@ -388,11 +378,11 @@ def test_wrong_arguments_are_refused_before_training(tmp_path, options, error, m
         ),
         (
             {"model": BertForPreTraining(tiny_bert().config)},
-            "got BertForPreTraining; for another head override",
+            "BertForPreTraining .*returns none: .*override rdrop_head",
         ),
         (
             {"rows": Rows(input_ids=torch.ones(8, 4).long(), labels=torch.zeros(8))},
-            r"Target size .* must be the same as input size",
+            r"target must have the shape of one pass, \(8, 3\), got \(8,\)",
         ),
     ],
 )
