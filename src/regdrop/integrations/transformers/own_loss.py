@@ -66,6 +66,17 @@ class Divergence:
     mask: str | None = None
     label: str | None = None
 
+    def __str__(self) -> str:
+        name = "its output" if self.logits is None else f"output {self.logits!r}"
+        if self.kind == "margins":
+            return f"the KL of the margins of pairs of rows in {name}"
+        if self.kind == "numbers":
+            return f"the squared difference of {name}"
+        if self.kind == "labels":
+            return f"the KL of {name}, each number a yes or no"
+        items = "all" if self.mask is None else f"those that {self.mask} tells"
+        return f"the KL of {name}, read as scores of classes (items: {items})"
+
     def head(self, inputs: Mapping[str, Any], rows: int) -> Head:
         """Return a head whose terms hold the divergence; its likelihood is not used."""
         batch = dict(inputs)
@@ -281,5 +292,5 @@ def _find_logits(output: Any, rows: int) -> tuple[str | int | None, Tensor]:
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     raise ValueError(
         f"the model's output must hold logits of {rows} rows to be compared between passes, got "
-        f"{found}: return them beside the loss"
+        f"{found}: return them beside the loss, or override rdrop_head of the trainer"
     )

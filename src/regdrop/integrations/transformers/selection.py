@@ -125,7 +125,8 @@ class HeadSelection(_Base):
             head = self.rdrop_head(model, inputs)
             found = None if is_sharded else compare_losses(model, head, inputs)
         except UnknownHeadError as error:
-            reason = str(error).split(";")[0] if name in str(error) else f"{name} is not known"
+            says = str(error).split(";")[0]
+            reason = says if says.startswith(name) else f"{name} is not a class that regdrop knows"
         else:
             if found is None or found.agrees:
                 return Source()
@@ -139,7 +140,7 @@ class HeadSelection(_Base):
             self._tell(f"{reason}; its own loss on the first batch is {recipe}, which is minimised")
             return Source(recipe=recipe)
         source = self._own_source(inputs)
-        self._tell_own(reason, source)
+        self._tell_own(f"{reason}, and its own loss is none that regdrop knows", source)
         return source
 
     def _detect(self, inputs: Mapping[str, Any]) -> Recipe | None:
@@ -253,12 +254,13 @@ class HeadSelection(_Base):
 
     def _tell_own(self, reason: str, source: Source) -> None:
         assert source.own is not None
-        lines = [f"{reason}; it is minimised as it is, beside the KL of its logits"]
+        compared = source.own.divergence or "the KL that regdrop has for its head"
+        lines = [f"{reason}; that loss is minimised as it is, beside {compared}"]
         if not source.own.is_rowwise:
-            lines.append("its rows depend on each other, so that passes run one after the other")
+            lines.append("Its rows depend on each other, so that passes run one after the other")
         if not source.own.counts_items and self.args.gradient_accumulation_steps > 1:
             lines.append(
-                "it is a mean over its own batch: micro-batches count alike, however many items "
+                "It is a mean over its own batch: micro-batches count alike, however many items "
                 "they hold"
             )
         self._tell(". ".join(lines) + ". RDropConfig(likelihood='model') says so")

@@ -202,7 +202,8 @@ class RDropTrainerMixin(HeadSelection):
             return config
         if reason is not None:
             self._require_several_forwards(f"a batch that cannot be stacked: {reason}")
-            if reason not in self._told:
+            # Of a loss whose rows depend on each other that has been said.
+            if reason not in self._told and (own is None or own.is_rowwise):
                 self._told.add(reason)
                 self._tell(f"passes run one after the other, not stacked: {reason}")
         return replace(config, passes="sequential")
