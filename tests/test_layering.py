@@ -13,7 +13,7 @@ PACKAGE = Path(regdrop.__file__).parent
 
 FLOORS = [
     {"kernels", "passes", "conventions"},
-    {"loss", "config"},
+    {"loss", "config", "disagreement"},
     {"schedule", "diagnostics"},
     {"heads", "step", "suggestion"},
     {"integrations"},

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from regdrop.config import RDropConfig
+from regdrop.disagreement import Disagreement as Disagreement
+from regdrop.disagreement import measure_disagreement as measure_disagreement
 from regdrop.loss import TermsFunction
 from regdrop.passes import concatenate_outputs, find_dropout, kept_buffers, kept_random_state
 
