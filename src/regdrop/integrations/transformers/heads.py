@@ -21,6 +21,11 @@ from regdrop.integrations.transformers.heads_words import adaptive, aligned, cau
 __all__ = ["Head", "base_model", "find_head"]
 
 
+def known_suffixes() -> tuple[str, ...]:
+    """Return the ends of the names of the classes that are known."""
+    return tuple(suffix for suffixes, _ in _HEADS for suffix in suffixes)
+
+
 def find_head(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -62,7 +67,7 @@ def find_head(
                 # Heads read outputs by name.
                 batch.inputs["return_dict"] = True
             return build(batch)
-    known = ", ".join(f"*{suffix}" for suffixes, _ in _HEADS for suffix in suffixes)
+    known = ", ".join(f"*{suffix}" for suffix in known_suffixes())
     raise UnknownHeadError(f"model must be one of {known}, got {batch.name}; {WAY_OUT}")
 
 

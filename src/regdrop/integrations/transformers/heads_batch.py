@@ -94,14 +94,14 @@ class LabelledBatch:
         """Take the labels out of the inputs.
 
         Raises:
-            UnknownHeadError: If the model's forward knows none of that name.
+            UnknownHeadError: If the model's forward takes labels by another name alone.
             ValueError: If the batch has none of that name; tells those that may be meant.
         """
         labels = self.inputs.pop(name, None)
         if isinstance(labels, Tensor):
             return labels
         accepted = self.parameters
-        if name not in accepted and "kwargs" not in accepted:
+        if name not in accepted and "labels" in accepted:
             raise self.unknown(f"has a loss of its own: its forward takes no {name!r}")
         named = [key for key in self.inputs if key in self.label_names]
         meant = named or [key for key in self.inputs if key not in accepted]
