@@ -1,4 +1,4 @@
-"""One step of a loop of one's own: the loss by hand, schedules, accumulation, own terms, warnings."""
+"""One step of a loop of one's own: the loss by hand, schedules, accumulation, terms, warnings."""
 
 import warnings
 from functools import partial

@@ -302,5 +302,5 @@ def _partial_terms(
     whole = terms(first, target, num_passes=1)
     part = terms(torch.cat([first[items], others]), target[items], **passes)
     weight = size / items.numel()
-    kl = torch.zeros_like(whole.nll).index_add(0, items, part.kl * weight)
+    kl = part.kl.new_zeros(size, *part.kl.shape[1:]).index_add(0, items, part.kl * weight)
     return whole._replace(kl=kl)

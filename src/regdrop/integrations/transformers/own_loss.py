@@ -175,7 +175,7 @@ class LossForward:
         """Return the divergence of each item; the likelihood is 0."""
         if num_passes == 1:
             zero, one = outputs.new_zeros(()), outputs.new_ones(())
-            return ItemTerms(zero, zero, one, one)
+            return ItemTerms(zero, zero, one, self.head.counts().kl)
         options: dict[str, Any] = {"num_passes": num_passes, "backward_passes": backward_passes}
         own = self._own_terms(outputs, target, **options)
         return own._replace(nll=torch.zeros_like(own.kl), nll_count=own.kl_count)

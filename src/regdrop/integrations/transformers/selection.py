@@ -223,9 +223,7 @@ class HeadSelection(_Base):
         self, model: nn.Module, inputs: dict[str, Any], num_items: Any = None
     ) -> tuple[Tensor, Any]:
         """Return the loss and the output as they are without R-Drop."""
-        compute = super().compute_loss
-        options = {"num_items_in_batch": num_items} if takes(compute, "num_items_in_batch") else {}
-        result = compute(model, dict(inputs), return_outputs=True, **options)
+        result = self._compute_without_rdrop(model, dict(inputs), True, num_items)
         if not isinstance(result, tuple):
             raise ValueError(
                 f"{self._loss_owner()} must return (loss, outputs) under return_outputs=True, got "
@@ -233,6 +231,22 @@ class HeadSelection(_Base):
             )
         loss, outputs = result
         return loss, outputs
+
+    def _compute_without_rdrop(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Any
+    ) -> Any:
+        """Call the `compute_loss` below the mixin as the Trainer would without it."""
+        compute = super().compute_loss
+        options = {"num_items_in_batch": num_items} if takes(compute, "num_items_in_batch") else {}
+        # R-Drop has the Trainer count items for every model, but not every model takes the count.
+        counts, self.model_accepts_loss_kwargs = (
+            self.model_accepts_loss_kwargs,
+            self._model_takes_num_items,
+        )
+        try:
+            return compute(model, inputs, return_outputs=return_outputs, **options)
+        finally:
+            self.model_accepts_loss_kwargs = counts
 
     def _own_loss_counts(self) -> bool | None:
         """Return whether that loss divides by the items it is given; None where that is to try."""

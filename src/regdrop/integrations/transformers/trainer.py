@@ -30,7 +30,7 @@ from regdrop.integrations.transformers.heads import base_model
 from regdrop.integrations.transformers.own_loss import LossForward, OwnLoss
 from regdrop.integrations.transformers.parts import LoggedParts
 from regdrop.integrations.transformers.recording import RecordOptions, add_to_model_card
-from regdrop.integrations.transformers.selection import HeadSelection, takes
+from regdrop.integrations.transformers.selection import HeadSelection
 from regdrop.integrations.transformers.verify import check_fused_head
 from regdrop.loss import ItemCounts, RDropOutput
 from regdrop.loss.reduction import term_weights
@@ -161,11 +161,9 @@ class RDropTrainerMixin(HeadSelection):
         is_counting = owner is not None and self._model_takes_num_items
         if owner is not None and own is not None:
             is_counting = own.counts_items
-        compute = super().compute_loss
-        options = {"num_items_in_batch": num_items if is_counting else None}
-        if not takes(compute, "num_items_in_batch"):
-            options = {}
-        return compute(model, inputs, return_outputs=return_outputs, **options)
+        return self._compute_without_rdrop(
+            model, inputs, return_outputs, num_items if is_counting else None
+        )
 
     def _forward(
         self, model: nn.Module, head: Head, own: OwnLoss | None, return_outputs: bool

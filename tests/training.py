@@ -1,0 +1,169 @@
+"""Runs of the Trainer that the tests of its integration share, and models of no known class."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.utils import ModelOutput
+
+from models import Rows
+from regdrop.integrations.transformers import RDropTrainer
+
+FEATURES = 6
+
+
+def arguments(folder, **options):
+    """Return arguments under which an update is the gradient, and nothing is random but dropout."""
+    defaults = {
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
+
+
+def build(folder, model, rows, rdrop=None, kind=RDropTrainer, further=None, **options):
+    """Return a trainer; `options` are those of its arguments, `further` its own."""
+    extra = {"rdrop": rdrop} if rdrop is not None else {}
+    return kind(
+        model=model,
+        args=arguments(folder, **options),
+        train_dataset=rows,
+        eval_dataset=rows,
+        **extra,
+        **(further or {}),
+    )
+
+
+def train(*args, **kwargs):
+    """Train a trainer of `build`, and return it."""
+    trainer = build(*args, **kwargs)
+    trainer.train()
+    return trainer
+
+
+def logged(trainer, name):
+    """Return what was logged under a name, one number a log."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def parameters(trainer):
+    """Return copies of the parameters of a trainer's model."""
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def assert_same_run(a, b, **tolerances):
+    """Assert that two trainers logged the same losses and left the same parameters."""
+    tolerances = {"rtol": 1e-5, "atol": 1e-6, **tolerances}
+    assert len(logged(a, "loss")) == len(logged(b, "loss")) > 0
+    torch.testing.assert_close(
+        torch.tensor(logged(a, "loss")), torch.tensor(logged(b, "loss")), **tolerances
+    )
+    for x, y in zip(parameters(a), parameters(b), strict=True):
+        torch.testing.assert_close(x, y, **tolerances)
+
+
+def record_scores(model, name="scores"):
+    """Return a list that fills with the scores of every forward in training, one a pass or a stack."""
+    seen = []
+
+    def note(module, args, kwargs, output):
+        if module.training:
+            scores = output[name] if isinstance(output, dict) else getattr(output, name)
+            seen.append(scores.detach().clone())
+
+    model.register_forward_hook(note, with_kwargs=True)
+    return seen
+
+
+def said(caplog):
+    """Return what R-Drop said, one line a message."""
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith("R-Drop: ")]
+
+
+@dataclass
+class PlainOutput:
+    """A dataclass of one's own as the output of a model."""
+
+    loss: Any
+    scores: Tensor
+
+    def __getitem__(self, index):
+        return (self.loss, self.scores)[index]
+
+
+@dataclass
+class HuggingOutput(ModelOutput):
+    """The library's way to return outputs."""
+
+    loss: Tensor | None = None
+    scores: Tensor | None = None
+
+
+class Plain(nn.Module):
+    """A network of no known class that returns its loss, as the Trainer wants it.
+
+    Args:
+        criterion: From scores and labels to the loss.
+        width: Numbers that it returns for each row (or for each position).
+        output: "dict", "tuple", "dataclass" or "model output".
+        shape: From the scores, (rows, ..., width), to those that it returns.
+        label: Name of the labels.
+        needs_labels: Whether it cannot run without them.
+        dropout: Its rate.
+    """
+
+    def __init__(
+        self,
+        criterion,
+        width=3,
+        output="dict",
+        shape=None,
+        label="labels",
+        needs_labels=False,
+        dropout=0.3,
+    ):
+        super().__init__()
+        torch.manual_seed(5)
+        self.body = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Dropout(dropout))
+        self.head = nn.Linear(8, width)
+        self.criterion, self.output, self.shape = criterion, output, shape
+        self.label, self.needs_labels = label, needs_labels
+
+    def forward(self, x, **labels):
+        scores = self.head(self.body(x))
+        scores = scores if self.shape is None else self.shape(scores)
+        target = labels[self.label] if self.needs_labels else labels.get(self.label)
+        loss = None if target is None else self.criterion(scores, target)
+        if self.output == "tuple":
+            return (scores,) if loss is None else (loss, scores)
+        if self.output == "dataclass":
+            return PlainOutput(loss, scores)
+        if self.output == "model output":
+            return HuggingOutput(loss, scores)
+        return {"scores": scores} if loss is None else {"loss": loss, "scores": scores}
+
+
+class NamedRows(Rows):
+    """Rows whose labels may have any name."""
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+
+def number_rows(labels, size=16, positions=None, label="labels", seed=1):
+    """Return rows of random numbers, of one position or of several, beside their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (size, FEATURES) if positions is None else (size, positions, FEATURES)
+    return NamedRows(x=torch.randn(shape, generator=generator), **{label: labels})
