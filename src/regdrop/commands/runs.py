@@ -35,6 +35,10 @@ from regdrop.tasks.iwslt import prepare_iwslt
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run of `regdrop train`.")]
 
 
+# Above this the figures say more of the words than of the model.
+MOST_UNKNOWN_WORDS = 0.03
+
+
 @app.command()
 def train(
     task: TaskName,
@@ -92,6 +96,11 @@ def evaluate(
         require_one_process("evaluate")
         result = run_evaluation(run, split, data=data, settings=settings or ())
     print_figures(result, console)
+    if result.unknown_words > MOST_UNKNOWN_WORDS:
+        console.print(
+            f"[yellow]{result.unknown_words:.1%} of the words of {data} are unknown to the model: "
+            "is it text of the language and the form that it was trained on?[/yellow]"
+        )
     console.print(f"Kept in {result.path}")
 
 

@@ -13,7 +13,7 @@ from regdrop.experiments.bootstrap import Interval, interval, resample
 from regdrop.experiments.progress import quiet_libraries
 from regdrop.experiments.record import RunRecord, write_json
 from regdrop.experiments.run import MODEL_FOLDER, RECORD_NAME, build_trainer
-from regdrop.tasks import Task
+from regdrop.tasks import PreparedTask, Task
 from regdrop.tasks.options import change_task, task_from_config
 
 
@@ -29,6 +29,7 @@ class Evaluation:
         intervals: Their 95 % intervals over the examples.
         signatures: What a metric's own library says of how it was computed.
         path: The file that keeps them.
+        unknown_words: Share of the words of other data than the run's that the model does not know.
     """
 
     task: Task
@@ -38,6 +39,7 @@ class Evaluation:
     intervals: dict[str, Interval]
     signatures: dict[str, str]
     path: Path
+    unknown_words: float = 0.0
 
 
 def load_run(folder: Path) -> tuple[Task, RunRecord]:
@@ -90,9 +92,20 @@ def evaluate(
         },
         signatures=prepared.signatures,
         path=folder / f"evaluation-{name}.json",
+        unknown_words=0.0 if data is None else _unknown_words(prepared, dataset),
     )
     write_json(result.path, _content(result, data, settings))
     return result
+
+
+def _unknown_words(prepared: PreparedTask, dataset: Any) -> float:
+    """Return the share of a split's words that the tokenizer does not know; 0 for images."""
+    unknown = getattr(prepared.processing_class, "unk_token_id", None)
+    if unknown is None:
+        return 0.0
+    counts = [(row.count(unknown), len(row)) for row in (x["input_ids"] for x in dataset)]
+    found, words = (sum(column) for column in zip(*counts, strict=True))
+    return found / max(1, words)
 
 
 def _content(result: Evaluation, data: str | None, settings: Sequence[str]) -> dict[str, Any]:
@@ -104,6 +117,7 @@ def _content(result: Evaluation, data: str | None, settings: Sequence[str]) -> d
         "figures": result.figures,
         "intervals": {name: list(interval) for name, interval in result.intervals.items()},
         "signatures": result.signatures,
+        "unknown_words": result.unknown_words,
     }
     plain: dict[str, Any] = json.loads(json.dumps(content))
     return plain

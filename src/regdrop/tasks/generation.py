@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from regdrop.integrations.transformers import RDropSeq2SeqTrainer
+from regdrop.tasks.full_precision import FullPrecisionEvaluation
 from regdrop.tasks.token_batches import TokenBatchLoader, TokenBatchSampler
 
 # The column that tells which example an output is of; the model does not see it.
 EXAMPLE_ID = "example_id"
 
 
-class GenerationTrainer(RDropSeq2SeqTrainer):
+class GenerationTrainer(FullPrecisionEvaluation, RDropSeq2SeqTrainer):
     """Trains on batches by tokens and predicts by generation, with the likelihood beside it.
 
     Predictions are the generated tokens and, for each example, the summed negative log-likelihood

@@ -1,6 +1,6 @@
 """Image classification with vision transformers (section 3.5 of arXiv 2106.14448)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -90,30 +90,54 @@ class ImageClassification:
         if (self.model is None) == (not self.model_config):
             raise ValueError("exactly one of model and model_config must be given")
         register()
-        splits = self._load()
+        splits = self._load(saved_class_names(folder))
         from transformers import AutoModelForImageClassification
 
+        names = ("train", "validation", "test")
         return PreparedTask(
             splits=LazySplits(
                 {
-                    "train": lambda: splits.train,
-                    "validation": lambda: splits.validation,
-                    "test": lambda: splits.test,
+                    name: partial(getattr, splits, name)
+                    for name in names
+                    if getattr(splits, name) is not None
                 }
             ),
             build_model=partial(self._build_model, splits.class_names),
             load_model=AutoModelForImageClassification.from_pretrained,
             example_statistics=classification_statistics,
+            processing_class=self._processor(),
         )
 
-    def _load(self) -> ImageSplits:
+    def _processor(self) -> Any:
+        """Return what makes a model's input of an image, to be saved with it.
+
+        The library has none for grey images.
+        """
+        if self.num_channels != 3 or self.dataset == "digits":
+            return None
+        from PIL.Image import Resampling
+        from transformers import ViTImageProcessor
+
+        size, (mean, std) = self._image_size(), self._normalisation()
+        return ViTImageProcessor(
+            size={"height": size, "width": size},
+            resample=Resampling.BICUBIC,
+            image_mean=list(mean),
+            image_std=list(std),
+            do_convert_rgb=True,
+        )
+
+    def _load(self, class_names: Sequence[str] | None) -> ImageSplits:
         if self.dataset == "digits":
             if self.streaming or self.train_examples is not None:
                 raise ValueError("digits are a few: neither streaming nor train_examples applies")
             return load_digits_splits(build_augmentation(self.augmentation, 8))
         image_size = self._image_size()
         mean, std = self._normalisation()
-        load = stream_image_splits if self.streaming else load_image_splits
+        # A trained model is tested on a folder of files as they are.
+        streaming = self.streaming and (class_names is None or not Path(self.dataset).exists())
+        options: dict[str, Any] = {} if streaming else {"class_names": class_names}
+        load: Callable[..., ImageSplits] = stream_image_splits if streaming else load_image_splits
         return load(
             self.dataset,
             config_name=self.dataset_config,
@@ -123,6 +147,7 @@ class ImageClassification:
             mean=mean,
             std=std,
             augmentation=build_augmentation(self.augmentation, image_size),
+            **options,
         )
 
     def _image_size(self) -> int:
@@ -164,6 +189,16 @@ class ImageClassification:
         set_dropout(config, self.dropout)
         new_model: nn.Module = AutoModelForImageClassification.from_config(config)
         return new_model
+
+
+def saved_class_names(folder: Path | None) -> list[str] | None:
+    """Return the classes of the model that a folder holds, in their order; None for no model."""
+    if folder is None or not (folder / "config.json").exists():
+        return None
+    from transformers import AutoConfig
+
+    names: dict[int, str] = AutoConfig.from_pretrained(folder).id2label
+    return [names[i] for i in range(len(names))]
 
 
 def build_augmentation(kind: Augmentation, image_size: int) -> nn.Module | None:

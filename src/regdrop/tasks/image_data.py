@@ -16,7 +16,7 @@ _SPLIT_SEED = 0
 
 
 class ImageSplits(NamedTuple):
-    """The three splits of an image data set and the names of its classes."""
+    """The splits of an image data set and the names of its classes; None where there is none."""
 
     train: Any
     validation: Any
@@ -128,12 +128,13 @@ def load_image_splits(
     augmentation: nn.Module | None,
     config_name: str | None = None,
     train_examples: int | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> ImageSplits:
     """Load a folder or a hub id by `datasets.load_dataset`.
 
     A set without a validation split gives a tenth of its training split, drawn by a fixed seed;
     one without a test split, or whose test split hides its labels, is tested on its validation
-    split and validated on that tenth.
+    split and validated on that tenth. One without a training split is there to be tested on.
 
     Args:
         dataset: Folder or hub id, with one column of images and one of class labels.
@@ -144,31 +145,42 @@ def load_image_splits(
         augmentation: Applied to the training split.
         config_name: Configuration of the hub's set.
         train_examples: Size of the part of the training split that is used; None for all.
+        class_names: Classes in the order of a trained model's outputs; None for the set's own.
 
     Raises:
-        ValueError: For a set that cannot be found, or without a training split, an image column or
-            a label column.
+        ValueError: For a set that cannot be found, or without a split that is used, an image
+            column or a label column, or with other classes than a model's.
     """
     loaded = load_raw_splits(dataset, config_name)
-    if "train" not in loaded:
-        raise ValueError(f"dataset {dataset!r} must have a split 'train', got {sorted(loaded)}")
-    train = loaded["train"]
-    image_column, label_column = find_columns(dataset, train)
-    held_out, test = loaded.get("validation"), loaded.get("test")
-    if test is None or min(test[label_column][:]) < 0:  # hidden labels are -1
-        test, held_out = held_out, None
-    if test is None:
+    train, held_out, test = (loaded.get(name) for name in ("train", "validation", "test"))
+    known = [x for x in (train, held_out, test) if x is not None]
+    if not known:
         raise ValueError(
-            f"dataset {dataset!r} must have a split 'test' or 'validation' with labels, "
+            f"dataset {dataset!r} must have a split named train, validation or test, "
             f"got {sorted(loaded)}"
         )
-    if held_out is None:
-        train, held_out = hold_out(train)
-    train = take_part(train, train_examples)
-    label_feature = train.features[label_column]
+    image_column, label_column = find_columns(dataset, known[0])
+    if test is not None and min(test[label_column][:]) < 0:  # hidden labels are -1
+        test = None
+    if train is not None:
+        if test is None:
+            test, held_out = held_out, None
+        if test is None:
+            raise ValueError(
+                f"dataset {dataset!r} must have a split 'test' or 'validation' with labels, "
+                f"got {sorted(loaded)}"
+            )
+        if held_out is None:
+            train, held_out = hold_out(train)
+        train = take_part(train, train_examples)
+    own_names = list(known[0].features[label_column].names)
+    places = match_classes(dataset, own_names, class_names)
 
-    def split(source: Any, augmentation: nn.Module | None = None) -> Images:
+    def split(source: Any, augmentation: nn.Module | None = None) -> Images | None:
+        if source is None:
+            return None
         labels = torch.tensor(source[label_column][:]).long()
+        labels = labels if places is None else torch.tensor(places)[labels]
         read = _reader(source, image_column, image_size, num_channels)
         return Images(
             read,
@@ -179,7 +191,25 @@ def load_image_splits(
         )
 
     splits = split(train, augmentation), split(held_out), split(test)
-    return ImageSplits(*splits, list(label_feature.names))
+    return ImageSplits(*splits, own_names if class_names is None else list(class_names))
+
+
+def match_classes(
+    dataset: str, own: Sequence[str], wanted: Sequence[str] | None
+) -> list[int] | None:
+    """Return the place of each of a set's classes among a model's; None where it is its own.
+
+    Raises:
+        ValueError: If the set has a class that the model does not know.
+    """
+    if wanted is None:
+        return None
+    if unknown := sorted(set(own) - set(wanted)):
+        raise ValueError(
+            f"data {dataset!r} must have the classes of the model, {list(wanted)}; "
+            f"got others, {unknown}"
+        )
+    return [list(wanted).index(name) for name in own]
 
 
 def find_columns(dataset: str, split: Any) -> tuple[str, str]:

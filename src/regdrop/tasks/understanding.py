@@ -109,28 +109,35 @@ class LanguageUnderstanding:
         )
 
     def _load_raw(self) -> dict[str, Any]:
-        raw = load_raw_splits(self.dataset, self.glue_task, self._used_splits())
-        used = {name: split for name, split in raw.items() if name in self._used_splits()}
+        """Return the splits by what they are used for.
+
+        A set whose test split shows its labels is tested on that, as anybody's own set is. GLUE's
+        hide them: they are tested on their validation splits, and validated on a part of training.
+        """
+        names = dict.fromkeys(("train", *self.glue.tests.values(), "validation", "test"))
+        raw = load_raw_splits(self.dataset, self.glue_task, tuple(names))
+        shows_test = "test" in raw and has_labels(raw["test"])
+        tests = {"test": "test"} if shows_test else self.glue.tests
+        roles = {role: name for role, name in tests.items() if name in raw}
+        used = {name: raw[name] for name in ("train", *roles.values()) if name in raw}
+        if "validation" in raw and (shows_test or not roles):
+            roles["validation"], used["validation"] = "validation", raw["validation"]
         if not used:
             raise ValueError(
-                f"data {self.dataset!r} must have splits named as GLUE's {self._used_splits()}, "
-                f"got {sorted(raw)}"
+                f"data {self.dataset!r} must have a split named train, validation or test (or as "
+                f"GLUE's {list(self.glue.tests.values())}) with labels, got {sorted(raw)}"
             )
         columns = (*self.glue.sentences, "label")
         require_columns(self.dataset, used, columns)
         for name, split in used.items():
             check_labels(f"split {name!r} of data {self.dataset!r}", split, self.glue)
-        splits = {}
+        splits = {role: used[name] for role, name in roles.items()}
         if "train" in used:
-            train, splits["validation"] = hold_out(used["train"])
+            train = used["train"]
+            if "validation" not in splits:
+                train, splits["validation"] = hold_out(train)
             splits["train"] = take_part(train, self.train_examples)
-        for role, name in self.glue.tests.items():
-            if name in used:
-                splits[role] = used[name]
         return splits
-
-    def _used_splits(self) -> tuple[str, ...]:
-        return ("train", *self.glue.tests.values())
 
     def _tokenize(self, split: Any, tokenizer: Any) -> Any:
         columns = self.glue.sentences
@@ -194,6 +201,11 @@ def regression_statistics(prediction: Any) -> np.ndarray:
     predicted = np.asarray(predicted, dtype=np.float64).reshape(-1)
     labels = np.asarray(prediction.label_ids, dtype=np.float64).reshape(-1)
     return np.stack([labels, predicted, (predicted - labels) ** 2], axis=1)
+
+
+def has_labels(split: Any) -> bool:
+    """Return whether a split shows its labels; GLUE's hidden ones are all -1."""
+    return "label" in split.column_names and any(label != -1 for label in split["label"])
 
 
 def check_labels(where: str, split: Any, task: GlueTask) -> None:

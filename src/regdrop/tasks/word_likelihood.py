@@ -7,9 +7,10 @@ from torch import nn
 
 from regdrop.integrations.transformers import RDropTrainer
 from regdrop.integrations.transformers.heads import find_head
+from regdrop.tasks.full_precision import FullPrecisionEvaluation
 
 
-class WordLikelihoodTrainer(RDropTrainer):
+class WordLikelihoodTrainer(FullPrecisionEvaluation, RDropTrainer):
     """Predictions are, for each block, the summed likelihood of its words and their number."""
 
     def prediction_step(
