@@ -1,4 +1,6 @@
+import json
 import random
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -6,10 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from typer.testing import CliRunner
 
 from models import key_dropout, text_rows, tiny_bert, tiny_bert_of, tiny_gpt2, token_rows
 from regdrop.diagnostics import measure_disagreement
 from regdrop.integrations.transformers.disagreement import measure_model
+from regdrop.tasks import PRESETS
+from text_data import write_encoder, write_glue, write_translation
 
 NEAR = {"rtol": 0, "atol": 1e-9}
 
@@ -286,3 +291,80 @@ def test_an_adaptive_softmax_is_measured_over_all_words():
     assert result.deployed.nll == pytest.approx(expected, abs=1e-5)
     assert result.items == 4 * 8
     assert result.epkl > 1e-4
+
+
+@pytest.mark.slow
+def test_the_command_measures_a_kept_model(tmp_path):
+    from regdrop.commands import app
+
+    runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
+    run, output = str(tmp_path / "run"), tmp_path / "out"
+    trained = runner.invoke(app, ["train", "digits", "--steps", "60", "--output", run])
+    assert trained.exit_code == 0, trained.output
+    options = ["--num-masks", "6", "--examples", "1197", "--output", str(output)]
+    result = runner.invoke(app, ["measure", run, *options])
+    assert result.exit_code == 0, result.output
+    assert "mutual information" in result.output
+    assert "1,197 test items" in result.output
+    assert (output / "measure-test.png").exists()
+    kept = json.loads((output / "measure-test.json").read_text())
+    record = json.loads((tmp_path / "run/record.json").read_text())
+    test = kept["splits"]["test"]
+    assert test["deployed"]["nll"] == pytest.approx(record["test"]["nll"], rel=1e-4)
+    assert test["deployed"]["accuracy"] == pytest.approx(record["test"]["accuracy"])
+    assert kept["splits"]["train"]["items"] == 300
+    assert test["epkl"] > 1e-4
+
+    again = runner.invoke(app, ["measure", run, *options])
+    assert json.loads((output / "measure-test.json").read_text()) == kept, again.output
+    refused = runner.invoke(app, ["measure", run, "--split", "tset"])
+    assert refused.exit_code == 2
+    assert "split must be one of" in refused.output
+
+
+def short(preset, **changes):
+    training = replace(preset.training, max_steps=4, eval_steps=4, logging_steps=4, batch_size=256)
+    return replace(preset, training=training, **changes)
+
+
+@pytest.mark.slow
+def test_words_are_measured_under_teacher_forcing(tmp_path):
+    from regdrop.experiments import build_arms
+    from regdrop.experiments.measure import measure
+    from regdrop.experiments.run import RunPaths, train_run
+
+    preset = PRESETS["multi30k-de-en"]
+    sizes = {"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    task = short(
+        preset,
+        dataset=str(write_translation(tmp_path / "data")),
+        model_config={**preset.model_config, **sizes},
+        vocabulary_size=80,
+        num_beams=1,
+    )
+    run = tmp_path / "run"
+    record = train_run(task, build_arms(task)["rdrop"], 0, RunPaths.alone(run))
+    found = measure(run, "test", num_masks=2, examples=10_000)
+    assert found.splits["test"].deployed.nll == pytest.approx(record.test["nll"], rel=1e-4)
+    assert found.splits["train"].items > 100
+    fewer = measure(run, "validation", num_masks=2, examples=3)
+    assert set(fewer.splits) == {"train", "validation"}
+    assert fewer.splits["train"].items < 40
+
+
+@pytest.mark.slow
+def test_a_run_that_predicts_numbers_is_refused_by_name(tmp_path):
+    from regdrop.experiments import build_arms
+    from regdrop.experiments.measure import measure
+    from regdrop.experiments.run import RunPaths, train_run
+
+    task = short(
+        PRESETS["bert-base-stsb"],
+        dataset=str(write_glue(tmp_path / "data", "stsb")),
+        model=str(write_encoder(tmp_path / "model")),
+        max_length=32,
+    )
+    train_run(task, build_arms(task)["baseline"], 0, RunPaths.alone(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"classes or words.*the loss 'mse_terms'"):
+        measure(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("measure*"))
