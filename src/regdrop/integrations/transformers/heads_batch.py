@@ -79,16 +79,13 @@ class LabelledBatch:
         """Return an error that names the model, what was found and the way out."""
         return UnknownHeadError(f"{self.name} {found}; {WAY_OUT}")
 
-    def refuse_options(self, kind: str) -> None:
-        """Raise where the likelihood has options that such a head does not have."""
-        options = {
-            "class_weight": self.class_weight is not None,
-            "label_smoothing": bool(self.label_smoothing),
-            "unlabelled_index": self.unlabelled_index is not None,
-        }
-        given = [name for name, is_given in options.items() if is_given]
-        if given:
-            raise ValueError(f"{' and '.join(given)} cannot be used with {kind} ({self.name})")
+    def refuse_options(self, needed: str) -> None:
+        """Raise where the likelihood has options and the head is not what they need."""
+        given = (self.class_weight, self.label_smoothing or None, self.unlabelled_index)
+        if any(option is not None for option in given):
+            raise ValueError(
+                f"class_weight, label_smoothing and unlabelled_index need {needed} ({self.name})"
+            )
 
     def pop(self, name: str = "labels") -> Tensor:
         """Take the labels out of the inputs.

@@ -19,7 +19,7 @@ def classification(batch: LabelledBatch) -> Head:
     if problem_type == "single_label_classification":
         outputs = partial(_rows_of_logits, num_labels=config.num_labels)
         return batch.classes(labels.reshape(-1), config.num_labels, outputs)
-    batch.refuse_options(f"problem_type={problem_type!r}: they need single-label classification")
+    batch.refuse_options(f"single-label classification, got problem_type={problem_type!r}")
     if problem_type == "multi_label_classification":
         return Head(batch.inputs, labels, binary_cross_entropy_terms)
     if problem_type == "regression":
@@ -80,13 +80,13 @@ def frames(batch: LabelledBatch) -> Head:
 def choices(batch: LabelledBatch) -> Head:
     """The right one of several choices, which have no weights: their order means nothing."""
     if batch.class_weight is not None:
-        raise ValueError(f"class_weight cannot be used with multiple choice ({batch.name})")
+        raise ValueError(f"class_weight needs classes, and choices are none ({batch.name})")
     return batch.classes(batch.pop())
 
 
 def spans(batch: LabelledBatch) -> Head:
     """Question answering: the first and the last token of the answer, two items a sample."""
-    batch.refuse_options("question answering")
+    batch.refuse_options("classes, and the ends of an answer are positions")
     ends = [batch.pop(name).reshape(-1) for name in ("start_positions", "end_positions")]
     words = batch.inputs.get("input_ids")
     words = batch.inputs["inputs_embeds"] if words is None else words
@@ -123,7 +123,7 @@ def pixels(batch: LabelledBatch) -> Head:
 
     if config.num_labels > 1:
         return batch.classes(labels, config.num_labels, outputs, ignore_index=ignored)
-    batch.refuse_options("one label a pixel: they need several classes")
+    batch.refuse_options(f"several classes a pixel, got num_labels={config.num_labels}")
     terms = partial(_binary_pixels, ignore_index=ignored)
     count = partial(_count_binary_pixels, ignore_index=ignored)
     return Head(batch.inputs, labels, terms, lambda out: outputs(out).squeeze(-1), count=count)

@@ -29,7 +29,7 @@ def causal(batch: LabelledBatch) -> Head:
 
 def adaptive(batch: LabelledBatch) -> Head:
     """The next token behind an adaptive softmax, whose full logits never exist."""
-    batch.refuse_options("an adaptive softmax")
+    batch.refuse_options("full logits, which an adaptive softmax never has")
     target = _pop_next_tokens(batch)
     terms = partial(adaptive_softmax_terms, softmax=batch.model.adaptive_softmax())
     batch.inputs["return_logits"] = False
