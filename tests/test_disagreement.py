@@ -2,6 +2,7 @@ import json
 import random
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -291,6 +292,14 @@ def test_an_adaptive_softmax_is_measured_over_all_words():
     assert result.deployed.nll == pytest.approx(expected, abs=1e-5)
     assert result.items == 4 * 8
     assert result.epkl > 1e-4
+
+
+def test_the_lines_of_the_page_on_theory_run(capsys):
+    page = (Path(__file__).parent.parent / "docs/theory.md").read_text("utf-8")
+    block = page.split("```python\n")[1].split("```")[0]
+    x, y = items()
+    exec(block, {"model": network(), "x": x, "y": y})
+    assert len(capsys.readouterr().out.split()) == 4
 
 
 @pytest.mark.slow
