@@ -75,7 +75,7 @@ def assert_same_run(a, b, **tolerances):
 
 
 def record_scores(model, name="scores"):
-    """Return a list that fills with the scores of every forward in training, one a pass or a stack."""
+    """Return a list that fills with the scores of every forward in training."""
     seen = []
 
     def note(module, args, kwargs, output):

@@ -335,13 +335,16 @@ class RDropTrainerMixin(HeadSelection):
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Take R-Drop's hyperparameters of a trial, such as "rdrop.alpha"; leave the others."""
-        space: Any = getattr(self, "hp_space", None)
-        params = space(trial) if trial is not None and _is_optuna(trial) and space else trial
-        own = {k: v for k, v in dict(params or {}).items() if k.startswith(_SEARCH_PREFIX)}
-        if not own:
+        if trial is None:
             return super()._hp_search_setup(trial)
+        space: Any = getattr(self, "hp_space", None)
+        params = dict(space(trial) if _is_optuna(trial) and space else trial)
+        own = {name: value for name, value in params.items() if name.startswith(_SEARCH_PREFIX)}
         options = {name.removeprefix(_SEARCH_PREFIX): value for name, value in own.items()}
+        # What a trial does not name is as it was given, not as another trial had it; its model may
+        # be another too.
         self.rdrop = RDropConfig.from_dict({**self._searched.to_dict(), **options})
+        self._source, self._is_checked = None, False
         rest = {name: value for name, value in params.items() if name not in own}
         self.hp_space = lambda _: rest
         try:

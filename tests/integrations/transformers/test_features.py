@@ -1,0 +1,257 @@
+"""Features of the Trainer with R-Drop: search, records, cards, batch sizes that are tried."""
+
+import json
+import os
+import socket
+
+import numpy as np
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+import reference
+from models import text_rows, tiny_bert, tiny_bert_of, tiny_gpt2, token_rows
+from regdrop import RDropConfig
+from regdrop.integrations.transformers import RDropTrainer, RDropTrainerMixin
+from training import arguments, assert_same_run, build, logged, record_scores, train
+
+ONE_PASS = RDropConfig(alpha=0.0, num_passes=1)
+
+
+def test_a_base_that_says_its_loss_is_a_mean_of_each_batch(tmp_path):
+    """Trainers of rewards and preferences say so; ours is one of the whole window."""
+
+    class Base(Trainer):
+        loss_is_scaled_for_ga = False
+
+    class Mixed(RDropTrainerMixin, Base):
+        pass
+
+    def run(**options):
+        return train(tmp_path, tiny_bert(dropout=0.0), text_rows(), ONE_PASS, Mixed, **options)
+
+    parts = run(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert_same_run(parts, run())
+
+
+@pytest.mark.parametrize("build_model", [tiny_bert, tiny_bert_of("ForTokenClassification")])
+def test_a_model_that_returns_tuples(tmp_path, build_model):
+    rows = text_rows if build_model is tiny_bert else token_rows
+
+    def run(kind, rdrop=None):
+        model = build_model()
+        model.config.return_dict = False
+        return train(tmp_path, model, rows(), rdrop, kind)
+
+    plain, ours = run(Trainer), run(RDropTrainer, ONE_PASS)
+    assert_same_run(ours, plain, rtol=1e-4)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+    assert min(logged(run(RDropTrainer, RDropConfig()), "kl")) > 0
+
+
+# --- hyperparameter search --------------------------------------------------------------------
+
+
+def search(folder, space, rdrop=None, n_trials=3):
+    optuna = pytest.importorskip("optuna")
+    seen = []
+
+    class Noting(RDropTrainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            seen.append((self.rdrop.alpha, self.rdrop.scale, self.args.learning_rate))
+            return loss
+
+    trainer = Noting(
+        model_init=lambda trial: tiny_bert(),
+        args=arguments(folder, max_steps=1),
+        train_dataset=text_rows(),
+        eval_dataset=text_rows(),
+        rdrop=rdrop,
+    )
+    best = trainer.hyperparameter_search(
+        hp_space=space,
+        n_trials=n_trials,
+        direction="minimize",
+        backend="optuna",
+        sampler=optuna.samplers.RandomSampler(seed=0),
+    )
+    return trainer, best, seen
+
+
+def test_each_trial_of_a_search_trains_with_its_alpha(tmp_path):
+    drawn = []
+
+    def space(trial):
+        found = {
+            "rdrop.alpha": trial.suggest_float("rdrop.alpha", 0.1, 5.0),
+            "learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2),
+        }
+        drawn.append((found["rdrop.alpha"], found["learning_rate"]))
+        return found
+
+    _, best, seen = search(tmp_path, space, RDropConfig(alpha=9.0, scale="sum"))
+    assert len(drawn) == 3
+    assert len(set(drawn)) == 3
+    assert [(alpha, rate) for alpha, _, rate in seen] == drawn
+    assert {scale for _, scale, _ in seen} == {"sum"}
+    assert best.hyperparameters["rdrop.alpha"] in [alpha for alpha, _ in drawn]
+
+
+def test_a_trial_without_options_of_ours_has_those_of_the_trainer(tmp_path):
+    def space(trial):
+        if trial.number == 0:
+            return {"rdrop.alpha": trial.suggest_float("rdrop.alpha", 1.0, 2.0)}
+        return {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)}
+
+    _, _, seen = search(tmp_path, space, RDropConfig(alpha=9.0), n_trials=2)
+    assert 1.0 <= seen[0][0] <= 2.0
+    assert seen[1][0] == 9.0
+
+
+def test_a_search_over_an_option_that_does_not_exist_is_an_error(tmp_path):
+    def space(trial):
+        return {"rdrop.alfa": trial.suggest_float("rdrop.alfa", 0.1, 5.0)}
+
+    with pytest.raises(ValueError, match=r"RDropConfig has no option \['alfa'\]"):
+        search(tmp_path, space)
+
+
+# --- records ----------------------------------------------------------------------------------
+
+
+class Tracker(TrainerCallback):
+    """Records what the Trainer's own trackers do: the model's config, when training begins."""
+
+    def __init__(self):
+        self.recorded = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.recorded.append(model.config.to_dict())
+
+
+def test_trackers_see_the_options_and_no_saved_config_has_them(tmp_path):
+    tracker = Tracker()
+    rdrop = RDropConfig(alpha=0.7, scale="sum")
+    further = {"callbacks": [tracker]}
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = train(tmp_path, tiny_bert(), text_rows(), rdrop, further=further, **options)
+    trainer.save_model(str(tmp_path / "final"))
+    (config,) = tracker.recorded
+    shown = {name: config[f"rdrop_{name}"] for name in rdrop.to_dict()}
+    assert shown == rdrop.to_dict()
+    for folder in ("checkpoint-1", "checkpoint-2", "final"):
+        saved = json.loads((tmp_path / folder / "config.json").read_text())
+        assert not [name for name in saved if name.startswith("rdrop")]
+    assert not [name for name in trainer.model.config.to_dict() if name.startswith("rdrop")]
+
+
+def test_a_model_without_a_config_has_nothing_to_show_and_trains(tmp_path):
+    trainer = train(tmp_path, _Scores(), text_rows(), RDropConfig(), max_steps=1)
+    assert logged(trainer, "kl")[0] > 0
+
+
+class _Scores(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.Embedding(80, 3)
+        self.dropout = torch.nn.Dropout(0.3)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.dropout(self.words(input_ids)).mean(1)
+        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+def test_the_model_card_lists_the_options_that_differ(tmp_path):
+    rdrop = RDropConfig(alpha=0.7, backward_passes=1)
+    trainer = train(tmp_path, tiny_bert(), text_rows(), rdrop)
+    trainer.create_model_card(model_name="tiny")
+    card = (tmp_path / "README.md").read_text()
+    parts = card.split("The following hyperparameters were used during training:")
+    assert len(parts) == 2
+    lines = [line for line in parts[1].splitlines() if line.startswith("- rdrop")]
+    assert lines == [
+        "- rdrop (regularized dropout, arXiv 2106.14448): alpha=0.7, backward_passes=1"
+    ]
+
+
+def test_parts_of_an_attempt_that_ran_out_of_memory_are_not_logged(tmp_path):
+    model = tiny_bert()
+    seen = record_scores(model, "logits")
+    calls = []
+
+    class Failing(RDropTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            calls.append(len(inputs["labels"]))
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if len(calls) == 2:
+                seen.clear()
+                raise RuntimeError("CUDA out of memory.")
+            return loss
+
+    rows = text_rows(20)
+    options = {"auto_find_batch_size": True, "max_steps": 2, "logging_steps": 2}
+    trainer = train(tmp_path, model, rows, RDropConfig(alpha=2.0), Failing, **options)
+    assert calls == [8, 8, 7, 7]
+    assert [len(scores) for scores in seen] == [14, 14]
+    labels = rows.columns["labels"]
+    items = [
+        item
+        for scores, target in zip(seen, labels[:14].split(7), strict=True)
+        for item in reference.rdrop_items(scores, target)
+    ]
+    assert logged(trainer, "nll") == [pytest.approx(np.mean([i[0] for i in items]), rel=1e-4)]
+    assert logged(trainer, "kl") == [pytest.approx(np.mean([i[1] for i in items]), rel=1e-4)]
+
+
+# --- two processes ----------------------------------------------------------------------------
+
+EVALUATED = {"bert": (tiny_bert, text_rows), "gpt2": (tiny_gpt2, token_rows), "plain": None}
+
+
+def evaluate(folder, name, **options):
+    if EVALUATED[name] is None:
+        torch.manual_seed(3)
+        model, rows = _Scores(), text_rows
+    else:
+        build_model, rows = EVALUATED[name]
+        model = build_model()
+    trainer = build(folder, model, rows(), RDropConfig(), **options)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    return before, trainer.evaluate()["eval_loss"], logged(trainer, "nll")
+
+
+def _worker(rank, port, folder):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    options = {
+        "ddp_backend": "gloo",
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 0.0,
+    }
+    found = {name: evaluate(folder, name, **options) for name in EVALUATED}
+    if rank == 0:
+        torch.save(found, folder / "found.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_evaluation_of_two_processes_is_that_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_worker, (port, tmp_path), nprocs=2)
+    two = torch.load(tmp_path / "found.pt", weights_only=False)
+    for name in EVALUATED:
+        before, after, _ = evaluate(tmp_path, name, learning_rate=0.0, per_device_eval_batch_size=4)
+        assert before == pytest.approx(after)
+        assert two[name][:2] == pytest.approx((before, after), rel=1e-5)
