@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models import VOCABULARY, Rows
-from regdrop import RDropConfig, repeat_batch, symmetric_kl
+from regdrop import RDropConfig, symmetric_kl
 from regdrop.integrations.transformers.batches import why_not_stacked
 from training import NamedRows, logged, record_scores, said, train
 
@@ -20,7 +20,7 @@ KEPT = {"remove_unused_columns": False}
 
 
 class LookingModel(nn.Module):
-    """Sentences beside pictures: the patches of all pictures lie flat, each picture's own number."""
+    """Sentences beside pictures, whose patches lie flat: each picture has a number of its own."""
 
     def __init__(self, dropout=0.3):
         super().__init__()

@@ -93,7 +93,7 @@ class RDropTrainerMixin(HeadSelection):
         self._resumed_parts: dict[str, Any] | None = None
         self._is_checked = self._is_dropout_checked = self._has_warned = False
         self._is_fused = self._was_computed = False
-        self._told: set[str] = set()
+        self._has_told_of_passes = False
         self._searched = self.rdrop
         self.callback_handler.callbacks.insert(0, RecordOptions(self))
 
@@ -201,8 +201,9 @@ class RDropTrainerMixin(HeadSelection):
         if reason is not None:
             self._require_several_forwards(f"a batch that cannot be stacked: {reason}")
             # Of a loss whose rows depend on each other that has been said.
-            if reason not in self._told and (own is None or own.is_rowwise):
-                self._told.add(reason)
+            # Once: the numbers of rows may be others in each batch.
+            if not self._has_told_of_passes and (own is None or own.is_rowwise):
+                self._has_told_of_passes = True
                 self._tell(f"passes run one after the other, not stacked: {reason}")
         return replace(config, passes="sequential")
 
