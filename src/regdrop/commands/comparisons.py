@@ -1,10 +1,10 @@
 """Commands of many runs: the five arms, the studies, and their reports."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -20,6 +20,7 @@ from regdrop.commands.app import (
 from regdrop.commands.options import (
     Alpha,
     Data,
+    ExecutorAddress,
     FirstSeed,
     ModelOption,
     Preset,
@@ -32,6 +33,7 @@ from regdrop.commands.options import (
 )
 from regdrop.experiments import load_records, run_arms, write_report
 from regdrop.experiments.arms import Arm, choose_arms, compared_arms
+from regdrop.experiments.cluster import parse_address
 from regdrop.experiments.display import FinishedRuns, LiveDisplay, print_table, print_tuned
 from regdrop.experiments.manifest import (
     COMPARISON,
@@ -40,6 +42,7 @@ from regdrop.experiments.manifest import (
     note_command,
 )
 from regdrop.experiments.processes import require_one_process
+from regdrop.experiments.record import merge_records
 from regdrop.experiments.run import UNFINISHED
 from regdrop.experiments.studies import STUDIES, study_arms
 from regdrop.experiments.tuning import apply_tuned, parse_variation, save_tuned
@@ -84,6 +87,7 @@ def compare(
     steps: Steps = None,
     settings: Settings = None,
     workers: Workers = None,
+    executor: ExecutorAddress = None,
     tuned: Tuned = None,
     output: Output = None,
 ) -> None:
@@ -96,7 +100,9 @@ def compare(
         chosen = chosen_task(task, preset, data, model, alpha, steps, settings)
         trained = _tuned(compared_arms(chosen, _names(arms)), COMPARISON, tuned)
         folder = output or Path("runs") / chosen.name
-        _run(COMPARISON, chosen, trained, range(first_seed, first_seed + seeds), workers, folder)
+        chosen_seeds = range(first_seed, first_seed + seeds)
+        machine = _machine(workers, executor, len(trained) * seeds)
+        _run(COMPARISON, chosen, trained, chosen_seeds, machine, folder)
 
 
 @app.command()
@@ -114,6 +120,7 @@ def sweep(
     steps: Steps = None,
     settings: Settings = None,
     workers: Workers = None,
+    executor: ExecutorAddress = None,
     tuned: Tuned = None,
     output: Output = None,
 ) -> None:
@@ -128,7 +135,9 @@ def sweep(
         trained = _tuned(_arms_of_study(study, chosen, grid, arms), study, tuned)
         console.print(f"[bold]{study}[/bold]: {STUDIES[study].question}")
         folder = output or Path("runs") / f"{chosen.name}-{study}"
-        _run(study, chosen, trained, range(first_seed, first_seed + seeds), workers, folder)
+        chosen_seeds = range(first_seed, first_seed + seeds)
+        machine = _machine(workers, executor, len(trained) * seeds)
+        _run(study, chosen, trained, chosen_seeds, machine, folder)
 
 
 @app.command()
@@ -162,6 +171,7 @@ def tune(
     steps: Steps = None,
     settings: Settings = None,
     workers: Workers = None,
+    executor: ExecutorAddress = None,
     output: Output = None,
 ) -> None:
     """Choose settings of every arm on the validation split, by other seeds than a comparison's.
@@ -182,7 +192,7 @@ def tune(
         folder = output or Path("runs") / f"{chosen.name}-tuning"
         check_study(folder, TUNING)
         is_search = any(not variation.values for variation in variations)
-        count, threads = workers_and_threads(workers, seeds if is_search else None)
+        machine = _machine(workers, executor, seeds if is_search else None)
         console.print(f"[bold]{chosen.name}[/bold]: {chosen.description}; results in {folder}")
         with interruptible(), _noted(folder, TUNING), console.status("training"):
             found = run_tuning(
@@ -193,9 +203,8 @@ def tune(
                 folder=folder,
                 trials=trials,
                 storage=storage,
-                workers=count,
-                threads=threads,
                 display=FinishedRuns(console),
+                **machine,
             )
         target = save_tuned(folder, study, found)
     print_tuned(chosen, found, console)
@@ -206,8 +215,12 @@ def tune(
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a comparison or a study.")],
 ) -> None:
-    """Draw the tables and the plots of a comparison or a study again, from its records."""
+    """Draw the tables and the plots of a comparison or a study again, from its records.
+
+    What is long in the records of an older version is moved into one compressed file.
+    """
     with usage_errors(FileNotFoundError):
+        merge_records(folder)
         _show(folder)
 
 
@@ -216,26 +229,28 @@ def _run(
     task: Task,
     arms: Sequence[Arm],
     seeds: Sequence[int],
-    workers: int | None,
+    machine: Mapping[str, Any],
     folder: Path,
 ) -> None:
-    workers, threads = workers_and_threads(workers, len(arms) * len(seeds))
     check_study(folder, study)
     console.print(
         f"[bold]{task.name}[/bold]: {task.description}; {len(arms)} arms, {len(seeds)} seeds, "
         f"results in {folder}"
     )
     with interruptible(), _noted(folder, study), LiveDisplay(arms, seeds, console) as display:
-        run_arms(
-            task,
-            arms,
-            seeds=seeds,
-            folder=folder,
-            workers=workers,
-            threads=threads,
-            display=display,
-        )
+        run_arms(task, arms, seeds=seeds, folder=folder, display=display, **machine)
     _show(folder)
+
+
+def _machine(workers: int | None, executor: str | None, runs: int | None) -> dict[str, Any]:
+    """Return the options that say where runs are computed, and how many at a time."""
+    if executor is not None:
+        parse_address(executor)
+        if workers is not None:
+            raise ValueError("--workers is of this machine alone: a cluster has its own")
+        return {"executor": executor}
+    count, threads = workers_and_threads(workers, runs)
+    return {"workers": count, "threads": threads}
 
 
 def _names(text: str | None) -> list[str] | None:

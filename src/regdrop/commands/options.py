@@ -32,6 +32,14 @@ FirstSeed = Annotated[int, typer.Option(min=0, help="The first of them.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Runs at a time; one a core, or one on a GPU.")
 ]
+ExecutorAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--executor",
+        metavar="dask://HOST:PORT",
+        help="A Dask cluster whose workers take the runs: see docs/cluster.md.",
+    ),
+]
 
 
 def chosen_task(

@@ -17,6 +17,7 @@ def compare(
     folder: Path,
     workers: int = 1,
     threads: int | None = None,
+    executor: str | None = None,
     arms: Sequence[str] | None = None,
     display: Display | None = None,
 ) -> list[RunRecord]:
@@ -28,6 +29,7 @@ def compare(
         folder: Where records are kept.
         workers: Runs at a time.
         threads: Threads a run.
+        executor: Address of a cluster; None for this machine.
         arms: Names of the arms to train; all by default.
         display: Shown the progress.
 
@@ -41,5 +43,6 @@ def compare(
         folder=folder,
         workers=workers,
         threads=threads,
+        executor=executor,
         display=display,
     )

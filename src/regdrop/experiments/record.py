@@ -1,10 +1,17 @@
-"""The record of one run: everything that tables and plots need, in one JSON file."""
+"""The record of one run: everything that tables and plots need.
+
+A record is one JSON file. In the folder of a study, what is long in the records is then moved into
+one compressed file beside them (details.py).
+"""
 
 import hashlib
 import json
 import os
 import platform
 import re
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,11 +20,14 @@ from typing import Any
 import torch
 
 from regdrop.experiments.arms import Arm
+from regdrop.experiments.details import DETAILS_NAME, Details, read_details, write_details
 from regdrop.experiments.processes import num_processes
 from regdrop.tasks import Task
 
 # The high-water mark just after a reset may be this much above what is in use.
 _RESET_TOLERANCE_MIB = 32
+# A file of details that nobody has written to for so long was left by a process that was killed.
+_STALE_SECONDS = 600
 _PACKAGES = (
     "regdrop",
     "torch",
@@ -82,10 +92,7 @@ class RunRecord:
         Raises:
             ValueError: If the file is no record.
         """
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not the record of a run: {error}") from error
+        return _load([path])[0]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -112,11 +119,90 @@ def load_records(folder: Path) -> list[RunRecord]:
 
     Raises:
         FileNotFoundError: If there are none.
+        ValueError: If a file is no record.
     """
-    paths = sorted((folder / "records").glob("*.json"))
+    paths = _record_files(folder)
     if not paths:
         raise FileNotFoundError(f"no records in {folder / 'records'}")
-    return [RunRecord.load(path) for path in paths]
+    return _load(paths)
+
+
+def merge_records(folder: Path) -> None:
+    """Move what is long in the records of a study into its one compressed file.
+
+    It can be interrupted, and called by several processes at a time, at any moment: a record is
+    shortened only once the file that holds the rest is in its place. Where another process is
+    merging, what is new is left for the next time.
+
+    Raises:
+        ValueError: If a file is no record, or what is long in it is nowhere.
+    """
+    target = folder / DETAILS_NAME
+    partial = target.with_suffix(".partial")
+    if not any(_is_whole(_read(path)) for path in _record_files(folder)):
+        return
+    try:
+        file = partial.open("xb")
+    except FileExistsError:
+        with suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
+                partial.unlink()
+        return
+    try:
+        with file:
+            contents = {path: _read(path) for path in _record_files(folder)}
+            records = _with_details(contents)
+            write_details(
+                file, {path.stem: Details(r.history, r.examples) for path, r in records.items()}
+            )
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    for path, content in contents.items():
+        if _is_whole(content):
+            write_json(path, {k: v for k, v in content.items() if k not in Details._fields})
+
+
+def _record_files(folder: Path) -> list[Path]:
+    return sorted((folder / "records").glob("*.json"))
+
+
+def _load(paths: Sequence[Path]) -> list[RunRecord]:
+    return list(_with_details({path: _read(path) for path in paths}).values())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not the record of a run: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not the record of a run: it holds {type(content).__name__}")
+    return content
+
+
+def _is_whole(content: Mapping[str, Any]) -> bool:
+    return "history" in content
+
+
+def _with_details(contents: Mapping[Path, dict[str, Any]]) -> dict[Path, RunRecord]:
+    """Return records with what is long in them, of one study.
+
+    The contents have been read before: merging writes what is long before it shortens a record.
+    """
+    short = [path for path, content in contents.items() if not _is_whole(content)]
+    details = read_details(short[0].parent.parent / DETAILS_NAME) if short else {}
+    records = {}
+    for path, content in contents.items():
+        if path in short and path.stem in details:
+            content = {**content, **details[path.stem]._asdict()}
+        try:
+            records[path] = RunRecord(**content)
+        except TypeError as error:
+            hint = f"; {DETAILS_NAME} must hold what is long in it" if path in short else ""
+            raise ValueError(f"{path} is not the record of a run: {error}{hint}") from error
+    return records
 
 
 def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:

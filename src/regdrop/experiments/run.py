@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from regdrop.config import RDropConfig
 from regdrop.experiments.arms import Arm
+from regdrop.experiments.details import DIGITS
 from regdrop.experiments.epochs import EpochCallback
 from regdrop.experiments.history import HistoryCallback, Progress
 from regdrop.experiments.processes import is_main_process, main_process_first, num_processes
@@ -33,12 +34,11 @@ from regdrop.integrations.transformers import RDropTrainer
 from regdrop.integrations.transformers.checkpoints import average_weights
 from regdrop.passes import find_dropout
 from regdrop.tasks import PreparedTask, Task
+from regdrop.tasks.full_precision import TaskTrainer
 
 RECORD_NAME = "record.json"
 MODEL_FOLDER = "model"
 UNFINISHED = "unfinished"
-# Significant digits of the statistics of single examples: more than any figure shows.
-_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _test(
         statistics = prepared.example_statistics(trainer.predict(split))
         prefix = "" if name == "test" else f"{name}_"
         figures.update({prefix + key: value for key, value in task.figures(statistics).items()})
-        examples[name] = [[float(f"{x:.{_DIGITS}g}") for x in row] for row in statistics]
+        examples[name] = [[float(f"{x:.{DIGITS}g}") for x in row] for row in statistics]
     return figures, examples
 
 
@@ -222,7 +222,7 @@ def build_trainer(
     validation: Any = None,
 ) -> RDropTrainer:
     """Return the trainer of a run; without data it only predicts."""
-    make = prepared.trainer or RDropTrainer
+    make = prepared.trainer or TaskTrainer
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
         return task.figures(prepared.example_statistics(prediction))
@@ -288,8 +288,8 @@ def training_arguments(
         optim=settings.optim,
         optim_args=settings.optim_args,
         adam_beta2=settings.adam_beta2,
-        bf16=settings.mixed_precision == "bf16",
-        fp16=on_gpu and settings.mixed_precision == "fp16",
+        bf16=with_training and settings.mixed_precision == "bf16",
+        fp16=with_training and on_gpu and settings.mixed_precision == "fp16",
         use_cpu=not on_gpu,
         logging_steps=settings.logging_steps,
         logging_first_step=True,

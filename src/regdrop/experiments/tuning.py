@@ -125,6 +125,7 @@ def tune(
     storage: str | None = None,
     workers: int = 1,
     threads: int | None = None,
+    executor: str | None = None,
     display: Display | None = None,
 ) -> dict[str, Tuned]:
     """Choose settings of every arm by their mean selection metric on the validation split.
@@ -144,6 +145,7 @@ def tune(
             the folder.
         workers: Runs at a time.
         threads: Threads a run.
+        executor: Address of a cluster; None for this machine.
         display: Shown the progress.
 
     Raises:
@@ -155,7 +157,12 @@ def tune(
         raise ValueError(
             "a range is searched by optuna, which is not installed: pip install 'regdrop[search]'"
         )
-    options: dict[str, Any] = {"workers": workers, "threads": threads, "display": display}
+    options: dict[str, Any] = {
+        "workers": workers,
+        "threads": threads,
+        "executor": executor,
+        "display": display,
+    }
     grids: dict[str, list[dict[str, Setting]]] = {}
     searched = []
     for arm in arms:

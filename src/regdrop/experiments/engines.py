@@ -1,0 +1,109 @@
+"""Where runs are computed: processes of this machine, or the workers of a cluster."""
+
+import multiprocessing
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from regdrop.experiments.progress import Update, quiet_libraries
+
+
+class Engine(NamedTuple):
+    """What computes runs.
+
+    Attributes:
+        pool: Takes the runs.
+        enter: Called where a run is, before it; it can be pickled, as `tell` can.
+        tell: Called where a run is, with its news.
+        read_news: Returns the news that have come since the last call.
+        stop: Ends what runs, once the command is interrupted.
+    """
+
+    pool: Executor
+    enter: Callable[[], None]
+    tell: Callable[[Update], None]
+    read_news: Callable[[], list[Update]]
+    stop: Callable[[], None]
+
+
+@contextmanager
+def open_engine(
+    executor: str | None, *, workers: int, threads: int | None, folder: Path
+) -> Iterator[Engine]:
+    """Open the engine of an address, and close it at the end.
+
+    Args:
+        executor: "dask://HOST:PORT", the scheduler of a Dask cluster; None for processes of this
+            machine.
+        workers: Number of these processes.
+        threads: Threads of each; None leaves torch's own number.
+        folder: Folder of the study, which all workers must see.
+
+    Raises:
+        ValueError: For another address, or a cluster that cannot be used.
+    """
+    if executor is None:
+        with _open_processes(workers, threads) as engine:
+            yield engine
+    else:
+        from regdrop.experiments.cluster import open_cluster
+
+        with open_cluster(executor, folder) as engine:
+            yield engine
+
+
+@contextmanager
+def _open_processes(workers: int, threads: int | None) -> Iterator[Engine]:
+    # A fresh interpreter a worker: CUDA and thread pools do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    news: Any = context.Queue()
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(news, threads)
+    ) as pool:
+
+        def stop() -> None:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+
+        yield Engine(pool, quiet_libraries, _tell, lambda: read_all(news), stop)
+
+
+def read_all(news: Any) -> list[Update]:
+    """Return what a queue holds."""
+    found = []
+    while True:
+        try:
+            found.append(news.get_nowait())
+        except queue.Empty:
+            return found
+
+
+_news: Any = None
+
+
+def _start_worker(news: Any, threads: int | None) -> None:
+    global _news
+    _news = news
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _tell(update: Update) -> None:
+    _news.put(update)
+
+
+def _exit_with_parent() -> None:
+    """End this process when the command is killed, so that no run goes on unseen."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
