@@ -105,7 +105,7 @@ def _unknown_words(prepared: PreparedTask, dataset: Any) -> float:
         return 0.0
     counts = [(row.count(unknown), len(row)) for row in (x["input_ids"] for x in dataset)]
     found, words = (sum(column) for column in zip(*counts, strict=True))
-    return found / max(1, words)
+    return float(found / max(1, words))
 
 
 def _content(result: Evaluation, data: str | None, settings: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,6 +13,8 @@ from regdrop.tasks.token_batches import TokenBatchLoader, TokenBatchSampler
 
 # The column that tells which example an output is of; the model does not see it.
 EXAMPLE_ID = "example_id"
+# That of the tokens of an example's longer side, by which batches are made.
+LENGTH = "longer_side"
 
 
 class GenerationTrainer(FullPrecisionEvaluation, RDropSeq2SeqTrainer):
@@ -33,15 +36,12 @@ class GenerationTrainer(FullPrecisionEvaluation, RDropSeq2SeqTrainer):
     def get_train_dataloader(self) -> TokenBatchLoader:
         """Return the batches of this process."""
         dataset: Any = self.train_dataset
-        lengths = [
-            max(len(source), len(target))
-            for source, target in zip(dataset["input_ids"], dataset["labels"], strict=True)
-        ]
+        lengths = np.asarray(dataset.with_format("numpy")[LENGTH][:])
         max_tokens = self.max_tokens // self.args.world_size
-        if max(lengths) > max_tokens:
+        if lengths.max() > max_tokens:
             raise ValueError(
                 "training.batch_size over gradient_accumulation_steps and processes must be at "
-                f"least the {max(lengths)} tokens of the longest example, got {max_tokens}"
+                f"least the {lengths.max()} tokens of the longest example, got {max_tokens}"
             )
         sampler = TokenBatchSampler(
             lengths,
@@ -51,7 +51,7 @@ class GenerationTrainer(FullPrecisionEvaluation, RDropSeq2SeqTrainer):
             num_ranks=self.args.world_size,
         )
         return TokenBatchLoader(
-            dataset.remove_columns(EXAMPLE_ID),
+            dataset.remove_columns([EXAMPLE_ID, LENGTH]),
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
@@ -81,6 +81,7 @@ class GenerationTrainer(FullPrecisionEvaluation, RDropSeq2SeqTrainer):
         """Return the mean loss a token, generated tokens and likelihoods, labels and ids."""
         inputs = dict(self._prepare_inputs(inputs))
         example_ids, labels = inputs.pop(EXAMPLE_ID), inputs.pop("labels")
+        inputs.pop(LENGTH, None)
         bare: Any = self.accelerator.unwrap_model(self.model)
         with torch.no_grad(), self.compute_loss_context_manager():
             shifted = bare.prepare_decoder_input_ids_from_labels(labels)

@@ -1,7 +1,7 @@
 """From what a user writes on the command line to a task: family, preset and changed settings."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -66,10 +66,18 @@ def change_task(
         if not separator:
             raise ValueError(f"a setting must be name=value, got {setting!r}")
         changes.append((name.strip(), parse_value(text)))
-    changed: Any = task
+    # All at once, so that settings which hold together alone can be changed one beside the other.
+    own: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {}
     for name, value in changes:
-        changed = _change(changed, name.split("."), value)
-    result: Task = changed
+        holder, dot, field = name.partition(".")
+        (parts.setdefault(holder, {}) if dot else own)[field if dot else name] = value
+    for holder, values in parts.items():
+        inner = own.get(holder, getattr(task, holder, None))
+        if holder in task.__dataclass_fields__ and not is_dataclass(inner):
+            raise ValueError(f"setting {holder!r} has no parts, got {', '.join(values)}")
+        own[holder] = _change(inner, values) if is_dataclass(inner) else values
+    result: Task = _change(task, own)
     return result
 
 
@@ -99,20 +107,16 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def _change(holder: Any, path: Sequence[str], value: Any) -> Any:
-    name = path[0]
+def _change(holder: Any, values: Mapping[str, Any]) -> Any:
     known = [field.name for field in fields(holder)]
-    if name not in known:
-        raise ValueError(
-            f"{getattr(holder, 'name', type(holder).__name__)} has no setting {name!r}; "
-            f"it has {', '.join(known)}"
-        )
-    if len(path) > 1:
-        inner = getattr(holder, name)
-        if not is_dataclass(inner):
-            raise ValueError(f"setting {name!r} has no parts, got {'.'.join(path)!r}")
-        value = _change(inner, path[1:], value)
+    for name in values:
+        if name not in known:
+            raise ValueError(
+                f"{getattr(holder, 'name', type(holder).__name__)} has no setting {name!r}; "
+                f"it has {', '.join(known)}"
+            )
     try:
-        return replace(holder, **{name: value})
+        return replace(holder, **values)
     except TypeError as error:
-        raise ValueError(f"setting {name!r} cannot be {value!r}: {error}") from error
+        given = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        raise ValueError(f"settings {given} cannot be: {error}") from error

@@ -1,11 +1,20 @@
-"""What tasks share whose text is generated from text: splits, trainer arguments, outputs."""
+"""What tasks share whose text is generated from text: splits, trainer arguments, outputs.
 
-from collections.abc import Callable, Mapping, Sequence
+Splits stay where `datasets` keeps them, in Arrow files on disk, so that a training split may be
+larger than memory; small ones are encoded in memory.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from regdrop.tasks.generation import EXAMPLE_ID
+from regdrop.tasks.generation import EXAMPLE_ID, LENGTH
+
+# Examples up to which an encoded split is kept in memory, not in the library's cache on disk.
+_IN_MEMORY_EXAMPLES = 300_000
+_ROWS = 10_000
 
 
 class Outputs(NamedTuple):
@@ -22,6 +31,38 @@ class Outputs(NamedTuple):
     likelihoods: np.ndarray
 
 
+class References:
+    """The references of all splits in a row, read from their splits when they are asked for."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._columns: list[Sequence[Any]] = []
+        self._size = 0
+
+    def add(self, column: Sequence[Any]) -> int:
+        """Add those of a split, one an example, and return the place of its first."""
+        first = self._size
+        self._starts.append(first)
+        self._columns.append(column)
+        self._size += len(column)
+        return first
+
+    def __getitem__(self, place: int) -> Any:
+        split = bisect_right(self._starts, place) - 1
+        return self._columns[split][place - self._starts[split]]
+
+
+def column_values(split: Any, column: str) -> Iterator[Any]:
+    """Yield the values of a column, some rows at a time."""
+    for start in range(0, len(split), _ROWS):
+        yield from split[start : start + _ROWS][column]
+
+
+def fits_memory(split: Any) -> bool:
+    """Return whether a split is small enough to be encoded in memory."""
+    return len(split) <= _IN_MEMORY_EXAMPLES
+
+
 def by_length(split: Any, column: str) -> Any:
     """Return a split ordered by a column's length, so that outputs of a batch end together."""
     lengths = [len(text) for text in texts_of(split[column][:])]
@@ -31,8 +72,10 @@ def by_length(split: Any, column: str) -> Any:
 def encode_split(
     split: Any,
     encode: Callable[[Mapping[str, list[Any]]], dict[str, Any]],
-    references: list[Any],
+    references: References,
     own: Sequence[Any],
+    *,
+    with_length: bool = False,
 ) -> Any:
     """Return a split's model inputs; the id of an example is its place among all references.
 
@@ -41,19 +84,24 @@ def encode_split(
         encode: From columns of a batch to inputs and labels.
         references: References of all splits so far, to which these are added.
         own: References of this split, one an example.
+        with_length: Whether the tokens of an example's longer side are a column too, by which
+            batches are made in training.
     """
-    first = len(references)
-    references.extend(own)
+    first = references.add(own)
 
     def numbered(rows: Mapping[str, list[Any]], positions: list[int]) -> dict[str, Any]:
-        return {**encode(rows), EXAMPLE_ID: [first + i for i in positions]}
+        encoded = {**encode(rows), EXAMPLE_ID: [first + i for i in positions]}
+        if with_length:
+            sides = zip(encoded["input_ids"], encoded["labels"], strict=True)
+            encoded[LENGTH] = [max(len(source), len(target)) for source, target in sides]
+        return encoded
 
     return split.map(
         numbered,
         batched=True,
         with_indices=True,
         remove_columns=split.column_names,
-        keep_in_memory=True,
+        keep_in_memory=fits_memory(split),
     )
 
 
@@ -73,7 +121,7 @@ def seq2seq_options(num_beams: int, eval_batch_size: int) -> dict[str, Any]:
     }
 
 
-def read_outputs(tokenizer: Any, references: Sequence[Any], prediction: Any) -> Outputs:
+def read_outputs(tokenizer: Any, references: References, prediction: Any) -> Outputs:
     """Return the texts that `GenerationTrainer` predicted, with their references."""
     tokens, nll = prediction.predictions
     labels, example_ids = prediction.label_ids
@@ -86,13 +134,18 @@ def read_outputs(tokenizer: Any, references: Sequence[Any], prediction: Any) -> 
     )
 
 
-def texts_of(values: Sequence[Any]) -> list[str]:
+def texts_of(values: Iterable[Any]) -> list[str]:
     """Return a column of text.
 
     Raises:
         ValueError: If it holds anything else.
     """
-    wrong = next((value for value in values if not isinstance(value, str)), None)
-    if wrong is not None or None in values:
-        raise ValueError(f"columns of text must hold text, got {wrong!r}")
-    return list(values)
+    return list(checked_texts(values))
+
+
+def checked_texts(values: Iterable[Any]) -> Iterator[str]:
+    """Yield a column of text, and raise where it holds anything else, as `texts_of` does."""
+    for value in values:
+        if not isinstance(value, str):
+            raise ValueError(f"columns of text must hold text, got {value!r}")
+        yield value

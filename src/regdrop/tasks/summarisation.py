@@ -1,6 +1,6 @@
 """Summarisation with an encoder-decoder (section 3.3 of arXiv 2106.14448)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,13 @@ from regdrop.config import RDropConfig
 from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings
 from regdrop.tasks.checkpoints import find_checkpoint, load_config, load_tokenizer
 from regdrop.tasks.data import hold_out, load_raw_splits, require_columns, take_part
+from regdrop.tasks.initialisation import initialise
 from regdrop.tasks.rouge import ROUGE, rouge_statistics
 from regdrop.tasks.seq2seq import (
+    References,
     by_length,
+    checked_texts,
+    column_values,
     encode_split,
     read_outputs,
     seq2seq_options,
@@ -115,7 +119,7 @@ class Summarisation:
         else:
             tokenizer = load_tokenizer(find_checkpoint(self.model))
         config = self.build_config(tokenizer)
-        references: list[list[str]] = []
+        references = References()
         max_tokens = self.training.batch_size // self.training.gradient_accumulation_steps
         return PreparedTask(
             splits=LazySplits(
@@ -157,7 +161,7 @@ class Summarisation:
         )
 
     def _training_texts(self, split: Any) -> Iterator[str]:
-        yield from texts_of(split[self.source][:])
+        yield from checked_texts(column_values(split, self.source))
         yield from (references[0] for references in self._references(split))
 
     def _references(self, split: Any) -> list[list[str]]:
@@ -171,7 +175,7 @@ class Summarisation:
             texts_of(references)
         return column
 
-    def _encode(self, name: str, split: Any, tokenizer: Any, references: list[list[str]]) -> Any:
+    def _encode(self, name: str, split: Any, tokenizer: Any, references: References) -> Any:
         if name != "train":
             split = by_length(split, self.source)
 
@@ -186,7 +190,8 @@ class Summarisation:
             names = ("input_ids", "attention_mask")
             return {**{x: source[x] for x in names}, "labels": target["input_ids"]}
 
-        return encode_split(split, encode, references, self._references(split))
+        own = self._references(split)
+        return encode_split(split, encode, references, own, with_length=name == "train")
 
     def build_config(self, tokenizer: Any) -> Any:
         """Return the model's whole configuration: the checkpoint's, or a new one.
@@ -236,6 +241,8 @@ class Summarisation:
 
         if self.model is None:
             model: Any = AutoModelForSeq2SeqLM.from_config(config)
+            if "init_std" not in self.model_config:
+                initialise(model)
         else:
             model = AutoModelForSeq2SeqLM.from_pretrained(
                 find_checkpoint(self.model), config=config
@@ -254,9 +261,7 @@ class Summarisation:
         return built
 
 
-def summary_statistics(
-    tokenizer: Any, references: Sequence[Sequence[str]], prediction: Any
-) -> np.ndarray:
+def summary_statistics(tokenizer: Any, references: References, prediction: Any) -> np.ndarray:
     """Return ROUGE's F1, likelihood and tokens of each example, (examples, 5)."""
     outputs = read_outputs(tokenizer, references, prediction)
     return np.concatenate(

@@ -1,6 +1,6 @@
 """Translation with a Transformer trained from scratch (section 3.1 of arXiv 2106.14448)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,14 @@ from regdrop.tasks.bleu import (
     sentence_statistics,
 )
 from regdrop.tasks.data import hold_out, load_raw_splits, require_columns, take_part
+from regdrop.tasks.initialisation import initialise
 from regdrop.tasks.seq2seq import (
+    References,
     by_length,
+    checked_texts,
+    column_values,
     encode_split,
+    fits_memory,
     read_outputs,
     seq2seq_options,
     texts_of,
@@ -42,7 +47,8 @@ class Translation:
         dataset: Folder or hub id, with a column for each language or one named "translation".
         source: Language that is translated.
         target: Language into which it is translated.
-        model_config: Options of `transformers.MarianConfig`.
+        model_config: Options of `transformers.MarianConfig`; with an `init_std` weights are normal
+            ones of that deviation, else those of `regdrop.tasks.initialisation`.
         training: Optimisation without R-Drop; `batch_size` counts tokens of the longer side,
             padding included.
         rdrop: R-Drop's options.
@@ -108,7 +114,7 @@ class Translation:
 
         raw = self._load_raw()
         tokenizer = find_vocabulary(partial(self._learn_vocabulary, raw), folder)
-        references: list[str] = []
+        references = References()
         makers = {
             name: partial(self._encode, name, split, tokenizer, references)
             for name, split in raw.items()
@@ -167,7 +173,7 @@ class Translation:
         splits["train"] = take_part(splits["train"], self.train_examples)
         return splits
 
-    def _encode(self, name: str, split: Any, tokenizer: Any, references: list[str]) -> Any:
+    def _encode(self, name: str, split: Any, tokenizer: Any, references: References) -> Any:
         """Return token ids; ids of examples are positions in the list of all references."""
         is_train = name == "train"
         split = split if is_train else by_length(split, "source")
@@ -180,15 +186,22 @@ class Translation:
             target = tokenizer(texts_of(rows["target"]), **cut)
             return {**tokenizer(texts_of(rows["source"]), **cut), "labels": target["input_ids"]}
 
-        encoded = encode_split(split, encode, references, split["target"][:])
+        encoded = encode_split(split, encode, references, split["target"], with_length=is_train)
         if not is_train:
             return encoded
-        # One token is the end of an empty sentence.
+
+        def is_kept(sources: list[list[int]], targets: list[list[int]]) -> list[bool]:
+            # One token is the end of an empty sentence.
+            return [
+                all(1 < len(side) <= self.max_length for side in pair)
+                for pair in zip(sources, targets, strict=True)
+            ]
+
         kept = encoded.filter(
-            lambda row: all(
-                1 < len(row[side]) <= self.max_length for side in ("input_ids", "labels")
-            ),
-            keep_in_memory=True,
+            is_kept,
+            batched=True,
+            input_columns=["input_ids", "labels"],
+            keep_in_memory=fits_memory(encoded),
         )
         if len(kept) == 0:
             raise ValueError(
@@ -201,6 +214,8 @@ class Translation:
         from transformers import GenerationConfig, MarianMTModel
 
         model = MarianMTModel(self.build_config(tokenizer))
+        if "init_std" not in self.model_config:
+            initialise(model)
         beams: dict[str, Any] = {"length_penalty": self.length_penalty, "early_stopping": True}
         model.generation_config = GenerationConfig(
             num_beams=self.num_beams,
@@ -217,7 +232,6 @@ class Translation:
         """Return the model's whole configuration for a vocabulary."""
         from transformers import MarianConfig
 
-        width = self.model_config.get("d_model", MarianConfig().d_model)
         common = {
             "vocab_size": len(tokenizer),
             "max_position_embeddings": max(256, self.max_length + 1),
@@ -225,8 +239,6 @@ class Translation:
             "attention_dropout": 0.0,
             "activation_dropout": 0.0,
             "scale_embedding": True,
-            # Embeddings of unit variance once they are scaled, and Xavier's for square matrices.
-            "init_std": width**-0.5,
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "bos_token_id": None,
@@ -239,7 +251,7 @@ class Translation:
 
 
 def generation_statistics(
-    tokenizer: Any, references: Sequence[str], prediction: Any, *, tokenize: str
+    tokenizer: Any, references: References, prediction: Any, *, tokenize: str
 ) -> np.ndarray:
     """Return BLEU's statistics (cased, lower-cased), likelihood and tokens, (sentences, 22)."""
     texts, chosen, likelihoods = read_outputs(tokenizer, references, prediction)
@@ -252,4 +264,4 @@ def generation_statistics(
 
 def _texts(split: Any) -> Iterator[str]:
     for column in ("source", "target"):
-        yield from texts_of(split[column][:])
+        yield from checked_texts(column_values(split, column))
