@@ -14,8 +14,9 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from regdrop.tasks.options import change_task, find_task
 
 UNLABELLED = -1
 BASELINE, RDROP, BOTH = "labels", "labels, R-Drop", "labels and unlabelled, R-Drop"
+WAYS = (BASELINE, RDROP, BOTH)
 TUNING_SEED = 100
 WARM_UP = 12  # steps; the rate is constant from there, so that a shorter run is the longer's start
 OPTIMISATION = ("learning_rate", "weight_decay", "max_grad_norm")
@@ -61,8 +63,8 @@ class Sizes:
     pool: int = 5_000
     labelled_batch: int = 8
     unlabelled_batch: int = 16
-    alphas: tuple[float, ...] = (1.0, 3.0, 10.0)
-    steps: tuple[int, ...] = (50, 100, 150, 200)
+    alphas: tuple[float, ...] = (1.0, 4.0)
+    steps: tuple[int, ...] = (50, 100, 150)
     seeds: int = 5
 
 
@@ -187,7 +189,7 @@ def averaged(history: Sequence[Mapping[str, float]]) -> Iterator[dict[str, float
 
 
 def run(
-    prepared: PreparedTask, setting: Setting, sizes: Sizes, folder: Path, config: dict[str, Any]
+    prepared: PreparedTask, sizes: Sizes, folder: Path, config: dict[str, Any], setting: Setting
 ) -> dict[str, Any]:
     """Return the record of a run; it is run if there is none.
 
@@ -228,6 +230,30 @@ def choose(records: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
 Figures = dict[tuple[int, str], dict[int, dict[str, Any]]]
 
 
+def compare(
+    labels: int, record_of: Callable[[Setting], dict[str, Any]], sizes: Sizes, console: Console
+) -> Figures:
+    """Choose the settings of every way with so many labels; return its records by seed."""
+    tuning = [
+        Setting(labels, way, alpha, max(sizes.steps), TUNING_SEED)
+        for way in WAYS
+        for alpha in alphas_of(way, sizes)
+    ]
+    trials = defaultdict(list)
+    for setting in track(tuning, f"{labels} labels: choosing", console=console):
+        trials[setting.way].append(record_of(setting))
+        console.print(f"done: {setting.path}")
+    chosen = {way: choose(records) for way, records in trials.items()}
+    settings = [
+        Setting(labels, way, *chosen[way], seed) for seed in range(sizes.seeds) for way in WAYS
+    ]
+    figures: Figures = {(labels, way): {} for way in WAYS}
+    for setting in track(settings, f"{labels} labels: training", console=console):
+        figures[labels, setting.way][setting.seed] = record_of(setting)
+        console.print(f"done: {setting.path}")
+    return figures
+
+
 def markdown(figures: Figures) -> str:
     """Return the table: means, and the paired differences to labels alone."""
     lines = [
@@ -261,17 +287,16 @@ def draw(figures: Figures, path: Path) -> None:
     """Draw every run, the runs of a seed joined, and the mean of every way."""
     figure, panels = new_figure(2)
     labels = sorted({labels for labels, _ in figures})
-    ways = list(dict.fromkeys(way for _, way in figures))
     for panel, (metric, title, factor) in zip(
         panels, (("accuracy", "test accuracy (%)", 100), ("nll", "test NLL", 1)), strict=True
     ):
         for number, count in enumerate(labels):
-            places = [number + (i - 1) / 4 for i in range(len(ways))]
-            runs = [figures[count, way] for way in ways]
+            places = [number + (i - 1) / 4 for i in range(len(WAYS))]
+            runs = [figures[count, way] for way in WAYS]
             for seed in sorted(set.intersection(*(set(own) for own in runs))):
                 values = [factor * own[seed]["test"][metric] for own in runs]
                 panel.plot(places, values, color=COLOURS[1], linewidth=0.8, zorder=1)
-            for place, way, colour, own in zip(places, ways, COLOURS[2:], runs, strict=False):
+            for place, way, colour, own in zip(places, WAYS, COLOURS[2:], runs, strict=False):
                 values = [factor * one["test"][metric] for one in own.values()]
                 label = way if number == 0 else None
                 panel.scatter([place] * len(values), values, color=colour, s=14, label=label)
@@ -305,37 +330,24 @@ def main() -> None:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as name:
         made_up = arguments.quick and str(made_up_sentences(Path(name) / "data"))
-        task = change_task(find_task("minilm-sst2-part"), data=made_up or arguments.data)
-        # 40 tokens cut one sentence in twelve, and keep batches of mixed lengths small.
-        task = replace(task, train_examples=None, max_length=40)  # type: ignore[call-arg]
+        task: Any = change_task(find_task("minilm-sst2-part"), data=made_up or arguments.data)
+        # 32 tokens cut one sentence in five, and keep batches of mixed lengths small.
+        task = replace(task, train_examples=None, max_length=32)
         prepared = task.prepare()
         config = {
             "task": task.name,
-            "model": task.model,  # type: ignore[attr-defined]
-            "max_length": task.max_length,  # type: ignore[attr-defined]
+            "model": task.model,
+            "max_length": task.max_length,
             **{name: getattr(task.training, name) for name in OPTIMISATION},
             "warm_up": WARM_UP,
             # More seeds or alphas change no run that is finished.
             **{k: v for k, v in asdict(sizes).items() if k not in ("alphas", "seeds")},
         }
-        groups = [(labels, way) for labels in sizes.labels for way in (BASELINE, RDROP, BOTH)]
-        trials = defaultdict(list)
-        tuning = [
-            (group, Setting(*group, alpha, max(sizes.steps), TUNING_SEED))
-            for group in groups
-            for alpha in alphas_of(group[1], sizes)
-        ]
-        for group, setting in track(tuning, "choosing alpha and steps", console=console):
-            trials[group].append(run(prepared, setting, sizes, folder, config))
-        chosen = {group: choose(records) for group, records in trials.items()}
-        settings = [
-            (group, Setting(*group, *chosen[group], seed))
-            for seed in range(sizes.seeds)
-            for group in groups
-        ]
-        figures: Figures = {group: {} for group in groups}
-        for group, setting in track(settings, "training", console=console):
-            figures[group][setting.seed] = run(prepared, setting, sizes, folder, config)
+        figures: Figures = {}
+        for labels in sizes.labels:
+            figures |= compare(
+                labels, partial(run, prepared, sizes, folder, config), sizes, console
+            )
     rows: list[recording.Row] = [
         {
             **{name: record[name] for name in ("labels", "way", "steps", "seed", "seconds")},
