@@ -309,6 +309,15 @@ def test_a_monitored_run_is_the_same_run(tmp_path):
     assert min(logged(monitored, "kl")) > 0
 
 
+def test_label_smoothing_is_the_trainers(tmp_path):
+    def run(kind, rdrop=None):
+        rows = text_rows()
+        return train(tmp_path, tiny_bert(), rows, rdrop, kind, label_smoothing_factor=0.2)
+
+    own = RDropConfig(alpha=0.0, num_passes=1, likelihood="model")
+    assert_same_run(run(RDropTrainer, own), run(Trainer))
+
+
 # --- accumulation -----------------------------------------------------------------------------
 
 
@@ -464,6 +473,17 @@ def test_a_loss_without_outputs_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match=r"Short.compute_loss must return \(loss, outputs\)"):
         train(tmp_path, tiny_bert(), text_rows(), RDropConfig(), mixed(Short))
+
+
+@pytest.mark.parametrize("output", ["dict", "tuple"])
+def test_a_model_that_returns_no_loss_is_refused(tmp_path, output):
+    class Silent(Plain):
+        def forward(self, x, labels=None):
+            return super().forward(x)
+
+    message = r"Silent is not a class .* no loss that could be minimised .*override rdrop_head"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, Silent(focal, output=output), number_rows(LABELS), RDropConfig(), **KEPT)
 
 
 def test_an_output_of_one_number_a_row_without_labels_is_refused(tmp_path):

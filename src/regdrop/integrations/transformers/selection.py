@@ -139,7 +139,13 @@ class HeadSelection(_Base):
         if recipe is not None:
             self._tell(f"{reason}; its own loss on the first batch is {recipe}, which is minimised")
             return Source(recipe=recipe)
-        source = self._own_source(inputs)
+        try:
+            source = self._own_source(inputs)
+        except ValueError as error:
+            raise ValueError(
+                f"{reason}, and it returns no loss that could be minimised as it is: {error} "
+                "(override rdrop_head of the trainer to say what is minimised)"
+            ) from error
         self._tell_own(f"{reason}, and its own loss is none that regdrop knows", source)
         return source
 
@@ -230,6 +236,9 @@ class HeadSelection(_Base):
                 f"{type(result).__name__}"
             )
         loss, outputs = result
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"the loss must be one number, got {got}")
         return loss, outputs
 
     def _compute_without_rdrop(
