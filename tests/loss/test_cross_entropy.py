@@ -230,6 +230,60 @@ def test_class_masked_in_every_pass_contributes_nothing(impl, num_passes):
 
 
 @pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize(
+    ("dtype", "num_passes", "share"),
+    [
+        (torch.float32, 1, 1.0),
+        (torch.float32, 2, 1.0),
+        (torch.float32, 2, 0.6),
+        (torch.float32, 3, 1.0),
+        (torch.bfloat16, 4, 0.3),
+        (torch.float16, 2, 1.0),
+        (torch.float64, 7, 1.0),
+    ],
+    ids=str,
+)
+def test_mask_of_the_least_finite_number_contributes_nothing(impl, dtype, num_passes, share):
+    logits, target = make(num_passes, ignored=[1], dtype=dtype)
+    mask = torch.full((len(logits), 2), torch.finfo(dtype).min * share, dtype=dtype)
+    masked = torch.cat([logits, mask], -1)
+    # A large weight must not make of a difference that does not count an infinite one.
+    options = {"alpha": 30.0 if num_passes > 1 else 0.0, "num_passes": num_passes, "impl": impl}
+    with_mask = rdrop_cross_entropy(masked, target, **options)
+    without = rdrop_cross_entropy(logits, target, **options)
+    torch.testing.assert_close(with_mask.loss, without.loss)
+    grad = gradient(masked, target, **options)
+    torch.testing.assert_close(grad[:, :-2], gradient(logits, target, **options))
+    assert (grad[:, -2:] == 0).all()
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("num_passes", [2, 3])
+def test_a_mask_over_the_first_blocks_contributes_nothing(impl, dtype, num_passes):
+    """Kernels that keep a running maximum then start with one of the least finite number."""
+    logits = make(num_passes, batch=2, dtype=dtype)[0]
+    mask = torch.full((len(logits), 8200), torch.finfo(dtype).min, dtype=dtype)
+    options = {"alpha": 1.0, "num_passes": num_passes, "impl": impl}
+    target = torch.tensor([3, 6])
+    masked = torch.cat([mask, logits], -1)
+    torch.testing.assert_close(
+        rdrop_cross_entropy(masked, target + 8200, **options).loss,
+        rdrop_cross_entropy(logits, target, **options).loss,
+    )
+    torch.testing.assert_close(
+        gradient(masked, target + 8200, **options)[:, 8200:], gradient(logits, target, **options)
+    )
+
+
+@pytest.mark.parametrize("impl", ["eager", "chunked", TRITON])
+def test_class_masked_in_one_pass_is_an_error_however_unlikely_it_is_in_the_other(impl):
+    logits = torch.tensor([[0.0, -math.inf], [0.0, -200.0]])
+    with pytest.raises(ValueError, match="the KL is infinite"):
+        rdrop_cross_entropy(logits, torch.tensor([0]), alpha=1.0, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("num_passes", [2, 3])
 def test_class_masked_in_one_pass_is_an_error(impl, num_passes):
     logits, target = make(num_passes)
@@ -293,6 +347,36 @@ def test_non_contiguous_logits(impl):
     torch.testing.assert_close(
         gradient(transposed, target, alpha=1.0, impl=impl), gradient(logits, target, alpha=1.0)
     )
+
+
+@pytest.mark.parametrize("impl", CLOSED_FORMS)
+def test_lazy_negatives(impl):
+    """Their memory holds the numbers that they negate."""
+    logits, _ = make()
+    target = torch.rand(5, 7, dtype=torch.float64).softmax(-1)
+    weight = torch.rand(7, dtype=torch.float64)
+    options = {"alpha": 1.0, "impl": impl}
+    expected = rdrop_cross_entropy(logits, target, weight=weight, **options).loss
+    lazy = [torch._neg_view(-x) for x in (logits, target, weight)]
+    assert all(x.is_neg() for x in lazy)
+    found = rdrop_cross_entropy(*lazy[:2], weight=lazy[2], **options).loss
+    torch.testing.assert_close(found, expected)
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        lazy_logits = torch._neg_view(-leaf)
+        rdrop_cross_entropy(
+            lazy_logits, target, weight=weight, inplace=inplace, **options
+        ).loss.backward()
+        torch.testing.assert_close(leaf.grad, gradient(logits, target, weight=weight, alpha=1.0))
+
+
+@pytest.mark.parametrize("impl", CLOSED_FORMS)
+@pytest.mark.parametrize("shape", [(4, 0, 3), (0, 3)])
+def test_inplace_without_elements(impl, shape):
+    leaf = torch.zeros(shape, requires_grad=True)
+    target = torch.zeros(shape[0] // 2, *shape[1:-1], dtype=torch.long)
+    rdrop_cross_entropy(leaf * 1, target, alpha=1.0, inplace=True, impl=impl).loss.backward()
+    assert leaf.grad.shape == shape
 
 
 def test_many_blocks_equal_one(monkeypatch):

@@ -136,6 +136,24 @@ def test_one_backward_pass_is_twice_the_gradient_of_the_first(case):
     assert (one[4:] == 0).all()
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_masked_elements_may_hold_anything(case):
+    loss = CASES[case][0]
+    target = torch.tensor([[1.0], [math.nan]])
+    stacked = torch.zeros(4, 1, requires_grad=True)
+    mask = torch.tensor([[True], [False]])
+    output = loss(stacked, target, alpha=3.0, mask=mask)
+    assert output.loss.item() == pytest.approx(2 * math.log(2) if case == "bce" else 2)
+    output.loss.backward()
+    assert stacked.grad[[1, 3]].tolist() == [[0.0], [0.0]]
+    filled = torch.tensor([[0.0], [math.nan], [0.0], [math.inf]], requires_grad=True)
+    again = loss(filled, target, alpha=3.0, mask=mask, backward_passes=1)
+    torch.testing.assert_close(again.loss, output.loss)
+    again.loss.backward()
+    assert filled.grad[1:].tolist() == [[0.0], [0.0], [0.0]]
+    assert filled.grad[0].item() != 0
+
+
 def test_class_weights_of_the_likelihood():
     stacked, target = make()
     weight, pos_weight = torch.rand(3), torch.rand(3)

@@ -105,6 +105,32 @@ def test_options_mean_what_they_mean_there(scale, alpha, options):
     assert_same(both(tensors, target, chunk_size=4, scale=scale, alpha=alpha, **options))
 
 
+@pytest.mark.parametrize("impl", ["chunked", CPP])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_bias_of_the_least_finite_number_masks_a_class(impl, dtype, reduction):
+    (hidden, weight, bias), target = make(dtype=dtype)
+    bias = bias.detach().clone()
+    bias[0] = torch.finfo(dtype).min
+    target[target == 0] = 1
+    options = {"alpha": 30.0, "reduction": reduction}
+    masked = linear_rdrop_cross_entropy(hidden, weight, target, bias=bias, impl=impl, **options)
+    without = linear_rdrop_cross_entropy(
+        hidden,
+        weight[1:],
+        (target - 1).clamp(min=-100),
+        bias=bias[1:],
+        ignore_index=-100,
+        **options,
+    )
+    upstream = torch.ones_like(masked.loss)
+    gradients = [torch.autograd.grad(x.loss, (hidden, weight), upstream) for x in (masked, without)]
+    torch.testing.assert_close(masked.loss, without.loss)
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-4)
+    assert (gradients[0][1][0] == 0).all()
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("shape", [(), (1,)])

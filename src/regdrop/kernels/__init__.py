@@ -6,6 +6,7 @@ from torch import Tensor
 from regdrop.kernels.closed_form import closed_form_terms
 from regdrop.kernels.eager import eager_terms
 from regdrop.kernels.fused_linear import linear_loss, linear_terms
+from regdrop.kernels.gradient import has_tangent
 from regdrop.kernels.linear_chunks import Projection, project
 from regdrop.kernels.selection import Implementation, check_implementation, closed_form_kernel
 from regdrop.kernels.target import Target
@@ -36,8 +37,8 @@ def rdrop_terms(
         target: What the N items are compared with.
         backward_passes: The first passes that carry the gradient, times num_passes / this.
         inplace: Let the gradient overwrite `logits` in the backward.
-        impl: "auto" takes the eager form where the target itself requires a gradient, else what
-            `closed_form_kernel` takes.
+        impl: "auto" takes the eager form where the target itself requires a gradient, or in
+            forward-mode differentiation, else what `closed_form_kernel` takes.
 
     Raises:
         ValueError: For an unknown or unavailable `impl`, or one that cannot do what is asked.
@@ -46,16 +47,21 @@ def rdrop_terms(
     needs_target_gradient = torch.is_grad_enabled() and any(
         isinstance(field, Tensor) and field.requires_grad for field in target
     )
-    if impl == "eager" or (impl == "auto" and needs_target_gradient):
+    is_forward_mode = has_tangent(logits, *target)
+    if impl == "eager" or (impl == "auto" and (needs_target_gradient or is_forward_mode)):
         if inplace:
             raise ValueError(
                 "inplace=True needs a closed-form kernel, got impl='eager' "
-                "(or a target that requires a gradient)"
+                "(or a target that requires a gradient, or forward-mode differentiation)"
             )
         return eager_terms(logits, target, backward_passes=backward_passes)
     if needs_target_gradient:
         raise ValueError(
             f"impl={impl!r} gives no gradient to target or weight; detach them or use impl='eager'"
+        )
+    if is_forward_mode:
+        raise ValueError(
+            f"impl={impl!r} has no forward-mode derivative; use impl='auto' or 'eager'"
         )
     kernel = closed_form_kernel(impl, logits.device)
     return closed_form_terms(

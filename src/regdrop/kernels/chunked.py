@@ -4,7 +4,7 @@ The formulas are in `closed_form.py`. The forward keeps three numbers a row.
 """
 
 from collections.abc import Callable
-from functools import cache, partial, reduce
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -170,10 +170,15 @@ def _difference(x: Tensor) -> Tensor:
 
 
 def _mean_of_passes(x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        # A mean would be compiled into a loop of its own.
-        return reduce(torch.add, x.unbind(0)) / len(x)
-    return x.mean(0)
+    """Return the mean over passes of numbers of one sign, finite where all of them are."""
+    # A mask is often the least finite number, whose sum would not be. A power of 2 rounds nothing.
+    first, *others = x.unbind(0)
+    scale = 0.5 ** len(others).bit_length()
+    total = first * scale
+    for row in others:
+        total.add_(row, alpha=scale)
+    whole = scale * len(x)
+    return total if whole == 1 else total.div_(whole)
 
 
 def _target_mass(target: Target, num_classes: int, dtype: torch.dtype) -> Tensor:

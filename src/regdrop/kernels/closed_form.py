@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
+from regdrop.kernels.gradient import differentiable_once
 from regdrop.kernels.target import Target
 
 
@@ -79,6 +80,8 @@ def closed_form_terms(
         The negative log-likelihood, mean over passes, and the symmetric KL, mean over pairs of
         passes, both (N,) and 0 on invalid items.
     """
+    # A kernel reads memory, which a lazy negative shares with the numbers that it negates.
+    logits = logits.resolve_neg()
     if torch.is_grad_enabled() and logits.requires_grad:
         nll, kl = _Terms.apply(logits, target, kernel, backward_passes, inplace)
     else:
@@ -127,7 +130,7 @@ class _Terms(Function):
         return nll, kl
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Any:
         if grad_nll is None and grad_kl is None:
             return None, None, None, None, None

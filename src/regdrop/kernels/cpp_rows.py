@@ -82,7 +82,7 @@ def _with_rows(logits: Tensor) -> Tensor:
 
 
 def _target_arguments(target: Target, dtype: torch.dtype) -> tuple[Tensor | float | None, ...]:
-    classes, probabilities, weight, label_smoothing, valid = target
+    classes, probabilities, weight, label_smoothing, valid = target.resolved()
     return (
         None if classes is None else classes.contiguous(),
         None if probabilities is None else probabilities.to(dtype).contiguous(),

@@ -54,5 +54,7 @@ def _mean_symmetric_kl(log_p: Tensor) -> Tensor:
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Return KL(P||Q) over the last dimension, from log-probabilities."""
     # A class masked with -inf in P contributes nothing, whatever Q gives it.
-    masked = torch.isneginf(log_p)
-    return (log_p.exp() * (log_p - log_q).masked_fill(masked, 0)).sum(-1)
+    difference = (log_p - log_q).masked_fill(torch.isneginf(log_p), 0)
+    # One masked in Q alone is infinitely unlikely there, though P may be too small to be above 0.
+    masked = torch.isposinf(difference)
+    return torch.where(masked, difference, log_p.exp() * difference).sum(-1)

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from regdrop.kernels.closed_form import accumulator
+from regdrop.kernels.gradient import differentiable_once, has_tangent
 from regdrop.kernels.linear_chunks import Gradients, Projection, with_dtype, work_in_chunks
 from regdrop.kernels.target import Target
 
@@ -34,7 +35,11 @@ def linear_terms(
     Returns:
         The negative log-likelihood, mean over passes, and the symmetric KL, mean over pairs of
         passes, both (N,), in float32 at least.
+
+    Raises:
+        ValueError: In forward-mode differentiation.
     """
+    _refuse_forward_mode(hidden, projection)
     projection = with_dtype(hidden, projection)
     if not _needs_gradient(hidden, projection):
         nll, kl, _ = work_in_chunks(hidden, projection, target)
@@ -67,7 +72,11 @@ def linear_loss(
 
     Returns:
         The sum, a scalar, and the detached terms of each item, both (N,).
+
+    Raises:
+        ValueError: In forward-mode differentiation.
     """
+    _refuse_forward_mode(hidden, projection)
     projection = with_dtype(hidden, projection)
     weights = (nll_weight, kl_weight)
     if not _needs_gradient(hidden, projection):
@@ -102,7 +111,7 @@ class _LinearLoss(Function):
         return _weighted_sum(nll, kl, weights), nll, kl
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
         if grad is None:
             return (None,) * 7
@@ -134,7 +143,7 @@ class _LinearTerms(Function):
         return nll, kl
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Any:
         hidden, weight, bias = ctx.saved_tensors
         target, backward_passes = ctx.options
@@ -199,6 +208,14 @@ def _weighted_sum(
 def _needs_gradient(hidden: Tensor, projection: Projection) -> bool:
     tensors = (hidden, projection.weight, projection.bias)
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _refuse_forward_mode(hidden: Tensor, projection: Projection) -> None:
+    if has_tangent(hidden, projection.weight, projection.bias):
+        raise ValueError(
+            "the fused linear layer has no forward-mode derivative; take rdrop_cross_entropy of "
+            "explicit logits, torch.nn.functional.linear(hidden, weight, bias)"
+        )
 
 
 def _detach(tensor: Tensor | None) -> Tensor | None:

@@ -1,10 +1,48 @@
-"""Which passes carry the gradient: the unbiased form of fewer backward passes."""
+"""Which passes carry the gradient, the unbiased form of fewer backward passes; and which way."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import Function
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse to differentiate a function's gradient again, by name.
+
+    Torch's own `once_differentiable` lets a gradient through whose upstream gradient is a number,
+    and its derivative is silently 0.
+    """
+
+    @wraps(backward)
+    def refused_twice(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return found
+        message = (
+            "the closed form of the R-Drop loss gives no second derivative; "
+            "use rdrop_cross_entropy with impl='eager'"
+        )
+        refuse: Any = torch._C._functions.DelayedError(message.encode(), len(found))
+        return refuse(*(None if x is None else x.detach().requires_grad_() for x in found))
+
+    return refused_twice
+
+
+def has_tangent(*tensors: Any) -> bool:
+    """Return whether a tensor is differentiated in forward mode, as in `torch.func.jvp`."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(
+        isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and unpack_dual(tensor).tangent is not None
+        for tensor in tensors
+    )
 
 
 def limit_backward(passes: Tensor, backward_passes: int) -> Tensor:
@@ -17,10 +55,18 @@ def limit_backward(passes: Tensor, backward_passes: int) -> Tensor:
     Args:
         passes: (num_passes, ...).
         backward_passes: Number of first passes that keep a gradient.
+
+    Raises:
+        ValueError: In forward mode, which differentiates the value of all passes.
     """
     num_passes = passes.shape[0]
     if backward_passes == num_passes:
         return passes
+    if has_tangent(passes):
+        raise ValueError(
+            f"backward_passes must be None or num_passes={num_passes} in forward-mode "
+            f"differentiation, got {backward_passes}"
+        )
     kept: Tensor = _ScaleGradient.apply(passes[:backward_passes], num_passes / backward_passes)
     return torch.cat([kept, passes[backward_passes:].detach()])
 

@@ -198,8 +198,8 @@ struct Block {
 template <typename acc_t>
 constexpr acc_t kLeast = std::is_same_v<acc_t, float> ? -87.33 : -746;
 
-// z - mean of z over passes; 0, where it might be inf - inf, in a pass in which a class has no
-// probability.
+// z - mean of z over passes; 0, where it might be inf - inf or the mean is not finite since masks of
+// the least finite number were added, in a pass in which a class has no probability.
 template <typename acc_t>
 Vectorized<acc_t> difference(Vectorized<acc_t> x, Vectorized<acc_t> mean) {
   return (x - mean) & (x >= Vectorized<acc_t>(kLeast<acc_t>));
@@ -329,7 +329,8 @@ void forward_items(const Tensor& logits, const TargetRows<acc_t>& target,
         rise[i] = highest[i] == -infinity ? acc_t(0) : higher - highest[i];
         highest[i] = higher;
         origin[i] = higher == -infinity ? acc_t(0) : higher;
-        mean_rise += rise[i] / count;
+        // Relative to the first, since a sum of rises from the least finite number is not finite.
+        mean_rise += i == 0 ? rise[0] : (rise[i] - rise[0]) / count;
         sum[i] = product[i] = Vec(0);
       });
       for (int64_t v = 0; v < block.padded; v += block.kStep) {

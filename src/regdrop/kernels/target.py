@@ -27,6 +27,13 @@ class Target(NamedTuple):
             valid=None if self.valid is None else self.valid[start:stop],
         )
 
+    def resolved(self) -> "Target":
+        """Return the target without lazy negatives, for kernels that read memory."""
+        return self._replace(
+            probabilities=None if self.probabilities is None else self.probabilities.resolve_neg(),
+            weight=None if self.weight is None else self.weight.resolve_neg(),
+        )
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the weighted, smoothed class probabilities, (N, C), of a probability target."""
         assert self.probabilities is not None

@@ -91,6 +91,7 @@ def _backward(
 
 
 def _target_arguments(target: Target) -> tuple[Tensor | int | None, ...]:
+    target = target.resolved()
     probabilities = target.probabilities
     strides = (0, 0) if probabilities is None else probabilities.stride()
     weight = None if target.weight is None else target.weight.contiguous()
@@ -137,9 +138,20 @@ def _load_block(
 
 
 @triton.jit
-def _difference(x: tl.tensor, PASSES: tl.constexpr) -> tl.tensor:
+def _mean_of_passes(x: tl.tensor, PASSES: tl.constexpr, ROWS: tl.constexpr) -> tl.tensor:
+    """Return the mean over passes of numbers of at most 0, finite where all of them are."""
+    # A mask is often the least finite number, whose sum would not be. A power of 2 rounds nothing.
+    mean = tl.sum(x * (1 / ROWS), 0)
+    if ROWS > PASSES:
+        # Nor must rounding take the mean below all of them.
+        mean = tl.maximum(mean * (ROWS / PASSES), tl.min(x, 0))
+    return mean
+
+
+@triton.jit
+def _difference(x: tl.tensor, PASSES: tl.constexpr, ROWS: tl.constexpr) -> tl.tensor:
     """Return x_i - mean_j x_j; 0 where a class is masked in every pass."""
-    difference = x - (tl.sum(x, 0) * (1 / PASSES))[None, :]
+    difference = x - _mean_of_passes(x, PASSES, ROWS)[None, :]
     return tl.where(difference == difference, difference, 0)
 
 
@@ -241,10 +253,10 @@ def _forward_kernel(
         maximum = higher
         x = z - tl.where(maximum == -float("inf"), 0, maximum)[:, None]
         e = tl.exp(x)
-        weighted -= total * (rise - tl.sum(rise, 0) * (1 / PASSES))
+        weighted += total * (-rise - _mean_of_passes(-rise, PASSES, ROWS))
         scale = tl.exp(-rise)
         total = total * scale + tl.sum(e, 1)
-        weighted = weighted * scale + tl.sum(e * _difference(x, PASSES), 1)
+        weighted = weighted * scale + tl.sum(e * _difference(x, PASSES, ROWS), 1)
         if LABEL_SMOOTHING > 0 or probabilities is not None:
             spread = _spread(
                 probabilities,
@@ -344,7 +356,7 @@ def _backward_kernel(
         b = tl.load(grad_kl + item)
         mean_difference = tl.load(mean_difference_in + offset, mask=is_pass, other=0)
         slope += b * (1 - mean_difference)
-        grad = p * (slope[:, None] + b * _difference(x, PASSES))
+        grad = p * (slope[:, None] + b * _difference(x, PASSES, ROWS))
         grad -= (b * (1 / PASSES) * tl.sum(p, 0))[None, :]
     else:
         grad = p * slope[:, None]
