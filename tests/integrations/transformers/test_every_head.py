@@ -13,6 +13,8 @@ from regdrop.integrations.transformers import RDropSeq2SeqTrainer, RDropTrainer,
 from regdrop.integrations.transformers.forward import auxiliary_loss
 from regdrop.integrations.transformers.verify import compare_losses
 from regdrop.loss import combine_terms
+from tiny_batches import tiny_batch
+from tiny_models import tiny_model
 
 BERT = {
     "hidden_size": 16,
@@ -315,3 +317,69 @@ def test_an_auxiliary_loss_without_a_coefficient_is_refused():
     model.config = transformers.BertConfig()
     with pytest.raises(ValueError, match="BertConfig has no router_aux_loss_coef"):
         auxiliary_loss(model, output)
+
+
+TINY = [
+    "ASTForAudioClassification",
+    "BartForCausalLM",
+    "BertForNextSentencePrediction",
+    "EncoderDecoderModel",
+    "M2M100ForConditionalGeneration",
+    "SegformerForSemanticSegmentation",
+    "VideoMAEForVideoClassification",
+    "Wav2Vec2ForAudioFrameClassification",
+    "WhisperForConditionalGeneration",
+]
+
+
+def train_tiny(folder, name, rdrop, **options):
+    """Train a small model on eight rows; return the model and what was logged."""
+    model = tiny_model(name)
+    columns = tiny_batch(model, name, rows=8)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train = lambda mode=True, module=module: module  # no statistics of a batch
+    trainer = RDropTrainer(
+        model=model,
+        args=TrainingArguments(
+            str(folder),
+            max_steps=2,
+            optim="sgd",
+            learning_rate=0.05,
+            max_grad_norm=0.0,
+            train_sampling_strategy="sequential",
+            logging_steps=1,
+            save_strategy="no",
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            **options,
+        ),
+        train_dataset=Rows(**columns),
+        rdrop=rdrop,
+    )
+    trainer.train()
+    return model, trainer.state.log_history
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_sounds_pictures_and_pairs_of_models_in_the_trainer(tmp_path, name, caplog):
+    rdrop = RDropConfig(alpha=1.0)
+    _, history = train_tiny(tmp_path, name, rdrop, per_device_train_batch_size=4)
+    kl = [entry["kl"] for entry in history if "kl" in entry]
+    assert len(kl) == 2
+    assert min(kl) > 1e-4
+    assert "R-Drop" not in caplog.text  # its loss is known, so that nothing is said
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_small_batches_of_a_window_are_one_large_batch(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("tiny_models.DROPOUT", 0.0)
+    rdrop = RDropConfig(alpha=0.0, num_passes=1)
+
+    def train(rows, steps):
+        options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
+        return list(train_tiny(tmp_path, name, rdrop, **options)[0].parameters())
+
+    for x, y in zip(train(4, 1), train(1, 4), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)

@@ -7,6 +7,7 @@ it is refused by name, or stands here with a reason.
 import importlib.util
 import re
 import warnings
+from dataclasses import fields
 
 import pytest
 import torch
@@ -104,6 +105,39 @@ WITHOUT_DROPOUT = frozenset(
         "xLSTMForCausalLM",
     }
 )
+# Mixtures of experts that add the balance of their experts to the loss.
+BALANCED = [
+    "DeepseekV4ForCausalLM",
+    "Ernie4_5_MoeForCausalLM",
+    "Ernie4_5_VLMoeForConditionalGeneration",
+    "FlexOlmoForCausalLM",
+    "Glm4vMoeForConditionalGeneration",
+    "Glm5NextForConditionalGeneration",
+    "GptOssForCausalLM",
+    "GraniteMoeForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "GraniteMoeSWAForCausalLM",
+    "GraniteMoeSharedForCausalLM",
+    "JambaForCausalLM",
+    "LagunaForCausalLM",
+    "MellumForCausalLM",
+    "MiniMaxForCausalLM",
+    "MiniMaxM2ForCausalLM",
+    "MiniMaxM3SparseForConditionalGeneration",
+    "MiniMaxM3VLForCausalLM",
+    "MixtralForCausalLM",
+    "OlmoeForCausalLM",
+    "PhimoeForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Qwen3NextForCausalLM",
+    "Qwen3OmniMoeThinkerForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration",
+    "Qwen4ExpForCausalLM",
+    "Qwen4ExpForConditionalGeneration",
+]
 NAMES = class_names(known_suffixes())
 RUN = [name for name in NAMES if not {name} & {*NEEDED, *LEFT_OUT, *REFUSED}]
 
@@ -117,6 +151,17 @@ def _quiet():
         warnings.filterwarnings("ignore", module="(?!regdrop)")
         yield
     transformers.logging.set_verbosity(level)
+
+
+def check_own_loss(model: PreTrainedModel, head: Head, batch: dict[str, torch.Tensor]) -> ItemTerms:
+    """Hold the likelihood against the model's own loss; return its terms."""
+    own = model(**batch).loss
+    output = model(**head.inputs)
+    terms = head.terms(head.outputs(output), head.target, num_passes=1)
+    auxiliary = auxiliary_loss(model, output)
+    loss = combine_terms(terms, alpha=0.0, num_passes=1).loss + (auxiliary or 0.0)
+    torch.testing.assert_close(loss, own, rtol=1e-4, atol=1e-6, check_dtype=False)
+    return terms
 
 
 def terms_of(model: PreTrainedModel, head: Head, num_passes: int) -> ItemTerms:
@@ -133,12 +178,7 @@ def test_one_pass_is_the_models_own_loss_and_two_have_a_divergence(name):
     assert all(batch[key] is value for key, value in given.items())
     assert not {"labels", "start_positions", "end_positions"} & set(head.inputs)
     with torch.no_grad():
-        own = model(**batch).loss
-        output = model(**head.inputs)
-        terms = head.terms(head.outputs(output), head.target, num_passes=1)
-        auxiliary = auxiliary_loss(model, output)
-        loss = combine_terms(terms, alpha=0.0, num_passes=1).loss + (auxiliary or 0.0)
-        torch.testing.assert_close(loss, own, rtol=1e-4, atol=1e-6, check_dtype=False)
+        terms = check_own_loss(model, head, batch)
         counts = head.counts()
         assert (counts.nll, counts.kl) == (terms.nll_count, terms.kl_count)
         two = terms_of(model.train(), head, num_passes=2)
@@ -148,6 +188,27 @@ def test_one_pass_is_the_models_own_loss_and_two_have_a_divergence(name):
     assert two.kl.isfinite().all()
     kl = two.kl.sum() / two.kl_count
     assert (abs(kl) < 1e-7) if name in WITHOUT_DROPOUT else (kl > 1e-5)
+
+
+@pytest.mark.parametrize("name", BALANCED)
+def test_the_balance_of_experts_is_kept_with_its_coefficient(name):
+    options = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+    kind = getattr(transformers, name).config_class
+    is_inside = "router_aux_loss_coef" not in {field.name for field in fields(kind)}
+    model = tiny_model(name, **({"text_config": options} if is_inside else options))
+    batch = tiny_batch(model, name)
+    with torch.no_grad():
+        assert auxiliary_loss(model, model(**batch)) > 0.1
+        check_own_loss(model, find_head(model, batch), batch)
+
+
+def test_losses_of_experts_that_the_output_hides_are_refused():
+    name = "SwitchTransformersForConditionalGeneration"
+    model = tiny_model(name)
+    batch = tiny_batch(model, name)
+    assert find_head(model, batch | {"output_router_logits": False}).vocabulary == 99
+    with pytest.raises(UnknownHeadError, match=f"^{name} adds losses of its experts .*leaves them"):
+        find_head(model, batch | {"output_router_logits": True})
 
 
 @pytest.mark.parametrize("name", REFUSED)

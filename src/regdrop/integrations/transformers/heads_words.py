@@ -38,9 +38,15 @@ def adaptive(batch: LabelledBatch) -> Head:
 
 def generation(batch: LabelledBatch) -> Head:
     """An encoder-decoder: the decoder reads the labels moved right, and predicts them."""
-    if not batch.model.config.is_encoder_decoder:
+    config = batch.model.config
+    if not config.is_encoder_decoder:
         return causal(batch)
     labels, inputs = batch.pop(), batch.inputs
+    if inputs.get("output_router_logits", getattr(config, "output_router_logits", False)):
+        raise batch.unknown(
+            "adds losses of its experts that its output does not show without labels: "
+            "output_router_logits=False leaves them out"
+        )
     if batch.prompt is not None and batch.prompt.peft_type not in _ENCODER_PROMPTS:
         raise batch.unknown(
             f"is tuned by PEFT's {batch.prompt.peft_type}, which shifts the labels itself"
@@ -50,7 +56,7 @@ def generation(batch: LabelledBatch) -> Head:
         words = _decoder_words(batch, labels)
         inputs["decoder_input_ids"] = words
         if batch.name == "EncoderDecoderModel" and "decoder_attention_mask" not in inputs:
-            inputs["decoder_attention_mask"] = (words != batch.model.config.pad_token_id).long()
+            inputs["decoder_attention_mask"] = (words != config.pad_token_id).long()
     if batch.prompt is None and "use_cache" in batch.parameters:
         # As the models do that are given labels; some of the others look ahead.
         inputs.setdefault("use_cache", False)
