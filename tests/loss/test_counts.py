@@ -15,8 +15,10 @@ from regdrop.loss import (
     count_items,
     cross_entropy_terms,
     fraternal_terms,
+    l1_terms,
     linear_cross_entropy_terms,
     mse_terms,
+    smooth_l1_terms,
 )
 
 CLASSES, FEATURES = 7, 3
@@ -75,12 +77,14 @@ def test_of_probabilities():
     assert (found.nll_count.item(), found.kl_count.item()) == (12, 12)
 
 
-@pytest.mark.parametrize("terms", [binary_cross_entropy_terms, mse_terms])
+@pytest.mark.parametrize(
+    "terms", [binary_cross_entropy_terms, mse_terms, l1_terms, smooth_l1_terms]
+)
 @settings(max_examples=10, deadline=None)
 @given(mask=st.one_of(st.none(), st.lists(st.booleans(), min_size=4, max_size=4)))
 def test_of_elements(terms, mask):
     # -100.0 marks nothing: it is a number like any other.
-    target = torch.full((4, 3), -100.0) if terms is mse_terms else torch.ones(4, 3)
+    target = torch.full((4, 3), 1.0 if terms is binary_cross_entropy_terms else -100.0)
     mask = None if mask is None else torch.tensor(mask)[:, None]
     bound = partial(terms, mask=mask)
     counts = count_items(bound, target)

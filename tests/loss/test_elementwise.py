@@ -1,6 +1,7 @@
 """Multi-label and regression losses, and the divergence by itself."""
 
 import math
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -10,9 +11,13 @@ import torch.nn.functional as F
 import reference
 from regdrop import (
     RDropBCEWithLogitsLoss,
+    RDropL1Loss,
     RDropMSELoss,
+    RDropSmoothL1Loss,
     rdrop_binary_cross_entropy_with_logits,
+    rdrop_l1_loss,
     rdrop_mse_loss,
+    rdrop_smooth_l1_loss,
     symmetric_kl,
 )
 
@@ -28,6 +33,11 @@ def slow_bernoulli_kl(a, b):
         return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
 
     return (kl(p, q) + kl(q, p)) / 2
+
+
+def slow_smooth_l1(difference, beta):
+    d = abs(difference)
+    return d * d / (2 * beta) if d < beta else d - beta / 2
 
 
 def slow_mean(num_passes, stacked, target, likelihood, divergence, mask):
@@ -57,7 +67,20 @@ CASES = {
         lambda a, b: (a - b) ** 2,
         lambda stacked, target: F.mse_loss(stacked, target),
     ),
+    "l1": (
+        rdrop_l1_loss,
+        lambda z, t: abs(z - t),
+        lambda a, b: abs(a - b),
+        lambda stacked, target: F.l1_loss(stacked, target),
+    ),
+    "smooth_l1": (
+        partial(rdrop_smooth_l1_loss, beta=0.7),
+        lambda z, t: slow_smooth_l1(z - t, 0.7),
+        lambda a, b: slow_smooth_l1(a - b, 0.7),
+        lambda stacked, target: F.smooth_l1_loss(stacked, target, beta=0.7),
+    ),
 }
+REGRESSION = ["mse", "l1", "smooth_l1"]
 
 
 def make(num_passes=2, shape=(4, 3)):
@@ -143,7 +166,8 @@ def test_masked_elements_may_hold_anything(case):
     stacked = torch.zeros(4, 1, requires_grad=True)
     mask = torch.tensor([[True], [False]])
     output = loss(stacked, target, alpha=3.0, mask=mask)
-    assert output.loss.item() == pytest.approx(2 * math.log(2) if case == "bce" else 2)
+    likelihood = CASES[case][1](0.0, 1.0)  # ln 2 for a label, 1 for a squared error
+    assert output.loss.item() == pytest.approx(2 * likelihood)
     output.loss.backward()
     assert stacked.grad[[1, 3]].tolist() == [[0.0], [0.0]]
     filled = torch.tensor([[0.0], [math.nan], [0.0], [math.inf]], requires_grad=True)
@@ -178,6 +202,65 @@ def test_label_masked_in_both_passes_and_in_one():
         rdrop_binary_cross_entropy_with_logits(logits, target, alpha=1.0)
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("shape", [(4, 3), (3,), (4, 1), ()])
+def test_weight_is_of_the_likelihood_alone(case, shape):
+    loss = CASES[case][0]
+    stacked, target = make()
+    weight = torch.rand(shape, dtype=torch.float64) + 0.5
+    options = {"alpha": 1.3, "reduction": "none"}
+    plain = loss(stacked, target, **options | {"alpha": 0.0}).loss
+    both = loss(stacked, target, **options).loss
+    found = loss(stacked, target, weight=weight, **options).loss
+    torch.testing.assert_close(found, plain * weight + (both - plain))
+    # The mean is over elements, whatever their weights.
+    mean = loss(stacked, target, weight=weight, alpha=1.3).loss
+    torch.testing.assert_close(mean, found.mean())
+
+
+@pytest.mark.parametrize("case", REGRESSION)
+def test_minus_100_is_a_number_like_any_other(case):
+    loss, likelihood, divergence, _ = CASES[case]
+    stacked = torch.tensor([[-99.0], [-100.0], [-101.0], [-100.0]])
+    output = loss(stacked, torch.full((2, 1), -100.0), alpha=1.0)
+    assert output.nll.item() == pytest.approx(likelihood(1.0, 0.0) / 2)
+    assert output.kl.item() == pytest.approx(divergence(2.0, 0.0) / 2)
+
+
+def test_smooth_l1_without_a_smooth_part_is_l1():
+    stacked, target = make()
+    torch.testing.assert_close(
+        rdrop_smooth_l1_loss(stacked, target, alpha=1.5, beta=0).loss,
+        rdrop_l1_loss(stacked, target, alpha=1.5).loss,
+    )
+    for beta, error in ((-1.0, ValueError), (math.inf, ValueError), ("1", TypeError)):
+        with pytest.raises(error, match="beta must be"):
+            rdrop_smooth_l1_loss(stacked, target, alpha=1.5, beta=beta)
+        with pytest.raises(error, match="beta must be"):
+            RDropSmoothL1Loss(1.5, beta=beta)
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        (RDropMSELoss, rdrop_mse_loss),
+        (RDropL1Loss, rdrop_l1_loss),
+        (partial(RDropSmoothL1Loss, beta=0.3), partial(rdrop_smooth_l1_loss, beta=0.3)),
+    ],
+)
+def test_module_is_the_function(module, function):
+    stacked, target = make(3)
+    tensors = {"mask": target > 0, "weight": torch.rand(3), "num_items": 5}
+    options = {"num_passes": 3, "scale": "mean", "backward_passes": 2}
+    held = module(1.0, **options)
+    held.alpha = 2.5
+    found = held(stacked, target, **tensors)
+    for ours, theirs in zip(
+        found, function(stacked, target, alpha=2.5, **options, **tensors), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_mse_module_and_half_precision():
     predictions, target = torch.randn(8).half(), torch.randn(4)
     output = RDropMSELoss(2.0, scale="mean")(predictions, target)
@@ -194,6 +277,8 @@ def test_mse_module_and_half_precision():
         ({"target": torch.ones(8, 3)}, ValueError, "target was stacked too"),
         ({"mask": torch.ones(4, 3)}, TypeError, "mask must be a boolean"),
         ({"mask": torch.ones(5, 3, dtype=torch.bool)}, ValueError, "mask must be broadcastable"),
+        ({"weight": torch.ones(2)}, ValueError, "weight must be broadcastable"),
+        ({"weight": torch.ones(1, 4, 3)}, ValueError, "weight must be broadcastable"),
         ({"alpha": -1}, ValueError, "alpha must be finite"),
     ],
 )

@@ -10,6 +10,7 @@ from regdrop import (
     rdrop_binary_cross_entropy_with_logits,
     rdrop_cross_entropy,
     rdrop_mse_loss,
+    rdrop_smooth_l1_loss,
     symmetric_kl,
 )
 from regdrop.loss import adaptive_softmax_terms
@@ -23,6 +24,7 @@ LOSSES = {
     "divergence": symmetric_kl,
     "bce": lambda x: rdrop_binary_cross_entropy_with_logits(x, NUMBERS, alpha=1.3).loss,
     "mse": lambda x: rdrop_mse_loss(x, NUMBERS, alpha=1.3).loss,
+    "smooth_l1": lambda x: rdrop_smooth_l1_loss(x, NUMBERS, alpha=1.3).loss,
 }
 
 

@@ -1,9 +1,23 @@
 import pytest
 
-from regdrop import RDropBCEWithLogitsLoss, RDropCrossEntropyLoss, RDropMSELoss
+from regdrop import (
+    RDropBCEWithLogitsLoss,
+    RDropCrossEntropyLoss,
+    RDropL1Loss,
+    RDropMSELoss,
+    RDropSmoothL1Loss,
+)
+
+MODULES = [
+    RDropBCEWithLogitsLoss,
+    RDropCrossEntropyLoss,
+    RDropL1Loss,
+    RDropMSELoss,
+    RDropSmoothL1Loss,
+]
 
 
-@pytest.mark.parametrize("module", [RDropBCEWithLogitsLoss, RDropCrossEntropyLoss, RDropMSELoss])
+@pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -22,9 +22,19 @@ from regdrop.loss.linear_cross_entropy import (
     linear_cross_entropy_terms,
     linear_rdrop_cross_entropy,
 )
-from regdrop.loss.mse import RDropMSELoss, mse_terms, rdrop_mse_loss
 from regdrop.loss.output import RDropOutput
 from regdrop.loss.reduction import combine_terms
+from regdrop.loss.regression import (
+    RDropL1Loss,
+    RDropMSELoss,
+    RDropSmoothL1Loss,
+    l1_terms,
+    mse_terms,
+    rdrop_l1_loss,
+    rdrop_mse_loss,
+    rdrop_smooth_l1_loss,
+    smooth_l1_terms,
+)
 from regdrop.loss.symmetric_kl import symmetric_kl
 from regdrop.loss.terms import ItemTerms, LossFunction, TermsFunction
 
@@ -35,8 +45,10 @@ __all__ = [
     "LossFunction",
     "RDropBCEWithLogitsLoss",
     "RDropCrossEntropyLoss",
+    "RDropL1Loss",
     "RDropMSELoss",
     "RDropOutput",
+    "RDropSmoothL1Loss",
     "TermsFunction",
     "adaptive_log_softmax",
     "adaptive_softmax_terms",
@@ -46,12 +58,16 @@ __all__ = [
     "cross_entropy_terms",
     "fraternal_terms",
     "is_counted",
+    "l1_terms",
     "linear_cross_entropy_loss",
     "linear_cross_entropy_terms",
     "linear_rdrop_cross_entropy",
     "mse_terms",
     "rdrop_binary_cross_entropy_with_logits",
     "rdrop_cross_entropy",
+    "rdrop_l1_loss",
     "rdrop_mse_loss",
+    "rdrop_smooth_l1_loss",
+    "smooth_l1_terms",
     "symmetric_kl",
 ]

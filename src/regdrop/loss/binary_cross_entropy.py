@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regdrop.loss.checks import (
+    check_broadcastable,
     check_counts,
     check_finite_divergence,
-    check_mask,
     check_options,
 )
 from regdrop.loss.counts import counted_by
-from regdrop.loss.elementwise import count_elements, masked_terms, split_passes
+from regdrop.loss.elementwise import count_elements, masked_terms, split_passes, without_masked
 from regdrop.loss.module import RDropLoss
 from regdrop.loss.output import RDropOutput
 from regdrop.loss.reduction import Reduction, Scale, combine_terms
@@ -99,11 +99,9 @@ def binary_cross_entropy_terms(
 ) -> ItemTerms:
     """Return the terms of every element, in the shape of the target; see above."""
     passes = split_passes("logits", logits, target, num_passes, backward_passes)
-    counted = check_mask(mask, target)
-    if counted is not None:
-        # Masked elements may hold anything, a nan included.
-        passes = passes.masked_fill(~counted, 0)
-        target = target.masked_fill(~counted, 0)
+    check_broadcastable("weight", weight, target)
+    check_broadcastable("pos_weight", pos_weight, target)
+    passes, target = without_masked(passes, target, mask)
     nll = F.binary_cross_entropy_with_logits(
         passes,
         target.to(passes.dtype).expand_as(passes),

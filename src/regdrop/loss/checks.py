@@ -203,13 +203,20 @@ def check_mask(mask: Tensor | None, target: Tensor) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a boolean tensor, True where an element counts, got {got}")
-    try:
-        return mask.expand(target.shape)
-    except RuntimeError as error:
+    check_broadcastable("mask", mask, target)
+    return mask.expand(target.shape)
+
+
+def check_broadcastable(name: str, given: Tensor | None, target: Tensor) -> None:
+    """Raise ValueError for a tensor that cannot be expanded to the shape of the target."""
+    if given is None:
+        return
+    sizes = zip(reversed(given.shape), reversed(target.shape), strict=False)
+    if given.dim() > target.dim() or any(ours not in (1, theirs) for ours, theirs in sizes):
         raise ValueError(
-            f"mask must be broadcastable to the shape of target {tuple(target.shape)}, "
-            f"got {tuple(mask.shape)}"
-        ) from error
+            f"{name} must be broadcastable to the shape of target {tuple(target.shape)}, "
+            f"got {tuple(given.shape)}"
+        )
 
 
 def check_own_memory(name: str, tensor: Tensor) -> None:

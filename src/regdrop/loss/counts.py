@@ -45,9 +45,7 @@ def counted_by(count: Callable[..., ItemCounts]) -> Callable[[Terms], Terms]:
 
 def is_counted(terms: Callable[..., Any]) -> bool:
     """Return whether a terms function, its options bound or not, is of this library."""
-    while isinstance(terms, partial):
-        terms = terms.func
-    return terms in _COUNTS
+    return _find(terms)[0] is not None
 
 
 def count_items(terms: Callable[..., Any], target: Any) -> ItemCounts | None:
@@ -60,12 +58,17 @@ def count_items(terms: Callable[..., Any], target: Any) -> ItemCounts | None:
     Returns:
         The counts; None where the terms are not of this library, so that nobody can know.
     """
-    options: dict[str, Any] = {}
-    while isinstance(terms, partial):
-        options = {**terms.keywords, **options}
-        terms = terms.func
-    count = _COUNTS.get(terms) if isinstance(terms, Hashable) else None
+    count, options = _find(terms)
     if count is None:
         return None
     accepted = inspect.signature(count).parameters
     return count(target, **{name: value for name, value in options.items() if name in accepted})
+
+
+def _find(terms: Callable[..., Any]) -> tuple[Callable[..., ItemCounts] | None, dict[str, Any]]:
+    """Return what counts the items of a terms function, and the options that are bound to it."""
+    options: dict[str, Any] = {}
+    while isinstance(terms, partial):
+        options = {**terms.keywords, **options}
+        terms = terms.func
+    return (_COUNTS.get(terms) if isinstance(terms, Hashable) else None), options

@@ -35,6 +35,14 @@ def count_elements(target: Tensor, mask: Tensor | None = None) -> ItemCounts:
     return ItemCounts(count, count)
 
 
+def without_masked(passes: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return outputs and target with 0 where the mask is False: they may hold anything there."""
+    counted = check_mask(mask, target)
+    if counted is None:
+        return passes, target
+    return passes.masked_fill(~counted, 0), target.masked_fill(~counted, 0)
+
+
 def masked_terms(nll: Tensor, kl: Tensor, mask: Tensor | None, target: Tensor) -> ItemTerms:
     """Return the terms of every element, 0 and uncounted where the mask is False."""
     counted = check_mask(mask, target)

@@ -1,0 +1,337 @@
+"""R-Drop for regression: the error of the predictions, and the same distance between two of them.
+
+The paper's is the squared error (appendix A.4 of arXiv 2106.14448).
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regdrop.loss.checks import check_broadcastable, check_counts, check_number, check_options
+from regdrop.loss.counts import counted_by
+from regdrop.loss.elementwise import count_elements, masked_terms, split_passes, without_masked
+from regdrop.loss.module import RDropLoss
+from regdrop.loss.output import RDropOutput
+from regdrop.loss.reduction import Reduction, Scale, combine_terms
+from regdrop.loss.terms import ItemTerms
+
+
+def rdrop_mse_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    alpha: float,
+    num_passes: int = 2,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items: Tensor | float | None = None,
+    scale: Scale = "sum",
+    backward_passes: int | None = None,
+) -> RDropOutput:
+    """Compute the R-Drop loss of a regression by squared errors (see this file's source).
+
+    Args:
+        input: (num_passes * batch, ...), the predictions; pass 0 of the whole batch first.
+        target: The original, unstacked target, (batch, ...). Every number is one: -100 marks
+            nothing.
+        alpha: Weight of the distance between passes.
+        num_passes: Number of passes in `input`; 1 only with alpha 0.
+        weight: Weight of each element's likelihood, broadcastable to target.
+        mask: Boolean, True where an element counts in both terms, broadcastable to target.
+        reduction: "mean" over unmasked elements, whatever their weights, "sum", or "none" (one
+            number an element).
+        num_items: Denominator of both terms under "mean", in elements.
+        scale: "sum" or "mean", as in `rdrop_cross_entropy`.
+        backward_passes: As in `rdrop_cross_entropy`.
+
+    Returns:
+        The loss and its two parts; `nll` is the error, `kl` the distance between passes.
+
+    Raises:
+        TypeError: For tensors of the wrong kind.
+        ValueError: For options out of range or shapes that do not fit.
+    """
+    return _loss(
+        partial(mse_terms, weight=weight, mask=mask),
+        input,
+        target,
+        alpha=alpha,
+        num_passes=num_passes,
+        reduction=reduction,
+        num_items=num_items,
+        scale=scale,
+        backward_passes=backward_passes,
+    )
+
+
+def rdrop_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    alpha: float,
+    num_passes: int = 2,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items: Tensor | float | None = None,
+    scale: Scale = "sum",
+    backward_passes: int | None = None,
+) -> RDropOutput:
+    """Compute the R-Drop loss of a regression by absolute errors.
+
+    Args:
+        input: As in `rdrop_mse_loss`, as are the others.
+        target: See above.
+        alpha: See above.
+        num_passes: See above.
+        weight: See above.
+        mask: See above.
+        reduction: See above.
+        num_items: See above.
+        scale: See above.
+        backward_passes: See above.
+
+    Returns:
+        As `rdrop_mse_loss`.
+
+    Raises:
+        TypeError: For tensors of the wrong kind.
+        ValueError: For options out of range or shapes that do not fit.
+    """
+    return _loss(
+        partial(l1_terms, weight=weight, mask=mask),
+        input,
+        target,
+        alpha=alpha,
+        num_passes=num_passes,
+        reduction=reduction,
+        num_items=num_items,
+        scale=scale,
+        backward_passes=backward_passes,
+    )
+
+
+def rdrop_smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    alpha: float,
+    num_passes: int = 2,
+    beta: float = 1.0,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items: Tensor | float | None = None,
+    scale: Scale = "sum",
+    backward_passes: int | None = None,
+) -> RDropOutput:
+    """Compute the R-Drop loss of a regression by absolute errors that are squared near 0.
+
+    Args:
+        input: As in `rdrop_mse_loss`, as are the others but beta.
+        target: See above.
+        alpha: See above.
+        num_passes: See above.
+        beta: Distance from which on it counts as such, less beta / 2; a smaller one d counts as
+            `d^2 / (2 beta)`, as in `torch.nn.functional.smooth_l1_loss`. At least 0.
+        weight: See above.
+        mask: See above.
+        reduction: See above.
+        num_items: See above.
+        scale: See above.
+        backward_passes: See above.
+
+    Returns:
+        As `rdrop_mse_loss`.
+
+    Raises:
+        TypeError: For tensors of the wrong kind.
+        ValueError: For options out of range or shapes that do not fit.
+    """
+    return _loss(
+        partial(smooth_l1_terms, beta=beta, weight=weight, mask=mask),
+        input,
+        target,
+        alpha=alpha,
+        num_passes=num_passes,
+        reduction=reduction,
+        num_items=num_items,
+        scale=scale,
+        backward_passes=backward_passes,
+    )
+
+
+@counted_by(count_elements)
+def mse_terms(
+    input: Tensor,
+    target: Tensor,
+    *,
+    num_passes: int,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    backward_passes: int | None = None,
+) -> ItemTerms:
+    """Return the terms of every element, in the shape of the target; see above."""
+    return _terms(F.mse_loss, input, target, num_passes, weight, mask, backward_passes)
+
+
+@counted_by(count_elements)
+def l1_terms(
+    input: Tensor,
+    target: Tensor,
+    *,
+    num_passes: int,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    backward_passes: int | None = None,
+) -> ItemTerms:
+    """Return the terms of every element, in the shape of the target; see above."""
+    return _terms(F.l1_loss, input, target, num_passes, weight, mask, backward_passes)
+
+
+@counted_by(count_elements)
+def smooth_l1_terms(
+    input: Tensor,
+    target: Tensor,
+    *,
+    num_passes: int,
+    beta: float = 1.0,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    backward_passes: int | None = None,
+) -> ItemTerms:
+    """Return the terms of every element, in the shape of the target; see above."""
+    check_beta(beta)
+    distance = partial(F.smooth_l1_loss, beta=beta)
+    return _terms(distance, input, target, num_passes, weight, mask, backward_passes)
+
+
+def _terms(
+    distance: Callable[..., Tensor],
+    input: Tensor,
+    target: Tensor,
+    num_passes: int,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    backward_passes: int | None,
+) -> ItemTerms:
+    passes = split_passes("input", input, target, num_passes, backward_passes)
+    check_broadcastable("weight", weight, target)
+    passes, target = without_masked(passes, target, mask)
+    nll = distance(passes, target.to(passes.dtype).expand_as(passes), reduction="none").mean(0)
+    if weight is not None:
+        nll = nll * weight.to(nll.dtype)
+    pairs = [distance(a, b, reduction="none") for a, b in combinations(passes, 2)]
+    kl = torch.stack(pairs).mean(0) if pairs else torch.zeros_like(nll)
+    return masked_terms(nll, kl, mask, target)
+
+
+def _loss(
+    terms: Callable[..., ItemTerms],
+    input: Tensor,
+    target: Tensor,
+    *,
+    alpha: float,
+    num_passes: int,
+    reduction: Reduction,
+    num_items: Tensor | float | None,
+    scale: Scale,
+    backward_passes: int | None,
+) -> RDropOutput:
+    check_options(
+        alpha=alpha,
+        num_passes=num_passes,
+        reduction=reduction,
+        scale=scale,
+        backward_passes=backward_passes,
+    )
+    check_counts(reduction, num_items=num_items)
+    return combine_terms(
+        terms(input, target, num_passes=num_passes, backward_passes=backward_passes),
+        alpha=alpha,
+        num_passes=num_passes,
+        reduction=reduction,
+        scale=scale,
+        num_items=num_items,
+    )
+
+
+def check_beta(beta: float) -> None:
+    """Raise for a beta that is no distance."""
+    check_number("beta", beta)
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be finite and at least 0, got {beta}")
+
+
+class _RegressionLoss(RDropLoss):
+    """A loss of predictions as a module; a subclass says which by `_compute`."""
+
+    _compute: Callable[..., RDropOutput]
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        num_items: Tensor | float | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> RDropOutput:
+        """Return the loss of stacked `input` and the unstacked `target`."""
+        return self._compute(
+            input,
+            target,
+            alpha=self.alpha,
+            num_passes=self.num_passes,
+            weight=weight,
+            mask=mask,
+            reduction=self.reduction,
+            num_items=num_items,
+            scale=self.scale,
+            backward_passes=self.backward_passes,
+        )
+
+
+class RDropMSELoss(_RegressionLoss):
+    """`rdrop_mse_loss` as a module that holds the options; `alpha` may be changed at will."""
+
+    _compute = staticmethod(rdrop_mse_loss)
+
+
+class RDropL1Loss(_RegressionLoss):
+    """`rdrop_l1_loss` as a module that holds the options; `alpha` may be changed at will."""
+
+    _compute = staticmethod(rdrop_l1_loss)
+
+
+class RDropSmoothL1Loss(_RegressionLoss):
+    """`rdrop_smooth_l1_loss` as a module that holds the options; `alpha` may be changed at will."""
+
+    def __init__(
+        self,
+        alpha: float,
+        *,
+        num_passes: int = 2,
+        beta: float = 1.0,
+        reduction: Reduction = "mean",
+        scale: Scale = "sum",
+        backward_passes: int | None = None,
+    ) -> None:
+        super().__init__(
+            alpha,
+            num_passes=num_passes,
+            reduction=reduction,
+            scale=scale,
+            backward_passes=backward_passes,
+        )
+        check_beta(beta)
+        self.beta = beta
+
+    def _compute(self, *tensors: Tensor, **options: Any) -> RDropOutput:
+        return rdrop_smooth_l1_loss(*tensors, beta=self.beta, **options)
