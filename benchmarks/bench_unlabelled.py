@@ -1,17 +1,17 @@
-"""What sentences without a label add to R-Drop where labels are few: MiniLM on parts of SST-2.
+"""What data without labels add to R-Drop where labels are few: parts of SST-2, and of digits.
 
-    python benchmarks/bench_unlabelled.py --data data/sst2_sentences    # about an hour on one core
-    python benchmarks/bench_unlabelled.py --quick    # on made-up sentences, to see that it runs
+    python benchmarks/bench_unlabelled.py --data data/sst2_sentences    # about 45 core-minutes
+    python benchmarks/bench_unlabelled.py --study digits                # a few
+    python benchmarks/bench_unlabelled.py --quick                       # to see that it runs
 
-Every seed draws the labelled sentences of a run, and others whose labels are hidden. All ways see
-the same labelled batches. Without R-Drop a sentence without a label has no loss at all, so that
-there is no such way. Alpha and the number of steps are chosen for each way and number of labels by
-the held-out NLL on another seed; the test split is read once, at the end of a run. Every finished
-run is a file, and is not run again.
+Every seed draws the labelled examples of a run, and others whose labels are hidden. All ways see
+the same labelled batches. Without R-Drop an example without a label has no loss at all, so that
+there is no such way. Alpha and the number of steps are chosen for each way and number of labels on
+another seed, by the held-out figure that the task selects by; the test split is read once, at the
+end of a run. Every finished run is a file, and is not run again.
 """
 
 import json
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 from torch.nn import functional as F
+from transformers import default_data_collator
 
 import recording
 from regdrop import RDropConfig, rdrop_step
@@ -41,34 +42,60 @@ BASELINE, RDROP, BOTH = "labels", "labels, R-Drop", "labels and unlabelled, R-Dr
 WAYS = (BASELINE, RDROP, BOTH)
 TUNING_SEED = 100
 WARM_UP = 12  # steps; the rate is constant from there, so that a shorter run is the longer's start
-OPTIMISATION = ("learning_rate", "weight_decay", "max_grad_norm")
+OPTIMISATION = ("learning_rate", "weight_decay", "max_grad_norm", "mixed_precision")
 LOGGED = 25  # steps over which training figures are averaged
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How much is trained on.
+class Study:
+    """What is trained, and how much of it.
 
     Attributes:
-        labels: Numbers of labelled sentences.
-        pool: Sentences without a label.
-        labelled_batch: Labelled sentences of a batch.
+        preset: Name of the task; its rate, weight decay and clipping are used.
+        changes: Changed settings of the task.
+        labels: Numbers of labelled examples.
+        pool: Examples without a label, as many as there are at most.
+        labelled_batch: Labelled examples of a batch.
         unlabelled_batch: Others of a batch, in the way that has them.
         alphas: Among which alpha is chosen.
         steps: Numbers of steps among which theirs is chosen.
         seeds: Reported runs.
     """
 
-    labels: tuple[int, ...] = (100, 500)
-    pool: int = 5_000
-    labelled_batch: int = 8
-    unlabelled_batch: int = 16
-    alphas: tuple[float, ...] = (1.0, 4.0)
-    steps: tuple[int, ...] = (50, 100, 150)
+    preset: str
+    changes: Mapping[str, Any]
+    labels: tuple[int, ...]
+    pool: int
+    labelled_batch: int
+    unlabelled_batch: int
+    alphas: tuple[float, ...]
+    steps: tuple[int, ...]
     seeds: int = 5
 
 
-QUICK = Sizes((8, 16), 30, 4, 4, (1.0,), (1, 2), 2)
+STUDIES = {
+    "sst2": Study(
+        preset="minilm-sst2-part",
+        # 32 tokens cut one sentence in five, and keep batches of mixed lengths small.
+        changes={"train_examples": None, "max_length": 32},
+        labels=(100, 500),
+        pool=5_000,
+        labelled_batch=8,
+        unlabelled_batch=16,
+        alphas=(1.0, 4.0),
+        steps=(50, 100, 150),
+    ),
+    "digits": Study(
+        preset="digits",
+        changes={},
+        labels=(30, 100),
+        pool=200,
+        labelled_batch=16,
+        unlabelled_batch=48,
+        alphas=(0.3, 1.0, 3.0),
+        steps=(100, 200, 300),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -99,43 +126,57 @@ def draw_batches(size: int, count: int, generator: torch.Generator) -> Iterator[
         waiting = waiting[count:]
 
 
-def training_batches(prepared: PreparedTask, setting: Setting, sizes: Sizes) -> Iterator[Any]:
+def collate(prepared: PreparedTask, rows: list[Any]) -> dict[str, Any]:
+    """Return a batch; of images the library's default one."""
+    return dict((prepared.data_collator or default_data_collator)(rows))
+
+
+def training_batches(prepared: PreparedTask, setting: Setting, study: Study) -> Iterator[Any]:
     """Draw the batches of a run; the labelled part is the same for all ways of a seed."""
     order = torch.Generator().manual_seed(setting.seed)
     rows = prepared.splits["train"]
     chosen = torch.randperm(len(rows), generator=order).tolist()
     labelled = [rows[i] for i in chosen[: setting.labels]]
-    # One pool for all numbers of labels of a seed, without any sentence that one of them labels.
-    others = chosen[max(sizes.labels) :][: sizes.pool]
-    unlabelled = [{**rows[i], "labels": UNLABELLED} for i in others]
-    count = sizes.unlabelled_batch if setting.way == BOTH else 0
+    # One pool for all numbers of labels of a seed, without any that one of them labels.
+    others = chosen[max(study.labels) :][: study.pool]
+    # A label is a tensor or a number.
+    unlabelled = [{**rows[i], "labels": rows[i]["labels"] * 0 + UNLABELLED} for i in others]
+    count = study.unlabelled_batch if setting.way == BOTH else 0
     parts = zip(
-        draw_batches(len(labelled), sizes.labelled_batch, order),
+        draw_batches(len(labelled), study.labelled_batch, order),
         draw_batches(len(unlabelled), count, torch.Generator().manual_seed(setting.seed)),
         strict=True,
     )
     for first, second in parts:
         batch = [labelled[i] for i in first] + [unlabelled[i] for i in second]
-        yield prepared.data_collator(batch)
+        yield collate(prepared, batch)
 
 
-def evaluate(model: nn.Module, prepared: PreparedTask, split: str) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, prepared: PreparedTask, split: str, precision: str | None
+) -> dict[str, float]:
     """Return accuracy and NLL of a split, in one pass without dropout."""
     model.eval()
-    rows = sorted(prepared.splits[split], key=lambda row: len(row["input_ids"]))
+    examples = prepared.splits[split]
+    rows = [examples[i] for i in range(len(examples))]
+    rows.sort(key=lambda row: len(row.get("input_ids", ())))  # of about one length: less padding
     correct, nll = 0, 0.0
     for start in range(0, len(rows), 64):
-        batch = dict(prepared.data_collator(rows[start : start + 64]))
+        batch = collate(prepared, rows[start : start + 64])
         target = batch.pop("labels")
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), autocast(precision):
             logits = model(**batch).logits.float()
         correct += int((logits.argmax(-1) == target).sum())
         nll += float(F.cross_entropy(logits, target, reduction="sum"))
     return {"accuracy": correct / len(rows), "nll": nll / len(rows)}
 
 
+def autocast(precision: str | None) -> Any:
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
 def train(
-    prepared: PreparedTask, setting: Setting, sizes: Sizes, optimisation: Mapping[str, Any]
+    prepared: PreparedTask, setting: Setting, study: Study, optimisation: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Train as set and return the figures; the held-out ones too where they choose a setting."""
     torch.manual_seed(setting.seed)
@@ -152,16 +193,16 @@ def train(
         num_passes=1 if setting.way == BASELINE else 2,
         unlabelled_index=UNLABELLED,
     )
+    precision = optimisation["mixed_precision"]
     history: list[dict[str, float]] = []
     held_out: list[dict[str, float]] = []
     seconds, mark = 0.0, time.perf_counter()
-    for step, batch in enumerate(islice(training_batches(prepared, setting, sizes), setting.steps)):
+    for step, batch in enumerate(islice(training_batches(prepared, setting, study), setting.steps)):
         model.train()
-        inputs = dict(batch)
-        target = inputs.pop("labels")
-        with torch.autocast("cpu", torch.bfloat16):
+        target = batch.pop("labels")
+        with autocast(precision):
             loss, nll, kl = rdrop_step(
-                lambda x: model(**x).logits, inputs, target, config=config, step=step
+                lambda x: model(**x).logits, batch, target, config=config, step=step
             )
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), optimisation["max_grad_norm"])
@@ -169,15 +210,17 @@ def train(
         rate.step()
         optimizer.zero_grad()
         history.append({"nll": float(nll), "kl": float(kl)})
-        if setting.seed == TUNING_SEED and step + 1 in sizes.steps:
+        if setting.seed == TUNING_SEED and step + 1 in study.steps:
             seconds += time.perf_counter() - mark
-            held_out.append({"steps": step + 1, **evaluate(model, prepared, "validation")})
+            held_out.append(
+                {"steps": step + 1, **evaluate(model, prepared, "validation", precision)}
+            )
             mark = time.perf_counter()
     seconds += time.perf_counter() - mark
     found: dict[str, Any] = {"seconds": seconds, "training": list(averaged(history))}
     if held_out:
         return {**found, "held_out": held_out}
-    return {**found, "test": evaluate(model, prepared, "test")}
+    return {**found, "test": evaluate(model, prepared, "test", precision)}
 
 
 def averaged(history: Sequence[Mapping[str, float]]) -> Iterator[dict[str, float]]:
@@ -189,7 +232,7 @@ def averaged(history: Sequence[Mapping[str, float]]) -> Iterator[dict[str, float
 
 
 def run(
-    prepared: PreparedTask, sizes: Sizes, folder: Path, config: dict[str, Any], setting: Setting
+    prepared: PreparedTask, study: Study, folder: Path, config: dict[str, Any], setting: Setting
 ) -> dict[str, Any]:
     """Return the record of a run; it is run if there is none.
 
@@ -205,7 +248,7 @@ def run(
         return record
     record = {
         **plain,
-        **train(prepared, setting, sizes, config),
+        **train(prepared, setting, study, config),
         "versions": library_versions(),
         "hardware": describe_hardware(),
     }
@@ -213,39 +256,44 @@ def run(
     return record
 
 
-def alphas_of(way: str, sizes: Sizes) -> tuple[float, ...]:
-    return (0.0,) if way == BASELINE else sizes.alphas
+def alphas_of(way: str, study: Study) -> tuple[float, ...]:
+    return (0.0,) if way == BASELINE else study.alphas
 
 
-def choose(records: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
-    """Return the alpha and the number of steps with the lowest held-out NLL."""
+def choose(records: Sequence[Mapping[str, Any]], metric: str) -> tuple[float, int]:
+    """Return the alpha and the number of steps with the best held-out figure, then NLL."""
     trials = [
-        (entry["nll"], record["alpha"], entry["steps"])
+        (-entry["accuracy"] if metric == "accuracy" else 0, entry["nll"], record, entry)
         for record in records
         for entry in record["held_out"]
     ]
-    return min(trials)[1:]
+    *_, record, entry = min(trials, key=lambda trial: trial[:2])
+    return record["alpha"], entry["steps"]
 
 
 Figures = dict[tuple[int, str], dict[int, dict[str, Any]]]
 
 
 def compare(
-    labels: int, record_of: Callable[[Setting], dict[str, Any]], sizes: Sizes, console: Console
+    labels: int,
+    record_of: Callable[[Setting], dict[str, Any]],
+    study: Study,
+    metric: str,
+    console: Console,
 ) -> Figures:
     """Choose the settings of every way with so many labels; return its records by seed."""
     tuning = [
-        Setting(labels, way, alpha, max(sizes.steps), TUNING_SEED)
+        Setting(labels, way, alpha, max(study.steps), TUNING_SEED)
         for way in WAYS
-        for alpha in alphas_of(way, sizes)
+        for alpha in alphas_of(way, study)
     ]
     trials = defaultdict(list)
     for setting in track(tuning, f"{labels} labels: choosing", console=console):
         trials[setting.way].append(record_of(setting))
         console.print(f"done: {setting.path}")
-    chosen = {way: choose(records) for way, records in trials.items()}
+    chosen = {way: choose(records, metric) for way, records in trials.items()}
     settings = [
-        Setting(labels, way, *chosen[way], seed) for seed in range(sizes.seeds) for way in WAYS
+        Setting(labels, way, *chosen[way], seed) for seed in range(study.seeds) for way in WAYS
     ]
     figures: Figures = {(labels, way): {} for way in WAYS}
     for setting in track(settings, f"{labels} labels: training", console=console):
@@ -308,46 +356,38 @@ def draw(figures: Figures, path: Path) -> None:
     save_figure(figure, path)
 
 
-def made_up_sentences(folder: Path) -> Path:
-    """Write sentences of words that are good or bad."""
-    folder.mkdir()
-    words = ("a film", "the plot", "its end", "every scene", "one joke")
-    for split, count in (("train", 100), ("validation", 30)):
-        rows = [f"{words[i % 5]} is {('bad', 'good')[i % 2]},{i % 2}" for i in range(count)]
-        text = "sentence,label\n" + "\n".join(rows)
-        (folder / f"{split}.csv").write_text(text, encoding="utf-8")
-    return folder
-
-
 def main() -> None:
     options = recording.parser(__doc__)
-    options.add_argument("--data", default="nyu-mll/glue", help="folder or hub id of SST-2")
-    options.set_defaults(output=recording.ROOT / "results" / "unlabelled-sst2" / "runs.json")
+    options.add_argument("--study", default="sst2", choices=STUDIES)
+    options.add_argument("--data", default=None, help="folder or hub id of SST-2")
     arguments = recording.parse(options)
-    sizes = QUICK if arguments.quick else Sizes()
+    study = STUDIES["digits" if arguments.quick else arguments.study]
+    if arguments.quick:
+        study = replace(study, labels=(30,), alphas=(1.0,), steps=(10, 20), seeds=2)
+    if arguments.output == options.get_default("output"):
+        folder = recording.ROOT / "results" / f"unlabelled-{arguments.study}"
+        arguments.output = folder / "runs.json"
     folder = arguments.output.parent
     console = Console()
     quiet_libraries()
-    with tempfile.TemporaryDirectory() as name:
-        made_up = arguments.quick and str(made_up_sentences(Path(name) / "data"))
-        task: Any = change_task(find_task("minilm-sst2-part"), data=made_up or arguments.data)
-        # 32 tokens cut one sentence in five, and keep batches of mixed lengths small.
-        task = replace(task, train_examples=None, max_length=32)
-        prepared = task.prepare()
-        config = {
-            "task": task.name,
-            "model": task.model,
-            "max_length": task.max_length,
-            **{name: getattr(task.training, name) for name in OPTIMISATION},
-            "warm_up": WARM_UP,
-            # More seeds or alphas change no run that is finished.
-            **{k: v for k, v in asdict(sizes).items() if k not in ("alphas", "seeds")},
-        }
-        figures: Figures = {}
-        for labels in sizes.labels:
-            figures |= compare(
-                labels, partial(run, prepared, sizes, folder, config), sizes, console
-            )
+    task: Any = change_task(find_task(study.preset), data=arguments.data)
+    task = replace(task, **study.changes)
+    config = {
+        "task": task.name,
+        "model": task.model,
+        "max_length": study.changes.get("max_length"),
+        **{name: getattr(task.training, name) for name in OPTIMISATION},
+        "warm_up": WARM_UP,
+        # More seeds or alphas change no run that is finished.
+        **{
+            name: getattr(study, name)
+            for name in ("labels", "pool", "labelled_batch", "unlabelled_batch", "steps")
+        },
+    }
+    record_of = partial(run, task.prepare(), study, folder, config)
+    figures: Figures = {}
+    for labels in study.labels:
+        figures |= compare(labels, record_of, study, task.selection_metric, console)
     rows: list[recording.Row] = [
         {
             **{name: record[name] for name in ("labels", "way", "steps", "seed", "seconds")},
@@ -363,7 +403,7 @@ def main() -> None:
     (folder / "table.md").write_text(table, encoding="utf-8")
     console.print(table)
     draw(figures, folder / "unlabelled.png")
-    recording.write(rows, arguments, console, alphas=sizes.alphas, **config)
+    recording.write(rows, arguments, console, alphas=study.alphas, **config)
 
 
 if __name__ == "__main__":
