@@ -21,6 +21,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from regdrop.loss import adaptive_log_softmax, adaptive_softmax_terms
+from regdrop.tasks.initialisation import initialise, initialise_module
 
 
 class AdaptiveInputConfig(XGLMConfig):
@@ -122,7 +123,7 @@ class AdaptiveInputModel(XGLMModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # the table of positions
-        _initialise(module)
+        initialise_module(module)
 
 
 class AdaptiveInputForCausalLM(PreTrainedModel, GenerationMixin):
@@ -142,10 +143,11 @@ class AdaptiveInputForCausalLM(PreTrainedModel, GenerationMixin):
         self.tails = nn.Linear(config.d_model, len(config.cutoffs), bias=False)
         self._autocast_dtype: torch.dtype | None = None
         self.post_init()
+        initialise(self)  # knows which linear layers are queries, keys and values
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        _initialise(module)
+        initialise_module(module)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the adaptive embedding."""
@@ -237,19 +239,6 @@ class AdaptiveInputForCausalLM(PreTrainedModel, GenerationMixin):
             attentions=output.attentions,
             softmax_states=states,
         )
-
-
-def _initialise(module: nn.Module) -> None:
-    """Initialise as the paper's code does: embeddings by their own width, Xavier's for products."""
-    if isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
-    elif isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
 
 
 def register() -> None:

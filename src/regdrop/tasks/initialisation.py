@@ -13,8 +13,8 @@ def initialise(model: nn.Module) -> nn.Module:
     """Draw the weights of a model anew, in place, as fairseq's Transformer does.
 
     Deep layers that are normalised last hardly learn from wider weights; those that are normalised
-    first do (language models here keep their own). Embeddings that are not trained, such as a table
-    of sinusoids, and other kinds of modules are left as they are.
+    first do, and the plain decoder of language models here keeps its normal ones. Embeddings that
+    are not trained, such as a table of sinusoids, and other kinds of modules are left as they are.
 
     Args:
         model: A model of BART's, Marian's or XGLM's class, or one whose attentions name their

@@ -44,7 +44,8 @@ class Summarisation:
         rdrop: R-Drop's options.
         model: Checkpoint of any encoder-decoder: folder or hub id; None to train `model_config`.
         model_config: Changed settings of the checkpoint's configuration, or the whole one of a new
-            model, `model_type` included.
+            model, `model_type` included; a BART with an `init_std` has normal weights of that
+            deviation, else those of `regdrop.tasks.initialisation`.
         dataset_config: Configuration of the hub's data set.
         vocabulary_size: Tokens of the joint BPE vocabulary of a new model.
         max_source_length: Tokens to which sources are cut.
@@ -241,7 +242,8 @@ class Summarisation:
 
         if self.model is None:
             model: Any = AutoModelForSeq2SeqLM.from_config(config)
-            if "init_std" not in self.model_config:
+            # Other classes, such as T5's, scale their products otherwise.
+            if config.model_type == "bart" and "init_std" not in self.model_config:
                 initialise(model)
         else:
             model = AutoModelForSeq2SeqLM.from_pretrained(
