@@ -2,12 +2,15 @@
 
 from regdrop.config import RDropConfig
 from regdrop.loss import (
+    ItemCounts,
     RDropBCEWithLogitsLoss,
     RDropCrossEntropyLoss,
     RDropL1Loss,
     RDropMSELoss,
     RDropOutput,
     RDropSmoothL1Loss,
+    count_items,
+    ctc_terms,
     linear_rdrop_cross_entropy,
     rdrop_binary_cross_entropy_with_logits,
     rdrop_cross_entropy,
@@ -29,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DropoutSource",
+    "ItemCounts",
     "RDropBCEWithLogitsLoss",
     "RDropConfig",
     "RDropCrossEntropyLoss",
@@ -37,6 +41,8 @@ __all__ = [
     "RDropOutput",
     "RDropSmoothL1Loss",
     "__version__",
+    "count_items",
+    "ctc_terms",
     "dropout_rates",
     "find_dropout",
     "linear_rdrop_cross_entropy",

@@ -16,6 +16,7 @@ from regdrop.loss.cross_entropy import (
     cross_entropy_terms,
     rdrop_cross_entropy,
 )
+from regdrop.loss.ctc import ctc_terms
 from regdrop.loss.fraternal import fraternal_terms
 from regdrop.loss.linear_cross_entropy import (
     linear_cross_entropy_loss,
@@ -56,6 +57,7 @@ __all__ = [
     "combine_terms",
     "count_items",
     "cross_entropy_terms",
+    "ctc_terms",
     "fraternal_terms",
     "is_counted",
     "l1_terms",

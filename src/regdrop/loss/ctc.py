@@ -1,0 +1,157 @@
+"""R-Drop for connectionist temporal classification: both CTC losses and the KL of every frame."""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regdrop.kernels.gradient import limit_backward
+from regdrop.loss.checks import check_floating, check_integer, check_stacked
+from regdrop.loss.counts import ItemCounts, counted_by
+from regdrop.loss.symmetric_kl import symmetric_kl
+from regdrop.loss.terms import ItemTerms
+
+CTCReduction = Literal["mean", "sum"]
+
+
+def count_sequences(target: Tensor, reduction: CTCReduction = "mean") -> ItemCounts:
+    """Return the number of sequences, or 1 for a batch that is summed."""
+    count = torch.full((), target.shape[0] if reduction == "mean" else 1, device=target.device)
+    return ItemCounts(count, count)
+
+
+@counted_by(count_sequences)
+def ctc_terms(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    num_passes: int,
+    blank: int = 0,
+    logit_lengths: Tensor | None = None,
+    target_lengths: Tensor | None = None,
+    ignore_index: int = -100,
+    zero_infinity: bool = False,
+    reduction: CTCReduction = "mean",
+    backward_passes: int | None = None,
+) -> ItemTerms:
+    """Return the terms of every sequence, as in CR-CTC (arXiv 2410.05101), no gradient stopped.
+
+    The divergence of a sequence is the sum of that of its frames, as its likelihood is a sum over
+    them. `reduction` weighs both alike, so that alpha has one meaning: with the scale "mean", twice
+    the weight of CR-CTC's regularisation.
+
+    Args:
+        logits: (num_passes * batch, frames, C), raw scores, floating point; pass 0 of the whole
+            batch first. Half precision is computed in float32.
+        target: The original, unstacked target: class indices (batch, symbols). Negative numbers,
+            `ignore_index` and `blank` are padding, wherever they are.
+        num_passes: Number of passes in `logits`; with 1 only the likelihood is computed.
+        blank: Index of the class that stands for no symbol.
+        logit_lengths: (batch,), the first frames of each sequence that count. None: all.
+        target_lengths: (batch,), the first positions of each target that count. None: all but the
+            padding.
+        ignore_index: Index that marks padding of the target.
+        zero_infinity: Count an infinite likelihood, of a target that is longer than its frames, and
+            its gradient as 0.
+        reduction: What a mean over the terms is, as in `torch.nn.functional.ctc_loss`. "mean":
+            sequences are divided by the length of their target, and the mean is over sequences.
+            "sum": the batch is summed up and counts as one item, so that a mean over several
+            batches is one of their sums.
+        backward_passes: As in `rdrop_cross_entropy`.
+
+    Raises:
+        TypeError: For tensors of the wrong kind.
+        ValueError: For shapes that do not fit, or targets or lengths out of range (on the CPU).
+    """
+    frames, symbols = _check(
+        logits, target, num_passes, blank, logit_lengths, target_lengths, ignore_index, reduction
+    )
+    passes = logits.reshape(num_passes, *target.shape[:1], *logits.shape[1:])
+    passes = passes if passes.dtype == torch.float64 else passes.float()
+    passes = limit_backward(passes, num_passes if backward_passes is None else backward_passes)
+    if logit_lengths is not None:
+        # Frames behind the end may hold anything, a nan included.
+        passes = passes.masked_fill(~frames[..., None], 0)
+    stacked = passes.flatten(0, 1)
+    lengths = symbols.sum(-1)
+    nll = F.ctc_loss(
+        stacked.log_softmax(-1).transpose(0, 1),
+        target[symbols].long().repeat(num_passes),
+        frames.sum(-1).repeat(num_passes),
+        lengths.repeat(num_passes),
+        blank=blank,
+        reduction="none",
+        zero_infinity=zero_infinity,
+    )
+    nll = nll.view(num_passes, -1).mean(0)
+    if num_passes == 1:
+        kl = torch.zeros_like(nll)
+    else:
+        kl = symmetric_kl(stacked, num_passes=num_passes, mask=frames, reduction="none").sum(-1)
+    if reduction == "mean":
+        nll, kl = (term / lengths.clamp(min=1) for term in (nll, kl))
+    return ItemTerms(nll, kl, *count_sequences(target, reduction))
+
+
+def _check(
+    logits: Tensor,
+    target: Tensor,
+    num_passes: int,
+    blank: int,
+    logit_lengths: Tensor | None,
+    target_lengths: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """Return which frames, (batch, frames), and which symbols, (batch, symbols), count."""
+    check_floating("logits", logits)
+    check_stacked("logits", logits, target, num_passes)
+    if logits.dim() != 3:
+        raise ValueError(
+            f"logits must be (num_passes * batch, frames, classes), got {tuple(logits.shape)}"
+        )
+    if target.dim() != 2:
+        raise ValueError(f"target must be (batch, symbols), got shape {tuple(target.shape)}")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"target must hold class indices, got {target.dtype}")
+    if reduction not in get_args(CTCReduction):
+        raise ValueError(f"reduction must be one of {get_args(CTCReduction)}, got {reduction!r}")
+    check_integer("blank", blank)
+    num_classes = logits.shape[-1]
+    if not 0 <= blank < num_classes:
+        raise ValueError(f"blank must be a class, 0 to {num_classes - 1}, got {blank}")
+    sizes = len(target), logits.shape[1]
+    frames = _first("logit_lengths", logit_lengths, *sizes, logits.device)
+    sizes = len(target), target.shape[1]
+    symbols = _first("target_lengths", target_lengths, *sizes, target.device)
+    symbols = symbols & (target >= 0) & (target != blank) & (target.long() != ignore_index)
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = target[symbols & (target >= num_classes)]
+        if wrong.numel():
+            raise ValueError(
+                f"target must hold class indices from 0 to {num_classes - 1} or padding, "
+                f"got {int(wrong[0])}"
+            )
+    return frames, symbols
+
+
+def _first(
+    name: str, lengths: Tensor | None, batch: int, longest: int, device: torch.device
+) -> Tensor:
+    """Return which positions, (batch, longest), are among the first ones of their row."""
+    positions = torch.arange(longest, device=device)
+    if lengths is None:
+        return (positions >= 0).expand(batch, longest)
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point():
+        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {got}")
+    if lengths.shape != (batch,):
+        raise ValueError(
+            f"{name} must have one entry a sequence, shape ({batch},), got {tuple(lengths.shape)}"
+        )
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > longest:
+            raise ValueError(f"{name} must be from 0 to {longest}, got {low if low < 0 else high}")
+    return positions < lengths.to(device)[:, None]
