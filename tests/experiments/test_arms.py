@@ -1,7 +1,14 @@
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
-from regdrop import RDropConfig
-from regdrop.experiments import build_arms
+import pytest
+
+from regdrop import RDropConfig, find_dropout
+from regdrop.experiments import build_arms, run
+from regdrop.experiments.arms import other_arms
+from regdrop.experiments.record import resolved_config
+from regdrop.experiments.run import check_same_config
+from regdrop.experiments.tuning import with_settings
 from regdrop.tasks.image_presets import DIGITS
 
 
@@ -15,6 +22,42 @@ def test_five_arms_differ_in_what_their_names_say():
     assert arms["rdrop"].rdrop.backward_passes is None
     assert arms["rdrop-one-backward"].rdrop.backward_passes == 1
     assert {arm.rdrop.scale for arm in arms.values()} == {"mean"}
+
+
+def test_matched_dropout_is_one_pass_with_the_odds_of_alpha():
+    arm = other_arms(DIGITS)["matched-dropout"]
+    assert arm.rdrop.num_passes == 1
+    assert arm.dropout_odds == 1 + DIGITS.rdrop.alpha
+    # The same grid of alphas serves both arms.
+    tuned = with_settings(arm, {"rdrop.alpha": 7, "training.learning_rate": 1e-3})
+    assert (tuned.dropout_odds, tuned.rdrop) == (8, arm.rdrop)
+    assert tuned.training.learning_rate == 1e-3
+    settings = resolved_config(DIGITS, arm)
+    with pytest.raises(ValueError, match="other settings \\(dropout_odds\\)"):
+        check_same_config(
+            Path("record.json"),
+            settings,
+            resolved_config(DIGITS, tuned) | {"training": settings["training"]},
+        )
+
+
+def test_two_thirds_of_a_batch_hold_whole_micro_batches():
+    training = replace(DIGITS.training, batch_size=32, gradient_accumulation_steps=4)
+    arm = other_arms(replace(DIGITS, training=training))["two-thirds-batch"]
+    assert (arm.training.batch_size, arm.training.max_steps) == (20, training.max_steps)
+    assert arm.rdrop.alpha == DIGITS.rdrop.alpha
+
+
+@pytest.mark.slow
+def test_a_run_trains_with_the_odds_of_its_arm(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "build_trainer", lambda *args, **_: seen.append(args[5]) or 1 / 0)
+    arm = replace(other_arms(DIGITS)["matched-dropout"], dropout_odds=3.0)
+    with pytest.raises(ZeroDivisionError):
+        run.train_run(DIGITS, arm, 0, run.RunPaths.alone(tmp_path))
+    rates = {source.rate for source in find_dropout(seen[0]) if source.rate}
+    odds = 3 * DIGITS.dropout / (1 - DIGITS.dropout)
+    assert list(rates) == [pytest.approx(odds / (1 + odds))]
 
 
 def test_equal_compute_means_twice_the_updates_and_nothing_else():

@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from regdrop import dropout_rates
-from regdrop.passes import run_passes
+from regdrop.passes import run_passes, scale_dropout_odds
 
 
 class Noted(nn.Module):
@@ -139,3 +139,13 @@ def test_gradient_checkpointing_is_refused():
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="gradient checkpointing"), dropout_rates(model, 0.3):
         pass
+
+
+def test_odds_are_multiplied_and_rates_of_zero_stay():
+    model = nn.Sequential(nn.Dropout(0.1), nn.Dropout(0.5), nn.Dropout(0.0))
+    scale_dropout_odds(model, 4.0)
+    assert [m.p for m in model] == pytest.approx([4 / 13, 0.8, 0.0])
+    with pytest.raises(ValueError, match="factor must be above 0, got 0"):
+        scale_dropout_odds(model, 0)
+    with pytest.raises(ValueError, match="found none"):
+        scale_dropout_odds(nn.Linear(2, 2), 2.0)

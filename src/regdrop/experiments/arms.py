@@ -9,7 +9,7 @@ from regdrop.tasks import Task, TrainingSettings
 
 BASELINE = "baseline"
 CONTROL = "alpha-0"
-OTHER_ARMS = ("r3f", "fraternal")
+_METHODS = ("r3f", "fraternal")
 _ORDER = (BASELINE, "baseline-2x", CONTROL, "rdrop", "rdrop-one-backward")
 
 
@@ -36,12 +36,14 @@ class Arm:
         description: What it is.
         rdrop: R-Drop's options; one pass with alpha 0 is training without it.
         training: Optimisation.
+        dropout_odds: What the odds of every dropout rate are multiplied by.
     """
 
     name: str
     description: str
     rdrop: RDropConfig
     training: TrainingSettings
+    dropout_odds: float = 1.0
 
 
 def baseline_arm(task: Task) -> Arm:
@@ -66,7 +68,7 @@ def build_arms(task: Task) -> dict[str, Arm]:
     if task.rdrop.method != "rdrop":
         raise ValueError(
             f"rdrop.method of a task must be 'rdrop', got {task.rdrop.method!r}: other methods are "
-            f"arms of their own, {', '.join(OTHER_ARMS)}"
+            f"arms of their own, {', '.join(_METHODS)}"
         )
     training = task.training
     rdrop = replace(task.rdrop, scale="mean")
@@ -93,10 +95,13 @@ def build_arms(task: Task) -> dict[str, Arm]:
 
 
 def other_arms(task: Task) -> dict[str, Arm]:
-    """Return the regularisers with which the paper compares itself, by the settings of theirs.
+    """Return further controls, and the regularisers with which the paper compares itself.
 
-    R3F's lambda is 1 (arXiv 2008.03156), fraternal dropout's kappa 0.15 (arXiv 1711.00066),
-    whatever the task's alpha, which is R-Drop's; `regdrop tune` chooses others.
+    One pass with more dropout shows what noise alone does: its odds are multiplied by 1 + alpha, as
+    to second order R-Drop multiplies dropout's own penalty. Full R-Drop on two thirds of each batch
+    costs what the cheaper forms cost: they have to beat it. R3F's lambda is 1 (arXiv 2008.03156)
+    and fraternal dropout's kappa 0.15 (arXiv 1711.00066), whatever the task's alpha, which is
+    R-Drop's; `regdrop tune` chooses others.
     """
     base = RDropConfig(class_weight=task.rdrop.class_weight, noise=task.rdrop.noise)
     r3f = replace(
@@ -107,11 +112,30 @@ def other_arms(task: Task) -> dict[str, Arm]:
         impl=task.rdrop.impl,
     )
     fraternal = replace(base, alpha=0.3, method="fraternal")
+    alpha = task.rdrop.alpha
     arms = (
+        replace(
+            baseline_arm(task),
+            name="matched-dropout",
+            description=f"one pass, the odds of its dropout times {1 + alpha:g}",
+            dropout_odds=1 + alpha,
+        ),
+        Arm(
+            "two-thirds-batch",
+            f"R-Drop, alpha {alpha:g}, on two thirds of each batch",
+            replace(task.rdrop, scale="mean"),
+            _smaller_batch(task.training, 2 / 3),
+        ),
         Arm("r3f", "R3F: noise on the embeddings, lambda 1", r3f, task.training),
         Arm("fraternal", "fraternal dropout, kappa 0.15", fraternal, task.training),
     )
     return {arm.name: arm for arm in arms}
+
+
+def _smaller_batch(training: TrainingSettings, share: float) -> TrainingSettings:
+    batches = training.gradient_accumulation_steps
+    size = max(1, round(training.batch_size * share / batches)) * batches
+    return replace(training, batch_size=size)
 
 
 def compared_arms(task: Task, names: Sequence[str] | None = None) -> list[Arm]:

@@ -212,6 +212,7 @@ def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
         "family": task.family,
         "training": asdict(arm.training),
         "rdrop": arm.rdrop.to_dict(),
+        "dropout_odds": arm.dropout_odds,
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain

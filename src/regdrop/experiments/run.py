@@ -32,7 +32,7 @@ from regdrop.experiments.record import (
 )
 from regdrop.integrations.transformers import RDropTrainer
 from regdrop.integrations.transformers.checkpoints import average_weights
-from regdrop.passes import find_dropout
+from regdrop.passes import find_dropout, scale_dropout_odds
 from regdrop.tasks import PreparedTask, Task
 from regdrop.tasks.full_precision import TaskTrainer
 
@@ -172,6 +172,8 @@ def _begin(
         set_seed(seed)
         model = prepared.build_model()
         _check_dropout(model, arm)
+        if arm.dropout_odds != 1:
+            scale_dropout_odds(model, arm.dropout_odds)
     except ValueError:
         if checkpoint is None and is_main_process():
             shutil.rmtree(paths.work)

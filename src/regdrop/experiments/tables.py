@@ -76,7 +76,7 @@ def build_rows(records: Sequence[RunRecord]) -> list[Row]:
             Row(
                 arm,
                 cells,
-                run_cost(runs[0], baseline[0].steps if baseline else None),
+                run_cost(runs[0], baseline[0] if baseline else None),
                 sum(ratios) / len(ratios) if ratios else None,
                 _best_part(runs, find_metrics(records)),
                 len(runs),

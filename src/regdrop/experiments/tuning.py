@@ -96,6 +96,10 @@ def with_settings(arm: Arm, settings: Mapping[str, Setting]) -> Arm:
         ValueError: For a setting that there is not, or a value that it refuses.
     """
     for name, value in settings.items():
+        if name == "rdrop.alpha" and arm.dropout_odds != 1:
+            # The penalty that R-Drop has by this alpha.
+            arm = replace(arm, dropout_odds=1 + float(value))
+            continue
         part, _, own = name.partition(".")
         holder: Any = getattr(arm, part)
         known = [known.name for known in fields(holder)]
@@ -190,8 +194,8 @@ def tune(
 
 
 def _matters(variation: Variation, arm: Arm) -> bool:
-    if variation.name == "rdrop.alpha" and arm.rdrop.alpha == 0:
-        return False
+    if variation.name == "rdrop.alpha":
+        return arm.rdrop.alpha != 0 or arm.dropout_odds != 1
     return not variation.name.startswith("rdrop.") or arm.rdrop.num_passes > 1
 
 

@@ -3,7 +3,11 @@
 from regdrop.passes.dropout import DropoutSource, find_dropout
 from regdrop.passes.kept_state import kept_buffers, kept_random_state
 from regdrop.passes.noise import embedding_noise
-from regdrop.passes.rates import dropout_rates, uses_gradient_checkpointing
+from regdrop.passes.rates import (
+    dropout_rates,
+    scale_dropout_odds,
+    uses_gradient_checkpointing,
+)
 from regdrop.passes.shared_prefix import SharedPrefix, share_prefix, why_not_shared
 from regdrop.passes.stacking import find_batch_size, find_tensors, repeat_batch, take_items
 from regdrop.passes.strategies import Strategy, concatenate_outputs, run_passes
@@ -22,6 +26,7 @@ __all__ = [
     "kept_random_state",
     "repeat_batch",
     "run_passes",
+    "scale_dropout_odds",
     "share_prefix",
     "take_items",
     "uses_gradient_checkpointing",

@@ -39,11 +39,7 @@ def dropout_rates(model: nn.Module, rates: float | Sequence[float]) -> Iterator[
             "dropout_rates cannot be used with gradient checkpointing: the recomputation would "
             "run with another pass's rate; switch checkpointing off"
         )
-    sources = [
-        found
-        for found in rate_attributes(model)
-        if found.source.rate > 0 and found.source.kind in _SETTABLE
-    ]
+    sources = _settable(model)
     if not sources:
         raise ValueError("model must have a dropout rate above 0 to be changed, found none")
     state = _Rates(sources, sequence)
@@ -59,6 +55,37 @@ def dropout_rates(model: nn.Module, rates: float | Sequence[float]) -> Iterator[
         for hook in hooks:
             hook.remove()
         state.restore()
+
+
+def scale_dropout_odds(model: nn.Module, factor: float) -> None:
+    """Multiply the odds p / (1 - p) of every dropout rate p of a model, for good.
+
+    To second order R-Drop with alpha multiplies dropout's own penalty by 1 + alpha, and that
+    penalty is proportional to the odds: this is the same penalty by noise alone.
+
+    Args:
+        model: Its sources with a rate above 0 are changed: dropout modules, attention and LoRA.
+        factor: What the odds are multiplied by.
+
+    Raises:
+        ValueError: For a factor that is not above 0, or a model without an active rate.
+    """
+    if not factor > 0:
+        raise ValueError(f"factor must be above 0, got {factor}")
+    sources = _settable(model)
+    if not sources:
+        raise ValueError("model must have a dropout rate above 0 to be changed, found none")
+    for found in sources:
+        odds = factor * found.source.rate / (1 - found.source.rate)
+        setattr(found.owner, found.attribute, odds / (1 + odds))
+
+
+def _settable(model: nn.Module) -> list[RateAttribute]:
+    return [
+        found
+        for found in rate_attributes(model)
+        if found.source.rate > 0 and found.source.kind in _SETTABLE
+    ]
 
 
 def uses_gradient_checkpointing(model: nn.Module) -> bool:

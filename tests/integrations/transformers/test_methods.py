@@ -200,6 +200,8 @@ def test_other_methods_are_arms_by_name():
     assert {arm.rdrop.method for arm in compared_arms(task)} == {"rdrop"}
     assert [arm.name for arm in compared_arms(task, ["rdrop", "r3f"])] == ["rdrop", "r3f"]
     assert {name: arm.rdrop.alpha for name, arm in other_arms(task).items()} == {
+        "matched-dropout": 0.0,
+        "two-thirds-batch": task.rdrop.alpha,
         "r3f": 4.0,
         "fraternal": 0.3,
     }
