@@ -84,11 +84,32 @@ CASES = {
         5,
         "cross entropy, ignoring 255",
     ),
+    "padded by 0": (
+        partial(by_position, ignore_index=0),
+        {},
+        some_ignored(class_labels(SIZE, 5), 0),
+        5,
+        "cross entropy, ignoring 0",
+    ),
     "probabilities": (F.cross_entropy, {}, numbers(SIZE, 3).softmax(-1), None, "cross entropy"),
     "binary": (
         F.binary_cross_entropy_with_logits,
         {},
         class_labels(SIZE, 3, num_classes=2).float(),
+        None,
+        "binary cross entropy",
+    ),
+    "one chance": (
+        lambda z, y: F.binary_cross_entropy_with_logits(z[:, 0], y.float()),
+        {"width": 1},
+        class_labels(SIZE, num_classes=2),
+        None,
+        "binary cross entropy",
+    ),
+    "one chance without a dimension": (
+        F.binary_cross_entropy_with_logits,
+        {"width": 1, "shape": lambda z: z[:, 0]},
+        class_labels(SIZE, num_classes=2).float(),
         None,
         "binary cross entropy",
     ),
@@ -99,6 +120,8 @@ CASES = {
         None,
         "mean squared error",
     ),
+    "absolute": (F.l1_loss, {}, numbers(SIZE, 3), None, "mean absolute error"),
+    "smooth": (F.smooth_l1_loss, {}, 3 * numbers(SIZE, 3), None, "smooth L1"),
     "numbers": (F.mse_loss, {}, numbers(SIZE, 3), None, "mean squared error"),
 }
 
@@ -225,6 +248,24 @@ def test_a_new_head_of_tokens_whose_logits_are_all_zero():
     batch = {"x": numbers(4, 5, FEATURES), "labels": class_labels(4, 5)}
     recipe = detect(model, batch)
     assert (recipe.family, recipe.is_shifted) == ("cross entropy", False)
+
+
+def test_a_new_head_whose_labels_are_padded_by_a_word():
+    """Where all logits are 0, any share of the labels has the same mean."""
+    model = Plain(partial(by_position, ignore_index=0), width=4)
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    labels = some_ignored(class_labels(4, 5, num_classes=4), 0)
+    recipe = detect(model, {"x": numbers(4, 5, FEATURES), "labels": labels})
+    assert (recipe.ignore_index, recipe.is_shifted) == (0, False)
+
+
+@pytest.mark.parametrize("case", ["causal", "classes", "binary", "numbers"])
+def test_a_model_in_half_precision(case):
+    model, rows, told = make(case)
+    batch = {name: column[:8] for name, column in rows.columns.items()}
+    half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
+    assert str(detect(model.bfloat16(), half)) == told
 
 
 def test_modes_and_buffers_stay_as_they_are():

@@ -241,6 +241,23 @@ def test_the_loss_is_the_own_one_and_the_divergence(tmp_path, case, options):
     assert len(seen) == (config.num_passes if "passes" in options else 1)
 
 
+def test_padding_is_no_item_of_the_divergence(tmp_path):
+    """A tagger's labels are padded by a label, as a chain of tags needs: the mask tells."""
+
+    class Tagger(Plain):
+        def forward(self, x, attention_mask, labels=None):
+            return super().forward(x, labels=labels)
+
+    rows = number_rows(TAGS, SIZE, 5)
+    mask = torch.arange(5) < torch.arange(SIZE)[:, None] % 4 + 2
+    rows.columns["attention_mask"] = mask.long()
+    model = Tagger(crf)
+    seen = record_scores(model)
+    trainer = train(tmp_path, model, rows, RDropConfig(), max_steps=1)
+    kl = symmetric_kl(seen[0], mask=mask[:8])
+    assert logged(trainer, "kl") == [pytest.approx(kl.item(), rel=1e-4)]
+
+
 def test_every_second_step_and_a_part_of_the_batch(tmp_path):
     config = RDropConfig(alpha=1.5, likelihood="model", every_n_steps=2, start_step=1, scale="sum")
     model = Plain(focal)

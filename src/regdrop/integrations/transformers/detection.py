@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,17 +17,23 @@ from regdrop.loss import (
     binary_cross_entropy_terms,
     combine_terms,
     cross_entropy_terms,
+    l1_terms,
     mse_terms,
+    smooth_l1_terms,
 )
 
 _IGNORED = -100
+# What words are padded with where labels are padded by a word.
+_PADDING = (0, 1)
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2
 _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "binary cross entropy": binary_cross_entropy_terms,
     "mean squared error": mse_terms,
+    "mean absolute error": l1_terms,
+    "smooth L1": smooth_l1_terms,
 }
 # How far parameters are moved to tell apart what agrees by chance, as with logits that are all 0.
-_SHAKE = 0.1
+_SHAKE, _SHAKES = 0.1, 4
 
 Key = str | int | None
 
@@ -183,11 +189,14 @@ def detect_recipe(
     with evaluation_mode(model):
         look = partial(extra_pass, model, partial(_look, run, labels), dict(inputs))
         found = _agreeing(look(), inputs, labels)
-        if len(found) > 1:
-            with _shaken(model):
-                again = _agreeing(look(), inputs, labels)
-            found = [recipe for recipe in found if recipe in again]
-    return found[0] if len(found) == 1 else None
+        for seed in range(_SHAKES):
+            if len(found) > 1:
+                with _shaken(model, seed):
+                    again = _agreeing(look(), inputs, labels)
+                found = [recipe for recipe in found if recipe in again]
+    # Labels that none of the items has may be ignored or not.
+    readings = {replace(recipe, ignore_index=_IGNORED) for recipe in found}
+    return found[0] if len(readings) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -214,10 +223,10 @@ def _agreeing(look: _Look, inputs: Mapping[str, Any], labels: Sequence[str]) -> 
     if look.loss is None or not look.loss.isfinite():
         return []
     found: list[Recipe] = []
-    readings: set[tuple[Any, ...]] = set()
+    readings: set[Recipe] = set()
     for recipe, logits in _candidates(look, inputs, labels):
         # Two tensors of an output may hold the same numbers: the first is taken.
-        reading = (recipe.family, recipe.label, recipe.is_shifted, recipe.class_dim)
+        reading = replace(recipe, logits=None)
         if reading not in readings and _agrees(recipe, logits, inputs, look.loss):
             readings.add(reading)
             found.append(recipe)
@@ -263,9 +272,11 @@ def _recipes(
 
 
 def _ignored(target: Tensor, num_classes: int) -> list[int]:
-    """Return the labels that may not count: those that name no class, else torch's."""
-    strange = target[(target < 0) | (target >= num_classes)].unique().tolist()
-    return strange if len(strange) == 1 else [_IGNORED]
+    """Return the labels that may not count: those that name no class, torch's, or a padding."""
+    strange: list[int] = target[(target < 0) | (target >= num_classes)].unique().tolist()
+    if len(strange) == 1:
+        return strange
+    return [_IGNORED, *(word for word in _PADDING if bool((target == word).any()))]
 
 
 def _agrees(recipe: Recipe, logits: Tensor, inputs: Mapping[str, Any], own: Tensor) -> bool:
@@ -284,10 +295,10 @@ def _agrees(recipe: Recipe, logits: Tensor, inputs: Mapping[str, Any], own: Tens
 
 
 @contextmanager
-def _shaken(model: nn.Module) -> Iterator[None]:
+def _shaken(model: nn.Module, seed: int) -> Iterator[None]:
     """Move a model's parameters by chance; they are what they were on exit."""
     kept = [(p, p.detach().clone()) for p in model.parameters() if p.is_floating_point()]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     try:
         with torch.no_grad():
             for parameter, _ in kept:

@@ -267,12 +267,17 @@ def _find_divergence(
             "no labels of that shape tell how passes are compared: override rdrop_head of the "
             "trainer to say what its divergence is"
         )
-    if labels is not None and not labels.is_floating_point() and labels.shape == items:
-        return Divergence("classes", key, mask=name)
+    # Labels may be padded by one of themselves: then the attention mask tells.
     attention = inputs.get("attention_mask")
-    if isinstance(attention, Tensor) and attention.shape == items:
-        return Divergence("classes", key, mask="attention_mask")
-    return Divergence("classes", key)
+    is_attended = isinstance(attention, Tensor) and attention.shape == items
+    if (
+        labels is not None
+        and not labels.is_floating_point()
+        and labels.shape == items
+        and not (is_attended and bool((labels != _IGNORED).all()))
+    ):
+        return Divergence("classes", key, mask=name)
+    return Divergence("classes", key, mask="attention_mask" if is_attended else None)
 
 
 def _are_pairs(logits: Tensor, loss: Tensor) -> bool:
