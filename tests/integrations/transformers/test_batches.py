@@ -195,3 +195,39 @@ def test_dropout_of_a_packed_row_differs_between_passes(tmp_path):
     kl = symmetric_kl(torch.cat(seen), mask=counted)
     assert kl > 0
     assert logged(trainer, "kl") == [pytest.approx(kl.item(), rel=1e-4)]
+
+
+def test_documents_that_cu_seq_lens_tell_are_stacked(tmp_path, caplog):
+    row, _ = packed_row()
+    starts = torch.tensor([0, 3, 8, 12], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 5}
+    batch = {**row, **packed, "max_length_k": 5}
+    model = llama()
+    seen, given = record_scores(model, "logits"), []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs) if module.training else None,
+        with_kwargs=True,
+    )
+    options = {"per_device_train_batch_size": 1, "max_steps": 1, **KEPT}
+    further = {"data_collator": lambda samples: batch}
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.warns(UserWarning, match="R-Drop has nothing to compare"),
+    ):
+        trainer = train(
+            tmp_path, model, NamedRows(**row), RDropConfig(), further=further, **options
+        )
+    assert said(caplog) == []
+    assert [tuple(scores.shape[:2]) for scores in seen] == [(2, 12)]
+    expected = torch.tensor([0, 3, 8, 12, 15, 20, 24], dtype=torch.int32)
+    assert torch.equal(given[0]["cu_seq_lens_q"], expected)
+    assert torch.equal(given[0]["cu_seq_lens_k"], expected)
+    assert (given[0]["max_length_q"], given[0]["max_length_k"]) == (5, 5)
+    inputs = {name: row[name] for name in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        alone = llama().eval()(**inputs, use_cache=False).logits
+    for half in seen[0].chunk(2):
+        torch.testing.assert_close(half, alone, rtol=1e-4, atol=1e-4)
+    targets = row["labels"][0, 1:]
+    nll = F.cross_entropy(alone[0, :-1], targets)
+    assert logged(trainer, "nll") == [pytest.approx(nll.item(), rel=1e-4)]
