@@ -15,7 +15,7 @@ Batch = dict[str, Tensor]
 
 # Ordinary words, between the special tokens.
 FIRST_WORD, LAST_WORD = 5, 80
-ANSWER, SAMPLES, FRAMES = 6, 1600, 40
+ANSWER, SAMPLES, FRAMES, CHARACTERS = 6, 3200, 80, 30
 _INNER = ("audio_config", "encoder_config", "vision_config", "encoder")
 
 
@@ -47,6 +47,10 @@ def tiny_batch(model: PreTrainedModel, class_name: str, rows: int = 4) -> Batch:
     draw = Draw(rows)
     special = _INPUTS.get(class_name)
     inputs = _inputs(model, class_name, draw) if special is None else special(model.config, draw)
+    if class_name.endswith("ForCTC"):
+        length = inputs[model.main_input_name].shape[1]
+        inputs["attention_mask"] = draw.ones(length)
+        inputs["attention_mask"][1, -length // 4 :] = 0  # a shorter sound
     return {**inputs, **_labels(model, class_name, draw, inputs)}
 
 
@@ -102,7 +106,7 @@ def _labels(model: PreTrainedModel, class_name: str, draw: Draw, inputs: Batch) 
     elif class_name.endswith(("Classification", "MultipleChoice")):
         labels = draw.integers(0, LABELS)
     elif class_name.endswith("CTC"):
-        labels = draw.integers(FIRST_WORD, LAST_WORD, 3)
+        labels = draw.integers(FIRST_WORD, CHARACTERS, 3)
         labels[0, 2:] = -100
     else:
         labels = draw.words(ANSWER if model.config.is_encoder_decoder else LENGTH)
@@ -156,6 +160,9 @@ _INPUTS: dict[str, Callable[[Any, Draw], Batch]] = {
         "decoder_input_ids": draw.words(ANSWER),
     },
     "GitForCausalLM": _picture_and_words,
+    "GraniteSpeech5ForCTC": lambda config, draw: {
+        "input_features": draw.noise(FRAMES, 4 * config.encoder_config.num_mel_bins)
+    },
     "IdeficsForVisionText2Text": lambda config, draw: {
         **_words_alone(config, draw),
         "pixel_values": draw.noise(1, 3, IMAGE, IMAGE),

@@ -326,6 +326,7 @@ TINY = [
     "EncoderDecoderModel",
     "M2M100ForConditionalGeneration",
     "SegformerForSemanticSegmentation",
+    "UniSpeechForCTC",
     "VideoMAEForVideoClassification",
     "Wav2Vec2ForAudioFrameClassification",
     "WhisperForConditionalGeneration",

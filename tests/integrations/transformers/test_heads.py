@@ -325,3 +325,46 @@ def test_class_weights_and_unlabelled_items_reach_every_head_of_classes():
     labelled = batch["labels"] >= 0
     weight = torch.tensor([1.0, 2.0, 0.5])[batch["labels"][labelled]].sum()
     assert head.counts() == (weight, labelled.sum() + 8)
+
+
+@pytest.mark.parametrize("name", ["Wav2Vec2ForCTC", "UniSpeechForCTC", "ParakeetForCTC"])
+def test_frames_behind_the_end_of_a_sound_count_in_neither_term(name):
+    model = tiny_model(name)
+    batch = tiny_batch(model, name)
+    head = find_head(model, batch)
+    with torch.no_grad():
+        logits = head.outputs(model(**head.inputs))
+    frames = head.target[:, 0]
+    assert frames[1] < logits.shape[1]
+    logits[1, frames[1] :] = float("nan")
+    stacked = torch.cat([logits, logits + torch.randn_like(logits)])
+    terms = head.terms(stacked, head.target, num_passes=2)
+    assert (terms.kl > 0).all()
+    assert terms.nll.isfinite().all()
+    assert head.counts() == (terms.nll_count, terms.kl_count)
+    assert terms.kl_count == (1 if name == "Wav2Vec2ForCTC" else 4)
+    # Rows that are chosen keep their numbers of frames.
+    rows = torch.tensor([2, 1])
+    part = head.terms(
+        torch.cat([stacked[rows], stacked[rows + 4]]), head.target[rows], num_passes=2
+    )
+    torch.testing.assert_close(part.kl, terms.kl[rows])
+    torch.testing.assert_close(part.nll, terms.nll[rows])
+
+
+def test_all_frames_count_where_there_is_no_mask():
+    name = "Wav2Vec2ForCTC"
+    model = tiny_model(name)
+    batch = tiny_batch(model, name)
+    del batch["attention_mask"]
+    head = find_head(model, batch)
+    output = model(**head.inputs)
+    assert (head.target[:, 0] == output.logits.shape[1]).all()
+    terms = head.terms(output.logits, head.target, num_passes=1)
+    torch.testing.assert_close(terms.nll.sum(), model(**batch).loss)
+
+
+def test_options_of_classes_are_refused_beside_ctc():
+    model = tiny_model("Wav2Vec2ForCTC")
+    with pytest.raises(ValueError, match=r"need a class for every frame, .* \(Wav2Vec2ForCTC\)"):
+        find_head(model, tiny_batch(model, "Wav2Vec2ForCTC"), label_smoothing=0.1)

@@ -16,6 +16,7 @@ from regdrop.integrations.transformers.heads_classes import (
     spans,
     tokens,
 )
+from regdrop.integrations.transformers.heads_speech import transcription
 from regdrop.integrations.transformers.heads_words import adaptive, aligned, causal, generation
 
 __all__ = ["Head", "base_model", "find_head"]
@@ -116,6 +117,7 @@ _HEADS: tuple[tuple[tuple[str, ...], Callable[[LabelledBatch], Head]], ...] = (
     (("ForAudioFrameClassification",), frames),
     (("ForSemanticSegmentation",), pixels),
     (("ForMultipleChoice",), choices),
+    (("ForCTC",), transcription),
     (("ForQuestionAnswering", "ForQuestionAnsweringSimple"), spans),
     (_ALIGNED, aligned),
     (("AdaptiveInputForCausalLM",), adaptive),
