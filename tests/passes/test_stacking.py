@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from regdrop import repeat_batch
+from regdrop import rdrop_cross_entropy, repeat_batch
 from regdrop.passes import find_batch_size, take_items
 from regdrop.passes.stacking import find_tensors, first_items
 
@@ -247,14 +250,15 @@ def test_what_has_no_batch_dimension_passes_through_itself():
     assert all(stacked[name] is value for name, value in others.items())
 
 
-@pytest.mark.parametrize("shared", ["mask", ["mask"], ("mask", "absent"), {"mask"}])
+@pytest.mark.parametrize("shared", ["mask", ["mask"], ("mask", "y"), {"mask"}])
 def test_shared_names_pass_through_at_any_depth(shared):
     mask = torch.eye(3)
     batch = {"input_ids": make(), "mask": mask, "inner": Plain({"mask": mask, "y": make()})}
     stacked = repeat_batch(batch, shared=shared)
     assert stacked["mask"] is mask
     assert stacked["inner"].x["mask"] is mask
-    assert stacked["inner"].x["y"].shape == (6, 2)
+    is_shared = "y" in shared
+    assert stacked["inner"].x["y"].shape == ((3, 2) if is_shared else (6, 2))
     taken = take_items(batch, torch.tensor([1]), shared=shared)
     assert taken["mask"] is mask
     assert taken["input_ids"].shape == (1, 2)
@@ -265,6 +269,23 @@ def test_shared_names_of_a_dataclass_pass_through():
     stacked = repeat_batch(Frozen(x, note=make()), shared="x")
     assert stacked.x is x
     assert stacked.note.shape == (6, 2)
+
+
+@pytest.mark.parametrize(
+    ("shared", "message"),
+    [
+        (["postion_bias"], "names 'postion_bias', .* did you mean 'position_bias'"),
+        ("not", r"names 'not', .* did you mean 'note'"),
+        (
+            ["position_bias", "zzz"],
+            r"it has \['inner', 'input_ids', 'note', 'posi",
+        ),
+    ],
+)
+def test_a_shared_name_that_is_nowhere_is_named(shared, message):
+    batch = {"input_ids": make(), "position_bias": torch.zeros(3, 2), "inner": (Plain(make()), 1)}
+    with pytest.raises(ValueError, match=message):
+        repeat_batch(batch, shared=shared)
 
 
 def test_lists_of_batch_length_without_tensors_are_stacked():
@@ -343,6 +364,180 @@ def test_bad_input_is_named(arguments, error, message):
         repeat_batch(*arguments)
 
 
+# --- another dimension than the first --------------------------------------------------------
+
+
+def test_sequences_with_the_time_first():
+    length, size = 4, 3
+    words = torch.arange(length * size).view(length, size)
+    batch = {
+        "input_ids": words,
+        "states": torch.rand(2, size, 5),
+        "mask": torch.ones(length, length),
+        "numbers": torch.arange(size),
+        "names": ["a", "b", "c"],
+    }
+    stacked = repeat_batch(batch, dim=1)
+    assert torch.equal(stacked["input_ids"], torch.cat([words, words], 1))
+    assert torch.equal(stacked["states"], torch.cat([batch["states"]] * 2, 1))
+    assert stacked["mask"] is batch["mask"]
+    assert stacked["numbers"] is batch["numbers"]  # it has no such dimension
+    assert stacked["names"] == ["a", "b", "c"] * 2
+    assert find_batch_size((torch.ones(7), words), dim=1) == size
+
+
+def test_a_model_that_takes_the_time_first_sees_every_sequence_by_itself():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    x, mask = torch.randn(6, 3, 8), nn.Transformer.generate_square_subsequent_mask(6)
+    single, stacked = layer(x, src_mask=mask), layer(repeat_batch(x, dim=1), src_mask=mask)
+    torch.testing.assert_close(stacked, torch.cat([single, single], 1))
+    logits, target = stacked.transpose(0, 1), torch.randint(0, 8, (6, 3)).transpose(0, 1)
+    output = rdrop_cross_entropy(logits, target, alpha=1.0)
+    assert output.kl.item() == pytest.approx(0, abs=1e-6)
+    expected = F.cross_entropy(single.transpose(0, 1).flatten(0, 1), target.flatten())
+    torch.testing.assert_close(output.nll, expected.detach())
+
+
+@pytest.mark.parametrize(("dim", "error"), [(-1, ValueError), (1.0, TypeError), (True, TypeError)])
+def test_a_dimension_that_is_none_is_named(dim, error):
+    with pytest.raises(error, match="dim must be"):
+        repeat_batch(make(), dim=dim)
+
+
+# --- packed sequences ------------------------------------------------------------------------
+
+
+SEQUENCES = [torch.arange(2.0), torch.arange(10.0, 15.0), torch.arange(20.0, 23.0)]
+PACKED = {
+    "sorted": pack_sequence([SEQUENCES[1], SEQUENCES[2], SEQUENCES[0]]),
+    "unsorted": pack_sequence(SEQUENCES, enforce_sorted=False),
+    "of vectors": pack_sequence(
+        [x[:, None].expand(-1, 2) for x in SEQUENCES], enforce_sorted=False
+    ),
+    "of integers": pack_sequence([x.long() for x in SEQUENCES], enforce_sorted=False),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("num_passes", [1, 2, 3])
+def test_a_packed_sequence_holds_the_sequences_of_every_pass(name, num_passes):
+    packed = PACKED[name]
+    stacked = repeat_batch({"x": packed, "y": torch.arange(3)}, num_passes)
+    assert stacked["y"].shape == (3 * num_passes,)
+    assert type(stacked["x"]) is PackedSequence
+    assert stacked["x"].data.dtype == packed.data.dtype
+    expected = unpack_sequence(packed) * num_passes
+    for ours, theirs in zip(unpack_sequence(stacked["x"]), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert find_batch_size([packed]) == 3
+
+
+def test_sequences_are_taken_from_a_packed_one():
+    taken = take_items((PACKED["unsorted"], make()), torch.tensor([2, 0, 2]))
+    expected = [SEQUENCES[2], SEQUENCES[0], SEQUENCES[2]]
+    for ours, theirs in zip(unpack_sequence(taken[0]), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_recurrent_network_gives_every_pass_the_same():
+    torch.manual_seed(0)
+    network = nn.GRU(2, 4)
+    _, single = network(PACKED["of vectors"])
+    _, both = network(repeat_batch(PACKED["of vectors"]))
+    torch.testing.assert_close(both, torch.cat([single, single], 1))
+
+
+# --- several documents in one row ------------------------------------------------------------
+
+
+def packed_row(**others):
+    """Return documents of 3, 2 and 4 tokens in one row."""
+    lengths = [3, 2, 4]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    starts = torch.tensor([0, 3, 5, 9], dtype=torch.int32)
+    return {
+        "input_ids": torch.arange(9)[None],
+        "position_ids": positions,
+        "cu_seq_lens_q": starts,
+        "cu_seqlens_k": starts,
+        "max_length_q": 4,
+        "max_seqlen_k": torch.tensor([4]),
+        "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2]], dtype=torch.int32),
+        **others,
+    }
+
+
+@pytest.mark.parametrize("num_passes", [1, 2, 3])
+def test_documents_of_all_passes_follow_each_other(num_passes):
+    batch = packed_row()
+    stacked = repeat_batch(batch, num_passes)
+    assert stacked["input_ids"].shape == (num_passes, 9)
+    for name in ("cu_seq_lens_q", "cu_seqlens_k"):
+        starts = stacked[name]
+        assert starts.dtype == torch.int32
+        assert starts.tolist() == [0] + [s + 9 * i for i in range(num_passes) for s in (3, 5, 9)]
+    assert stacked["max_length_q"] == 4
+    assert stacked["max_seqlen_k"] is batch["max_seqlen_k"]
+    assert stacked["seq_idx"].dtype == torch.int32
+    rows = [[n + 3 * i for n in (0, 0, 0, 1, 1, 2, 2, 2, 2)] for i in range(num_passes)]
+    assert stacked["seq_idx"].tolist() == rows
+    assert_same(take_items(batch, torch.zeros(num_passes, dtype=torch.long)), stacked)
+
+
+def test_stacked_rows_are_stacked_again():
+    twice = repeat_batch(repeat_batch(packed_row(seq_idx=None)))
+    assert_same(twice, repeat_batch(packed_row(seq_idx=None), 4))
+    assert_same(take_items(twice, torch.arange(4)), twice)
+
+
+def test_a_part_of_packed_rows_cannot_be_taken():
+    batch = repeat_batch(packed_row(seq_idx=None))
+    for index in ([1], [1, 0], [0, 1, 0]):
+        with pytest.raises(ValueError, match=r"cu_seq_lens_q tells where .* cannot be taken"):
+            take_items(batch, torch.tensor(index))
+
+
+@pytest.mark.parametrize("attention", [{}, {"attention_mask": None}])
+def test_documents_that_positions_alone_tell_apart_are_refused(attention):
+    row = packed_row()
+    hidden = {name: row[name] for name in ("input_ids", "position_ids")} | attention
+    with pytest.raises(ValueError, match=r'passes="sequential", or a collator that .* cu_seq_lens'):
+        repeat_batch(hidden)
+    with pytest.raises(ValueError, match="attend to each other"):
+        repeat_batch(({"inner": hidden},), batch_size=1)
+    with pytest.raises(ValueError, match="attend to each other"):
+        take_items(hidden, torch.tensor([0, 0]))
+    assert_same(repeat_batch(hidden, 1), hidden)
+    assert_same(take_items(hidden, torch.tensor([0])), hidden)
+
+
+def test_documents_of_one_token_are_seen_too():
+    batch = {"input_ids": torch.arange(4)[None], "position_ids": torch.tensor([[0, 0, 1, 2]])}
+    with pytest.raises(ValueError, match="attend to each other"):
+        repeat_batch(batch)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"position_ids": torch.arange(9)[None]},  # one document
+        {"attention_mask": torch.ones(1, 9)},
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 0, 1, 2]] * 3)[:, None]},  # of images
+        {"input_ids": torch.arange(18).view(2, 9), "position_ids": torch.zeros(2, 9).long()},
+    ],
+)
+def test_other_positions_are_stacked(change):
+    row = packed_row()
+    batch = {name: row[name] for name in ("input_ids", "position_ids")} | change
+    assert len(repeat_batch(batch)["input_ids"]) == 2 * len(batch["input_ids"])
+
+
+def test_names_of_packed_rows_mean_nothing_without_them():
+    stacked = repeat_batch({"input_ids": make(), "max_length_q": torch.arange(3)})
+    assert stacked["max_length_q"].tolist() == [0, 1, 2] * 2
+
+
 def test_items_of_a_batch_without_tensors_cannot_be_taken():
     with pytest.raises(ValueError, match="batch must hold a tensor"):
         take_items({"a": "text"}, torch.tensor([0]))
@@ -376,7 +571,7 @@ def batches(draw):
         )
 
     rest = draw(st.recursive(leaves, containers, max_leaves=8))
-    return {"input_ids": torch.rand(size, 2), "rest": rest}, size
+    return {"input_ids": torch.rand(size, 2), "rest": rest, "c": 0}, size
 
 
 @settings(max_examples=100, deadline=None)

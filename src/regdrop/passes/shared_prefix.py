@@ -13,7 +13,7 @@ from regdrop.passes.stacking import (
     find_batch_size,
     find_tensors,
     first_items,
-    repeat_batch,
+    repeat_items,
     take_items,
 )
 from regdrop.passes.strategies import StackedRows, stacked_rows
@@ -235,13 +235,13 @@ class SharedPrefix:
         """Return what belongs to the first pass repeated for all of them."""
         options: dict[str, Any] = {"batch_size": rows.first, "shared": self._shared}
         if rows.origin is None:
-            return repeat_batch(first, rows.total // rows.first, **options)
+            return repeat_items(first, rows.total // rows.first, **options)
         return take_items(first, rows.origin, **options)
 
     def _run_plainly(self, part: nn.Module, inputs: Inputs, rows: int) -> Any:
         """Return the part's output of all rows, and leave the run as it was."""
         # It may change its inputs.
-        args, kwargs = repeat_batch(inputs, 1, batch_size=rows, shared=self._shared)
+        args, kwargs = repeat_items(inputs, 1, batch_size=rows, shared=self._shared)
         with torch.no_grad(), kept_random_state(), kept_buffers(part):
             # Without the part's own hooks, which come after `_after`.
             output = part.forward(*args, **kwargs)

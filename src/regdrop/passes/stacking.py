@@ -4,16 +4,25 @@ A stacked tensor holds pass 0 of the whole batch, then pass 1, and so on.
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 Batch = TypeVar("Batch")
 
 # Tensors whose first dimension is the batch size in the Hugging Face libraries.
 _MODEL_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features")
+
+# Where each document begins in rows that are read as one, and the longest of them.
+_STARTS = re.compile(r"cu_?seq_?lens")
+_LONGEST = re.compile(r"max_(length_|seq_?len)")
 
 
 def repeat_batch(
@@ -22,36 +31,60 @@ def repeat_batch(
     *,
     batch_size: int | None = None,
     shared: Iterable[str] = (),
+    dim: int = 0,
 ) -> Batch:
     """Return the batch stacked `num_passes` times, in a new structure; the caller's is untouched.
 
     Args:
         batch: A tensor, or a tuple, list, mapping or dataclass of them, nested at will.
         num_passes: How often every item appears.
-        batch_size: Number of items; by default the first dimension of `input_ids`,
-            `inputs_embeds`, `pixel_values` or `input_features`, else of the first tensor.
+        batch_size: Number of items; by default the size of `input_ids`, `inputs_embeds`,
+            `pixel_values` or `input_features` in `dim`, else of the first tensor.
         shared: Names in mappings and dataclasses that pass through as they are.
+        dim: Dimension of the items in every tensor: 1 for sequences (length, batch). The losses
+            take the batch first: transpose what the model returns, and the target.
 
     Returns:
-        A structure of the same type. Tensors whose first dimension is the batch size are
-        stacked, (num_passes * batch, ...), as are lists of that length that hold no tensors;
-        everything else passes through.
+        A structure of the same type. Tensors whose size in `dim` is the batch size are stacked,
+        (num_passes * batch, ...), as are lists of that length that hold no tensors and a
+        `PackedSequence`; everything else passes through. Beside `cu_seq_lens` (or `cu_seqlens`),
+        which tell the documents of packed rows, those of all passes follow each other, and
+        `seq_idx` of one row counts on.
 
     Raises:
-        TypeError: If `num_passes` is no integer.
-        ValueError: If `num_passes` is below 1, or no tensor tells the batch size.
+        TypeError: If `num_passes` or `dim` is no integer.
+        ValueError: If `num_passes` is below 1, no tensor tells the batch size, a name in `shared`
+            is nowhere in the batch, or documents in one row are told apart by `position_ids` alone.
     """
-    if isinstance(num_passes, bool) or not isinstance(num_passes, int):
-        raise TypeError(f"num_passes must be an integer, got {type(num_passes).__name__}")
-    if num_passes < 1:
-        raise ValueError(f"num_passes must be at least 1, got {num_passes}")
+    for name, value, least in (("num_passes", num_passes, 1), ("dim", dim, 0)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    shared = (shared,) if isinstance(shared, str) else tuple(shared)
+    _check_names(batch, shared)
+    return repeat_items(batch, num_passes, batch_size=batch_size, shared=shared, dim=dim)
+
+
+def repeat_items(
+    batch: Batch,
+    num_passes: int,
+    *,
+    batch_size: int | None = None,
+    shared: Iterable[str] = (),
+    dim: int = 0,
+) -> Batch:
+    """Return the batch stacked as by `repeat_batch`, which may lack names in `shared`."""
 
     def repeat(items: Any) -> Any:
         if isinstance(items, Tensor):
-            return items.repeat(num_passes, *[1] * (items.dim() - 1))
+            return items.repeat(*(num_passes if i == dim else 1 for i in range(items.dim())))
         return items * num_passes
 
-    return _map_items(batch, repeat, batch_size, shared)
+    def index(size: int) -> list[int]:
+        return [*range(size)] * num_passes
+
+    return _map_items(batch, repeat, index, batch_size, shared, dim)
 
 
 def take_items(
@@ -60,6 +93,9 @@ def take_items(
     """Return the items of a batch at the positions `index`, (n,), by the rules of `repeat_batch`.
 
     A position may appear several times.
+
+    Raises:
+        ValueError: If the rows are packed (see `repeat_batch`) and some of them are to be taken.
     """
 
     def take(items: Any) -> Any:
@@ -67,85 +103,197 @@ def take_items(
             return items.index_select(0, index.to(items.device))
         return [items[position] for position in index.tolist()]
 
-    return _map_items(batch, take, batch_size, shared)
+    return _map_items(batch, take, lambda size: index.tolist(), batch_size, shared)
 
 
 def first_items(
     batch: Batch, count: int, *, batch_size: int | None = None, shared: Iterable[str] = ()
 ) -> Batch:
     """Return views of the first `count` items of a batch, by the rules of `repeat_batch`."""
-    return _map_items(batch, lambda items: items[:count], batch_size, shared)
+    return _map_items(
+        batch, lambda items: items[:count], lambda size: [*range(count)], batch_size, shared
+    )
 
 
-def find_batch_size(batch: Any) -> int:
+def find_batch_size(batch: Any, dim: int = 0) -> int:
     """Return the number of items of a batch by the rules of `repeat_batch`.
 
     Raises:
-        ValueError: If there is no tensor with a first dimension.
+        ValueError: If there is no tensor with that dimension.
     """
     for name in _MODEL_INPUTS:
         value = _named(batch, name)
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
-    first = _first_tensor(batch)
-    if first is None:
-        raise ValueError(
-            f"batch must hold a tensor with a batch dimension, or batch_size must be given; "
-            f"got {type(batch).__name__} without one"
-        )
-    return first.shape[0]
+        if isinstance(value, Tensor) and value.dim() > dim:
+            return value.shape[dim]
+    for leaf in _find_leaves(batch):
+        if isinstance(leaf, PackedSequence):
+            return int(leaf.batch_sizes[0])
+        if leaf.dim() > dim:
+            return leaf.shape[dim]
+    raise ValueError(
+        f"batch must hold a tensor with a batch dimension, or batch_size must be given; "
+        f"got {type(batch).__name__} without one"
+    )
 
 
 def find_tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in a structure of tuples, lists, mappings and dataclasses, in order."""
-    if isinstance(value, Tensor):
-        yield value
-        return
-    children: Iterable[Any] = ()
-    if isinstance(value, Mapping):
-        children = value.values()
-    elif is_dataclass(value) and not isinstance(value, type):
-        children = (getattr(value, field.name) for field in fields(value))
-    elif isinstance(value, (tuple, list)):
-        children = value
-    for child in children:
-        yield from find_tensors(child)
+    for leaf in _find_leaves(value):
+        if isinstance(leaf, PackedSequence):
+            yield from (part for part in leaf if isinstance(part, Tensor))
+        else:
+            yield leaf
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What becomes of the items of a batch, and what they are.
+
+    Attributes:
+        function: From a tensor or a list of items to the changed one.
+        find_index: From the number of items to the positions of those that it keeps, in order.
+        size: Number of items.
+        shared: Names of what passes through.
+        dim: Dimension of the items in tensors.
+    """
+
+    function: Callable[[Any], Any]
+    find_index: Callable[[int], list[int]]
+    size: int
+    shared: frozenset[str]
+    dim: int
+
+    @cached_property
+    def index(self) -> list[int]:
+        """Return the positions of the items that are kept."""
+        return self.find_index(self.size)
+
+    def times(self, name: str) -> int:
+        """Return how often all items appear.
+
+        Raises:
+            ValueError: If some appear and others do not.
+        """
+        times = len(self.index) // max(1, self.size)
+        if self.index != [*range(self.size)] * times:
+            raise ValueError(
+                f"{name} tells where the documents of packed rows begin: a part of the rows cannot "
+                f"be taken, got the rows {self.index} of {self.size}; take all of them, which "
+                f"RDropConfig does with fraction=1.0"
+            )
+        return times
 
 
 def _map_items(
-    batch: Batch, function: Callable[[Any], Any], batch_size: int | None, shared: Iterable[str]
+    batch: Batch,
+    function: Callable[[Any], Any],
+    find_index: Callable[[int], list[int]],
+    batch_size: int | None,
+    shared: Iterable[str],
+    dim: int = 0,
 ) -> Batch:
-    size = find_batch_size(batch) if batch_size is None else batch_size
+    size = find_batch_size(batch, dim) if batch_size is None else batch_size
     names = frozenset((shared,) if isinstance(shared, str) else shared)
-    mapped: Batch = _map(batch, function, size, names)
+    mapped: Batch = _map(batch, _Change(function, find_index, size, names, dim))
     return mapped
 
 
-def _map(value: Any, function: Callable[[Any], Any], size: int, shared: frozenset[str]) -> Any:
+def _map(value: Any, change: _Change) -> Any:
     if isinstance(value, Tensor):
-        return function(value) if value.dim() > 0 and value.shape[0] == size else value
+        holds_items = value.dim() > change.dim and value.shape[change.dim] == change.size
+        return change.function(value) if holds_items else value
+    if isinstance(value, PackedSequence):
+        holds_items = int(value.batch_sizes[0]) == change.size
+        return _take_sequences(value, change.index) if holds_items else value
     if isinstance(value, Mapping):
-        changed = {
-            name: item if name in shared else _map(item, function, size, shared)
-            for name, item in value.items()
-        }
-        return _rebuild_mapping(value, changed)
+        return _rebuild_mapping(value, _map_mapping(value, change))
     if is_dataclass(value) and not isinstance(value, type):
         result = copy.copy(value)
         for field in fields(value):
-            if field.name not in shared:
-                item = _map(getattr(value, field.name), function, size, shared)
+            if field.name not in change.shared:
+                item = _map(getattr(value, field.name), change)
                 # A frozen dataclass is filled the way its own __init__ does it.
                 object.__setattr__(result, field.name, item)
         return result
     if isinstance(value, tuple):
-        items = [_map(item, function, size, shared) for item in value]
+        items = [_map(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, list):
-        if _first_tensor(value) is None:
-            return function(value) if len(value) == size else value
-        return [_map(item, function, size, shared) for item in value]
+        if all(tensor.dim() == 0 for tensor in find_tensors(value)):
+            return change.function(value) if len(value) == change.size else value
+        return [_map(item, change) for item in value]
     return value
+
+
+def _map_mapping(value: Mapping[Any, Any], change: _Change) -> dict[Any, Any]:
+    is_packed = any(_is_named(name, _STARTS) for name in value)
+    if not is_packed:
+        _refuse_hidden_documents(value, change)
+    changed = {}
+    for name, item in value.items():
+        if name in change.shared or (is_packed and _is_named(name, _LONGEST)):
+            changed[name] = item
+        elif _is_named(name, _STARTS) and isinstance(item, Tensor) and item.dim() == 1:
+            changed[name] = _repeat_starts(item, change.times(name))
+        elif name == "seq_idx" and isinstance(item, Tensor) and change.size == len(item) == 1:
+            changed[name] = _repeat_numbers(item, change.times(name))
+        else:
+            changed[name] = _map(item, change)
+    return changed
+
+
+def _is_named(name: Any, pattern: re.Pattern[str]) -> bool:
+    return isinstance(name, str) and pattern.match(name) is not None
+
+
+def _repeat_starts(starts: Tensor, times: int) -> Tensor:
+    """Return where documents begin, and the last one ends, of packed rows that follow each other.
+
+    Args:
+        starts: (documents + 1,), from 0 to the number of tokens.
+        times: How often the rows appear.
+    """
+    return torch.cat([starts, *(starts[1:] + starts[-1] * i for i in range(1, times))])
+
+
+def _repeat_numbers(numbers: Tensor, times: int) -> Tensor:
+    """Return the number of every token's document, (times, tokens), counted on from row to row."""
+    if not numbers.numel():
+        return numbers.repeat(times, 1)
+    rows = torch.arange(times, dtype=numbers.dtype, device=numbers.device)
+    return numbers + rows[:, None] * (numbers.max() + 1)
+
+
+def _refuse_hidden_documents(value: Mapping[Any, Any], change: _Change) -> None:
+    """Raise where documents in one row are told apart by their positions alone.
+
+    Flash attention looks for them in one row; in several rows they attend from one to the other.
+    """
+    words, positions = value.get("input_ids"), value.get("position_ids")
+    if (
+        not isinstance(words, Tensor)
+        or not isinstance(positions, Tensor)
+        or words.shape != positions.shape
+        or len(words) != 1
+        or value.get("attention_mask") is not None
+        or torch.compiler.is_compiling()
+        or len(change.index) < 2
+    ):
+        return
+    if bool((positions.diff() < 1).any()):
+        raise ValueError(
+            "input_ids hold several documents in one row, which position_ids alone tell apart; "
+            "flash attention finds them in one row only, stacked they would attend to each other; "
+            'use passes="sequential", or a collator that returns cu_seq_lens, as '
+            "DataCollatorWithFlattening(return_flash_attn_kwargs=True)"
+        )
+
+
+def _take_sequences(packed: PackedSequence, index: list[int]) -> PackedSequence:
+    padded, lengths = pad_packed_sequence(packed, batch_first=True)
+    return pack_padded_sequence(
+        padded[index], lengths[index], batch_first=True, enforce_sorted=False
+    )
 
 
 def _rebuild_mapping(original: Mapping[Any, Any], changed: dict[Any, Any]) -> Any:
@@ -172,5 +320,41 @@ def _named(batch: Any, name: str) -> Any:
     return getattr(batch, name, None) if is_dataclass(batch) else None
 
 
-def _first_tensor(value: Any) -> Tensor | None:
-    return next((tensor for tensor in find_tensors(value) if tensor.dim() > 0), None)
+def _check_names(batch: Any, shared: tuple[str, ...]) -> None:
+    """Raise for a name in `shared` that is nowhere in the batch."""
+    if not shared:
+        return
+    names = sorted({name for name in _find_names(batch) if isinstance(name, str)})
+    for name in shared:
+        if name not in names:
+            close = get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {names}"
+            raise ValueError(f"shared names {name!r}, which is nowhere in the batch; {hint}")
+
+
+def _find_names(value: Any) -> Iterator[Any]:
+    """Yield the names in a structure, at any depth."""
+    if isinstance(value, Mapping):
+        yield from value
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from (field.name for field in fields(value))
+    for child in _children(value):
+        yield from _find_names(child)
+
+
+def _find_leaves(value: Any) -> Iterator[Tensor | PackedSequence]:
+    """Yield the tensors and packed sequences in a structure, in order."""
+    if isinstance(value, (Tensor, PackedSequence)):
+        yield value
+        return
+    for child in _children(value):
+        yield from _find_leaves(child)
+
+
+def _children(value: Any) -> Iterable[Any]:
+    """Return what a structure holds, without what its items hold."""
+    if isinstance(value, Mapping):
+        return value.values()
+    if is_dataclass(value) and not isinstance(value, type):
+        return (getattr(value, field.name) for field in fields(value))
+    return value if isinstance(value, (tuple, list)) else ()
