@@ -16,6 +16,8 @@ from regdrop.tasks.language_modelling import WordBlocks
 from regdrop.tasks.vocabulary import learn_words
 from text_data import WORDS, write_rows
 
+SPLITS = ("train", "validation", "test")
+
 
 def write_text(folder, train=120, test=15):
     """Write lines in which every word is followed by the next one of a list."""
@@ -99,6 +101,17 @@ def test_blocks_count_every_word_once_with_its_context():
         WordBlocks(words[:1], 8)
 
 
+def test_a_test_has_blocks_of_its_own_size(tmp_path):
+    prepared = small(tmp_path, block_size=16, test_block_size=6, context_window=4).prepare()
+    longest = {name: max(len(b["input_ids"]) - 1 for b in prepared.splits[name]) for name in SPLITS}
+    assert longest == {"train": 16, "validation": 16, "test": 6}
+    counted = [sum(x != -100 for x in b["labels"]) for b in prepared.splits["test"]]
+    assert set(counted[:-1]) == {2}
+    assert sum(counted) == len(prepared.splits["test"].words) - 1
+    with pytest.raises(ValueError, match="from 0 to below the 6 words that a test"):
+        small(tmp_path, test_block_size=6, context_window=6).prepare()
+
+
 def test_words_are_numbered_by_frequency_and_rare_ones_are_unknown():
     texts = ["a b b c", "b a"]
     tokenizer = learn_words(texts, size=None)
@@ -121,7 +134,7 @@ def test_a_part_of_the_training_text_is_its_first_words(tmp_path):
 
 def test_bad_data_and_settings_are_named(tmp_path):
     good = small(tmp_path)
-    with pytest.raises(ValueError, match="context_window must be from 0 to below block_size=12"):
+    with pytest.raises(ValueError, match="context_window must be from 0 to below the 12 words"):
         replace(good, context_window=12).prepare()
     rows = [{"text": "a b"}]
     for name in ("train", "validation", "test"):
@@ -145,13 +158,13 @@ def test_bad_data_and_settings_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "vocabulary", "expected"),
     [
-        # Embeddings; 6 layers of 4 products and biases, 2 of the feed-forward, 2 norms; last norm.
+        # Embeddings; 12 layers of 4 products and biases, 2 of the feed-forward, 2 norms; last norm.
         (
             "wikitext103",
             267_744,
-            267_744 * 512
-            + 6 * (4 * (512 * 512 + 512) + 2 * 512 * 2048 + 2048 + 512 + 4 * 512)
-            + 2 * 512,
+            267_744 * 768
+            + 12 * (4 * (768 * 768 + 768) + 2 * 768 * 3072 + 3072 + 768 + 4 * 768)
+            + 2 * 768,
         ),
         # The paper's 247 million: bands of 1024, 256 and 64, their projections, two tails' rows.
         (
@@ -237,7 +250,12 @@ def test_presets_have_the_papers_settings():
     assert {task.rdrop.alpha for task in (plain, adaptive)} == {1.0}
     assert plain.training.max_steps == 50_000
     assert plain.training.lr_scheduler_type == "inverse_sqrt"
+    assert plain.training.batch_size * plain.block_size == 8 * 16 * 3 * 512
+    assert plain.model_config["activation_function"] == "gelu"
+    assert plain.model_config["attention_dropout"] == 0.1
+    assert adaptive.training.max_steps == 320_000
     assert plain.context_window == adaptive.context_window == 400
+    assert (plain.test_block_size or plain.block_size) == adaptive.test_block_size == 512
     assert adaptive.training.optim_args == "momentum=0.99,nesterov=true"
     assert (adaptive.training.max_grad_norm, adaptive.block_size) == (0.1, 3072)
     assert plain.model_config["dropout"] == adaptive.model_config["dropout"] == 0.1
@@ -258,13 +276,13 @@ def test_the_adaptive_models_optimiser_is_nesterovs_with_a_cosine(tmp_path):
         train=prepared.splits["train"],
         validation=prepared.splits["validation"],
     )
-    trainer.create_optimizer_and_scheduler(286_000)
+    trainer.create_optimizer_and_scheduler(320_000)
     group = trainer.optimizer.param_groups[0]
     assert isinstance(trainer.optimizer, torch.optim.SGD)
     assert (group["momentum"], group["nesterov"]) == (0.99, True)
     rate = trainer.lr_scheduler.lr_lambdas[0]
     assert rate(16_000) == pytest.approx(1.0)
-    assert rate(151_000) == pytest.approx(0.5)
+    assert rate(168_000) == pytest.approx(0.5)
 
 
 def test_an_interrupted_run_goes_on_with_the_same_words(tmp_path):

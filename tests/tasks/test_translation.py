@@ -206,7 +206,7 @@ def parameters(vocabulary, width, feed_forward, layers):
 
 @pytest.mark.parametrize(
     ("prefix", "sizes", "rate", "alpha"),
-    [("iwslt", (10_000, 512, 1024, 6), 0.3, 5), ("wmt14", (32_000, 1024, 4096, 6), None, 5)],
+    [("iwslt", (10_000, 512, 1024, 6), 0.3, 5), ("wmt14", (32_000, 1024, 4096, 6), 0.1, 5)],
 )
 def test_paper_presets_have_the_papers_settings_and_sizes(prefix, sizes, rate, alpha):
     from transformers import MarianMTModel
@@ -227,7 +227,9 @@ def test_paper_presets_have_the_papers_settings_and_sizes(prefix, sizes, rate, a
             expected += 2 * (preset.max_length + 1 - 256) * sizes[1]
         assert sum(p.numel() for p in model.parameters()) == expected
         assert preset.rdrop.alpha == alpha
-        assert rate in (None, config.dropout)
+        assert config.dropout == rate
+        inner = 0.1 if prefix == "wmt14" else 0.0
+        assert config.attention_dropout == config.activation_dropout == inner
         assert preset.training.label_smoothing == 0.1
         assert preset.training.lr_scheduler_type == "inverse_sqrt"
         assert preset.vocabulary_size == sizes[0]

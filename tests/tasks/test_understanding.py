@@ -112,9 +112,10 @@ def test_paper_presets_have_the_papers_settings_and_sizes(name, encoder, expecte
         settings = preset.training
         assert settings.batch_size == glue.batch_size
         epochs = settings.max_steps * settings.batch_size / glue.train_size
-        assert epochs == pytest.approx(10, rel=0.01)
+        assert epochs == pytest.approx(6.5 if task == "rte" else 10, rel=0.02)
         assert (settings.learning_rate, settings.adam_beta2) == (1e-5, 0.98)
-        assert (settings.warmup_ratio, settings.weight_decay) == (0.06, 0.01)
+        assert settings.warmup_ratio == pytest.approx(0.25 if task == "qqp" else 0.06, rel=0.01)
+        assert settings.weight_decay == 0.01
         assert len(build_arms(preset)) == 5
     sizes = {
         "bert": {"vocab_size": 30522},

@@ -39,8 +39,10 @@ class LanguageModelling:
         dataset_config: Configuration of the hub's data set.
         vocabulary_size: Most frequent words that are kept; None for all of the training split.
         block_size: Words that a model sees at once.
-        context_window: Of these, words before those that a test counts: every word but the first
-            ones of a split is predicted from at least as many. Training and validation have none.
+        context_window: Of the words at once in a test, those before the ones that it counts: every
+            word but the first ones of a split is predicted from at least as many. Training and
+            validation have none.
+        test_block_size: Words that a model sees at once in a test; None for `block_size`.
         train_words: Words of the training split that are used, its first ones; None for all.
         selection_metric: Figure on the validation split that selects the checkpoint.
     """
@@ -57,6 +59,7 @@ class LanguageModelling:
     vocabulary_size: int | None = None
     block_size: int = 512
     context_window: int = 400
+    test_block_size: int | None = None
     train_words: int | None = None
     selection_metric: str = "perplexity"
 
@@ -81,10 +84,10 @@ class LanguageModelling:
             ValueError: For data that cannot be found or does not fit, by name, or a context that a
                 block does not hold.
         """
-        if not 0 <= self.context_window < self.block_size:
+        if not 0 <= self.context_window < self._test_block_size():
             raise ValueError(
-                f"context_window must be from 0 to below block_size={self.block_size}, "
-                f"got {self.context_window}"
+                f"context_window must be from 0 to below the {self._test_block_size()} words that "
+                f"a test sees at once, got {self.context_window}"
             )
         from transformers import AutoModelForCausalLM, DataCollatorForTokenClassification
 
@@ -112,6 +115,9 @@ class LanguageModelling:
             trainer=WordLikelihoodTrainer,
             eval_batch_factor=1,  # as many logits as in training
         )
+
+    def _test_block_size(self) -> int:
+        return self.block_size if self.test_block_size is None else self.test_block_size
 
     def _learn_words(self, raw: Mapping[str, Any]) -> Any:
         if "train" not in raw:
@@ -145,8 +151,9 @@ class LanguageModelling:
             encoded = tokenizer(batch, return_attention_mask=False)["input_ids"]
             parts.append(np.fromiter(chain.from_iterable(encoded), dtype=np.int32))
         words = torch.from_numpy(np.concatenate(parts))
-        context = self.context_window if name not in ("train", "validation") else 0
-        return WordBlocks(words, self.block_size, context)
+        if name in ("train", "validation"):
+            return WordBlocks(words, self.block_size)
+        return WordBlocks(words, self._test_block_size(), self.context_window)
 
     def _build_model(self, tokenizer: Any) -> nn.Module:
         from transformers import AutoModelForCausalLM, GenerationConfig
@@ -173,7 +180,7 @@ class LanguageModelling:
         register()
         common = {
             "vocab_size": len(tokenizer),
-            "max_position_embeddings": self.block_size + 1,
+            "max_position_embeddings": max(self.block_size, self._test_block_size()) + 1,
             # Blocks are padded by the end of a sentence, whose embedding learns like any other.
             "pad_token_id": None,
             "bos_token_id": tokenizer.bos_token_id,
