@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 from regdrop.experiments import write_report
 from regdrop.experiments.manifest import note_command
-from regdrop.experiments.record import record_path
+from regdrop.experiments.record import merge_records, record_path
 from regdrop.experiments.tables import example_cells
 
 
@@ -33,6 +33,15 @@ def test_the_report_shows_intervals_over_examples_where_records_tell(tmp_path, w
     assert re.search(r"\| 7\d\.\d\d to 7\d\.\d\d \(\+2\d\.\d\d to \+2\d\.\d\d\) \|", line)
     older = [replace(one, examples={}) for one in with_examples]
     assert example_cells(older)[1] == []
+
+
+def test_the_report_of_merged_records_is_that_of_whole_ones(tmp_path, with_examples):
+    write_report(save(tmp_path, with_examples))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.[mp]*")}
+    merge_records(tmp_path)
+    write_report(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.[mp]*")} == before
+    assert set(before) == {"report.md", "curves_by_step.png", "curves_by_minute.png"}
 
 
 class Page(HTMLParser):

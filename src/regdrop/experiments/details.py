@@ -101,9 +101,11 @@ def _encode(values: np.ndarray) -> dict[str, np.ndarray]:
     if np.isfinite(values).all():
         size = np.abs(np.where(values == 0, 1.0, values))
         decimals = (DIGITS - 1 - np.floor(np.log10(size))).clip(0, 22).astype(np.int8)
-        digits = np.rint(values * 10.0**decimals)
-        if np.abs(digits).max() < 2**31 and _is_same(digits / 10.0**decimals, values):
-            return {".digits": digits.astype(np.int32), ".decimals": decimals}
+        rounded = np.rint(values * 10.0**decimals)
+        if np.abs(rounded).max() < 2**31:
+            digits = rounded.astype(np.int32)
+            if _is_same(digits / 10.0**decimals, values):
+                return {".digits": digits, ".decimals": decimals}
     return {"": values}
 
 
