@@ -40,6 +40,8 @@ def test_convert_alpha():
     result = run("convert-alpha", 1, "--from", "bert4torch")
     assert result.exit_code == 2
     assert "bert4torch needs num_classes" in " ".join(result.output.split())
+    result = run("convert-alpha", 1, "--from", "bert4torch", "--num-classes", 4)
+    assert "torch.cat([logits[::2], logits[1::2]])" in " ".join(result.output.split())
 
 
 @pytest.mark.slow

@@ -12,11 +12,13 @@ class Convention(NamedTuple):
         needs: What the conversion depends on: "items" (batch size, or target tokens of the
             batch), "num_classes", or nothing.
         to_paper: From its coefficient and that number to the paper's alpha.
+        layout: How its rows are stacked, where that is not in blocks, one a pass.
     """
 
     loss: str
     needs: str | None
     to_paper: Callable[[float, float], float]
+    layout: str | None = None
 
 
 CONVENTIONS = {
@@ -37,6 +39,7 @@ CONVENTIONS = {
         "(CE1 + CE2)/2 + a/4 (KL1 + KL2) as a mean over batch and classes",
         "num_classes",
         lambda a, n: a / n,
+        "rows x0 x0 x1 x1: give the losses here torch.cat([logits[::2], logits[1::2]])",
     ),
 }
 _WITHOUT_EQUIVALENT = {

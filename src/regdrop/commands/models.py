@@ -66,7 +66,10 @@ def convert_alpha(
         alpha = convert(
             value, convention, batch_size=batch_size, tokens=tokens, num_classes=num_classes
         )
-    console.print(f"{CONVENTIONS[convention].loss}", style="dim", highlight=False)
+    found = CONVENTIONS[convention]
+    for line in (found.loss, found.layout):
+        if line is not None:
+            console.print(line, style="dim", highlight=False, markup=False)
     console.print(f"alpha = {alpha:g}")
 
 
