@@ -146,7 +146,9 @@ def test_one_pass_is_the_plain_trainer_and_the_loss_is_named_once(tmp_path, case
     assert f"its own loss on the first batch is {told}, which is minimised" in said(caplog)[0]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["causal", "flat", "classes in dim 1", "probabilities", "one chance", "smooth"]
+)
 def test_passes_differ_and_evaluation_is_the_trainers(tmp_path, case):
     model, rows, _ = make(case)
     trainer = train(tmp_path, model, rows, RDropConfig(), **KEPT)
@@ -159,8 +161,16 @@ def test_passes_differ_and_evaluation_is_the_trainers(tmp_path, case):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"])
 
 
-@pytest.mark.parametrize("output", ["dict", "tuple", "dataclass", "model output"])
-@pytest.mark.parametrize("needs_labels", [False, True])
+@pytest.mark.parametrize(
+    ("output", "needs_labels"),
+    [
+        ("dict", True),
+        ("tuple", False),
+        ("tuple", True),
+        ("dataclass", False),
+        ("model output", False),
+    ],
+)
 def test_every_kind_of_output(tmp_path, output, needs_labels):
     def run(kind, rdrop=None):
         model, rows, _ = make("tokens", output=output, needs_labels=needs_labels)
@@ -182,7 +192,7 @@ def test_labels_under_another_name(tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
-@pytest.mark.parametrize("case", ["tokens", "causal", "flat", "classes in dim 1", "binary"])
+@pytest.mark.parametrize("case", ["tokens", "causal", "binary"])
 def test_accumulation_is_one_large_batch_whatever_the_models_own_loss_does(tmp_path, case):
     def run(**options):
         model, rows, _ = make(case, dropout=0.0)

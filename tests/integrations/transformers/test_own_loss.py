@@ -286,8 +286,7 @@ def quiet(function, *args, **kwargs):
         return function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("case", ["focal", "CRF"])
-@pytest.mark.parametrize("num_passes", [2, 3])
+@pytest.mark.parametrize(("case", "num_passes"), [("focal", 2), ("CRF", 3)])
 def test_one_backward_pass_without_dropout_has_the_whole_gradient(tmp_path, case, num_passes):
     criterion, labels, positions = MODELS[case]
 
