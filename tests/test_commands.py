@@ -55,6 +55,8 @@ def test_train_compare_and_report_on_real_digits(tmp_path):
         record = json.loads(path.read_text())
         assert record["test"]["accuracy"] > 0.5
         assert record["config"]["training"]["max_steps"] == 60
+        assert "examples" not in record
+    assert (tmp_path / "details.npz").exists()
     (tmp_path / "report.md").unlink()
     result = run("report", tmp_path)
     assert result.exit_code == 0, result.output
@@ -209,6 +211,13 @@ TUNE = ("tune", "digits", "--vary", "rdrop.alpha=1")
     [
         (("compare", "digit"), "TASK must be one of images, understanding, translation, "),
         (("compare", "digits", "--arms", "rdrop,magic"), "got magic"),
+        (("compare", "digits", "--executor", "ray://n:1"), "must be dask://HOST:PORT"),
+        (
+            ("compare", "digits", "--executor", "dask://n:1", "--workers", 2),
+            "a cluster has its own",
+        ),
+        (("sweep", "cost", "--task", "digits", "--executor", "n:1"), "must be dask://HOST:PORT"),
+        ((*TUNE, "--executor", "dask://n"), "must be dask://HOST:PORT"),
         (("compare", "digits", "--alpha", "-1"), "alpha must be finite and at least 0"),
         (("train", "digits", "--arm", "magic"), "arm must be one of baseline"),
         (("train", "translation", "--preset", "x"), "preset of 'translation' must be one of"),
