@@ -349,3 +349,26 @@ def test_a_known_name_with_another_loss_of_a_known_kind(tmp_path, caplog):
     assert len(said(caplog)) == 1
     assert "OwnForCausalLM has a loss of its own" in said(caplog)[0]
     assert "is cross entropy, which is minimised" in said(caplog)[0]
+
+
+def test_a_mean_of_the_rows_means_is_none_of_the_losses(tmp_path):
+    """On a first batch without ignored labels it equals the mean over tokens."""
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.out = nn.Embedding(20, 8), nn.Linear(8, 5)
+
+        def forward(self, input_ids, labels=None):
+            logits = self.out(self.words(input_ids))
+            if labels is None:
+                return {"logits": logits}
+            nll = nn.functional.cross_entropy(logits.mT, labels, reduction="none")
+            rows = nll.sum(1) / labels.ne(-100).sum(1)
+            return {"loss": rows.mean(), "logits": logits}
+
+    batch = {"input_ids": torch.randint(20, (3, 6)), "labels": torch.randint(5, (3, 6))}
+    model = Rows()
+    flat = nn.functional.cross_entropy(model(batch["input_ids"])["logits"].mT, batch["labels"])
+    torch.testing.assert_close(model(**batch)["loss"], flat)
+    assert detect_recipe(model, model, batch, ["labels"]) is None

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from models import key_dropout, text_rows, tiny_bert, tiny_gpt2, token_rows
 from regdrop import RDropConfig, symmetric_kl
-from regdrop.integrations.transformers import RDropTrainer, RDropTrainerMixin
+from regdrop.integrations.transformers import RDropTrainer, RDropTrainerMixin, own_loss
 from training import (
     FEATURES,
     NamedRows,
@@ -514,3 +514,14 @@ def test_an_output_of_one_number_a_row_without_labels_is_refused(tmp_path):
     rows = NamedRows(x=number_rows(LABELS).columns["x"])
     with pytest.raises(ValueError, match=r"is one number a row, .*override rdrop_head"):
         train(tmp_path, model, rows, RDropConfig(), mixed(Norm), **KEPT)
+
+
+def test_logits_are_asked_for_where_several_outputs_may_be_meant():
+    one = {"loss": torch.tensor(1.0), "scores": torch.randn(4, 3)}
+    assert own_loss._find_logits(one, 4)[0] == "scores"
+    several = {**one, "states": torch.randn(4, 8)}
+    with pytest.raises(ValueError, match="one of them must be called logits"):
+        own_loss._find_logits(several, 4)
+    assert own_loss._find_logits({**several, "pair_logits": torch.randn(4, 2)}, 4)[0] == (
+        "pair_logits"
+    )

@@ -187,16 +187,45 @@ def detect_recipe(
         if isinstance(inputs.get(name), Tensor)
     ]
     with evaluation_mode(model):
-        look = partial(extra_pass, model, partial(_look, run, labels), dict(inputs))
-        found = _agreeing(look(), inputs, labels)
+        found = _look_again(model, run, inputs, labels, None)
         for seed in range(_SHAKES):
             if len(found) > 1:
                 with _shaken(model, seed):
-                    again = _agreeing(look(), inputs, labels)
-                found = [recipe for recipe in found if recipe in again]
-    # Labels that none of the items has may be ignored or not.
-    readings = {replace(recipe, ignore_index=_IGNORED) for recipe in found}
-    return found[0] if len(readings) == 1 else None
+                    found = _look_again(model, run, inputs, labels, found)
+        # Labels that none of the items has may be ignored or not.
+        readings = {replace(recipe, ignore_index=_IGNORED) for recipe in found}
+        if len(readings) != 1:
+            return None
+        # A mean of the rows' means is another loss, where rows have other numbers of labels.
+        fewer = _with_fewer_labels(inputs, found[0])
+        if fewer is not None and not _look_again(model, run, fewer, labels, found[:1]):
+            return None
+    return found[0]
+
+
+def _look_again(
+    model: nn.Module,
+    run: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    labels: Sequence[str],
+    among: Sequence[Recipe] | None,
+) -> list[Recipe]:
+    """Return the recipes that agree on a batch, of those that agreed before if there are some."""
+    look = extra_pass(model, partial(_look, run, labels), dict(inputs))
+    found = _agreeing(look, inputs, labels)
+    return found if among is None else [recipe for recipe in among if recipe in found]
+
+
+def _with_fewer_labels(inputs: Mapping[str, Any], recipe: Recipe) -> dict[str, Any] | None:
+    """Return a batch whose first row has half of its labels; None where a row has but one."""
+    labels: Tensor = inputs[recipe.label]
+    if recipe.family != "cross entropy" or labels.is_floating_point() or labels.dim() < 2:
+        return None
+    if labels[0].numel() < 4 or len(labels) < 2:
+        return None
+    fewer = labels.clone()
+    fewer[0].view(-1)[: fewer[0].numel() // 2] = recipe.ignore_index
+    return {**inputs, recipe.label: fewer}
 
 
 @dataclass(frozen=True)

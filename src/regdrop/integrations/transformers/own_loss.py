@@ -287,15 +287,26 @@ def _are_pairs(logits: Tensor, loss: Tensor) -> bool:
 
 
 def _find_logits(output: Any, rows: int) -> tuple[str | int | None, Tensor]:
-    """Return the logits of an output: by name, else the first numbers with a row an item."""
+    """Return the logits of an output: by name, else the only numbers with a row an item.
+
+    Raises:
+        ValueError: If there are none, or several of which none is called logits.
+    """
     tensors = dict(named_tensors(output))
+    fitting = [
+        key
+        for key, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.dim() > 0 and len(tensor) == rows
+    ]
+    named = [key for key in fitting if isinstance(key, str) and "logits" in key]
     if "logits" in tensors:
-        return "logits", tensors["logits"]
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.dim() > 0 and len(tensor) == rows:
-            return key, tensor
+        named = ["logits"]
+    if named or len(fitting) == 1:
+        key = (named or fitting)[0]
+        return key, tensors[key]
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    reason = "one of them must be called logits" if fitting else "return them beside the loss"
     raise ValueError(
         f"the model's output must hold logits of {rows} rows to be compared between passes, got "
-        f"{found}: return them beside the loss, or override rdrop_head of the trainer"
+        f"{found}: {reason}, or override rdrop_head of the trainer"
     )

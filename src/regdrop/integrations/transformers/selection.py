@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from regdrop.config import RDropConfig
 from regdrop.heads import Head, UnknownHeadError
+from regdrop.integrations.transformers.batches import why_not_stacked
 from regdrop.integrations.transformers.detection import Recipe, detect_recipe
 from regdrop.integrations.transformers.forward import require_counts
 from regdrop.integrations.transformers.heads import base_model, find_head
@@ -38,11 +39,13 @@ class Source:
         recipe: The head of a model that no name tells.
         own: The likelihood is the model's or the trainer's own loss; None where R-Drop computes it.
         count: Rule by which the items of terms of one's own are counted.
+        obstacle: Why the passes of the first batch cannot be stacked; None if they can.
     """
 
     recipe: Recipe | None = None
     own: OwnLoss | None = None
     count: str | None = None
+    obstacle: str | None = None
 
 
 def _count_labels(target: Tensor) -> ItemCounts:
@@ -87,11 +90,16 @@ class HeadSelection(_Base):
     def _head(self, inputs: Mapping[str, Any]) -> Head:
         """Return the head of a batch; the first batch decides where it comes from."""
         if self._source is None:
-            self._source = self._find_source(inputs)
+            source = self._find_source(inputs)
+            head = self._head_of(source, inputs)
+            obstacle = why_not_stacked(head.inputs, head.rows)
+            self._source = replace(source, obstacle=obstacle)
             if self.accelerator.num_processes > 1:
                 # All processes do as the main one does, whose first batch is another.
                 self._source = broadcast_object_list([self._source])[0]
-        source = self._source
+        return self._head_of(self._source, inputs)
+
+    def _head_of(self, source: Source, inputs: Mapping[str, Any]) -> Head:
         if source.own is not None and source.own.divergence is not None:
             return source.own.divergence.head(inputs, find_batch_size(inputs))
         if source.recipe is not None:

@@ -187,7 +187,13 @@ class RDropTrainerMixin(HeadSelection):
         config = self.rdrop
         if plan.num_passes == 1 or (config.passes == "sequential" and config.fraction == 1):
             return config
-        reason = why_not_stacked(head.inputs, head.rows)
+        assert self._source is not None
+        reason = self._source.obstacle or why_not_stacked(head.inputs, head.rows)
+        if self._source.obstacle is None and reason and self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"passes must be 'sequential' on several processes where {reason}, and the first "
+                "batch did not show it: processes would run other numbers of forwards"
+            )
         if own is not None and not own.is_rowwise:
             reason = "the loss of its rows is none of each row by itself"
         if reason is not None and config.fraction < 1:
