@@ -202,6 +202,16 @@ def test_the_balance_of_experts_is_kept_with_its_coefficient(name):
         check_own_loss(model, find_head(model, batch), batch)
 
 
+@pytest.mark.parametrize("name", ["DbrxForCausalLM", "JetMoeForCausalLM"])
+def test_the_balance_of_experts_is_kept_under_another_name_of_its_coefficient(name):
+    model = tiny_model(name)
+    model.config.output_router_logits = True
+    batch = tiny_batch(model, name)
+    with torch.no_grad():
+        assert auxiliary_loss(model, model(**batch)) > 0
+        check_own_loss(model, find_head(model, batch), batch)
+
+
 def test_losses_of_experts_that_the_output_hides_are_refused():
     name = "SwitchTransformersForConditionalGeneration"
     model = tiny_model(name)

@@ -20,6 +20,9 @@ from regdrop.loss import (
 )
 from regdrop.step import cut_outputs_of
 
+# What multiplies the loss of a mixture of experts in the library's configs.
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
 # Backward nodes that do not need what they returned, and views, which are asked further.
 _NEED_NOTHING = frozenset(
     f"{name}Backward0"
@@ -161,13 +164,16 @@ def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | None:
     if loss is None:
         return None
     config: Any = base_model(getattr(model, "module", model)).config
-    coefficient: float | None = getattr(config.get_text_config(), "router_aux_loss_coef", None)
+    text = config.get_text_config()
+    found = [getattr(text, name, None) for name in _COEFFICIENTS]
+    found.append(getattr(getattr(text, "ffn_config", None), "moe_loss_weight", None))
+    coefficient = next((value for value in found if value is not None), None)
     if coefficient is None:
         raise ValueError(
             f"{type(config).__name__} has no router_aux_loss_coef for the auxiliary loss that the "
             "model returns; set it, or switch the auxiliary loss off"
         )
-    return loss * coefficient
+    return loss * float(coefficient)
 
 
 def is_free_to_overwrite(logits: Tensor) -> bool:
