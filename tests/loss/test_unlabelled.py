@@ -71,7 +71,7 @@ def test_gradient_is_that_of_the_labelled_likelihood_and_the_whole_divergence(im
     torch.testing.assert_close(leaf.grad, other.grad)
 
 
-@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("impl", ["eager", "chunked", CPP])
 def test_gradcheck(impl):
     logits, target = make(3)
 
