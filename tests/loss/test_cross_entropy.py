@@ -276,6 +276,17 @@ def test_a_mask_over_the_first_blocks_contributes_nothing(impl, dtype, num_passe
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("impl", ALL)
+def test_a_lowest_number_in_one_pass_is_a_mask_in_one_pass(impl, dtype):
+    logits, target = make(dtype=dtype)
+    logits[2, 3] = torch.finfo(dtype).min
+    with pytest.raises(ValueError, match="the KL is infinite"):
+        rdrop_cross_entropy(logits, target, alpha=1.0, impl=impl)
+    logits[2 + 5, 3] = torch.finfo(dtype).min
+    assert rdrop_cross_entropy(logits, target, alpha=1.0, impl=impl).loss < 100
+
+
 @pytest.mark.parametrize("impl", ["eager", "chunked", TRITON])
 def test_class_masked_in_one_pass_is_an_error_however_unlikely_it_is_in_the_other(impl):
     logits = torch.tensor([[0.0, -math.inf], [0.0, -200.0]])

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from regdrop.loss.reduction import Reduction, Scale
 
+# Above this, which a difference of logits by a billion gives, a divergence is that of a mask.
+_LARGEST_DIVERGENCE = 1e9
+
 
 def check_options(
     *,
@@ -235,16 +238,20 @@ def check_own_memory(name: str, tensor: Tensor) -> None:
 
 
 def check_finite_divergence(kl: Tensor) -> None:
-    """Raise ValueError where a class is masked with -inf in one pass only.
+    """Raise ValueError where a class is masked in one pass only, with -inf or a lowest number.
+
+    A mask of `finfo.min` gives a finite divergence that no two passes of a model have. Half
+    precision's own lowest number, -65504, is too near to ordinary logits to be told.
 
     On CUDA, and inside torch.compile, the check is an assertion on the device, so that training
     is not stopped for it at every step.
     """
     message = (
-        "the KL is infinite: logits hold -inf (or a difference beyond float32) for a class in one "
-        "pass and not in another; a mask must be the same in every pass"
+        "the KL is infinite: logits hold -inf (or finfo.min, or a difference beyond float32) for a "
+        "class in one pass and not in another; a mask must be the same in every pass"
     )
+    is_infinite = (kl > _LARGEST_DIVERGENCE).any()
     if torch.compiler.is_compiling() or kl.device.type == "cuda":
-        torch._assert_async(~torch.isinf(kl).any(), message)
-    elif kl.device.type == "cpu" and bool(torch.isinf(kl).any()):
+        torch._assert_async(~is_infinite, message)
+    elif kl.device.type == "cpu" and bool(is_infinite):
         raise ValueError(message)
