@@ -61,6 +61,13 @@ def test_a_run_beside_one_that_fails_is_brought_to_its_end(tmp_path, short):
     assert [path.name for path in (tmp_path / "records").iterdir()] == ["baseline-seed0.json"]
 
 
+@pytest.mark.slow
+def test_arms_with_dropout_and_batches_of_their_own_share_a_folder(tmp_path, short):
+    for arm in ("matched-dropout", "two-thirds-batch", "baseline"):
+        records = compare(short, seeds=[0], arms=[arm], folder=tmp_path, threads=1)
+        assert [record.arm for record in records] == [arm]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -12,6 +12,7 @@ from regdrop.experiments.engines import Engine, open_engine
 from regdrop.experiments.processes import require_one_process
 from regdrop.experiments.progress import Display, Update
 from regdrop.experiments.record import (
+    ARM_SETTINGS,
     RunRecord,
     load_records,
     merge_records,
@@ -115,7 +116,7 @@ def _check_records(
 
 
 def _without_training(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in ("training", "rdrop")}
+    return {name: value for name, value in config.items() if name not in ARM_SETTINGS}
 
 
 def _run_jobs(

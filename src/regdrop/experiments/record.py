@@ -205,6 +205,10 @@ def _with_details(contents: Mapping[Path, dict[str, Any]]) -> dict[Path, RunReco
     return records
 
 
+# The settings of a run that the arms of a task may have of their own.
+ARM_SETTINGS = ("training", "rdrop", "dropout_odds")
+
+
 def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
     """Return every setting of a run as JSON holds it."""
     settings: dict[str, Any] = {
