@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from models import tiny_bert, tiny_vit
 from regdrop.commands import app, comparisons
+from regdrop.experiments import load_records
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
 
@@ -181,9 +182,9 @@ def test_interrupting_and_repeating_the_command_goes_on(tmp_path):
     before = (unfinished / "history.jsonl").read_text().splitlines()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "rdrop seed 0" in done.stdout
-    record = json.loads((tmp_path / "records" / "rdrop-seed0.json").read_text())
-    assert record["steps"] == 200
-    assert json.loads(before[0]) == record["history"][0]
+    (record,) = load_records(tmp_path)
+    assert record.steps == 200
+    assert json.loads(before[0]) == record.history[0]
 
 
 @pytest.mark.slow
