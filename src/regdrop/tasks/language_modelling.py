@@ -97,7 +97,7 @@ class LanguageModelling:
         register()
         raw = load_raw_splits(self.dataset, self.dataset_config)
         require_columns(self.dataset, raw, ["text"])
-        if "validation" not in raw:
+        if "train" in raw and "validation" not in raw:
             raise ValueError(
                 f"data {self.dataset!r} must have a split 'validation', got {sorted(raw)}"
             )
