@@ -1,6 +1,7 @@
 """One step of a loop of one's own: the loss by hand, schedules, accumulation, terms, warnings."""
 
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -518,3 +519,107 @@ def test_a_config_of_another_type_is_refused():
         rdrop_step(network(), inputs(), classes(), config={"alpha": 1}, step=0)
     with pytest.raises(ValueError, match="step must be at least 0, got -1"):
         rdrop_step(network(), inputs(), classes(), config=RDropConfig(), step=-1)
+
+
+# --- faults that a reader found ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_items": -3}, ValueError, "num_items must be finite and above 0, got -3"),
+        ({"num_items": True}, TypeError, "num_items must be a number, got bool"),
+        ({"num_items": torch.tensor([3, 4])}, ValueError, "num_items must be a scalar"),
+        ({"num_weight": 0}, ValueError, "num_weight must be finite and above 0, got 0"),
+        ({"step": 0.5}, TypeError, "step must be an integer, got float"),
+    ],
+)
+def test_counts_and_steps_that_cannot_be_are_refused(options, error, message):
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
+    with pytest.raises(error, match=message):
+        rdrop_step(model, x, y, **{"config": RDropConfig(), "step": 0, **options})
+
+
+def test_an_output_that_is_no_tensor_is_refused_with_the_way_out():
+    layer = nn.Linear(4, 3)
+    with pytest.raises(TypeError, match=r"forward=lambda batch: model\(\*\*batch\)\.logits"):
+        rdrop_step(
+            lambda x: {"logits": layer(x)},
+            torch.randn(6, 4),
+            torch.randint(3, (6,)),
+            config=RDropConfig(),
+            step=0,
+        )
+
+
+@pytest.mark.filterwarnings("ignore:R-Drop has nothing to compare")
+@pytest.mark.parametrize("kind", [tuple, dict])
+def test_a_part_of_the_batch_beside_several_outputs(kind):
+    """A part that is all of it is the whole; the parts' mean gradient is tested for one output."""
+    layer, x, y = nn.Linear(4, 3).double(), torch.randn(6, 4).double(), torch.randint(3, (6,))
+
+    def terms(outputs, target, *, num_passes):
+        first, second = outputs.values() if kind is dict else outputs
+        one = cross_entropy_terms(first, target, num_passes=num_passes)
+        other = cross_entropy_terms(second, target, num_passes=num_passes)
+        return one._replace(nll=one.nll + other.nll, kl=one.kl + other.kl)
+
+    def forward(x):
+        both = {"a": layer(x), "b": -layer(x)}
+        return both if kind is dict else tuple(both.values())
+
+    def loss(fraction):
+        config = RDropConfig(alpha=1.0, fraction=fraction)
+        return rdrop_step(forward, x, y, config=config, step=0, loss=terms).loss
+
+    torch.testing.assert_close(loss(0.5), loss(1.0))  # without dropout the KL is 0 in any part
+
+
+def test_a_model_in_a_list_or_behind_attributes_is_found_and_kept():
+    norm = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
+    nets = [norm]
+
+    class Holder:
+        pass
+
+    holder = Holder()
+    holder.inner = Holder()
+    holder.inner.net = norm
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    config = RDropConfig(alpha=0.0, num_passes=1, monitor_steps=1)
+    for forward in (lambda b: nets[0](b), lambda b: holder.inner.net(b)):
+        before = norm[0].num_batches_tracked.item()
+        assert rdrop_step(forward, x, y, config=config, step=0).kl > 0
+        assert norm[0].num_batches_tracked.item() == before + 1
+    with pytest.raises(ValueError, match="monitor_steps needs the model"):
+        rdrop_step(torch.neg, torch.randn(6, 3), y, config=config, step=0)
+
+
+def test_callables_of_any_kind_and_batches_in_which_nothing_counts_are_watched_quietly():
+    layer = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
+
+    @dataclass
+    class Forward:
+        net: nn.Module
+
+        def __call__(self, x):
+            return self.net(x)
+
+    class Slotted:
+        __slots__ = ("net",)
+
+        def __init__(self, net):
+            self.net = net
+
+        def __call__(self, x):
+            return self.net(x)
+
+    x = torch.randn(6, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for forward in (Forward(layer), Slotted(layer), torch.nn.functional.relu):
+            inputs = x if forward is not torch.nn.functional.relu else torch.randn(6, 3)
+            ignored = torch.full((6,), -100)
+            for step in range(3):
+                rdrop_step(forward, inputs, ignored, config=RDropConfig(), step=step)

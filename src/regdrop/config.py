@@ -122,6 +122,11 @@ class RDropConfig:
             _check_integer("backward_passes", self.backward_passes, 1)
         if self.unlabelled_index is not None:
             _check_integer("unlabelled_index", self.unlabelled_index, -(2**63))
+            if self.unlabelled_index == -100:
+                raise ValueError(
+                    "unlabelled_index must differ from -100, the label of items that count in "
+                    "neither term, got -100; use -1"
+                )
         for rate in self.dropout_rates or ():
             if not 0 <= rate < 1:
                 raise ValueError(f"dropout_rates must be from 0 up to 1, got {rate}")
@@ -180,8 +185,13 @@ class RDropConfig:
                         f"{name} needs a likelihood that regdrop computes, got likelihood='model': "
                         "give the model's own loss its weights, or use likelihood='auto'"
                     )
-            if self.method != "rdrop":
-                raise ValueError(f"method={self.method!r} needs likelihood='auto', got 'model'")
+            for name, default in (("method", "rdrop"), ("impl", "auto")):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} needs likelihood='auto', got 'model'"
+                    )
+            if self.fused_linear is True:
+                raise ValueError("fused_linear=True needs likelihood='auto', got 'model'")
         if self.method != "rdrop":
             needed: dict[str, Any] = {"num_passes": 2, "fraction": 1.0, "passes": "stacked"}
             if self.method == "r3f":

@@ -3,7 +3,7 @@
 import functools
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from regdrop.config import RDropConfig
 from regdrop.disagreement import Disagreement as Disagreement
 from regdrop.disagreement import measure_disagreement as measure_disagreement
-from regdrop.loss import TermsFunction
+from regdrop.loss import RDropOutput, TermsFunction
 from regdrop.passes import concatenate_outputs, find_dropout, kept_buffers, kept_random_state
 
 Output = TypeVar("Output")
 
 # One training step without R-Drop is one part forward and two parts backward.
 _FORWARD_SHARE = 1 / 3
+# How deep in containers and objects a model is looked for.
+_DEPTH = 3
 # Steps from one look at a divergence to the next: on a GPU each waits for the device.
 _STEPS_BETWEEN_LOOKS = 100
 
@@ -64,7 +66,7 @@ def warn_zero_divergence() -> None:
     )
 
 
-def watch_divergence(forward: Callable[..., Any], kl: Tensor) -> None:
+def watch_divergence(forward: Callable[..., Any], output: RDropOutput) -> None:
     """Warn once where the divergence of a loop of one's own is exactly 0.
 
     The first two steps and every hundredth are looked at. One zero alone is no sign where the
@@ -72,13 +74,15 @@ def watch_divergence(forward: Callable[..., Any], kl: Tensor) -> None:
 
     Args:
         forward: The function from batches to outputs, or the model; tells loops apart.
-        kl: Divergence of a step of several passes.
+        output: What a step of several passes gave.
     """
     modules = list(reached_modules(forward))
     watch = _WATCHES.setdefault(_identity(forward, modules), _Watch())
     is_looked_at = watch.steps < 2 or watch.steps % _STEPS_BETWEEN_LOOKS == 0
     watch.steps += 1
-    if watch.has_warned or not is_looked_at or torch.compiler.is_compiling() or kl.item() != 0:
+    if watch.has_warned or not is_looked_at or torch.compiler.is_compiling():
+        return
+    if output.kl.item() != 0 or output.nll.item() == 0:  # passes differ, or nothing counts
         return
     watch.zeros += 1
     sources = [source for module in modules for source in find_dropout(module)]
@@ -109,12 +113,22 @@ def reached_modules(forward: Callable[..., Any]) -> Iterator[nn.Module]:
                 named.append(cell.cell_contents)
             except ValueError:  # a name that has no value yet
                 continue
-    for value in named:
-        if isinstance(value, nn.Module):
-            yield value
-        elif not isinstance(value, (type, types.ModuleType, types.FunctionType)):
-            held = getattr(value, "__dict__", {}).values()
-            yield from (item for item in held if isinstance(item, nn.Module))
+    found: dict[int, nn.Module] = {}
+    for _ in range(_DEPTH):
+        found.update((id(value), value) for value in named if isinstance(value, nn.Module))
+        named = [item for value in named for item in _held_by(value)]
+    yield from found.values()
+
+
+def _held_by(value: Any) -> Iterable[Any]:
+    """Return what a container or an object holds, modules and what is code excepted."""
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, (tuple, list)):
+        return value
+    if isinstance(value, (nn.Module, type, types.ModuleType, types.FunctionType)):
+        return ()
+    return list(getattr(value, "__dict__", {}).values())
 
 
 def _identity(forward: Any, modules: list[nn.Module]) -> Any:
@@ -123,7 +137,7 @@ def _identity(forward: Any, modules: list[nn.Module]) -> Any:
         return modules[0]
     while isinstance(forward, functools.partial):
         forward = forward.func
-    return getattr(forward, "__code__", forward)
+    return getattr(forward, "__code__", type(forward))
 
 
 def expected_cost(config: RDropConfig) -> float:

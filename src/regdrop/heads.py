@@ -91,7 +91,7 @@ def strip_options(terms: TermsFunction) -> TermsFunction:
     """Return terms as a model's own loss has them: without label smoothing and class weights."""
     if not isinstance(terms, partial):
         return terms
-    own = ("label_smoothing", "weight", "unlabelled_index")
+    own = ("label_smoothing", "weight")
     kept = {name: value for name, value in terms.keywords.items() if name not in own}
     return partial(terms.func, *terms.args, **kept)
 

@@ -1,6 +1,6 @@
 """One training step, from the plan over the passes to the loss: shared by every integration."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from regdrop.loss import (
     is_counted,
     mse_terms,
 )
+from regdrop.loss.checks import check_counts, check_integer
 from regdrop.passes import find_batch_size, find_tensors, run_passes
 from regdrop.schedule import StepPlan, is_monitored, plan_step
 
@@ -71,12 +72,15 @@ def rdrop_step(
         The loss and its two parts; `kl` is 0 where the step has one pass that is not monitored.
 
     Raises:
-        TypeError: If `config` is no RDropConfig.
-        ValueError: For an unknown loss, an option that needs a trainer, or what the loss and
-            `repeat_batch` refuse.
+        TypeError: If `config` is no RDropConfig, `step` no integer, or the output no tensor where
+            the loss takes one.
+        ValueError: For an unknown loss, a count that is not positive, an option that needs a
+            trainer, or what the loss and `repeat_batch` refuse.
     """
     if not isinstance(config, RDropConfig):
         raise TypeError(f"config must be an RDropConfig, got {type(config).__name__}")
+    check_integer("step", step)
+    check_counts("mean", num_items=num_items, num_weight=num_weight)
     labels = next(find_tensors(target), None)
     terms = _find_terms(loss, config, None if labels is None else labels.device)
     plan = plan_step(config, step)
@@ -84,10 +88,21 @@ def rdrop_step(
 
     def noted(inputs: Any) -> Any:
         last[:] = [forward(inputs)]
+        if is_counted(terms) and not isinstance(last[0], Tensor):
+            raise TypeError(
+                f"forward must return logits, one tensor, for loss={loss!r}, got "
+                f"{type(last[0]).__name__}; for a model of transformers give "
+                "forward=lambda batch: model(**batch).logits"
+            )
         return last[0]
 
     is_measured = plan.num_passes == 1 and is_monitored(config, step)
     modules = nn.ModuleList(reached_modules(forward)) if is_measured else None
+    if modules is not None and not len(modules):
+        raise ValueError(
+            "monitor_steps needs the model, whose statistics an extra pass must not change, and "
+            "forward names none: give the module itself, or a function that names it"
+        )
     other = None if modules is None else extra_pass(modules, forward, batch)
     output = compute_step_loss(
         noted,
@@ -104,7 +119,7 @@ def rdrop_step(
     if other is not None:
         return output._replace(kl=measure_divergence(last[0], other, target, terms))
     if plan.num_passes > 1:
-        watch_divergence(forward, output.kl)
+        watch_divergence(forward, output)
     return output
 
 
@@ -180,12 +195,20 @@ def cut_outputs_of(terms: Callable[..., ItemTerms]) -> TermsFunction:
 
 
 def _cut(outputs: Any, num_passes: int, backward_passes: int) -> Any:
-    if isinstance(outputs, Tensor):
-        passes = outputs.unflatten(0, (num_passes, -1))
+    def cut(output: Tensor) -> Tensor:
+        passes = output.unflatten(0, (num_passes, -1))
         return limit_backward(passes, backward_passes).flatten(0, 1)
-    if isinstance(outputs, dict):
-        return {name: _cut(part, num_passes, backward_passes) for name, part in outputs.items()}
-    parts = [_cut(part, num_passes, backward_passes) for part in outputs]
+
+    return _map_outputs(cut, outputs)
+
+
+def _map_outputs(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:
+    """Return the outputs of a model, one tensor or several, each changed by a function."""
+    if isinstance(outputs, Tensor):
+        return function(outputs)
+    if isinstance(outputs, Mapping):
+        return {name: _map_outputs(function, part) for name, part in outputs.items()}
+    parts = [_map_outputs(function, part) for part in outputs]
     return type(outputs)(*parts) if hasattr(outputs, "_fields") else type(outputs)(parts)
 
 
@@ -294,13 +317,14 @@ def _combined_loss(
 
 
 def _partial_terms(
-    outputs: Tensor, target: Tensor, items: Tensor, terms: TermsFunction, **passes: Any
+    outputs: Any, target: Tensor, items: Tensor, terms: TermsFunction, **passes: Any
 ) -> ItemTerms:
     """Return the likelihood of pass 0 and the divergence of a part, weighted by its inverse."""
     size = target.shape[0]
-    first, others = outputs[:size], outputs[size:]
+    first = _map_outputs(lambda output: output[:size], outputs)
+    both = _map_outputs(lambda output: torch.cat([output[:size][items], output[size:]]), outputs)
     whole = terms(first, target, num_passes=1)
-    part = terms(torch.cat([first[items], others]), target[items], **passes)
+    part = terms(both, target[items], **passes)
     weight = size / items.numel()
     kl = part.kl.new_zeros(size, *part.kl.shape[1:]).index_add(0, items, part.kl * weight)
     return whole._replace(kl=kl)

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer
+from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, Trainer
 
-from models import VOCABULARY, text_rows, tiny_gpt2, token_rows
+from models import VOCABULARY, Rows, text_rows, tiny_bert, tiny_gpt2, token_rows
 from regdrop import RDropConfig
 from regdrop.integrations.transformers import RDropTrainer
 from regdrop.integrations.transformers.detection import detect_recipe
@@ -372,3 +372,93 @@ def test_a_mean_of_the_rows_means_is_none_of_the_losses(tmp_path):
     flat = nn.functional.cross_entropy(model(batch["input_ids"])["logits"].mT, batch["labels"])
     torch.testing.assert_close(model(**batch)["loss"], flat)
     assert detect_recipe(model, model, batch, ["labels"]) is None
+
+
+class FreshBertForSequenceClassification(BertForSequenceClassification):
+    """A head of a familiar name, whose loss is another one: at first all classes are alike."""
+
+    own = staticmethod(lambda logits, labels: F.cross_entropy(logits, labels))
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+        if labels is not None:
+            output.loss = self.own(output.logits, labels)
+        return output
+
+
+def weighted(logits, labels):
+    return F.cross_entropy(logits, labels, weight=torch.tensor([1.0, 10.0, 3.0]))
+
+
+def smoothed(logits, labels):
+    return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("loss", [weighted, smoothed])
+def test_a_loss_behind_a_familiar_name_is_told_from_its_kind_at_a_fresh_head(
+    tmp_path, caplog, loss
+):
+    def model():
+        fresh = FreshBertForSequenceClassification(tiny_bert(dropout=0.0).config)
+        fresh.own = loss
+        with torch.no_grad():
+            fresh.classifier.weight.zero_()
+        return fresh
+
+    single = RDropConfig(alpha=0.0, num_passes=1)
+    with caplog.at_level(logging.WARNING):
+        ours = train(tmp_path, model(), text_rows(), single)
+    assert "has a loss of its own" in said(caplog)[0]
+    assert_same_run(ours, train(tmp_path, model(), text_rows(), kind=Trainer), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["cross entropy", "binary cross entropy"])
+def test_weights_that_the_first_batch_does_not_show_are_kept(tmp_path, kind):
+    """A first batch of one class, or without a positive label, gives the loss without weights."""
+
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.out = nn.Linear(FEATURES, 3)
+
+        def forward(self, x, labels=None):
+            logits = self.out(x)
+            if labels is None:
+                return {"logits": logits}
+            weight = torch.tensor([1.0, 5.0, 9.0])
+            if kind == "cross entropy":
+                return {"loss": F.cross_entropy(logits, labels, weight=weight), "logits": logits}
+            own = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weight)
+            return {"loss": own, "logits": logits}
+
+    labels = torch.zeros(16, dtype=torch.long)
+    labels[8:] = torch.arange(8) % 3
+    if kind != "cross entropy":
+        labels = (F.one_hot(labels, 3) * (labels > 0)[:, None]).float()
+    rows = Rows(x=torch.randn(16, FEATURES), labels=labels)
+    ours = train(tmp_path, Weighted(), rows, RDropConfig(alpha=0.0, num_passes=1))
+    assert_same_run(ours, train(tmp_path, Weighted(), rows, kind=Trainer), rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["tuple", "dict", "needs labels"])
+def test_a_familiar_name_with_another_output_is_understood(tmp_path, caplog, shape):
+    class OddBertForSequenceClassification(BertForSequenceClassification):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            output = super().forward(input_ids=input_ids, labels=labels, **kwargs)
+            if shape == "needs labels":
+                assert labels is not None
+                return output
+            if shape == "tuple":
+                return output.to_tuple()
+            named = {"scores": output.logits}
+            return named if labels is None else {"loss": output.loss, **named}
+
+    def model():
+        torch.manual_seed(1)
+        return OddBertForSequenceClassification(tiny_bert(dropout=0.0).config)
+
+    with caplog.at_level(logging.WARNING):
+        ours = train(tmp_path, model(), text_rows(), RDropConfig(alpha=0.0, num_passes=1))
+    assert "is not what its name says" in said(caplog)[0]
+    assert_same_run(ours, train(tmp_path, model(), text_rows(), kind=Trainer), rtol=1e-4)

@@ -7,11 +7,21 @@ import socket
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback
 
 import reference
-from models import text_rows, tiny_bert, tiny_bert_of, tiny_gpt2, token_rows
-from regdrop import RDropConfig
+from models import (
+    VOCABULARY,
+    key_dropout,
+    text_rows,
+    tiny_bert,
+    tiny_bert_of,
+    tiny_gpt2,
+    token_rows,
+)
+from regdrop import RDropConfig, symmetric_kl
 from regdrop.integrations.transformers import RDropTrainer, RDropTrainerMixin
 from training import arguments, assert_same_run, build, logged, record_scores, train
 
@@ -255,3 +265,39 @@ def test_the_evaluation_of_two_processes_is_that_of_one(tmp_path):
         before, after = evaluate(tmp_path, name, learning_rate=0.0, per_device_eval_batch_size=4)
         assert before == pytest.approx(after)
         assert two[name] == pytest.approx((before, after), rel=1e-5)
+
+
+@pytest.mark.parametrize("first", ["mixed", "unlabelled"])
+@pytest.mark.parametrize("kind", ["classes", "words"])
+def test_items_without_a_label_train_beside_labelled_ones(tmp_path, kind, first):
+    """The KL of all items, the likelihood of the labelled ones, under accumulation too."""
+    rows = text_rows() if kind == "classes" else token_rows(num_labels=VOCABULARY)
+    labels = rows.columns["labels"]
+    labels[1 if first == "mixed" else 0 :: 2] = -1
+    if first == "unlabelled":
+        labels[:8] = -1
+    rdrop = RDropConfig(alpha=2.0, unlabelled_index=-1)
+    build = tiny_bert if kind == "classes" else tiny_gpt2
+
+    def run(**options):
+        return train(tmp_path, key_dropout(build(dropout=0.3)), rows, rdrop, **options)
+
+    whole = run(max_steps=1, per_device_train_batch_size=16)
+    parts = run(max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    assert_same_run(parts, whole, rtol=1e-4)
+    model, batch = (
+        key_dropout(build(dropout=0.3)).train(),
+        default_collate([rows[i] for i in range(len(rows))]),
+    )
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**{k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in inputs.items()}).logits
+    target = batch["labels"]
+    if kind == "words":
+        logits, target = logits[:, :-1], target[:, 1:]
+    target = target.reshape(-1)
+    passes = logits.reshape(2, -1, logits.shape[-1])
+    counted, labelled = target != -100, target >= 0
+    kl = symmetric_kl(passes[:, counted].flatten(0, 1))
+    nll = F.cross_entropy(passes[:, labelled].flatten(0, 1), target[labelled].repeat(2))
+    assert logged(whole, "nll") == [pytest.approx(nll.item(), rel=1e-4)]
+    assert logged(whole, "kl") == [pytest.approx(kl.item(), rel=1e-3)]

@@ -1,7 +1,6 @@
 """The loss of a model that no name tells: the one of a few that agrees with the model's own."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,7 +11,11 @@ from torch import Tensor, nn
 
 from regdrop.diagnostics import extra_pass
 from regdrop.heads import Head
-from regdrop.integrations.transformers.evaluation import evaluation_mode
+from regdrop.integrations.transformers.evaluation import (
+    evaluation_mode,
+    shaken,
+    with_other_labels,
+)
 from regdrop.loss import (
     binary_cross_entropy_terms,
     combine_terms,
@@ -32,8 +35,8 @@ _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "mean absolute error": l1_terms,
     "smooth L1": smooth_l1_terms,
 }
-# How far parameters are moved to tell apart what agrees by chance, as with logits that are all 0.
-_SHAKE, _SHAKES = 0.1, 4
+# Looks at shaken parameters, to tell apart what agrees by chance, as with logits that are all 0.
+_SHAKES = 4
 
 Key = str | int | None
 
@@ -90,6 +93,7 @@ class Recipe:
         class_dim: Dimension of the classes.
         is_flat: Whether the model merges items and positions in the logits' first dimension.
         keeps_label: Whether the model must be given the labels to run.
+        num_classes: Number of classes of a cross entropy.
     """
 
     family: str
@@ -100,6 +104,7 @@ class Recipe:
     class_dim: int = -1
     is_flat: bool = False
     keeps_label: bool = False
+    num_classes: int = 1
 
     def __str__(self) -> str:
         if self.family != "cross entropy":
@@ -189,9 +194,11 @@ def detect_recipe(
     with evaluation_mode(model):
         found = _look_again(model, run, inputs, labels, None)
         for seed in range(_SHAKES):
-            if len(found) > 1:
-                with _shaken(model, seed):
-                    found = _look_again(model, run, inputs, labels, found)
+            if len(found) > 1 or (found and seed == 0):
+                with shaken(model, seed):
+                    # One candidate has to hold for other labels and logits too.
+                    other = inputs if len(found) > 1 else _with_other_labels(inputs, found[0])
+                    found = _look_again(model, run, other, labels, found)
         # Labels that none of the items has may be ignored or not.
         readings = {replace(recipe, ignore_index=_IGNORED) for recipe in found}
         if len(readings) != 1:
@@ -214,6 +221,10 @@ def _look_again(
     look = extra_pass(model, partial(_look, run, labels), dict(inputs))
     found = _agreeing(look, inputs, labels)
     return found if among is None else [recipe for recipe in among if recipe in found]
+
+
+def _with_other_labels(inputs: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    return with_other_labels(inputs, recipe.label, recipe.num_classes, recipe.ignore_index)
 
 
 def _with_fewer_labels(inputs: Mapping[str, Any], recipe: Recipe) -> dict[str, Any] | None:
@@ -283,7 +294,12 @@ def _recipes(
     column = target[..., 0] if target.dim() > 1 and target.shape[-1] == 1 else target
     if is_whole and target.dtype != torch.bool and logits.dim() > 1 and logits.shape[-1] > 1:
         for ignore_index in _ignored(target, logits.shape[-1]):
-            entropy = partial(make, "cross entropy", ignore_index=ignore_index)
+            entropy = partial(
+                make,
+                "cross entropy",
+                ignore_index=ignore_index,
+                num_classes=logits.shape[-1],
+            )
             if logits.shape[:-1] == column.shape:
                 yield entropy()
                 if column.dim() > 1:
@@ -293,7 +309,12 @@ def _recipes(
     is_second = logits.dim() > 2 and (logits.shape[0], *logits.shape[2:]) == target.shape
     if is_whole and is_second and logits.shape[1] > 1:
         for ignore_index in _ignored(target, logits.shape[1]):
-            yield make("cross entropy", ignore_index=ignore_index, class_dim=1)
+            yield make(
+                "cross entropy",
+                class_dim=1,
+                ignore_index=ignore_index,
+                num_classes=logits.shape[1],
+            )
     if not is_whole and logits.shape == target.shape and logits.dim() > 1:
         yield make("cross entropy")
     if logits.numel() == target.numel() and len(logits) == len(target):
@@ -321,20 +342,3 @@ def _agrees(recipe: Recipe, logits: Tensor, inputs: Mapping[str, Any], own: Tens
     is_half = logits.dtype in (torch.float16, torch.bfloat16)
     tolerance = _HALF_TOLERANCE if is_half else _TOLERANCE
     return bool(torch.isclose(ours, own.to(ours), rtol=tolerance, atol=1e-7))
-
-
-@contextmanager
-def _shaken(model: nn.Module, seed: int) -> Iterator[None]:
-    """Move a model's parameters by chance; they are what they were on exit."""
-    kept = [(p, p.detach().clone()) for p in model.parameters() if p.is_floating_point()]
-    generator = torch.Generator().manual_seed(seed)
-    try:
-        with torch.no_grad():
-            for parameter, _ in kept:
-                noise = torch.randn(parameter.shape, generator=generator) * _SHAKE
-                parameter.add_(noise.to(parameter))
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in kept:
-                parameter.copy_(value)

@@ -1,9 +1,14 @@
-"""A model in evaluation mode for the length of a look at it."""
+"""Looks at a model that leave it as it is: in evaluation mode, shaken, with labels moved."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+# How far parameters are moved, in their own deviation and at least.
+_SHAKE, _SMALLEST_SHAKE = 0.5, 0.05
 
 
 @contextmanager
@@ -16,3 +21,64 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def shaken(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Move a model's parameters by chance; they are what they were on exit.
+
+    A new head gives all classes alike, and many losses are the same there.
+    """
+    # Copies outside a GPU's memory, of which there may be none left.
+    kept = [
+        (p, p.detach().to("cpu", copy=True)) for p in model.parameters() if p.is_floating_point()
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        with torch.no_grad():
+            for parameter, value in kept:
+                spread = float(value.float().std()) if value.numel() > 1 else 0.0
+                noise = torch.randn(parameter.shape, generator=generator)
+                noise *= max(_SMALLEST_SHAKE, _SHAKE * spread)
+                parameter.add_(noise.to(parameter))
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)
+
+
+def with_other_labels(
+    inputs: Mapping[str, Any], name: str, num_classes: int, ignore_index: int = -100
+) -> dict[str, Any]:
+    """Return a batch whose items have other labels, of the same kind.
+
+    The first batch may have one class alone, which weights of classes do not show.
+
+    Args:
+        inputs: A batch with its labels.
+        name: Name of the labels.
+        num_classes: Number of classes of whole labels.
+        ignore_index: The label that stays.
+    """
+    labels: Tensor = inputs[name]
+    generator = torch.Generator().manual_seed(0)
+    if labels.is_floating_point():
+        is_share = labels.dim() > 1 and bool(((labels.sum(-1) - 1).abs() < 1e-3).all())
+        if is_share:
+            other = labels.roll(1, -1)
+        else:
+            is_binary = bool(((labels == 0) | (labels == 1)).all())
+            # Every second one, so that there are both.
+            odd = torch.arange(labels.numel(), device=labels.device).view(labels.shape) % 2 == 1
+            other = torch.where(odd, 1 - labels if is_binary else labels + 1, labels)
+    elif labels.dtype == torch.bool:
+        other = ~labels
+    else:
+        is_class = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
+        drawn = torch.randint(max(1, num_classes), (int(is_class.sum()),), generator=generator)
+        # At least two classes, where there are two labels.
+        drawn[:1], drawn[1:2] = 0, num_classes - 1
+        other = labels.clone()
+        other[is_class] = drawn.to(labels)
+    return {**inputs, name: other}

@@ -58,6 +58,7 @@ class Divergence:
         kind: "classes", "labels" (each a yes or no), "numbers" or "margins" (of pairs of rows).
         logits: Where they are in the output: a name, a position, or None for the output itself.
         mask: Name of the input that tells which items count, of their shape; None where all do.
+        class_dim: Dimension of the classes.
         label: Name of the labels of "labels" and "numbers".
     """
 
@@ -65,6 +66,7 @@ class Divergence:
     logits: str | int | None
     mask: str | None = None
     label: str | None = None
+    class_dim: int = -1
 
     def __str__(self) -> str:
         name = "its output" if self.logits is None else f"output {self.logits!r}"
@@ -98,11 +100,15 @@ class Divergence:
             counted = batch[self.mask]
             is_attention = self.mask == "attention_mask"
             counted = counted.bool() if is_attention else counted != _IGNORED
-        return Head(batch, counted, _class_terms, read, batch_size=rows, count=_count_true)
+        terms = partial(_class_terms, class_dim=self.class_dim)
+        return Head(batch, counted, terms, read, batch_size=rows, count=_count_true)
 
 
-def _class_terms(logits: Tensor, counted: Tensor, /, *, num_passes: int, **_: Any) -> ItemTerms:
+def _class_terms(
+    logits: Tensor, counted: Tensor, /, *, num_passes: int, class_dim: int, **_: Any
+) -> ItemTerms:
     """Return the KL of each item; of each row its mean over positions where all of them count."""
+    logits = logits.movedim(class_dim, -1)
     if num_passes == 1:
         kl = torch.zeros(counted.shape, device=logits.device)
     elif logits.shape[1:-1] == counted.shape[1:]:
@@ -267,6 +273,9 @@ def _find_divergence(
             "no labels of that shape tell how passes are compared: override rdrop_head of the "
             "trainer to say what its divergence is"
         )
+    second = (len(logits), *logits.shape[2:]) if logits.dim() > 2 else None
+    if labels is not None and not labels.is_floating_point() and labels.shape == second != items:
+        return Divergence("classes", key, mask=name, class_dim=1)
     # Labels may be padded by one of themselves: then the attention mask tells.
     attention = inputs.get("attention_mask")
     is_attended = isinstance(attention, Tensor) and attention.shape == items

@@ -19,8 +19,18 @@ from regdrop.integrations.transformers.detection import Recipe, detect_recipe
 from regdrop.integrations.transformers.forward import require_counts
 from regdrop.integrations.transformers.heads import base_model, find_head
 from regdrop.integrations.transformers.own_loss import OwnLoss, probe_own_loss
-from regdrop.integrations.transformers.verify import Comparison, compare_losses
-from regdrop.loss import ItemCounts, cross_entropy_terms, is_counted, mse_terms
+from regdrop.integrations.transformers.verify import (
+    Comparison,
+    agrees_when_shaken,
+    compare_losses,
+)
+from regdrop.loss import (
+    ItemCounts,
+    binary_cross_entropy_terms,
+    cross_entropy_terms,
+    is_counted,
+    mse_terms,
+)
 from regdrop.passes import find_batch_size
 
 logger = logging.getLogger(__name__)
@@ -118,7 +128,9 @@ class HeadSelection(_Base):
     def _find_source(self, inputs: Mapping[str, Any]) -> Source:
         owner = self._loss_owner()
         if self.rdrop.likelihood == "model":
-            return self._own_source(inputs)
+            source = self._own_source(inputs)
+            self._tell_own(f"the loss is that of {owner or 'the model'}", source)
+            return source
         if owner is not None:
             source = self._own_source(inputs)
             self._tell_own(f"the loss is that of {owner}", source)
@@ -129,14 +141,23 @@ class HeadSelection(_Base):
             head = self.rdrop_head(model, inputs)
             return Source() if is_sharded else self._check_own_head(model, head, inputs)
         name = type(base_model(model)).__name__
+        # What the library itself defines is what its name says.
+        is_own_class = not _is_of_library(base_model(model))
         try:
             head = self.rdrop_head(model, inputs)
             found = None if is_sharded else compare_losses(model, head, inputs)
         except UnknownHeadError as error:
             says = str(error).split(";")[0]
             reason = says if says.startswith(name) else f"{name} is not a class that regdrop knows"
+        except Exception as error:  # whatever somebody's own class raises
+            if not is_own_class:
+                raise
+            reason = f"{name} is not what its name says ({error})".replace(";", ",")
         else:
-            if found is None or found.agrees:
+            find = partial(self.rdrop_head, model)
+            if found is None or (
+                found.agrees and not (is_own_class and not agrees_when_shaken(model, find, inputs))
+            ):
                 return Source()
             assert found.own is not None
             reason = (
@@ -209,6 +230,8 @@ class HeadSelection(_Base):
             "class_weight": self.rdrop.class_weight,
             "unlabelled_index": self.rdrop.unlabelled_index,
             "method": None if self.rdrop.method == "rdrop" else self.rdrop.method,
+            "impl": None if self.rdrop.impl == "auto" else self.rdrop.impl,
+            "fused_linear": True if self.rdrop.fused_linear is True else None,
         }
         for name, value in options.items():
             if value is not None:
@@ -221,7 +244,7 @@ class HeadSelection(_Base):
             head: Head | None = self.rdrop_head(model, inputs)
         except ValueError:
             head = None
-        if head is not None and _may_be_a_yes_or_no(head):
+        if head is not None and _is_guessed(head):
             head = None
         own = probe_own_loss(
             model,
@@ -294,7 +317,9 @@ class HeadSelection(_Base):
                 "It is a mean over its own batch: micro-batches count alike, however many items "
                 "they hold"
             )
-        self._tell(". ".join(lines) + ". RDropConfig(likelihood='model') says so")
+        if self.rdrop.likelihood == "auto":
+            lines.append("RDropConfig(likelihood='model') says so")
+        self._tell(". ".join(lines))
 
     def _tell(self, line: str) -> None:
         if self.is_world_process_zero():
@@ -311,10 +336,16 @@ def _is_count(count: Any, head: Head, found: Comparison) -> bool:
     return int(count(head.target).kl) == kl and found.terms.nll_count.item() == kl
 
 
-def _may_be_a_yes_or_no(head: Head) -> bool:
-    """Return whether a head compares numbers that a loss of one's own may read as chances."""
+def _is_guessed(head: Head) -> bool:
+    """Return whether a head's kind is told by its labels, which a loss of one's own reads anew."""
     terms = head.terms.func if isinstance(head.terms, partial) else head.terms
-    return terms is mse_terms
+    return terms in (binary_cross_entropy_terms, mse_terms)
+
+
+def _is_of_library(model: nn.Module) -> bool:
+    """Return whether a model's class and its loss are transformers' (or regdrop's) own."""
+    home = type(model).__module__.split(".")[0]
+    return home in ("transformers", "regdrop") and "_loss_function" not in vars(model)
 
 
 def takes(function: Any, name: str) -> bool:

@@ -158,7 +158,9 @@ class RDropTrainerMixin(HeadSelection):
         """
         owner = self._loss_owner()
         own = None if self._source is None else self._source.own
-        is_counting = owner is not None and self._model_takes_num_items
+        is_counting = owner is not None and (
+            self._model_takes_num_items or self.compute_loss_func is not None
+        )
         if owner is not None and own is not None:
             is_counting = own.counts_items
         return self._compute_without_rdrop(
@@ -232,7 +234,7 @@ class RDropTrainerMixin(HeadSelection):
         nll = likelihood.detach()
         if forward.counts_items:
             # It is a share of the window's mean; the window's items are shared out alike.
-            nll = nll * (batches / self._gradient_shares(self._own_num_items))
+            nll = nll * batches
         else:
             likelihood = likelihood / batches
         self._parts.add(plan, nll, kl, ItemCounts(weight, counts.kl))
