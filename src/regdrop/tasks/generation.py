@@ -36,7 +36,8 @@ class GenerationTrainer(FullPrecisionEvaluation, RDropSeq2SeqTrainer):
     def get_train_dataloader(self) -> TokenBatchLoader:
         """Return the batches of this process."""
         dataset: Any = self.train_dataset
-        lengths = np.asarray(dataset.with_format("numpy")[LENGTH][:])
+        # That column alone: the others may be larger than memory.
+        lengths = np.asarray(dataset.select_columns([LENGTH]).with_format("numpy")[:][LENGTH])
         max_tokens = self.max_tokens // self.args.world_size
         if lengths.max() > max_tokens:
             raise ValueError(
