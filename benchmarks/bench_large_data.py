@@ -53,7 +53,7 @@ def main() -> None:
     options.add_argument("--pairs", type=int, default=2_000_000, help="sentence pairs")
     options.add_argument("--batches", type=int, default=200, help="batches that are read")
     arguments = parse(options)
-    pairs = 20_000 if arguments.quick else arguments.pairs
+    pairs = 4_000 if arguments.quick else arguments.pairs
     console, rows = Console(), []
 
     def note(stage: str, since: float) -> float:

@@ -161,7 +161,9 @@ def start(output, name="compare", work="unfinished/rdrop-seed0"):
     """Start the command in a group of processes of its own, until its first checkpoint."""
     command = [sys.executable, "-c", "from regdrop.cli import main; main()", name, "digits"]
     command += ["--steps", "200", "--output", str(output)]
-    command += ["--arms", "rdrop", "--seeds", "1"] if name == "compare" else []
+    # Two workers have a thread each: other tests take the other core.
+    further = ["--arms", "rdrop", "--seeds", "1", "--workers", "2"]
+    command += further if name == "compare" else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     unfinished = output / work
     deadline = time.monotonic() + 120

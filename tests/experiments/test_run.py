@@ -7,8 +7,8 @@ from transformers import TrainerCallback
 from regdrop.experiments import build_arms, run_arm, run_arms
 from regdrop.experiments import run as run_module
 from regdrop.experiments.record import record_path
-from regdrop.integrations.transformers import RDropTrainer
 from regdrop.tasks import Metric
+from regdrop.tasks.full_precision import TaskTrainer
 from regdrop.tasks.image_classification import ImageClassification
 
 
@@ -87,7 +87,7 @@ class AtStep5(TrainerCallback):
             raise KeyboardInterrupt
 
 
-class WhileSaving(RDropTrainer):
+class WhileSaving(TaskTrainer):
     """Stops a run while it writes its second checkpoint."""
 
     def _save_rng_state(self, output_dir):
@@ -97,7 +97,7 @@ class WhileSaving(RDropTrainer):
 
 
 def interrupt_after_a_step(*args, **kwargs):
-    return RDropTrainer(*args, callbacks=[AtStep5()], **kwargs)
+    return TaskTrainer(*args, callbacks=[AtStep5()], **kwargs)
 
 
 @pytest.mark.parametrize(("trainer", "next_step"), [(interrupt_after_a_step, 5), (WhileSaving, 3)])
@@ -107,7 +107,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_end(
     arm = build_arms(short)["rdrop"]
     whole = run_arm(short, arm, 0, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "RDropTrainer", trainer)
+        patch.setattr(run_module, "TaskTrainer", trainer)
         with pytest.raises(KeyboardInterrupt):
             run_arm(short, arm, 0, tmp_path / "cut")
     assert not record_path(tmp_path / "cut", "rdrop", 0).exists()

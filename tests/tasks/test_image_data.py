@@ -143,12 +143,17 @@ def test_a_set_without_images_is_refused(tmp_path):
         load(tmp_path)
 
 
-def test_a_set_without_a_training_split_is_refused(tmp_path, colours):
+def test_a_set_without_a_training_split_is_there_to_be_tested_on(tmp_path, colours):
     import shutil
 
-    shutil.copytree(colours / "test", tmp_path / "test")
-    with pytest.raises(ValueError, match=r"must have a split 'train', got \['test'\]"):
-        load(tmp_path)
+    whole = load(colours)
+    shutil.copytree(colours / "test", tmp_path / "alone" / "test")
+    alone = load(tmp_path / "alone")
+    assert (alone.train, alone.validation) == (None, None)
+    assert torch.equal(alone.test[0]["pixel_values"], whole.test[0]["pixel_values"])
+    shutil.copytree(colours / "test", tmp_path / "other" / "further")
+    with pytest.raises(ValueError, match=r"must have a split named train, validation or test"):
+        load(tmp_path / "other")
 
 
 @pytest.mark.slow

@@ -275,7 +275,9 @@ class RDropTrainerMixin(HeadSelection):
         if not self._was_computed:
             raise ValueError(
                 f"{type(self).__name__} must call RDropTrainerMixin.compute_loss, and a class "
-                "before the mixin has one that does not: list RDropTrainerMixin first"
+                "before the mixin has a compute_loss that does not. Put it into a subclass of "
+                "Trainer, OwnTrainer, and list RDropTrainerMixin first: "
+                "class OwnRDropTrainer(RDropTrainerMixin, OwnTrainer)"
             )
         return loss
 
