@@ -152,7 +152,8 @@ def test_a_set_without_a_training_split_is_there_to_be_tested_on(tmp_path, colou
     assert (alone.train, alone.validation) == (None, None)
     assert torch.equal(alone.test[0]["pixel_values"], whole.test[0]["pixel_values"])
     shutil.copytree(colours / "test", tmp_path / "other" / "further")
-    with pytest.raises(ValueError, match=r"must have a split named train, validation or test"):
+    # The library takes a folder of another name for training data.
+    with pytest.raises(ValueError, match=r"'test' or 'validation' with labels, got \['train'\]"):
         load(tmp_path / "other")
 
 
