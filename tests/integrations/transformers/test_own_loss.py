@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import default_collate
 from transformers import Trainer
 
 from models import key_dropout, text_rows, tiny_bert, tiny_gpt2, token_rows
@@ -525,3 +526,31 @@ def test_logits_are_asked_for_where_several_outputs_may_be_meant():
     assert own_loss._find_logits({**several, "pair_logits": torch.randn(4, 2)}, 4)[0] == (
         "pair_logits"
     )
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_divergence_of_an_unknown_word_model_is_at_the_logits_that_its_loss_reads(
+    tmp_path, caplog, is_causal
+):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.drop, self.out = nn.Embedding(90, 8), nn.Dropout(0.5), nn.Linear(8, 5)
+
+        def forward(self, input_ids, labels=None, **kwargs):
+            logits = self.out(self.drop(self.words(input_ids)))
+            if labels is None:
+                return {"logits": logits}
+            z, y = (logits[:, :-1], labels[:, 1:]) if is_causal else (logits, labels)
+            nll = F.cross_entropy(z.mT, y, reduction="none")[y != -100]
+            return {"loss": ((1 - (-nll).exp()) ** 2 * nll).mean(), "logits": logits}
+
+    rows = token_rows(num_labels=5)
+    with caplog.at_level(logging.WARNING):
+        trainer = train(tmp_path, Words(), rows, RDropConfig(alpha=1.0), max_steps=1)
+    assert ("moved by one" in said(caplog)[0]) is is_causal
+    counted = trainer._head(default_collate([rows[i] for i in range(4)])).target
+    valid = rows.columns["labels"][:4] != -100
+    expected = F.pad(valid[:, 1:], (0, 1), value=False) if is_causal else valid
+    assert torch.equal(counted, expected)

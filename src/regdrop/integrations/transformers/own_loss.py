@@ -5,7 +5,7 @@ it is not known to be, a mean over rows or one that counts items, is tried on th
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from regdrop.loss import (
     mse_terms,
     symmetric_kl,
 )
-from regdrop.passes import find_batch_size, repeat_batch
+from regdrop.passes import find_batch_size, kept_buffers, kept_random_state, repeat_batch
 from regdrop.step import cut_outputs_of
 
 _IGNORED = -100
@@ -59,6 +59,7 @@ class Divergence:
         logits: Where they are in the output: a name, a position, or None for the output itself.
         mask: Name of the input that tells which items count, of their shape; None where all do.
         class_dim: Dimension of the classes.
+        is_shifted: Whether position t predicts the label of position t + 1, which tells of `mask`.
         label: Name of the labels of "labels" and "numbers".
     """
 
@@ -67,6 +68,7 @@ class Divergence:
     mask: str | None = None
     label: str | None = None
     class_dim: int = -1
+    is_shifted: bool = False
 
     def __str__(self) -> str:
         name = "its output" if self.logits is None else f"output {self.logits!r}"
@@ -77,6 +79,7 @@ class Divergence:
         if self.kind == "labels":
             return f"the KL of {name}, each number a yes or no"
         items = "all" if self.mask is None else f"those that {self.mask} tells"
+        items += ", moved by one" if self.is_shifted else ""
         return f"the KL of {name}, read as scores of classes (items: {items})"
 
     def head(self, inputs: Mapping[str, Any], rows: int) -> Head:
@@ -100,6 +103,8 @@ class Divergence:
             counted = batch[self.mask]
             is_attention = self.mask == "attention_mask"
             counted = counted.bool() if is_attention else counted != _IGNORED
+            if self.is_shifted:
+                counted = _moved(counted)
         terms = partial(_class_terms, class_dim=self.class_dim)
         return Head(batch, counted, terms, read, batch_size=rows, count=_count_true)
 
@@ -232,7 +237,38 @@ def probe_own_loss(
     divergence = None
     if head is None:
         divergence = _find_divergence(output, inputs, label_names, find_batch_size(inputs), loss)
+        if divergence.mask not in (None, "attention_mask") and divergence.class_dim == -1:
+            read = partial(find_tensor, key=divergence.logits)
+            is_shifted = _predicts_next(model, compute, inputs, some, read, divergence.mask)
+            divergence = replace(divergence, is_shifted=is_shifted)
     return OwnLoss(counts_items, is_rowwise, divergence)
+
+
+def _predicts_next(
+    model: nn.Module,
+    compute: ComputeLoss,
+    inputs: Mapping[str, Any],
+    num_items: float | None,
+    read: Callable[[Any], Tensor],
+    label: str,
+) -> bool:
+    """Return whether the logits that a loss depends on are those one before the labels."""
+    valid = inputs[label] != _IGNORED
+    items = None if num_items is None else torch.tensor(num_items)
+    with evaluation_mode(model), kept_random_state(), kept_buffers(model), torch.enable_grad():
+        loss, output = compute(dict(inputs), items)
+        logits = read(output)
+        if valid.dim() < 2 or not (loss.requires_grad and logits.requires_grad):
+            return False
+        (slope,) = torch.autograd.grad(loss, logits, allow_unused=True)
+    if slope is None:
+        return False
+    acts = slope.abs().sum(-1) > 0
+    return torch.equal(acts, _moved(valid)) and not torch.equal(acts, valid)
+
+
+def _moved(counted: Tensor) -> Tensor:
+    return F.pad(counted[..., 1:], (0, 1), value=False)
 
 
 def _are_close(a: Tensor, b: Tensor) -> bool:
