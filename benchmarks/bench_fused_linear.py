@@ -6,39 +6,45 @@
 Everything is measured in one process, interleaved; ratios are taken round by round, and their
 median, 10th and 90th percentile kept. Time and memory are drawn against words and items.
 Baselines: the layer and then the public implementations' form, two calls of `F.cross_entropy`, or
-the closed form over explicit logits; on a GPU Apple's `cut_cross_entropy`, without a KL, where it
-is installed; and the floor: the three matrix products of a linear layer, into buffers that were
-touched before. Peak memory is what was allocated above the inputs, in times of the gradients of
-hidden states and weight, which every way has to return.
+the closed form over explicit logits; on a GPU Apple's `cut_cross_entropy` and Liger's fused linear
+cross entropy, without a KL, where they are installed; and the floor: the three matrix products of a
+linear layer, into buffers that were touched before. Peak memory is what was allocated above the
+inputs, in times of the gradients of hidden states and weight, which every way has to return.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 import recording
 from bench_loss import reference
-from drawing import draw_sweeps
-from measuring import can_build_cpp, peak_bytes, ratio, time_interleaved
+from measuring import (
+    can_build_cpp,
+    peak_bytes,
+    ratio,
+    split_working,
+    spread,
+    time_interleaved,
+)
 from recording import Row
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
 
-FEATURES = 768
 # Items a pass and words: many of the one at a fixed number of the other.
+FEATURES = 768
 WORDS = [(256, v) for v in (8_000, 32_000, 64_000)]
 ITEMS = [(n, 32_000) for n in (128, 256, 512)]
+# Items a pass, features and words of language models, in bfloat16.
+ON_GPU = [(2048, 768, 32_000), (2048, 2048, 128_256), (4096, 4096, 128_256)]
 FLOOR, OFFICIAL = "three matrix products", "official form"
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def variants() -> dict[str, Loss]:
+def variants(device: str) -> dict[str, Loss]:
     """Return the measured functions of hidden states, weight and target by name."""
 
     def explicit(loss: Callable[[Tensor, Tensor], Tensor]) -> Loss:
@@ -58,20 +64,34 @@ def variants() -> dict[str, Loss]:
             lambda x, y: rdrop_cross_entropy(x, y, alpha=1.0, inplace=True).loss
         ),
         "fused": fused(),
-        **({"fused, C++": fused(impl="cpp")} if can_build_cpp() else {}),
-        "fused, 64 rows a chunk": fused(chunk_size=32),
         "fused, one backward pass": fused(backward_passes=1),
-        **(gpu_variants() if torch.cuda.is_available() else {}),
+        **(cpu_variants(fused) if device == "cpu" else gpu_variants()),
     }
+
+
+def cpu_variants(fused: Callable[..., Loss]) -> dict[str, Loss]:
+    """Return what is of interest on a CPU alone, by name."""
+    in_cpp = {"fused, C++": fused(impl="cpp")} if can_build_cpp() else {}
+    return {**in_cpp, "fused, 64 rows a chunk": fused(chunk_size=32)}
 
 
 def gpu_variants() -> dict[str, Loss]:
     """Return what runs on a GPU alone, by name."""
-    if find_spec("cut_cross_entropy") is None:
-        return {}
-    from cut_cross_entropy import linear_cross_entropy
+    found: dict[str, Loss] = {}
+    if find_spec("cut_cross_entropy") is not None:
+        from cut_cross_entropy import linear_cross_entropy
 
-    return {"Apple's cross entropy, no KL": lambda h, w, y: linear_cross_entropy(h, w, y.repeat(2))}
+        found["Apple's cross entropy, no KL"] = lambda h, w, y: linear_cross_entropy(
+            h, w, y.repeat(2)
+        )
+    if find_spec("liger_kernel") is not None:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        found["Liger's fused linear cross entropy, no KL"] = lambda h, w, y: liger(
+            w, h, y.repeat(2)
+        )
+    return found
 
 
 def gradients(function: Loss, hidden: Tensor, weight: Tensor, target: Tensor) -> object:
@@ -88,38 +108,53 @@ def products(hidden: Tensor, weight: Tensor, buffers: tuple[Tensor, Tensor, Tens
         torch.mm(logits.t(), hidden, out=grad_weight)
 
 
-def measure(items: int, words: int, dtype: torch.dtype, device: str, repeats: int) -> list[Row]:
-    """Measure all variants on one shape."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2 * items, FEATURES, generator=generator).to(device, dtype)
-    weight = (torch.randn(words, FEATURES, generator=generator) / FEATURES**0.5).to(device, dtype)
-    target = torch.randint(0, words, (items,), generator=generator).to(device)
-    hidden.requires_grad_()
-    weight.requires_grad_()
-    calls = {name: partial(gradients, f, hidden, weight, target) for name, f in variants().items()}
+def measure(
+    items: int,
+    features: int,
+    words: int,
+    dtype: torch.dtype,
+    device: str,
+    repeats: int,
+    without: Collection[str] = (),
+) -> list[Row]:
+    """Measure all variants on one shape, but those that are named."""
+    generator = torch.Generator(device).manual_seed(0)
+    on_device = {"generator": generator, "device": device}
+    hidden = torch.randn(2 * items, features, **on_device).to(dtype).requires_grad_()
+    weight = torch.randn(words, features, **on_device).div_(features**0.5)
+    weight = weight.to(dtype).requires_grad_()
+    target = torch.randint(0, words, (items,), **on_device)
+    calls, failed = split_working(
+        {
+            name: partial(gradients, function, hidden, weight, target)
+            for name, function in variants(device).items()
+            if name not in without
+        }
+    )
     buffers = hidden.new_empty(2 * items, words), hidden.new_empty(hidden.shape), weight.clone()
     floor = partial(products, hidden, weight, tuple(x.detach() for x in buffers))
     times = time_interleaved({**calls, FLOOR: floor}, repeats, device)
     del floor, buffers
-    rows = []
+    shape: Row = {
+        "items": items,
+        "features": features,
+        "words": words,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    returned = hidden.nbytes + weight.nbytes
+    rows: list[Row] = []
     for name, own in times.items():
-        row: Row = {
-            "items": items,
-            "features": FEATURES,
-            "words": words,
-            "dtype": str(dtype).removeprefix("torch."),
-            "variant": name,
-            "times_three_products": ratio(own, times[FLOOR]),
-            "speedup_over_official": ratio(times[OFFICIAL], own),
-        }
+        row: Row = {**shape, "variant": name, "times_three_products": ratio(own, times[FLOOR])}
+        if OFFICIAL in times:
+            row["speedup_over_official"] = ratio(times[OFFICIAL], own)
         if name in calls:
             peak = peak_bytes(calls[name], device)
-            row["peak_times_gradients"] = peak / (hidden.nbytes + weight.nbytes)
+            row["peak_times_gradients"] = peak / returned
             row["peak_mebibytes"] = peak / 2**20
         if device == "cuda":
-            row["milliseconds"] = {k: v * 1e3 for k, v in ratio(own, [1.0] * len(own)).items()}
+            row["milliseconds"] = spread(own, 1e3)
         rows.append(row)
-    return rows
+    return rows + [{**shape, "variant": name, "failed": why} for name, why in failed.items()]
 
 
 COLUMNS = {
@@ -127,24 +162,32 @@ COLUMNS = {
     "times_three_products": "times the products",
     "speedup_over_official": "speed-up over the official form",
     "peak_times_gradients": "peak, gradients",
+    "failed": "does not run here",
 }
 
 
 def main() -> None:
+    from rich.console import Console
+    from rich.progress import track
+
+    from drawing import draw_sweeps
+
     options = recording.parser(__doc__, repeats=3)
     arguments = recording.parse(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sweeps = {"words": WORDS, "items": ITEMS}
     if arguments.quick:
         sweeps = {axis: [(64, 1000)] for axis in sweeps}
-    cases = [(*shape, torch.float32) for shape in dict.fromkeys(chain(*sweeps.values()))]
+    swept = dict.fromkeys(chain(*sweeps.values()))
+    cases = [(n, FEATURES, words, torch.float32) for n, words in swept]
     if not arguments.quick:
-        cases.append((256, 32_000, torch.bfloat16))
+        further = ON_GPU if device == "cuda" else [(256, FEATURES, 32_000)]
+        cases += [(*shape, torch.bfloat16) for shape in further]
     console = Console()
     rows: list[Row] = []
-    for items, words, dtype in track(cases, "measuring", console=console):
-        found = measure(items, words, dtype, device, arguments.repeats)
-        title = f"2 x {items} x {FEATURES}, {words:,} words, {found[0]['dtype']}"
+    for items, features, words, dtype in track(cases, "measuring", console=console):
+        found = measure(items, features, words, dtype, device, arguments.repeats)
+        title = f"2 x {items} x {features}, {words:,} words, {found[0]['dtype']}"
         recording.show(found, COLUMNS, title, console)
         rows += found
     recording.write(rows, arguments, console)
@@ -152,7 +195,8 @@ def main() -> None:
         "times_three_products": "time in times of the products",
         "peak_mebibytes": "peak above the inputs, MiB",
     }
-    draw_sweeps(rows, sweeps, titles, arguments.output.with_suffix(".png"), console)
+    timed = [row for row in rows if "failed" not in row]
+    draw_sweeps(timed, sweeps, titles, arguments.output.with_suffix(".png"), console)
 
 
 if __name__ == "__main__":

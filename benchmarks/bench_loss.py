@@ -11,25 +11,32 @@ them once into a buffer that was touched before. Peak memory is what was allocat
 in logits pairs: the gradient alone is 1.
 
 On a GPU also the Triton kernel, with its share of the bandwidth of that copy (the kernel reads the
-logits twice and writes them once), and Liger's cross entropy of the same rows, without a KL, where
-`liger_kernel` is installed. Apple's takes no logits: see `bench_fused_linear.py`.
+logits twice and writes them once), also by replays of a CUDA graph, without the host; and Liger's
+cross entropy of the same rows, without a KL, where `liger_kernel` is installed. Apple's takes no
+logits: see `bench_fused_linear.py`.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 import recording
-from drawing import draw_sweeps
-from measuring import can_build_cpp, has_compiler, peak_bytes, ratio, time_interleaved
+from measuring import (
+    can_build_cpp,
+    has_compiler,
+    peak_bytes,
+    ratio,
+    split_working,
+    spread,
+    time_interleaved,
+    time_replays,
+)
 from recording import ROOT, Row
 from regdrop import rdrop_cross_entropy
 
@@ -44,12 +51,13 @@ CLASSES = {
     "cuda": [(2048, v) for v in (2_000, 10_000, 32_000, 128_000, 256_000)],
 }
 OFFICIAL, FLOOR = "official form", "copy floor"
+LIGER = "Liger's cross entropy, in place"
 # Of the logits read or written, in pairs: by a copy, and by the GPU kernel.
 COPIED, MOVED = 2, 3
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def variants() -> dict[str, Loss]:
+def variants(device: str) -> dict[str, Loss]:
     """Return the measured functions by name."""
 
     def ours(impl: str, inplace: bool = False) -> Loss:
@@ -63,9 +71,9 @@ def variants() -> dict[str, Loss]:
         "two cross entropies": lambda x, y: sum(F.cross_entropy(p, y) for p in x.chunk(2)),
         "chunked": ours("chunked"),
         "chunked, in place": ours("chunked", True),
-        **(compiled if torch.cuda.is_available() or has_compiler() else {}),
-        **(on_cpu if can_build_cpp() else {}),
-        **(gpu_variants() if torch.cuda.is_available() else {}),
+        **(compiled if device == "cuda" or has_compiler() else {}),
+        **(on_cpu if device == "cpu" and can_build_cpp() else {}),
+        **(gpu_variants() if device == "cuda" else {}),
     }
 
 
@@ -82,7 +90,7 @@ def gpu_variants() -> dict[str, Loss]:
 
         # It overwrites the logits, as ours does in place.
         liger = LigerCrossEntropyLoss()
-        found["Liger's cross entropy, in place"] = lambda x, y: liger(x, y.repeat(2))
+        found[LIGER] = lambda x, y: liger(x, y.repeat(2))
     return found
 
 
@@ -94,38 +102,62 @@ def gradient(function: Loss, work: Tensor, target: Tensor) -> object:
     return torch.autograd.grad(function(logits, target) * 1.5, logits)
 
 
-def measure(items: int, classes: int, dtype: torch.dtype, device: str, repeats: int) -> list[Row]:
-    """Measure all variants on one shape."""
-    generator = torch.Generator().manual_seed(0)
-    source = (torch.randn(2 * items, classes, generator=generator) * 2).to(device, dtype)
-    target = torch.randint(0, classes, (items,), generator=generator).to(device)
+def measure(
+    items: int,
+    classes: int,
+    dtype: torch.dtype,
+    device: str,
+    repeats: int,
+    without: Collection[str] = (),
+) -> list[Row]:
+    """Measure all variants on one shape, but those that are named."""
+    generator = torch.Generator(device).manual_seed(0)
+    on_device = {"generator": generator, "device": device}
+    source = torch.randn(2 * items, classes, **on_device).mul_(2).to(dtype)
+    target = torch.randint(0, classes, (items,), **on_device)
     work, floor = torch.empty_like(source), torch.empty_like(source)
-    calls = {name: partial(gradient, f, work, target) for name, f in variants().items()}
     # Some overwrite the logits.
     refill = partial(work.copy_, source)
+    calls, failed = split_working(
+        {
+            name: partial(gradient, function, work, target)
+            for name, function in variants(device).items()
+            if name not in without
+        },
+        refill,
+    )
     times = time_interleaved(
         {**calls, FLOOR: partial(floor.copy_, work)}, repeats, device, prepare=refill
     )
-    rows = []
+    shape: Row = {
+        "items": items,
+        "classes": classes,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    rows: list[Row] = []
     for name, own in times.items():
-        row: Row = {
-            "items": items,
-            "classes": classes,
-            "dtype": str(dtype).removeprefix("torch."),
-            "variant": name,
-            "speedup_over_official": ratio(times[OFFICIAL], own),
-            "times_copy_floor": ratio(own, times[FLOOR]),
-        }
+        row: Row = {**shape, "variant": name}
+        if OFFICIAL in times:
+            row["speedup_over_official"] = ratio(times[OFFICIAL], own)
+        row["times_copy_floor"] = ratio(own, times[FLOOR])
         if name in calls:
             refill()
             row["peak_logits_pairs"] = peak_bytes(calls[name], device) / source.nbytes
         if device == "cuda":
-            row["milliseconds"] = {k: v * 1e3 for k, v in ratio(own, [1.0] * len(own)).items()}
-        if name.startswith("triton"):
-            floors = [MOVED / COPIED * seconds for seconds in times[FLOOR]]
-            row["share_of_copy_bandwidth"] = ratio(floors, own)
+            row["milliseconds"] = spread(own, 1e3)
+        if LIGER in times:
+            row["times_liger"] = ratio(own, times[LIGER])
         rows.append(row)
-    return rows
+    for row in rows:
+        if row["variant"].startswith("triton"):
+            call, copy = calls[row["variant"]], partial(floor.copy_, work)
+            floors = [MOVED / COPIED * seconds for seconds in times[FLOOR]]
+            row["share_of_copy_bandwidth"] = ratio(floors, times[row["variant"]])
+            alone, copies = (time_replays(f, repeats, refill) for f in (call, copy))
+            floors = [MOVED / COPIED * seconds for seconds in copies]
+            row["milliseconds_without_host"] = spread(alone, 1e3)
+            row["share_of_copy_bandwidth_without_host"] = ratio(floors, alone)
+    return rows + [{**shape, "variant": name, "failed": why} for name, why in failed.items()]
 
 
 COLUMNS = {
@@ -133,10 +165,16 @@ COLUMNS = {
     "speedup_over_official": "speed-up over the official form",
     "times_copy_floor": "times the copy floor",
     "peak_logits_pairs": "peak, logits pairs",
+    "failed": "does not run here",
 }
 
 
 def main() -> None:
+    from rich.console import Console
+    from rich.progress import track
+
+    from drawing import draw_sweeps
+
     options = recording.parser(__doc__, repeats=3)
     arguments = recording.parse(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,7 +196,8 @@ def main() -> None:
         "times_copy_floor": "time in copies of the logits",
         "peak_logits_pairs": "peak above the inputs, logits pairs",
     }
-    draw_sweeps(rows, sweeps, titles, arguments.output.with_suffix(".png"), console)
+    timed = [row for row in rows if "failed" not in row]
+    draw_sweeps(timed, sweeps, titles, arguments.output.with_suffix(".png"), console)
 
 
 if __name__ == "__main__":

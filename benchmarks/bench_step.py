@@ -4,31 +4,61 @@
     python benchmarks/bench_step.py --quick    # a small model, to see that it runs
 
 An encoder-decoder of 3 + 3 layers, 256 wide, on 64 pairs of 30 random tokens each, 10,000 words,
-dropout 0.1. A step is forward, loss, backward and fused Adam, without a Trainer around it. The
-step of one pass has the loss that everyone has, `F.cross_entropy`; beside it stands one with this
-project's loss at no KL, since a part of what R-Drop seems to save is the baseline's loss. Every
-way runs in turn; ratios are taken round by round, in float32 and under bfloat16's autocast.
+dropout 0.1; on a GPU three models of 49 to 356 million parameters. A step is forward, loss,
+backward and fused Adam, without a Trainer around it. The step of one pass has the loss that
+everyone has, `F.cross_entropy`; beside it stands one with this project's loss at no KL, since a
+part of what R-Drop seems to save is the baseline's loss. Every way runs in turn; ratios are taken
+round by round, in float32 and under bfloat16's autocast.
 """
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 import recording
 from bench_loss import reference
-from measuring import can_build_cpp, ratio, time_interleaved
+from measuring import (
+    can_build_cpp,
+    peak_bytes,
+    ratio,
+    split_working,
+    spread,
+    time_interleaved,
+)
 from recording import Row
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy, repeat_batch
 from regdrop.kernels import Implementation
 
 ONE_PASS = "one pass"
 ALPHA = 1.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and a batch: layers on each side, pairs of sentences and the tokens of each."""
+
+    width: int
+    layers: int
+    words: int
+    pairs: int
+    length: int
+
+
+SMALLEST = Size(width=64, layers=1, words=500, pairs=4, length=5)
+SIZES = {
+    "cpu": [Size(width=256, layers=3, words=10_000, pairs=64, length=30)],
+    # The first is as large as the paper's IWSLT model and batch, and leaves a large card idle.
+    "cuda": [
+        Size(width=512, layers=6, words=10_000, pairs=130, length=32),
+        Size(width=768, layers=6, words=32_000, pairs=256, length=64),
+        Size(width=1024, layers=11, words=32_000, pairs=256, length=64),
+    ],
+}
 
 
 class Translator(nn.Module):
@@ -132,36 +162,61 @@ def step(
     optimizer.zero_grad()
 
 
-COLUMNS = {"variant": "way", "step": "in single-pass steps"}
+def measure(size: Size, half: bool, device: str, repeats: int) -> list[Row]:
+    """Measure all ways of training one model."""
+    torch.manual_seed(0)
+    model = Translator(size.width, size.layers, size.words).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    shape = size.pairs, size.length
+    batch = [torch.randint(size.words, shape, device=device) for _ in range(2)]
+    batch.append(torch.randint(size.words, (size.pairs * size.length,), device=device))
+    ways = {**WAYS, **(WAYS_IN_CPP if device == "cpu" and can_build_cpp() else {})}
+    calls, failed = split_working(
+        {name: partial(step, way, model, optimizer, batch, half) for name, way in ways.items()}
+    )
+    times = time_interleaved(calls, repeats, device)
+    facts: Row = {
+        **asdict(size),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": "bfloat16 autocast" if half else "float32",
+    }
+    rows: list[Row] = []
+    for name, seconds in times.items():
+        row: Row = {**facts, "variant": name}
+        if ONE_PASS in times:
+            row["step"] = ratio(seconds, times[ONE_PASS])
+        row["milliseconds"] = spread(seconds, 1e3)
+        if device == "cuda":
+            row["peak_mebibytes"] = peak_bytes(calls[name], device) / 2**20
+        rows.append(row)
+    return rows + [{**facts, "variant": name, "failed": why} for name, why in failed.items()]
+
+
+COLUMNS = {
+    "variant": "way",
+    "step": "in single-pass steps",
+    "milliseconds": "milliseconds",
+    "failed": "does not run here",
+}
 
 
 def main() -> None:
+    from rich.console import Console
+    from rich.progress import track
+
     options = recording.parser(__doc__, repeats=3)
     arguments = recording.parse(options)
-    width, layers, words, pairs, length = 256, 3, 10_000, 64, 30
-    if arguments.quick:
-        width, layers, words, pairs, length = 64, 1, 500, 4, 5
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    model = Translator(width, layers, words).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-    batch = [torch.randint(words, (pairs, length), device=device) for _ in range(2)]
-    batch.append(torch.randint(words, (pairs * length,), device=device))
-    ways = {**WAYS, **(WAYS_IN_CPP if can_build_cpp() else {})}
+    sizes = [SMALLEST] if arguments.quick else SIZES[device]
     console = Console()
     rows: list[Row] = []
-    for half in track((False, True), "measuring", console=console):
-        calls = {n: partial(step, f, model, optimizer, batch, half) for n, f in ways.items()}
-        times = time_interleaved(calls, arguments.repeats, device)
-        dtype = "bfloat16 autocast" if half else "float32"
-        own: list[Row] = [
-            {"dtype": dtype, "variant": name, "step": ratio(seconds, times[ONE_PASS])}
-            for name, seconds in times.items()
-        ]
-        recording.show(own, COLUMNS, f"a training step, {dtype}", console)
-        rows += own
-    facts = {"width": width, "layers": layers, "words": words, "pairs": pairs, "length": length}
-    recording.write(rows, arguments, console, **facts)
+    cases = [(size, half) for size in sizes for half in (False, True)]
+    for size, half in track(cases, "measuring", console=console):
+        found = measure(size, half, device, arguments.repeats)
+        title = "a training step of {parameters:,} parameters, {dtype}".format(**found[0])
+        recording.show(found, COLUMNS, title, console)
+        rows += found
+    recording.write(rows, arguments, console)
 
 
 if __name__ == "__main__":

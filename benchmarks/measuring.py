@@ -5,7 +5,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -52,13 +52,61 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def split_working(
+    calls: Mapping[str, Callable[[], object]], prepare: Callable[[], object] = lambda: None
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """Run every call once; return those that work, and what the others raise.
+
+    A large shape may not fit the memory of a card, and other libraries have limits of their own.
+    """
+    working, failed = {}, {}
+    for name, call in calls.items():
+        prepare()
+        try:
+            call()
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}".split("\n")[0]
+        else:
+            working[name] = call
+    return working, failed
+
+
+def time_replays(
+    call: Callable[[], object], repeats: int, prepare: Callable[[], object]
+) -> list[float]:
+    """Return the seconds that a GPU takes for a call without its host: replays of a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    times = []
+    for _ in range(repeats):
+        prepare()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return times
+
+
 def ratio(times: Sequence[float], others: Sequence[float]) -> dict[str, float]:
     """Return the median, and the 10th and 90th percentile, of ratios taken round by round."""
-    ratios = [own / other for own, other in zip(times, others, strict=True)]
-    if len(ratios) == 1:
-        ratios *= 2
-    tenths = statistics.quantiles(ratios, n=10, method="inclusive")
-    return {"median": statistics.median(ratios), "p10": tenths[0], "p90": tenths[-1]}
+    return spread(own / other for own, other in zip(times, others, strict=True))
+
+
+def spread(values: Iterable[float], factor: float = 1.0) -> dict[str, float]:
+    """Return the median, and the 10th and 90th percentile, of numbers times a factor."""
+    numbers = [value * factor for value in values]
+    if len(numbers) == 1:
+        numbers *= 2
+    tenths = statistics.quantiles(numbers, n=10, method="inclusive")
+    return {"median": statistics.median(numbers), "p10": tenths[0], "p90": tenths[-1]}
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int:

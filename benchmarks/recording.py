@@ -1,4 +1,7 @@
-"""The files of a measurement: how it is asked for, shown and written."""
+"""The files of a measurement: how it is asked for, shown and written.
+
+What draws and describes is imported where it is used: `gpu.py` needs torch and transformers alone.
+"""
 
 import argparse
 import csv
@@ -7,12 +10,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
-from regdrop.experiments.record import describe_hardware, library_versions
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
@@ -42,11 +43,14 @@ def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
     return arguments
 
 
-def show(rows: Sequence[Row], columns: Mapping[str, str], title: str, console: Console) -> None:
+def show(rows: Sequence[Row], columns: Mapping[str, str], title: str, console: "Console") -> None:
     """Print a table: the title of each column by the key of its values."""
-    table = Table(*columns.values(), title=title)
+    from rich.table import Table
+
+    shown = {key: name for key, name in columns.items() if any(key in row for row in rows)}
+    table = Table(*shown.values(), title=title)
     for row in rows:
-        table.add_row(*(_shown(row.get(key, "")) for key in columns))
+        table.add_row(*(_shown(row.get(key, "")) for key in shown))
     console.print(table)
 
 
@@ -59,10 +63,12 @@ def _shown(value: object) -> str:
 def write(
     rows: Sequence[Row],
     arguments: argparse.Namespace,
-    console: Console,
+    console: "Console",
     **facts: object,
 ) -> None:
     """Write the record: JSON, and its rows as CSV beside it."""
+    from regdrop.experiments.record import describe_hardware, library_versions
+
     record = {
         **{name: value for name, value in vars(arguments).items() if name != "output"},
         "date": date.today().isoformat(),
