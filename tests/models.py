@@ -144,7 +144,8 @@ class KeyedDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        return x * torch.stack([self.mask(*row, x.shape[1:]) for row in self.rows])
+        masks = torch.stack([self.mask(*row, x.shape[1:]) for row in self.rows])
+        return x * masks.to(x.device)
 
     def mask(self, sample: int, pass_index: int, shape: torch.Size) -> Tensor:
         generator = torch.Generator().manual_seed(hash((sample, pass_index, *self.name.encode())))

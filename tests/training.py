@@ -59,8 +59,8 @@ def logged(trainer, name):
 
 
 def parameters(trainer):
-    """Return copies of the parameters of a trainer's model."""
-    return [p.detach().clone() for p in trainer.model.parameters()]
+    """Return copies of the parameters of a trainer's model, on the CPU."""
+    return [p.detach().cpu().clone() for p in trainer.model.parameters()]
 
 
 def assert_same_run(a, b, **tolerances):
