@@ -225,3 +225,23 @@ def test_a_part_of_a_known_head_may_be_replaced(tmp_path):
     ours = train(tmp_path, tiny_bert(), text_rows(), RDropConfig(), Smoothed)
     plain = train(tmp_path, tiny_bert(), text_rows(), RDropConfig(), label_smoothing_factor=0.2)
     assert_same_run(ours, plain)
+
+
+class Shifting(RDropTrainer):
+    """Brings batches to where the model reads them, as the Trainer brings them to a GPU."""
+
+    def _prepare_inputs(self, inputs):
+        away = int(inputs["input_ids"].min()) >= 1_000
+        ids = inputs["input_ids"] - 1_000 if away else inputs["input_ids"]
+        return super()._prepare_inputs({**inputs, "input_ids": ids})
+
+
+@pytest.mark.parametrize("likelihood", ["auto", "model"])
+def test_the_first_batch_is_looked_at_where_the_model_is(tmp_path, likelihood):
+    def run(kind, offset):
+        rows = text_rows(16, 3)
+        rows.columns["input_ids"] = rows.columns["input_ids"] + offset
+        config = replace(ONE_PASS, likelihood=likelihood)
+        return train(tmp_path, tiny_bert(3), rows, config, kind, **SPLIT)
+
+    assert_same_run(run(Shifting, 1_000), run(RDropTrainer, 0))

@@ -221,7 +221,7 @@ def probe_own_loss(
     with evaluation_mode(model):
 
         def look(batch: Mapping[str, Any], num_items: float | None) -> tuple[Tensor, Any]:
-            items = None if num_items is None else torch.tensor(num_items)
+            items = _on_device(num_items, inputs)
             return extra_pass(model, lambda own: compute(own, items), dict(batch))
 
         if counts_items is None:
@@ -254,7 +254,7 @@ def _predicts_next(
 ) -> bool:
     """Return whether the logits that a loss depends on are those one before the labels."""
     valid = inputs[label] != _IGNORED
-    items = None if num_items is None else torch.tensor(num_items)
+    items = _on_device(num_items, inputs)
     with evaluation_mode(model), kept_random_state(), kept_buffers(model), torch.enable_grad():
         loss, output = compute(dict(inputs), items)
         logits = read(output)
@@ -265,6 +265,13 @@ def _predicts_next(
         return False
     acts = slope.abs().sum(-1) > 0
     return torch.equal(acts, _moved(valid)) and not torch.equal(acts, valid)
+
+
+def _on_device(num_items: float | None, inputs: Mapping[str, Any]) -> Tensor | None:
+    if num_items is None:
+        return None
+    device = next(v for v in inputs.values() if isinstance(v, Tensor)).device
+    return torch.tensor(num_items, device=device)
 
 
 def _moved(counted: Tensor) -> Tensor:
@@ -295,7 +302,7 @@ def _find_divergence(
         is_shares = (
             logits.dim() > 1
             and not is_single
-            and bool(torch.isclose(values.sum(-1), torch.ones(())).all())
+            and bool(torch.isclose(values.sum(-1), values.new_ones(())).all())
         )
         if is_shares:
             return Divergence("classes", key)

@@ -100,6 +100,8 @@ class HeadSelection(_Base):
     def _head(self, inputs: Mapping[str, Any]) -> Head:
         """Return the head of a batch; the first batch decides where it comes from."""
         if self._source is None:
+            # A window is counted before the Trainer brings its batches to the model's device.
+            inputs = self._prepare_inputs(inputs)
             source = self._find_source(inputs)
             head = self._head_of(source, inputs)
             obstacle = why_not_stacked(head.inputs, head.rows)
