@@ -17,6 +17,10 @@ def test_defaults_are_two_stacked_passes_on_the_baselines_scale():
         "start_step": 0,
         "alpha_schedule": "constant",
         "alpha_warmup_steps": 0,
+        "alpha_warmup_ratio": None,
+        "alpha_rule": "ramp",
+        "alpha_max": 16.0,
+        "single_pass_below": None,
         "dropout_rates": None,
         "passes": "stacked",
         "scale": "mean",
@@ -43,6 +47,33 @@ def test_json_and_back_is_the_same_config():
     assert RDropConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_an_alpha_that_nobody_chose_goes_through_json_too():
+    config = RDropConfig(alpha="auto", alpha_rule="stall", alpha_max=8, single_pass_below=2)
+    assert RDropConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    ramp = RDropConfig(alpha=4.0, alpha_schedule="linear", alpha_warmup_ratio=0.5)
+    assert RDropConfig.from_dict(json.loads(json.dumps(ramp.to_dict()))) == ramp
+
+
+def test_a_config_that_was_saved_before_there_was_a_rule_loads():
+    saved = RDropConfig(alpha=3.0, alpha_schedule="linear", alpha_warmup_steps=9).to_dict()
+    for name in ("alpha_warmup_ratio", "alpha_rule", "alpha_max", "single_pass_below"):
+        del saved[name]
+    assert RDropConfig.from_dict(saved).to_dict() == {
+        **saved,
+        "alpha_warmup_ratio": None,
+        "alpha_rule": "ramp",
+        "alpha_max": 16.0,
+        "single_pass_below": None,
+    }
+
+
+def test_another_alpha_leaves_what_reads_it_behind():
+    auto = RDropConfig(
+        alpha="auto", alpha_rule="gap", alpha_max=8.0, single_pass_below=2.0, fraction=0.5
+    )
+    assert auto.with_alpha(0.0) == RDropConfig(alpha=0.0, fraction=0.5)
+
+
 def test_a_config_is_frozen_and_hashable():
     config = RDropConfig(class_weight=[1, 2])
     assert {config: 1}[RDropConfig(class_weight=(1.0, 2.0))] == 1
@@ -56,7 +87,7 @@ def test_a_config_is_frozen_and_hashable():
         ({"alpha": -1}, ValueError, "alpha must be finite and at least 0, got -1"),
         ({"alpha": float("nan")}, ValueError, "alpha must be finite"),
         ({"alpha": float("inf")}, ValueError, "alpha must be finite"),
-        ({"alpha": "1"}, TypeError, "alpha must be a number, got str"),
+        ({"alpha": "1"}, TypeError, "alpha must be a number, got str '1'; or 'auto'"),
         ({"alpha": True}, TypeError, "alpha must be a number, got bool"),
         ({"num_passes": 0}, ValueError, "num_passes must be at least 1, got 0"),
         ({"num_passes": 2.0}, TypeError, "num_passes must be an integer, got float"),
@@ -72,6 +103,62 @@ def test_a_config_is_frozen_and_hashable():
         ({"alpha_schedule": "step"}, ValueError, "alpha_schedule must be one of .* got 'step'"),
         ({"alpha_schedule": "linear"}, ValueError, "needs alpha_warmup_steps above 0"),
         ({"alpha_warmup_steps": 5}, ValueError, "alpha_warmup_steps=5 needs alpha_schedule="),
+        (
+            {"alpha_warmup_ratio": 0.5},
+            ValueError,
+            r"alpha_warmup_ratio=0\.5 needs alpha_schedule='linear' or 'cosine', got 'constant'",
+        ),
+        (
+            {"alpha_schedule": "linear", "alpha_warmup_ratio": 0},
+            ValueError,
+            "alpha_warmup_ratio must be above 0 and at most 1, got 0",
+        ),
+        (
+            {"alpha_schedule": "linear", "alpha_warmup_ratio": 1.5},
+            ValueError,
+            r"alpha_warmup_ratio must be finite and from 0 to 1, got 1\.5",
+        ),
+        (
+            {"alpha_schedule": "linear", "alpha_warmup_ratio": True},
+            TypeError,
+            "alpha_warmup_ratio must be a number, got bool",
+        ),
+        (
+            {"alpha_schedule": "linear", "alpha_warmup_ratio": 0.5, "alpha_warmup_steps": 3},
+            ValueError,
+            r"given once, got alpha_warmup_steps=3 and alpha_warmup_ratio=0\.5",
+        ),
+        ({"alpha": "auto", "num_passes": 1}, ValueError, "needs alpha=0, got alpha='auto'"),
+        (
+            {"alpha": "auto", "alpha_schedule": "linear", "alpha_warmup_ratio": 1.0},
+            ValueError,
+            "alpha='auto' is a schedule itself: it excludes alpha_schedule='linear'",
+        ),
+        (
+            {"alpha": "auto", "alpha_warmup_steps": 5},
+            ValueError,
+            "alpha_warmup_steps=5 needs alpha_schedule=",
+        ),
+        ({"alpha": "auto", "alpha_rule": "best"}, ValueError, "alpha_rule must be one of"),
+        ({"alpha_rule": "stall"}, ValueError, "alpha_rule='stall' needs alpha='auto'"),
+        ({"alpha": 2.0, "alpha_max": 8.0}, ValueError, r"alpha_max=8\.0 needs alpha='auto'"),
+        ({"alpha": "auto", "alpha_max": 0}, ValueError, "alpha_max must be above 0, got 0"),
+        ({"single_pass_below": -1}, ValueError, "single_pass_below must be finite and at least 0"),
+        (
+            {"alpha": 0.0, "num_passes": 1, "single_pass_below": 0.0},
+            ValueError,
+            r"single_pass_below=0\.0 needs num_passes above 1",
+        ),
+        (
+            {"alpha": 2.0, "single_pass_below": 3.0},
+            ValueError,
+            r"single_pass_below must be at most alpha=2\.0, else no step has R-Drop, got 3\.0",
+        ),
+        (
+            {"alpha": "auto", "single_pass_below": 17},
+            ValueError,
+            r"single_pass_below must be at most alpha_max=16\.0",
+        ),
         ({"passes": "parallel"}, ValueError, "passes must be one of .* got 'parallel'"),
         ({"scale": "none"}, ValueError, "scale must be one of .* got 'none'"),
         ({"dropout_rates": (0.1, 0.2)}, ValueError, "dropout_rates needs passes='sequential'"),

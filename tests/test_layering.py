@@ -14,7 +14,7 @@ PACKAGE = Path(regdrop.__file__).parent
 FLOORS = [
     {"kernels", "passes", "conventions"},
     {"loss", "config", "disagreement"},
-    {"schedule", "diagnostics"},
+    {"schedule", "alpha", "diagnostics"},
     {"heads", "step", "suggestion"},
     {"integrations"},
     {"tasks"},
@@ -25,7 +25,7 @@ FLOORS = [
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 # The public names are gathered from the lower floors alone.
-PUBLIC = {"config", "loss", "passes", "step"}
+PUBLIC = {"alpha", "config", "loss", "passes", "step"}
 CORE_FLOORS = 4
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -6,9 +6,13 @@ from regdrop import RDropConfig
 from regdrop.schedule import is_monitored, plan_step
 
 
-def plans(steps, **options):
+def plans(steps, *, total_steps=None, given=None, **options):
     config = RDropConfig(**options)
-    return [plan_step(config, step) for step in range(steps)]
+    return [plan_step(config, step, total_steps=total_steps, alpha=given) for step in range(steps)]
+
+
+def alphas(*arguments, **options):
+    return [plan.alpha for plan in plans(*arguments, **options)]
 
 
 def test_constant_alpha_on_every_step():
@@ -38,6 +42,66 @@ def test_a_late_start_begins_its_ramp_there():
     assert [plan.alpha for plan in found] == [0.0, 0.0, 0.0, 1.0, 2.0, 2.0]
     assert [plan.num_passes for plan in found] == [1, 1, 2, 2, 2, 2]
     assert [plan.factor for plan in found] == [2.0, 2.0, 1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize(("ratio", "start"), [(1.0, 0), (0.5, 0), (0.5, 4), (1.0, 4)])
+def test_a_ratio_is_a_part_of_the_steps_from_the_start_on(schedule, ratio, start):
+    ramp = {"alpha": 6.0, "alpha_schedule": schedule, "start_step": start}
+    found = plans(24, total_steps=24, alpha_warmup_ratio=ratio, **ramp)
+    assert found == plans(24, alpha_warmup_steps=round(ratio * (24 - start)), **ramp)
+    ends = [step for step, plan in enumerate(found) if plan.alpha == 6.0]
+    assert ends == ([] if ratio == 1 else list(range(start + (24 - start) // 2, 24)))
+
+
+def test_auto_is_the_ramp_over_the_whole_run():
+    assert alphas(8, total_steps=8, alpha="auto") == [16 * step / 8 for step in range(8)]
+    found = alphas(8, total_steps=8, alpha="auto", alpha_max=3.0, start_step=2)
+    assert found == pytest.approx([0, 0, 0, 0.5, 1, 1.5, 2, 2.5])
+    # A run that goes on beyond its length stays at the end.
+    assert alphas(6, total_steps=4, alpha="auto")[-2:] == [16.0, 16.0]
+
+
+def test_an_alpha_from_outside_is_the_scheduled_one():
+    found = plans(4, given=3.0, every_n_steps=2, start_step=1)
+    assert found == [(1, 0.0, 1.0), (2, 6.0, 1.0), (1, 0.0, 1.0), (2, 6.0, 1.0)]
+    config = RDropConfig(alpha="auto", alpha_rule="stall", single_pass_below=2.0)
+    assert plan_step(config, 5, alpha=1.9) == (1, 0.0, 1.0)
+    assert plan_step(config, 5, alpha=2.0) == (2, 2.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": "auto"}, "alpha='auto' is a part of the run: give total_steps"),
+        (
+            {"alpha_schedule": "linear", "alpha_warmup_ratio": 0.5},
+            r"alpha_warmup_ratio=0\.5 is a part of the run: give total_steps",
+        ),
+        ({"alpha": "auto", "alpha_rule": "gap"}, "give alpha=controller.alpha"),
+    ],
+)
+def test_an_alpha_that_no_step_knows_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_step(RDropConfig(**options), 0)
+
+
+@pytest.mark.parametrize("scale", ["mean", "sum"])
+def test_one_pass_while_alpha_is_small_leaves_the_likelihood_its_weight(scale):
+    ramp = {"alpha": 4.0, "alpha_schedule": "linear", "alpha_warmup_steps": 4, "scale": scale}
+    found = plans(6, single_pass_below=2.0, **ramp)
+    assert [plan.num_passes for plan in found] == [1, 1, 2, 2, 2, 2]
+    assert [plan.alpha for plan in found] == [0.0, 0.0, 2.0, 3.0, 4.0, 4.0]
+    assert {plan.factor * (plan.num_passes if scale == "sum" else 1) for plan in found} == {
+        2.0 if scale == "sum" else 1.0
+    }
+
+
+def test_the_threshold_reads_alpha_before_it_is_multiplied_for_every_nth_step():
+    ramp = {"alpha": 4.0, "alpha_schedule": "linear", "alpha_warmup_steps": 4}
+    found = plans(6, single_pass_below=2.0, every_n_steps=2, **ramp)
+    assert [plan.num_passes for plan in found] == [1, 1, 2, 1, 2, 1]
+    assert [plan.alpha for plan in found] == [0, 0, 4.0, 0, 8.0, 0]
 
 
 @pytest.mark.parametrize("scale", ["sum", "mean"])

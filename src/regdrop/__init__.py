@@ -1,5 +1,6 @@
 """R-Drop (Regularized Dropout, arXiv 2106.14448) for PyTorch."""
 
+from regdrop.alpha import AlphaController
 from regdrop.config import RDropConfig
 from regdrop.loss import (
     ItemCounts,
@@ -31,6 +32,7 @@ from regdrop.step import rdrop_step
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlphaController",
     "DropoutSource",
     "ItemCounts",
     "RDropBCEWithLogitsLoss",

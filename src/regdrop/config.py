@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from regdrop.kernels import Implementation
 
 AlphaSchedule = Literal["constant", "linear", "cosine"]
+AlphaRule = Literal["ramp", "stall", "restore", "kl-target", "gap", "ramp-from-stall"]
 Method = Literal["rdrop", "r3f", "fraternal"]
 Likelihood = Literal["auto", "model"]
+
+# One end for all tasks that were looked at.
+_DEFAULT_ALPHA_MAX = 16.0
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,8 @@ class RDropConfig:
     """Options of training with R-Drop; steps are optimiser steps.
 
     Attributes:
-        alpha: Weight of the divergence, the paper's.
+        alpha: Weight of the divergence, the paper's. "auto": none to search, it rises in the run as
+            `alpha_rule` has it, up to `alpha_max`.
         num_passes: Passes a batch; 1 (with alpha 0) is training without R-Drop.
         backward_passes: First passes that carry the gradient, scaled to stay unbiased; 1 costs
             about 1.3 single-pass steps instead of 2. None: all.
@@ -26,8 +31,15 @@ class RDropConfig:
         every_n_steps: Apply R-Drop on every n-th step only.
         rescale: Multiply alpha by every_n_steps on those steps, so that its mean stays alpha.
         start_step: First step with R-Drop.
-        alpha_schedule: "constant", or a "linear" or "cosine" ramp from 0 over alpha_warmup_steps.
+        alpha_schedule: "constant", or a "linear" or "cosine" ramp from 0 to alpha, then constant.
         alpha_warmup_steps: Length of the ramp, counted from start_step.
+        alpha_warmup_ratio: Length of the ramp as a part of the steps from start_step to the end of
+            the run, instead of alpha_warmup_steps; 1.0 is all of them.
+        alpha_rule: How alpha="auto" rises; see `regdrop.alpha.RULES`. "ramp" needs no validation;
+            the others act at evaluations, by the validation loss.
+        alpha_max: What alpha="auto" reaches at most; the end of the "ramp".
+        single_pass_below: Steps whose alpha, as scheduled, is below it have one pass; the weight of
+            the likelihood is that of the other steps. None: no such steps.
         dropout_rates: One dropout rate for each pass, with passes="sequential".
         passes: "stacked" for one forward of the stacked batch, "sequential" for one a pass.
         scale: "mean" for a loss on the scale of training without R-Drop, "sum" for the paper's.
@@ -57,7 +69,7 @@ class RDropConfig:
         ValueError: For an option out of range, or two that exclude each other.
     """
 
-    alpha: float = 1.0
+    alpha: float | Literal["auto"] = 1.0
     num_passes: int = 2
     backward_passes: int | None = None
     fraction: float = 1.0
@@ -66,6 +78,10 @@ class RDropConfig:
     start_step: int = 0
     alpha_schedule: AlphaSchedule = "constant"
     alpha_warmup_steps: int = 0
+    alpha_warmup_ratio: float | None = None
+    alpha_rule: AlphaRule = "ramp"
+    alpha_max: float = _DEFAULT_ALPHA_MAX
+    single_pass_below: float | None = None
     dropout_rates: tuple[float, ...] | None = None
     passes: Literal["stacked", "sequential"] = "stacked"
     scale: Literal["sum", "mean"] = "mean"
@@ -87,6 +103,7 @@ class RDropConfig:
         self._check_numbers()
         self._check_choices()
         self._check_combinations()
+        self._check_alpha()
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "RDropConfig":
@@ -103,8 +120,31 @@ class RDropConfig:
             for name, value in asdict(self).items()
         }
 
+    def with_alpha(self, alpha: float) -> "RDropConfig":
+        """Return the same options with a number as alpha, without what reads another alpha."""
+        return replace(
+            self,
+            alpha=alpha,
+            alpha_rule="ramp",
+            alpha_max=_DEFAULT_ALPHA_MAX,
+            single_pass_below=None,
+        )
+
     def _check_numbers(self) -> None:
-        _check_number("alpha", self.alpha, low=0)
+        if self.alpha != "auto":
+            if isinstance(self.alpha, str):
+                raise TypeError(f"alpha must be a number, got str {self.alpha!r}; or 'auto'")
+            _check_number("alpha", self.alpha, low=0)
+        _check_number("alpha_max", self.alpha_max, low=0)
+        if self.alpha_warmup_ratio is not None:
+            _check_number("alpha_warmup_ratio", self.alpha_warmup_ratio, low=0, high=1)
+            if self.alpha_warmup_ratio == 0:
+                raise ValueError(
+                    "alpha_warmup_ratio must be above 0 and at most 1, got 0; "
+                    "alpha_schedule='constant' has no ramp"
+                )
+        if self.single_pass_below is not None:
+            _check_number("single_pass_below", self.single_pass_below, low=0)
         _check_number("fraction", self.fraction, low=0, high=1)
         _check_number("noise", self.noise, low=0)
         if self.fraction == 0:
@@ -136,6 +176,7 @@ class RDropConfig:
     def _check_choices(self) -> None:
         choices = {
             "alpha_schedule": get_args(AlphaSchedule),
+            "alpha_rule": get_args(AlphaRule),
             "passes": ("stacked", "sequential"),
             "scale": ("sum", "mean"),
             "rescale": (True, False),
@@ -150,20 +191,11 @@ class RDropConfig:
 
     def _check_combinations(self) -> None:
         if self.num_passes == 1 and self.alpha != 0:
-            raise ValueError(f"num_passes=1 needs alpha=0, got alpha={self.alpha}")
+            raise ValueError(f"num_passes=1 needs alpha=0, got alpha={self.alpha!r}")
         if self.backward_passes is not None and self.backward_passes > self.num_passes:
             raise ValueError(
                 f"backward_passes must be at most num_passes={self.num_passes}, "
                 f"got {self.backward_passes}"
-            )
-        if self.alpha_schedule != "constant" and self.alpha_warmup_steps == 0:
-            raise ValueError(
-                f"alpha_schedule={self.alpha_schedule!r} needs alpha_warmup_steps above 0"
-            )
-        if self.alpha_schedule == "constant" and self.alpha_warmup_steps:
-            raise ValueError(
-                f"alpha_warmup_steps={self.alpha_warmup_steps} needs "
-                "alpha_schedule='linear' or 'cosine', got 'constant'"
             )
         if self.dropout_rates is not None:
             if self.passes != "sequential":
@@ -208,6 +240,50 @@ class RDropConfig:
                         f"method={self.method!r} needs {name}={value!r}, "
                         f"got {getattr(self, name)!r}"
                     )
+
+    def _check_alpha(self) -> None:
+        """Check what says how alpha changes in a run."""
+        ramp = {
+            name: getattr(self, name)
+            for name, absent in (("alpha_warmup_steps", 0), ("alpha_warmup_ratio", None))
+            if getattr(self, name) != absent
+        }
+        given = " and ".join(f"{name}={value}" for name, value in ramp.items())
+        if len(ramp) > 1:
+            raise ValueError(f"the length of alpha's ramp must be given once, got {given}")
+        if self.alpha == "auto":
+            if self.alpha_schedule != "constant":
+                raise ValueError(
+                    "alpha='auto' is a schedule itself: it excludes "
+                    f"alpha_schedule={self.alpha_schedule!r}; give the ramp's end as alpha_max, or "
+                    "as alpha beside alpha_schedule"
+                )
+            if self.alpha_max == 0:
+                raise ValueError("alpha_max must be above 0, got 0")
+        else:
+            for name, default in (("alpha_rule", "ramp"), ("alpha_max", _DEFAULT_ALPHA_MAX)):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} needs alpha='auto', got alpha={self.alpha}"
+                    )
+        if self.alpha_schedule != "constant" and not ramp:
+            raise ValueError(
+                f"alpha_schedule={self.alpha_schedule!r} needs alpha_warmup_steps above 0, or "
+                "alpha_warmup_ratio"
+            )
+        if self.alpha_schedule == "constant" and ramp:
+            raise ValueError(f"{given} needs alpha_schedule='linear' or 'cosine', got 'constant'")
+        if self.single_pass_below is not None:
+            if self.num_passes == 1:
+                raise ValueError(
+                    f"single_pass_below={self.single_pass_below} needs num_passes above 1, got 1"
+                )
+            name = "alpha_max" if self.alpha == "auto" else "alpha"
+            if getattr(self, name) < self.single_pass_below:
+                raise ValueError(
+                    f"single_pass_below must be at most {name}={getattr(self, name)}, else no step "
+                    f"has R-Drop, got {self.single_pass_below}"
+                )
 
 
 def _check_number(name: str, value: Any, *, low: float, high: float = math.inf) -> None:

@@ -21,23 +21,73 @@ class StepPlan(NamedTuple):
     factor: float
 
 
-def plan_step(config: RDropConfig, step: int) -> StepPlan:
+def plan_step(
+    config: RDropConfig,
+    step: int,
+    *,
+    total_steps: int | None = None,
+    alpha: float | None = None,
+) -> StepPlan:
     """Return what optimiser step `step`, counted from 0, does.
 
+    Args:
+        config: The options.
+        step: The step.
+        total_steps: Steps of the whole run, of which alpha="auto" and `alpha_warmup_ratio` are
+            parts.
+        alpha: Weight of the divergence by an `AlphaController`, instead of the config's.
+
     Raises:
-        ValueError: If `step` is negative.
+        ValueError: If `step` is negative, or alpha cannot be known without an argument that is
+            None.
     """
     if step < 0:
         raise ValueError(f"step must be at least 0, got {step}")
     elapsed = step - config.start_step
     if config.num_passes == 1:
         return StepPlan(1, 0.0, 1.0)
+    single = StepPlan(1, 0.0, config.num_passes if config.scale == "sum" else 1.0)
     if elapsed < 0 or elapsed % config.every_n_steps:
-        return StepPlan(1, 0.0, config.num_passes if config.scale == "sum" else 1.0)
-    alpha = config.alpha * _ramp(config, elapsed)
+        return single
+    if alpha is None:
+        alpha = scheduled_alpha(config, step, total_steps)
+    if config.single_pass_below is not None and alpha < config.single_pass_below:
+        return single
     if config.rescale:
         alpha *= config.every_n_steps
     return StepPlan(config.num_passes, alpha, 1.0)
+
+
+def scheduled_alpha(config: RDropConfig, step: int, total_steps: int | None = None) -> float:
+    """Return alpha as it is scheduled for a step, before `every_n_steps` multiplies it.
+
+    Args:
+        config: The options.
+        step: The step, counted from 0; 0 comes out before `start_step`.
+        total_steps: Steps of the whole run.
+
+    Raises:
+        ValueError: If the schedule needs `total_steps`, or a rule that no step knows of.
+    """
+    elapsed = step - config.start_step
+    if elapsed < 0:
+        return 0.0
+    if config.alpha == "auto":
+        if config.alpha_rule != "ramp":
+            raise ValueError(
+                f"alpha_rule={config.alpha_rule!r} follows the validation loss: give "
+                "alpha=controller.alpha of a regdrop.AlphaController"
+            )
+        return config.alpha_max * _progress(elapsed, _ramp_steps(config, 1.0, total_steps))
+    if config.alpha_schedule == "constant":
+        return config.alpha
+    length: float = config.alpha_warmup_steps
+    if config.alpha_warmup_ratio is not None:
+        length = _ramp_steps(config, config.alpha_warmup_ratio, total_steps)
+    progress = _progress(elapsed, length)
+    if config.alpha_schedule == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return config.alpha * progress
 
 
 def is_monitored(config: RDropConfig, step: int) -> bool:
@@ -45,10 +95,15 @@ def is_monitored(config: RDropConfig, step: int) -> bool:
     return config.monitor_steps is not None and step % config.monitor_steps == 0
 
 
-def _ramp(config: RDropConfig, elapsed: int) -> float:
-    if config.alpha_schedule == "constant":
-        return 1.0
-    progress = min(1.0, elapsed / config.alpha_warmup_steps)
-    if config.alpha_schedule == "cosine":
-        return (1 - math.cos(math.pi * progress)) / 2
-    return progress
+def _ramp_steps(config: RDropConfig, ratio: float, total_steps: int | None) -> float:
+    if total_steps is None:
+        name = "alpha='auto'" if config.alpha == "auto" else f"alpha_warmup_ratio={ratio}"
+        raise ValueError(
+            f"{name} is a part of the run: give total_steps, the number of optimiser steps of the "
+            "whole run"
+        )
+    return ratio * (total_steps - config.start_step)
+
+
+def _progress(elapsed: int, length: float) -> float:
+    return min(1.0, elapsed / length) if length > 0 else 1.0

@@ -1,5 +1,6 @@
 """One training step, from the plan over the passes to the loss: shared by every integration."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from regdrop.loss import (
     is_counted,
     mse_terms,
 )
-from regdrop.loss.checks import check_counts, check_integer
+from regdrop.loss.checks import check_counts, check_integer, check_number
 from regdrop.passes import find_batch_size, find_tensors, run_passes
 from regdrop.schedule import StepPlan, is_monitored, plan_step
 
@@ -36,6 +37,8 @@ def rdrop_step(
     *,
     config: RDropConfig,
     step: int,
+    total_steps: int | None = None,
+    alpha: float | None = None,
     loss: Loss | Callable[..., ItemTerms] = "cross_entropy",
     num_items: Tensor | float | None = None,
     num_weight: Tensor | float | None = None,
@@ -58,6 +61,10 @@ def rdrop_step(
         config: The options. `dropout_rates` and method="r3f" need a trainer.
         step: Optimiser step, counted from 0; the same for all micro-batches of an accumulation
             window and on all ranks.
+        total_steps: Optimiser steps of the whole run, of which alpha="auto" and
+            `alpha_warmup_ratio` are parts.
+        alpha: Weight of the divergence in this step, by an `AlphaController`, instead of the
+            config's.
         loss: "cross_entropy", "binary_cross_entropy" (with logits) or "mse", or a function of
             terms: from stacked outputs, the target and `num_passes` to `regdrop.loss.ItemTerms`,
             such as `functools.partial(regdrop.loss.cross_entropy_terms, label_smoothing=0.1)`.
@@ -80,10 +87,16 @@ def rdrop_step(
     if not isinstance(config, RDropConfig):
         raise TypeError(f"config must be an RDropConfig, got {type(config).__name__}")
     check_integer("step", step)
+    if total_steps is not None:
+        check_integer("total_steps", total_steps)
+    if alpha is not None:
+        check_number("alpha", alpha)
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"alpha must be finite and at least 0, got {alpha}")
     check_counts("mean", num_items=num_items, num_weight=num_weight)
     labels = next(find_tensors(target), None)
     terms = _find_terms(loss, config, None if labels is None else labels.device)
-    plan = plan_step(config, step)
+    plan = plan_step(config, step, total_steps=total_steps, alpha=alpha)
     last: list[Any] = []
 
     def noted(inputs: Any) -> Any:

@@ -1,0 +1,287 @@
+"""Alpha that nobody has to search: rules that raise it in the run.
+
+A rule is a function from the state of alpha and what an evaluation observed to the new state. It
+reads nothing else, so that a run that goes on from a checkpoint follows the same alphas.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from regdrop.config import AlphaRule
+from regdrop.loss.checks import check_integer
+
+# Where the rules that follow the validation loss begin: the paper's usual weight.
+_FIRST_ALPHA = 1.0
+# By how much an evaluation may change alpha.
+_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class AlphaState:
+    """Where alpha is and what its rule remembers.
+
+    Attributes:
+        alpha: Alpha at step `since`.
+        slope: How much it rises with each step from there.
+        since: Step from which it rises.
+        best: Lowest validation loss; None before the first.
+        previous: Validation loss of the evaluation before.
+        kl: Divergence in training when the validation loss was lowest.
+        stalls: Evaluations without progress since the lowest one, or since alpha was changed.
+        patience: Evaluations without progress that are waited out before alpha is raised.
+        was_raised: Whether the evaluation before raised alpha.
+    """
+
+    alpha: float
+    slope: float = 0.0
+    since: int = 0
+    best: float | None = None
+    previous: float | None = None
+    kl: float | None = None
+    stalls: int = 0
+    patience: int = 0
+    was_raised: bool = False
+
+
+class Observation(NamedTuple):
+    """What an evaluation knows.
+
+    Attributes:
+        step: The step that comes next, counted from 0.
+        loss: Validation loss.
+        nll: Mean likelihood in training since the evaluation before; None if it is not known.
+        kl: Mean divergence in training since then; None if none was measured.
+        alpha_max: The most that alpha may be.
+        slope: That of the ramp to `alpha_max` over the whole run.
+    """
+
+    step: int
+    loss: float
+    nll: float | None
+    kl: float | None
+    alpha_max: float
+    slope: float
+
+    def is_progress(self, state: AlphaState) -> bool:
+        """Return whether the validation loss is the lowest so far."""
+        return state.best is None or self.loss < state.best
+
+
+Rule = Callable[[AlphaState, Observation], AlphaState]
+
+
+def _ramp(state: AlphaState, seen: Observation) -> AlphaState:
+    return state
+
+
+def _stall(state: AlphaState, seen: Observation) -> AlphaState:
+    """Double alpha without progress; step back, and wait longer, where that made it worse."""
+    if seen.is_progress(state):
+        return replace(state, stalls=0, was_raised=False)
+    if state.was_raised and state.previous is not None and seen.loss > state.previous:
+        alpha = max(_FIRST_ALPHA, state.alpha / _FACTOR)
+        return replace(state, alpha=alpha, stalls=0, patience=state.patience + 1, was_raised=False)
+    stalls = state.stalls + 1
+    if stalls <= state.patience or state.alpha == seen.alpha_max:
+        return replace(state, stalls=stalls, was_raised=False)
+    alpha = min(seen.alpha_max, state.alpha * _FACTOR)
+    return replace(state, alpha=alpha, stalls=0, was_raised=True)
+
+
+def _kl_target(state: AlphaState, seen: Observation) -> AlphaState:
+    """Hold the divergence, without progress, where it was when the validation loss was lowest."""
+    if seen.kl is None:
+        return state
+    if seen.is_progress(state):
+        return replace(state, kl=seen.kl)
+    if not state.kl:
+        return state
+    change = min(_FACTOR, max(1 / _FACTOR, seen.kl / state.kl))
+    return replace(state, alpha=_between(state.alpha * change, _FIRST_ALPHA, seen.alpha_max))
+
+
+def _gap(state: AlphaState, seen: Observation) -> AlphaState:
+    """Make alpha proportional to the gap of validation to training, `alpha_max` at one nat."""
+    if seen.nll is None:
+        return state
+    return replace(
+        state, alpha=_between(seen.alpha_max * (seen.loss - seen.nll), 0.0, seen.alpha_max)
+    )
+
+
+def _ramp_from_stall(state: AlphaState, seen: Observation) -> AlphaState:
+    """Begin the ramp at the first evaluation without progress: a late one leaves it a low end."""
+    if state.slope or seen.is_progress(state):
+        return state
+    return replace(state, slope=seen.slope, since=seen.step)
+
+
+def _between(value: float, low: float, high: float) -> float:
+    return min(high, max(low, value))
+
+
+# "ramp": linear from 0 to alpha_max over the run. The others act at evaluations, and begin at 1.
+RULES: Mapping[AlphaRule, Rule] = {
+    "ramp": _ramp,
+    "stall": _stall,
+    "restore": _stall,  # whoever trains also goes back to the best weights: `should_restore`
+    "kl-target": _kl_target,
+    "gap": _gap,
+    "ramp-from-stall": _ramp_from_stall,
+}
+
+
+class AlphaController:
+    """Alpha of every step of a run, by a rule, for a training loop of your own.
+
+    With "ramp" it needs no validation. The other rules change alpha where a validation loss is
+    given, and stay at 1 without one.
+
+    Args:
+        total_steps: Optimiser steps of the whole run.
+        rule: One of `RULES`.
+        alpha_max: The most that alpha may be; the end of the "ramp".
+        start_step: First step with R-Drop, as in `RDropConfig`; 0 stands before it.
+
+    Raises:
+        TypeError: If a number of steps is no integer.
+        ValueError: For a number out of range, or an unknown rule.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        rule: AlphaRule = "ramp",
+        alpha_max: float = 16.0,
+        start_step: int = 0,
+    ) -> None:
+        check_integer("total_steps", total_steps)
+        check_integer("start_step", start_step)
+        if total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+        if start_step < 0:
+            raise ValueError(f"start_step must be at least 0, got {start_step}")
+        if not (math.isfinite(alpha_max) and alpha_max > 0):
+            raise ValueError(f"alpha_max must be finite and above 0, got {alpha_max}")
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
+        self.total_steps, self.alpha_max, self.start_step = total_steps, alpha_max, start_step
+        self.rule: AlphaRule = rule
+        self.should_restore = False
+        self._next_step = 0
+        self._sums: dict[str, Tensor | float] = {}
+        self._state = AlphaState(min(_FIRST_ALPHA, alpha_max))
+        if rule == "ramp":
+            self.follow_ramp()
+
+    @property
+    def alpha(self) -> float:
+        """Alpha of the step that comes next."""
+        return self.alpha_at(self._next_step)
+
+    def alpha_at(self, step: int) -> float:
+        """Return alpha of a step, counted from 0, as far as evaluations so far tell."""
+        if step < self.start_step:
+            return 0.0
+        state = self._state
+        return min(self.alpha_max, state.alpha + state.slope * max(0, step - state.since))
+
+    def follow_ramp(self) -> None:
+        """Follow the "ramp" from now on, as where a run turns out to have no validation loss."""
+        self.rule = "ramp"
+        self._state = AlphaState(0.0, self._slope, self.start_step)
+
+    def update(
+        self,
+        step: int,
+        *,
+        nll: Tensor | float | None = None,
+        kl: Tensor | float | None = None,
+        validation_loss: float | None = None,
+    ) -> None:
+        """Take note of a step that was done, and of an evaluation after it.
+
+        `should_restore` then says, for the rule "restore", whether the weights of the lowest
+        validation loss are to be loaded before the next step.
+
+        Args:
+            step: The optimiser step, counted from 0; the same on all ranks.
+            nll: Its likelihood, for the rule "gap". Not read back from its device before an
+                evaluation.
+            kl: Its divergence, for the rule "kl-target"; 0 counts as not measured.
+            validation_loss: Mean loss on validation data after the step, the same on all ranks; in
+                nats for "gap".
+
+        Raises:
+            ValueError: If `step` is negative.
+        """
+        if step < 0:
+            raise ValueError(f"step must be at least 0, got {step}")
+        self._next_step = step + 1
+        self.should_restore = False
+        for name, value in (("nll", nll), ("kl", kl)):
+            if value is not None:
+                self._add(name, value)
+        if validation_loss is None:
+            return
+        # A loss that is no number is as bad as any.
+        loss = math.inf if math.isnan(validation_loss) else float(validation_loss)
+        seen = Observation(
+            self._next_step,
+            loss,
+            self._mean("nll"),
+            self._mean("kl"),
+            self.alpha_max,
+            self._slope,
+        )
+        before = self._state
+        after = RULES[self.rule](before, seen)
+        self.should_restore = self.rule == "restore" and after.alpha != before.alpha
+        best = seen.loss if before.best is None else min(before.best, seen.loss)
+        self._state = replace(after, best=best, previous=seen.loss)
+        self._sums = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs; plain numbers, which JSON can hold."""
+        return {
+            "rule": self.rule,
+            "next_step": self._next_step,
+            "sums": {name: float(value) for name, value in self._sums.items()},
+            "state": asdict(self._state),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of `state_dict`.
+
+        Raises:
+            ValueError: If it is of another rule. One of a run that had to follow the ramp is not.
+        """
+        if state["rule"] == "ramp":
+            self.follow_ramp()
+        elif state["rule"] != self.rule:
+            raise ValueError(
+                f"rule must be {state['rule']!r}, that of the checkpoint, got {self.rule!r}"
+            )
+        else:
+            self._state = AlphaState(**state["state"])
+        self._next_step = state["next_step"]
+        self._sums = dict(state["sums"])
+
+    @property
+    def _slope(self) -> float:
+        return self.alpha_max / max(1, self.total_steps - self.start_step)
+
+    def _add(self, name: str, value: Tensor | float) -> None:
+        value = value.detach() if isinstance(value, Tensor) else value
+        count = (value != 0) * 1.0 if name == "kl" else 1.0
+        for key, term in ((name, value), (f"{name}_count", count)):
+            self._sums[key] = self._sums.get(key, 0.0) + term
+
+    def _mean(self, name: str) -> float | None:
+        count = float(self._sums.get(f"{name}_count", 0.0))
+        return float(self._sums[name]) / count if count else None

@@ -1,0 +1,221 @@
+"""Rules of alpha: what each does at evaluations, state and resume, and a loop of one's own."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from regdrop import AlphaController, RDropConfig, rdrop_cross_entropy, rdrop_step, repeat_batch
+from regdrop.alpha import RULES
+from regdrop.schedule import scheduled_alpha
+
+STEPS = 80
+
+
+def follow(rule, losses, *, every=10, parts=(), **options):
+    """Return alpha of the step after each evaluation."""
+    controller = AlphaController(STEPS, rule=rule, **options)
+    found = []
+    for i, loss in enumerate(losses):
+        nll, kl = parts[i] if parts else (None, None)
+        controller.update(every * (i + 1) - 1, nll=nll, kl=kl, validation_loss=loss)
+        found.append(controller.alpha)
+    return found
+
+
+# --- each rule ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0, 20])
+def test_the_ramp_is_the_one_of_the_config_and_reads_no_loss(start):
+    controller = AlphaController(STEPS, alpha_max=12.0, start_step=start)
+    config = RDropConfig(alpha="auto", alpha_max=12.0, start_step=start)
+    for step in range(STEPS):
+        assert controller.alpha == pytest.approx(scheduled_alpha(config, step, STEPS))
+        controller.update(step, validation_loss=float(step % 3))
+    assert controller.alpha == pytest.approx(12.0)
+
+
+@pytest.mark.parametrize("rule", ["stall", "restore"])
+def test_alpha_doubles_with_each_evaluation_without_progress_up_to_its_limit(rule):
+    # The raises help: none is worse than the evaluation before.
+    losses = [5.0, 4.0, 4.5, 4.4, 4.3, 3.9, 4.0, 3.9]
+    expected = [1, 1, 2, 4, 6, 6, 6, 6]
+    assert follow(rule, losses, alpha_max=6.0) == expected
+
+
+def test_a_raise_that_made_it_worse_is_taken_back_and_the_next_one_waits():
+    losses = [4.0, 4.1, 4.2, 4.3, 4.3, 4.4, 4.5, 4.6, 4.6]
+    # Raised; worse: back; one evaluation is waited out, then raised; as good: kept, and so on.
+    assert follow("stall", losses) == [1, 2, 1, 1, 2, 1, 1, 1, 2]
+
+
+def test_steps_back_end_at_the_first_alpha():
+    assert min(follow("stall", [4.0 + 0.1 * i for i in range(8)])) == 1.0
+
+
+def test_the_divergence_is_held_where_it_was_at_the_best_loss():
+    losses = [5.0, 4.0, 4.1, 4.2, 3.9, 4.0]
+    kls = [0.4, 0.2, 0.3, 0.9, 0.5, 0.25]
+    parts = [(1.0, kl) for kl in kls]
+    # Without progress alpha changes by the ratio to the KL at the best loss, at most twofold.
+    found = follow("kl-target", losses, parts=parts)
+    assert found == pytest.approx([1, 1, 1.5, 3, 3, 1.5])
+    assert follow("kl-target", losses, parts=parts, alpha_max=2.0)[3] == 2.0
+    assert min(follow("kl-target", [1, 2, 3], parts=[(1, 0.5), (1, 0.1), (1, 0.1)])) == 1.0
+
+
+def test_the_gap_of_validation_to_training_is_alpha_in_nats():
+    parts = [(5.0, 0.1), (4.0, 0.1), (3.0, 0.1), (2.0, 0.1)]
+    found = follow("gap", [4.5, 4.25, 4.0, 4.0], parts=parts, alpha_max=8.0)
+    assert found == pytest.approx([0, 2, 8, 8])
+
+
+def test_the_ramp_from_the_first_stall_has_the_slope_of_the_whole_ramp():
+    controller = AlphaController(STEPS, rule="ramp-from-stall", alpha_max=16.0)
+    for step, loss in ((9, 2.0), (19, 1.5), (29, 1.6), (39, 1.0), (49, 3.0)):
+        controller.update(step, validation_loss=loss)
+    assert controller.alpha == pytest.approx(1 + 16 / STEPS * 20)
+    # A stall late in the run leaves the ramp a low end.
+    assert controller.alpha_at(STEPS) == pytest.approx(1 + 16 * 50 / STEPS)
+
+
+def test_rules_that_know_too_little_leave_alpha_alone():
+    assert follow("gap", [4.0, 5.0]) == [1, 1]
+    assert follow("kl-target", [4.0, 5.0], parts=[(1.0, 0.0)] * 2) == [1, 1]
+
+
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"ramp"}))
+def test_no_rule_changes_alpha_between_evaluations_or_leaves_its_bounds(rule):
+    generator = torch.Generator().manual_seed(0)
+    controller = AlphaController(400, rule=rule, alpha_max=10.0)
+    for step in range(400):
+        nll, kl, loss = torch.rand(3, generator=generator).tolist()
+        controller.update(step, nll=4 * nll, kl=kl)
+        before = controller.alpha
+        assert 0 <= before <= 10
+        if step % 20 == 19:
+            controller.update(step, validation_loss=4 * loss)
+        elif rule != "ramp-from-stall":
+            assert before == controller.alpha_at(step)
+
+
+def test_a_loss_that_is_no_number_is_no_progress():
+    assert follow("stall", [4.0, math.nan, 3.9, math.inf]) == [1, 2, 2, 4]
+    assert follow("stall", [math.nan, 4.0]) == [1, 1]
+
+
+def test_best_weights_are_asked_for_where_alpha_changes_alone():
+    controller = AlphaController(STEPS, rule="restore")
+    asked = []
+    for step, loss in enumerate([4.0, 4.1, 4.2, 4.3, 3.0]):
+        controller.update(step, validation_loss=loss)
+        asked.append(controller.should_restore)
+        controller.update(step + 1)
+        assert not controller.should_restore
+    assert asked == [False, True, True, False, False]
+
+
+def test_alpha_is_0_before_the_start():
+    controller = AlphaController(STEPS, rule="stall", start_step=5)
+    assert [controller.alpha_at(step) for step in (0, 4, 5)] == [0, 0, 1]
+
+
+# --- state --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("stop", [7, 33, 40, 59])
+def test_a_controller_that_goes_on_from_its_state_gives_the_same_alphas(rule, stop):
+    def run(controller, steps):
+        alphas = []
+        for step in steps:
+            alphas.append(controller.alpha)
+            wave = math.sin(step / 5)
+            controller.update(step, nll=torch.tensor(2 - wave), kl=torch.tensor(1 + wave))
+            if step % 10 == 9:
+                controller.update(step, validation_loss=3 + wave)
+        return alphas
+
+    whole = run(AlphaController(STEPS, rule=rule), range(STEPS))
+    first = AlphaController(STEPS, rule=rule)
+    begun = run(first, range(stop))
+    second = AlphaController(STEPS, rule=rule)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert begun + run(second, range(stop, STEPS)) == whole
+    assert len(set(whole)) > 1
+
+
+def test_a_run_that_had_to_follow_the_ramp_goes_on_so():
+    first = AlphaController(STEPS, rule="stall")
+    first.follow_ramp()
+    second = AlphaController(STEPS, rule="stall")
+    second.load_state_dict(first.state_dict())
+    assert second.alpha_at(40) == AlphaController(STEPS).alpha_at(40) == 8.0
+    with pytest.raises(ValueError, match="rule must be 'stall', that of the checkpoint, got 'gap'"):
+        AlphaController(STEPS, rule="gap").load_state_dict(
+            AlphaController(STEPS, rule="stall").state_dict()
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"total_steps": 0}, ValueError, "total_steps must be at least 1, got 0"),
+        ({"total_steps": 9.0}, TypeError, "total_steps must be an integer, got float"),
+        ({"start_step": -1}, ValueError, "start_step must be at least 0, got -1"),
+        ({"alpha_max": 0}, ValueError, "alpha_max must be finite and above 0, got 0"),
+        ({"rule": "best"}, ValueError, "rule must be one of ramp, stall, .*; got 'best'"),
+    ],
+)
+def test_what_a_controller_cannot_take_is_named(options, error, message):
+    with pytest.raises(error, match=message):
+        AlphaController(**{"total_steps": STEPS, **options})
+
+
+def test_negative_steps_are_refused():
+    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+        AlphaController(STEPS).update(-1)
+
+
+# --- a loop of one's own ------------------------------------------------------------------------
+
+
+def test_the_alpha_of_a_controller_is_the_weight_of_a_step():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    x, y = torch.randn(6, 4).double(), torch.randint(0, 3, (6,))
+    config = RDropConfig(alpha="auto", alpha_rule="stall")
+    controller = AlphaController(4, rule="stall")
+    alphas = []
+    for step in range(4):
+        alphas.append(controller.alpha)
+        torch.manual_seed(step)
+        output = rdrop_step(model, x, y, config=config, step=step, alpha=controller.alpha)
+        torch.manual_seed(step)
+        expected = rdrop_cross_entropy(model(repeat_batch(x)), y, alpha=alphas[-1], scale="mean")
+        torch.testing.assert_close(tuple(output), tuple(expected))
+        controller.update(step, nll=output.nll, kl=output.kl)
+        controller.update(step, validation_loss=1.0)
+    assert alphas == [1, 1, 2, 4]
+
+
+def test_a_ramp_over_the_run_needs_its_length_alone():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    config = RDropConfig(alpha="auto", single_pass_below=4.0)
+    for step, passes in ((0, 1), (24, 1), (25, 2), (50, 2)):
+        output = rdrop_step(model, x, y, config=config, step=step, total_steps=100)
+        alpha = 16 * step / 100 if passes == 2 else 0
+        assert output.loss.item() == pytest.approx(
+            (output.nll + alpha / 2 * output.kl).item(), rel=1e-5
+        )
+        assert (output.kl > 0) == (passes == 2)
+    with pytest.raises(ValueError, match="give total_steps"):
+        rdrop_step(model, x, y, config=config, step=0)
+    with pytest.raises(TypeError, match="total_steps must be an integer, got float"):
+        rdrop_step(model, x, y, config=config, step=0, total_steps=1e3)
+    with pytest.raises(ValueError, match="alpha must be"):
+        rdrop_step(model, x, y, config=RDropConfig(), step=0, alpha=-1.0)
