@@ -100,10 +100,11 @@ class HeadSelection(_Base):
     def _head(self, inputs: Mapping[str, Any]) -> Head:
         """Return the head of a batch; the first batch decides where it comes from."""
         if self._source is None:
-            # A window is counted before the Trainer brings its batches to the model's device.
-            inputs = self._prepare_inputs(inputs)
-            source = self._find_source(inputs)
-            head = self._head_of(source, inputs)
+            # A window is counted before the Trainer brings its batches to the model's device, to
+            # which a loader of one's own may leave it.
+            first = self._prepare_inputs(dict(inputs))
+            source = self._find_source(first)
+            head = self._head_of(source, first)
             obstacle = why_not_stacked(head.inputs, head.rows)
             self._source = replace(source, obstacle=obstacle)
             if self.accelerator.num_processes > 1:
