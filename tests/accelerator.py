@@ -1,8 +1,8 @@
 """An accelerator that needs no hardware: its tensors are computed by the CPU, but are none of its.
 
-An operation on tensors of both devices is an error, as it is on a GPU, so that a test on a CPU finds
-a tensor that was left behind. By name it is the "meta" device, the only one that every build of
-torch can guard; its tensors hold numbers here.
+An operation on tensors of both devices is an error, as it is on a GPU, so that a test on a CPU
+finds a tensor that was left behind. By name it is the "meta" device, the only one that every build
+of torch can guard; its tensors hold numbers here.
 """
 
 from collections.abc import Iterator

@@ -88,7 +88,7 @@ def test_losses(name):
 def test_a_label_that_stayed_behind_is_an_error():
     with (
         accelerator() as device,
-        pytest.raises((RuntimeError, ValueError), match="same device|device"),
+        pytest.raises((RuntimeError, ValueError), match="device"),
     ):
         rdrop_cross_entropy(normal(2 * N, V).to(device), LABELS, alpha=2.0, unlabelled_index=-1)
 
