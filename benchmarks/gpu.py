@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+import regdrop
 from gpu_findings import FAIL, Findings
 from gpu_table import render
 from recording import ROOT, Row
@@ -148,7 +149,11 @@ def work(name: str, folder: Path, device: str, quick: bool) -> None:
 
 
 def describe() -> Row:
-    """Return the hardware and the versions."""
+    """Return the hardware and the versions, of this code too where git knows it."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = "unknown"
+    with suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
     versions = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -162,7 +167,8 @@ def describe() -> Row:
             "multiprocessors": card.multi_processor_count,
             "compute_capability": f"{card.major}.{card.minor}",
         }
-    return {"versions": versions, "hardware": hardware}
+    code = f"commit {commit}, version {regdrop.__version__}"
+    return {"code": code, "versions": versions, "hardware": hardware}
 
 
 def parse() -> argparse.Namespace:

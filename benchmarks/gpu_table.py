@@ -175,7 +175,8 @@ def render(record: Row) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     lines = [("what", "found", "aim", "")]
     for name, found in sections.items():
-        lines += check_lines(name, found["checks"])
+        if found["checks"]:
+            lines += check_lines(name, found["checks"])
     for aim in AIMS:
         if aim.section in sections:
             lines.append(aim_line(aim, sections[aim.section]["rows"]))
@@ -210,5 +211,9 @@ def aim_line(aim: Aim, rows: Sequence[Row]) -> tuple[str, str, str, str]:
         return aim.text, "not measured", bound, ""
     worst = (min if aim.at_least else max)(measured, key=lambda at: measured[at])
     good = sum(map(aim.holds, measured.values()))
-    found = f"{measured[worst]:.3g}{aim.unit} at {worst}; {good} of {len(measured)}"
+    found = f"{_digits(measured[worst])}{aim.unit} at {worst}; {good} of {len(measured)}"
     return aim.text, found, bound, "met" if good == len(measured) else "missed"
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
