@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -77,6 +78,7 @@ class Section:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 text=True,
+                start_new_session=True,
             )
 
     @property
@@ -96,9 +98,8 @@ class Section:
         try:
             self.process.wait(max(0.0, self.deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
             why = "it had to be stopped"
+        self.stop()
         path = self.folder / f"{self.name}.json"
         found: Row = {"checks": [], "rows": [], "seconds": 0.0}
         if path.exists():
@@ -109,6 +110,12 @@ class Section:
             detail = ": ".join([why, *last])
             found["checks"].append({"check": f"{self.name} ends", "status": FAIL, "detail": detail})
         return found
+
+    def stop(self) -> None:
+        """End it and what it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def measure(
@@ -134,7 +141,7 @@ def measure(
             yield name
     finally:
         for section in sections.values():
-            section.process.kill()
+            section.stop()
 
 
 def work(name: str, folder: Path, device: str, quick: bool) -> None:
