@@ -52,8 +52,11 @@ MEASURES = {
     "fused_linear": "gpu_speed.fused_linear",
     "step": "gpu_speed.step",
     "training": "gpu_training.run",
+    "tuning": "gpu_tuning.run",
 }
-SHARES = {"loss": 75, "fused_linear": 30, "step": 50, "training": 25}
+SHARES = {"loss": 75, "fused_linear": 30, "step": 50, "training": 25, "tuning": 40}
+# What `triton_rows.TUNING` is chosen by runs where it is asked for.
+ON_REQUEST = ("tuning",)
 # A section that was told to end finishes the shape that it is at.
 GRACE = 12
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "liger-kernel", "cut-cross-entropy")
@@ -180,8 +183,10 @@ def describe() -> Row:
 
 def parse() -> argparse.Namespace:
     known = [*CHECKS, *MEASURES]
+    usual = [name for name in known if name not in ON_REQUEST]
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    options.add_argument("--sections", default=",".join(known), help="some of the sections")
+    also = f"; also {','.join(ON_REQUEST)}"
+    options.add_argument("--sections", default=",".join(usual), help=f"default: all of these{also}")
     options.add_argument("--output", type=Path, help="folder; results/gpu/ and the card's name")
     options.add_argument("--seconds", type=float, default=SECONDS, help="for all sections")
     options.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

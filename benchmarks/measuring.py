@@ -83,15 +83,26 @@ def time_replays(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    times = []
+    return time_on_device({"": graph.replay}, repeats, prepare)[""]
+
+
+def time_on_device(
+    calls: Mapping[str, Callable[[], object]], repeats: int, prepare: Callable[[], object]
+) -> dict[str, list[float]]:
+    """Return the seconds of every call by a GPU's own clock, one after the other.
+
+    What the host does for a call is hidden as far as `prepare` keeps the GPU busy.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
-        prepare()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
+        for name, call in calls.items():
+            prepare()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end) / 1e3)
     return times
 
 
