@@ -42,6 +42,7 @@ SECONDS = 265
 CHECKS = {
     "accuracy": "gpu_accuracy.run",
     "runtime": "gpu_runtime.run",
+    "compiled": "gpu_compiled.run",
     "trainer": "gpu_trainer.run",
     "tests": "gpu_tests.run",
 }

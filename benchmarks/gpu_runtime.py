@@ -1,7 +1,7 @@
 """What a device does with the loss: the section "runtime" of `gpu.py`.
 
-Nothing waits for the GPU, graphs can be captured, torch.compile and a gradient scaler work, and a
-class out of range is an error that says so.
+Nothing waits for the GPU, graphs can be captured, a gradient scaler works, and a class out of range
+is an error that says so.
 """
 
 import os
@@ -57,7 +57,6 @@ def run(findings: Findings) -> None:
         findings.check(f"no synchronisation, {name}", partial(count_nothing, loss, device))
     for impl in ["auto", "fused"]:
         findings.check(f"float16 with a scaler, {impl}", partial(scale, impl, device, quick))
-    findings.check("torch.compile of model and loss", partial(compile_step, device, quick))
     for name, loss in graph_losses(device).items():
         findings.check(f"CUDA graph, {name}", partial(capture, loss, device))
     for impl, process in wrong.items():
@@ -215,31 +214,6 @@ def scale(impl: str, device: str, quick: bool) -> str:
     assert seen[-1] < 0.8 * seen[0], f"the likelihood's term went from {seen[0]} to {seen[-1]}"
     assert scaler.get_scale() >= 1024, f"the scale fell to {scaler.get_scale()}"
     return f"nll {seen[0]:.3f} to {seen[-1]:.3f}, scale {scaler.get_scale():.0f}"
-
-
-def compile_step(device: str, quick: bool) -> str:
-    """Compile model and loss in one; the result is that of the parts."""
-    items, features, classes = (8, 16, 50) if quick else (512, 256, 5000)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(features, features), nn.GELU(), nn.Linear(features, classes))
-    model.to(device)
-    # What differs between the passes is given, so that both ways compute the same.
-    inputs = torch.randn(2 * items, features, device=device)
-    target = torch.randint(0, classes, (items,), device=device)
-    target[::7] = -100
-
-    def compute(inputs: Tensor, target: Tensor) -> Tensor:
-        return rdrop_cross_entropy(model(inputs), target, alpha=1.0).loss
-
-    def results(function: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-        loss = function(inputs, target)
-        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
-
-    backend = "inductor" if device == "cuda" else "aot_eager"
-    compiled = torch.compile(compute, backend=backend, fullgraph=True)
-    for found, expected in zip(results(compiled), results(compute), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
-    return f"{backend}, loss {results(compiled)[0].item():.5f}"
 
 
 def read_error(process: subprocess.Popen[str]) -> str:

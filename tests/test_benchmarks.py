@@ -47,6 +47,7 @@ def test_what_is_for_a_gpu_runs_on_a_cpu_in_a_tiny_form(tmp_path):
     assert set(sections) == {
         "accuracy",
         "runtime",
+        "compiled",
         "trainer",
         "tests",
         "loss",
