@@ -33,16 +33,21 @@ def gradient(logits, target, upstream=1.0, **options):
     return logits.grad
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks of 64 elements: several a row."""
-    monkeypatch.setattr(triton_rows, "_BLOCK_ELEMENTS", 64)
+def tiles(elements, lane_bytes=16):
+    return triton_rows.Tuning(lane_bytes, forward_elements=elements, backward_elements=elements)
+
+
+@pytest.fixture(params=[16, None], ids=["lanes", "one sum a row"])
+def small_tiles(monkeypatch, request):
+    """Tiles of 64 elements: several a row."""
+    monkeypatch.setattr(triton_rows, "TUNING", tiles(64, request.param))
 
 
 @pytest.mark.parametrize("num_passes", [2, 3])
-def test_gradcheck_over_several_blocks(num_passes, monkeypatch):
-    monkeypatch.setattr(triton_rows, "_BLOCK_ELEMENTS", 4)
-    logits, target = make(num_passes, 1, 3)
+@pytest.mark.parametrize("lane_bytes", [8, None])
+def test_gradcheck_over_several_tiles(num_passes, lane_bytes, monkeypatch):
+    monkeypatch.setattr(triton_rows, "TUNING", tiles(8, lane_bytes))
+    logits, target = make(num_passes, 1, 5)
     options = {"alpha": 1.3, "num_passes": num_passes, "label_smoothing": 0.1, "impl": "triton"}
 
     def loss(x):
@@ -95,7 +100,8 @@ def test_error_is_at_most_that_of_eager(dtype, shape, num_passes, inplace):
     label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
     weighted=st.booleans(),
     probabilities=st.booleans(),
-    block=st.sampled_from([32, 8192]),
+    elements=st.sampled_from([32, 4096]),
+    lane_bytes=st.sampled_from([None, 8, 32]),
     seed=st.integers(0, 1000),
 )
 def test_agrees_with_eager_on_any_shape(
@@ -106,7 +112,8 @@ def test_agrees_with_eager_on_any_shape(
     label_smoothing,
     weighted,
     probabilities,
-    block,
+    elements,
+    lane_bytes,
     seed,
 ):
     logits, target = make(num_passes, batch, classes, seed=seed)
@@ -121,7 +128,7 @@ def test_agrees_with_eager_on_any_shape(
         "weight": torch.rand(classes, device=DEVICE) + 0.1 if weighted else None,
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_rows, "_BLOCK_ELEMENTS", block)
+        patch.setattr(triton_rows, "TUNING", tiles(elements, lane_bytes))
         ours = rdrop_cross_entropy(logits, target, impl="triton", **options)
         grad = gradient(logits, target, 1.5, impl="triton", **options)
     eager = rdrop_cross_entropy(logits, target, impl="eager", **options)
@@ -132,7 +139,7 @@ def test_agrees_with_eager_on_any_shape(
     )
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("num_passes", [2, 3])
 def test_rising_maxima_and_rows_far_apart_keep_their_digits(num_passes):
     """Sums are relative to running maxima: neither their rise nor a row's constant costs digits."""
@@ -147,7 +154,7 @@ def test_rising_maxima_and_rows_far_apart_keep_their_digits(num_passes):
     assert output.nll.item() == pytest.approx(truth.nll.item(), rel=1e-6)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("where", ["first block", "last block", "all but one"])
 def test_masked_blocks_contribute_nothing(where):
     logits, target = make(2, 3, 100, dtype=torch.float32)
@@ -217,7 +224,8 @@ except ValueError as error:
     print(error)
 
 def compiled(kernel, **constants):
-    constants |= dict(LABEL_SMOOTHING=0.1, PASSES=2, ROWS=2, BLOCK=4096, probabilities=None)
+    constants |= dict(LABEL_SMOOTHING=0.1, PASSES=2, ROWS=2, SCALE=1.0, SOFTCAP=None)
+    constants |= dict(probabilities=None, first=0)
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name.endswith("stride_class"):
@@ -226,21 +234,24 @@ def compiled(kernel, **constants):
             signature[name] = "constexpr"
         elif name in ("logits", "out"):
             signature[name] = "*bf16"
-        elif "stride" in name or name in ("num_items", "num_classes", "blocks"):
+        elif "stride" in name or name in ("num_items", "width", "num_classes", "tiles"):
             signature[name] = "i64" if name.endswith("stride_pass") else "i32"
         else:
             signature[name] = {"classes": "*i64", "valid": "*i1"}.get(name, "*fp32")
-        if name not in constants and name != "blocks":
+        if name not in constants and name != "tiles":
             aligned[(i,)] = [["tt.divisibility", 16]]
     constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": 8, "enable_fp_fusion": True}
     ptx = triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"]
     wide = re.findall(r"(?:ld|st)[.]global[.]v4", ptx)
-    print(kernel.fn.__name__, dict(collections.Counter(wide)))
+    loop = re.search(r"[$](L__BB0_[0-9]+):(?:(?!L__BB).)*?bra\\s+[$]\\1;", ptx, re.DOTALL)
+    waits = loop[0].count("bar.sync") + loop[0].count("shfl") if loop else None
+    print(kernel.fn.__name__, dict(collections.Counter(wide)), waits)
 
-compiled(rows._forward_kernel)
-compiled(rows._backward_kernel, BACKWARD_PASSES=2)
+forward = dict(CARRIED=False, LANES=256, WIDE=8, STAGES=1, cross_sums=None)
+compiled(rows._forward_kernel, **forward)
+compiled(rows._backward_kernel, BACKWARD_PASSES=2, TILE=2048, REVERSE=True)
 """
 
 
@@ -259,6 +270,7 @@ def test_compiles_for_a_gpu_with_wide_loads_and_stores(tmp_path):
     assert done.returncode == 0, done.stderr
     refusal, forward, backward = done.stdout.splitlines()
     assert "impl='triton' needs logits on a GPU" in refusal
-    # 2 x 4096 numbers of 2 bytes by 256 threads: 4 times 16 bytes a thread; weights: 4 times more.
-    assert forward == "_forward_kernel {'ld.global.v4': 8}"
-    assert backward == "_backward_kernel {'ld.global.v4': 8, 'st.global.v4': 4}"
+    # 2 x 2048 numbers of 2 bytes by 256 threads: 2 times 16 bytes a thread; weights: 2 times more.
+    # No thread waits for another within the loop of the forward.
+    assert forward == "_forward_kernel {'ld.global.v4': 4} 0"
+    assert backward == "_backward_kernel {'ld.global.v4': 4, 'st.global.v4': 2} None"

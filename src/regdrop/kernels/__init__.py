@@ -7,7 +7,7 @@ from regdrop.kernels.closed_form import closed_form_terms
 from regdrop.kernels.eager import eager_terms
 from regdrop.kernels.fused_linear import linear_loss, linear_terms
 from regdrop.kernels.gradient import has_tangent
-from regdrop.kernels.linear_chunks import Projection, project
+from regdrop.kernels.projection import Projection, project
 from regdrop.kernels.selection import Implementation, check_implementation, closed_form_kernel
 from regdrop.kernels.target import Target
 

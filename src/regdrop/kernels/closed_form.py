@@ -57,11 +57,13 @@ class ClosedForm(NamedTuple):
         forward: Computes the terms.
         backward: Writes the gradient.
         least_items: Items a call, below which it leaves a part of the device idle.
+        class_rows: Its form for a block of classes, a `ClassRows`; None leaves that to torch.
     """
 
     forward: ForwardKernel
     backward: BackwardKernel
     least_items: int = 1
+    class_rows: Any = None
 
 
 def closed_form_terms(

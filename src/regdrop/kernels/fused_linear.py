@@ -2,11 +2,12 @@
 
 `linear_chunks.py` goes through the items. Where the weights of both terms are known beforehand, as
 in a mean, it computes the gradient in the forward, and the backward only scales; else the backward
-computes the logits again.
+computes the logits again. `class_blocks.py` goes through the classes, keeps what logits it can,
+and computes the gradient in the backward; `_goes_by_classes` chooses.
 
 Half precision multiplies matrices in half precision and does the rest in float32: gradients of
-logits are never divided by a number of items before they are cast, since in float16 they would
-underflow, and the weight's gradient is summed over chunks in float32.
+logits in float16 are never divided by a number of items before they are cast, since they would
+underflow, and sums over chunks are in float32.
 """
 
 from typing import Any
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+from regdrop.kernels.class_blocks import BUDGET, collect_blocks, grade_blocks, make_plan
 from regdrop.kernels.closed_form import accumulator
 from regdrop.kernels.gradient import differentiable_once, has_tangent
-from regdrop.kernels.linear_chunks import Gradients, Projection, with_dtype, work_in_chunks
+from regdrop.kernels.linear_chunks import work_in_chunks
+from regdrop.kernels.projection import Gradients, Projection, with_dtype
 from regdrop.kernels.target import Target
 
 
@@ -29,7 +32,7 @@ def linear_terms(
     Args:
         hidden: (num_passes, N, features).
         projection: The layer; its tensors get gradients too.
-        target: Class indices of the N items, all of which count; gets no gradient.
+        target: Class indices of the N items; gets no gradient.
         backward_passes: The first passes that carry the gradient, times num_passes / this.
 
     Returns:
@@ -44,7 +47,8 @@ def linear_terms(
     if not _needs_gradient(hidden, projection):
         nll, kl, _ = work_in_chunks(hidden, projection, target)
     else:
-        nll, kl = _LinearTerms.apply(
+        terms = _BlockTerms if _goes_by_classes(hidden, projection) else _LinearTerms
+        nll, kl = terms.apply(
             hidden, projection.weight, projection.bias, projection, target, backward_passes
         )
     return nll, kl
@@ -59,7 +63,7 @@ def linear_loss(
     kl_weight: Tensor | float | None,
     backward_passes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a weighted sum of both terms over items, whose gradient the forward computes.
+    """Return a weighted sum of both terms over items, whose gradient the forward may compute.
 
     Args:
         hidden: As in `linear_terms`.
@@ -82,10 +86,92 @@ def linear_loss(
     if not _needs_gradient(hidden, projection):
         nll, kl, _ = work_in_chunks(hidden, projection, target)
         return _weighted_sum(nll, kl, weights), nll, kl
+    if _goes_by_classes(hidden, projection):
+        nll, kl = _BlockTerms.apply(
+            hidden, projection.weight, projection.bias, projection, target, backward_passes
+        )
+        return _weighted_sum(nll, kl, weights), nll.detach(), kl.detach()
     total, nll, kl = _LinearLoss.apply(
         hidden, projection.weight, projection.bias, projection, target, weights, backward_passes
     )
     return total, nll, kl
+
+
+def _goes_by_classes(hidden: Tensor, projection: Projection) -> bool:
+    """Return whether blocks of classes are the better way: no product twice, or less memory.
+
+    Chunks of items need the weight's gradient in float32, and read and write it once a chunk. A
+    CPU has few rows a chunk, and no use for a scratch buffer beyond its caches.
+    """
+    weight, dtype = projection.weight, projection.dtype
+    assert dtype is not None
+    if hidden.is_cpu or projection.chunk_size is not None or torch.compiler.is_compiling():
+        return False
+    if not weight.requires_grad:
+        return False
+    beside = weight.numel() * accumulator(dtype).itemsize - weight.nbytes
+    return beside > BUDGET // 2 or make_plan(hidden, projection).keeps_all
+
+
+class _BlockTerms(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        projection: Projection,
+        target: Target,
+        backward_passes: int,
+    ) -> tuple[Tensor, Tensor]:
+        projection = projection._replace(weight=weight.detach(), bias=_detach(bias))
+        plan = make_plan(hidden, projection)
+        nll, kl, ctx.kept = collect_blocks(hidden, projection, target, plan)
+        ctx.save_for_backward(hidden, weight, bias, ctx.kept.statistics)
+        ctx.projection, ctx.options = projection, (target, backward_passes)
+        ctx.set_materialize_grads(False)
+        return nll, kl
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Any:
+        hidden, weight, bias, _ = ctx.saved_tensors
+        target, backward_passes = ctx.options
+        grads = (grad_nll, None if hidden.shape[0] == 1 else grad_kl)
+        if all(grad is None for grad in grads):
+            return (None,) * 6
+        projection = ctx.projection._replace(weight=weight.detach(), bias=_detach(bias))
+        kept, ctx.kept = ctx.kept, None
+        if kept is None:  # a second backward: the first has overwritten what was kept
+            plan = make_plan(hidden, projection, keeps=False)
+            kept = collect_blocks(hidden, projection, target, plan)[-1]
+        factor = None
+        if projection.dtype == torch.float16:
+            # A number of items may be divided out already: float16 gets numbers near 1.
+            grads, factor = _near_one(grads)
+        gradients = grade_blocks(
+            *(hidden, projection, target, kept, grads, backward_passes),
+            ctx.needs_input_grad[:3],
+        )
+        del kept
+        if factor is not None:
+            gradients = Gradients(*(x if x is None else x.mul_(factor) for x in gradients))
+        hidden_gradient = gradients.hidden
+        if hidden_gradient is not None:
+            hidden_gradient = hidden_gradient.to(hidden.dtype)
+        return hidden_gradient, gradients.weight, gradients.bias, None, None, None
+
+
+def _near_one(
+    grads: tuple[Tensor | None, Tensor | None],
+) -> tuple[tuple[Tensor | None, Tensor | None], Tensor]:
+    """Divide by a power of 2, which float16 multiplies by without a further rounding."""
+    given = [grad for grad in grads if grad is not None]
+    largest = torch.cat([*given, given[0].new_zeros(1)]).abs().max()
+    mantissa, _ = torch.frexp(largest)
+    factor = torch.where(largest == 0, 1, largest / mantissa).clamp(2**-14, 2**15)
+    grad_nll, grad_kl = (None if grad is None else grad / factor for grad in grads)
+    return (grad_nll, grad_kl), factor
 
 
 class _LinearLoss(Function):

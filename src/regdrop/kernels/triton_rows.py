@@ -1,30 +1,58 @@
 """The R-Drop terms in closed form on a GPU: one kernel each way, written in Triton.
 
-The forward takes the rows of one item, one of every pass, block by block of classes, and keeps
+The forward takes the rows of one item, one of every pass, tile by tile of classes, and keeps
 running maxima and sums relative to them, so that the logits are read once. The backward has one
-program for each block of an item; it reads the block of every pass once and writes it once.
+program for each tile of an item; it reads the tile of every pass once and writes it once.
 `docs/performance.md` counts the bytes. The formulas are in `closed_form.py`.
 
-A block is two-dimensional, passes by classes, with the passes of a class in one thread: the mean
-over passes needs no exchange between threads, and one reduction serves every pass. A number of
-passes that is no power of 2 is filled up with rows of zeros.
+A tile holds the passes of a class in one thread: the mean over passes needs no exchange between
+threads. In the forward each lane keeps sums of its own, so that threads wait for each other only
+at the end of a row. A number of passes that is no power of 2 is filled up with rows of zeros.
+
+The same kernels take a block of classes of a linear layer (`class_blocks.py`): the sums of the
+blocks before are carried in memory, and the logits are made of the layer's products on the way.
 """
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from regdrop.kernels.closed_form import ClosedForm, accumulator
+from regdrop.kernels.class_rows import ClassRows, Columns, RowSums
+from regdrop.kernels.closed_form import ClosedForm
 from regdrop.kernels.target import Target
 
-# Elements a block: 32 a thread at 8 warps, 16 to 32 KiB that a program has on their way at once.
-_BLOCK_ELEMENTS = 8192
+
+class Tuning(NamedTuple):
+    """How the work of a row is laid out on a GPU: nothing of it changes what a result means.
+
+    Attributes:
+        lane_bytes: Bytes of a pass whose sums a thread of the forward keeps; None: one sum a row.
+        forward_elements: Numbers that a program of the forward reads at once, of all passes.
+        forward_warps: Its warps.
+        stages: Tiles that the forward has under way ahead of the arithmetic; 1 leaves it to the
+            warps.
+        backward_elements: Numbers that a program of the backward reads, of all passes.
+        backward_warps: Its warps.
+        reverse: Whether the backward begins with the items that the forward read last.
+    """
+
+    lane_bytes: int | None = 16
+    forward_elements: int = 4096
+    forward_warps: int = 8
+    stages: int = 1
+    backward_elements: int = 4096
+    backward_warps: int = 8
+    reverse: bool = True
 
 
-def triton_kernel(device: torch.device) -> ClosedForm:
+TUNING = Tuning()
+
+
+def triton_kernel(device: torch.device, tuning: Tuning | None = None) -> ClosedForm:
     """Return the kernel for logits on a device.
 
     Raises:
@@ -35,32 +63,30 @@ def triton_kernel(device: torch.device) -> ClosedForm:
             f"impl='triton' needs logits on a GPU (or TRITON_INTERPRET=1 before triton is "
             f"imported), got {device}; use 'auto' or 'chunked'"
         )
-    # The forward has one program an item.
-    return ClosedForm(_forward, _backward, least_items=1024)
+    tuning = TUNING if tuning is None else tuning
+    return ClosedForm(
+        partial(_forward, tuning=tuning),
+        partial(_backward, tuning=tuning),
+        least_items=1024,  # the forward has one program an item
+        class_rows=ClassRows(
+            partial(collect_columns, tuning=tuning), partial(write_columns, tuning=tuning)
+        ),
+    )
 
 
-def _forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    num_passes, num_items, num_classes = logits.shape
-    dtype = accumulator(logits.dtype)
-    nll, kl, mass = logits.new_empty(3, num_items, dtype=dtype).unbind()
-    maximum, inverse_sum, mean_difference = logits.new_empty(
-        3, num_passes, num_items, dtype=dtype
-    ).unbind()
-    statistics = (maximum, inverse_sum, mean_difference, mass)
+def _forward(
+    logits: Tensor, target: Target, tuning: Tuning
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    num_items, num_classes = logits.shape[1:]
+    sums = RowSums.empty(logits, carried=False)
     if num_items == 0 or num_classes == 0:
-        return nll.zero_(), kl.zero_(), statistics
+        return sums.nll.zero_(), sums.kl.zero_(), (sums.statistics,)
     if target.classes is not None and logits.is_cuda:
-        inside = (target.classes >= 0) & (target.classes < num_classes)
+        # Wrapped around the classes, an index is the same if it is one of them.
+        inside = target.classes.remainder(num_classes) == target.classes
         torch._assert_async(inside.all(), "target holds a class index out of range")
-    with torch.cuda.device_of(logits):
-        _forward_kernel[(num_items,)](
-            *(logits, *logits.stride()),
-            *_target_arguments(target),
-            *(nll, kl, *statistics),
-            *(num_items, num_classes),
-            **_options(logits, target),
-        )
-    return nll, kl, statistics
+    collect_columns(Columns(logits, 0, num_classes), target, sums, True, True, tuning)
+    return sums.nll, sums.kl, (sums.statistics,)
 
 
 def _backward(
@@ -71,23 +97,83 @@ def _backward(
     grad_nll: Tensor | None,
     grad_kl: Tensor | None,
     backward_passes: int,
+    tuning: Tuning,
 ) -> None:
-    num_items, num_classes = logits.shape[1:]
+    columns = Columns(logits, 0, logits.shape[-1])
+    grads = (grad_nll, grad_kl)
+    write_columns(out, columns, target, statistics[0], grads, backward_passes, tuning)
+
+
+def collect_columns(
+    columns: Columns,
+    target: Target,
+    sums: RowSums,
+    is_first: bool,
+    is_last: bool,
+    tuning: Tuning = TUNING,
+) -> None:
+    """Add a block of classes to the sums of each row, as `CollectColumns` describes it."""
+    logits = columns.products
+    num_items, width = logits.shape[1:]
+    options = _options(columns, target)
+    tile = _tile(width, tuning.forward_elements, options)
+    lane = None if tuning.lane_bytes is None else tuning.lane_bytes // logits.element_size()
+    wide = tile if lane is None else min(tile, max(1, lane))
+    with torch.cuda.device_of(logits):
+        _forward_kernel[(num_items,)](
+            *(logits, *logits.stride()),
+            *_target_arguments(target),
+            *((sums.nll, sums.kl) if is_last else (None, None)),
+            *(sums.statistics, None if is_first and is_last else sums.cross),
+            *(num_items, width, columns.first, columns.num_classes),
+            CARRIED=not is_first,
+            LANES=tile // wide,
+            WIDE=wide,
+            STAGES=tuning.stages,
+            num_warps=_warps(tile, tuning.forward_warps),
+            **options,
+        )
+
+
+def write_columns(
+    out: Tensor,
+    columns: Columns,
+    target: Target,
+    statistics: Tensor,
+    grads: tuple[Tensor | None, Tensor | None],
+    backward_passes: int,
+    tuning: Tuning = TUNING,
+) -> None:
+    """Write the gradient of a block of classes, as `WriteColumns` describes it."""
+    logits = columns.products
     if logits.numel() == 0:
         return
-    options = _options(logits, target)
-    blocks = triton.cdiv(num_classes, options["BLOCK"])
+    num_items, width = logits.shape[1:]
+    options = _options(columns, target)
+    tile = _tile(width, tuning.backward_elements, options)
+    tiles = triton.cdiv(width, tile)
     with torch.cuda.device_of(logits):
-        _backward_kernel[(num_items * blocks,)](
+        _backward_kernel[(num_items * tiles,)](
             *(out, *out.stride()),
             *(logits, *logits.stride()),
             *_target_arguments(target),
-            *statistics,
-            *(grad_nll, grad_kl),
-            *(num_items, num_classes, blocks),
+            *(statistics, *grads),
+            *(num_items, width, columns.first, columns.num_classes, tiles),
             BACKWARD_PASSES=backward_passes,
+            TILE=tile,
+            REVERSE=tuning.reverse,
+            num_warps=_warps(tile, tuning.backward_warps),
             **options,
         )
+
+
+def _tile(width: int, elements: int, options: dict[str, Any]) -> int:
+    """Return the classes of a tile, a power of 2."""
+    return int(min(triton.next_power_of_2(width), max(1, elements // options["ROWS"])))
+
+
+def _warps(tile: int, most: int) -> int:
+    return max(1, min(most, tile // 256))
 
 
 def _target_arguments(target: Target) -> tuple[Tensor | int | None, ...]:
@@ -98,42 +184,28 @@ def _target_arguments(target: Target) -> tuple[Tensor | int | None, ...]:
     return (target.classes, probabilities, *strides, weight, target.valid)
 
 
-def _options(logits: Tensor, target: Target) -> dict[str, Any]:
-    """Return what is compiled in, and the number of warps."""
-    num_passes, _, num_classes = logits.shape
-    rows = triton.next_power_of_2(num_passes)
-    block = min(triton.next_power_of_2(num_classes), max(1, _BLOCK_ELEMENTS // rows))
+def _options(columns: Columns, target: Target) -> dict[str, Any]:
+    """Return what is compiled into both kernels."""
+    num_passes = columns.products.shape[0]
     return {
         "LABEL_SMOOTHING": float(target.label_smoothing),
         "PASSES": num_passes,
-        "ROWS": rows,
-        "BLOCK": block,
-        "num_warps": max(1, min(8, rows * block // 1024)),
+        "ROWS": triton.next_power_of_2(num_passes),
+        "SCALE": float(columns.scale),
+        "SOFTCAP": columns.softcap,
         "enable_fp_fusion": True,
     }
 
 
 @triton.jit
-def _load_block(
-    logits: tl.tensor,
-    stride_pass: tl.tensor,
-    stride_item: tl.tensor,
-    stride_class: tl.tensor,
-    item: tl.tensor,
-    columns: tl.tensor,
-    inside: tl.tensor,
-    dtype: tl.dtype,
-    PASSES: tl.constexpr,
-    ROWS: tl.constexpr,
-) -> tl.tensor:
-    """Return the classes `columns` of an item's passes, (ROWS, BLOCK); -inf outside."""
-    # Offsets beyond 2^31 elements are usual: in 64 bits.
-    rows = tl.arange(0, ROWS).to(tl.int64)[:, None]
-    pointers = logits + rows * stride_pass + item.to(tl.int64) * stride_item
-    pointers += columns.to(tl.int64)[None, :] * stride_class
-    z = tl.load(pointers, mask=(rows < PASSES) & inside[None, :], other=-float("inf")).to(dtype)
-    if ROWS > PASSES:
-        z = tl.where(rows < PASSES, z, 0)  # contributes nothing to a sum over passes
+def _cap(z: tl.tensor, SCALE: tl.constexpr, SOFTCAP: tl.constexpr) -> tl.tensor:
+    """Return the logits that a layer's products give."""
+    if SCALE != 1:
+        z *= SCALE
+    if SOFTCAP is not None:
+        t = tl.exp(tl.abs(z) * (-2 / SOFTCAP))
+        capped = SOFTCAP * (1 - t) / (1 + t)
+        z = tl.where(z < 0, -capped, capped)
     return z
 
 
@@ -149,10 +221,29 @@ def _mean_of_passes(x: tl.tensor, PASSES: tl.constexpr, ROWS: tl.constexpr) -> t
 
 
 @triton.jit
-def _difference(x: tl.tensor, PASSES: tl.constexpr, ROWS: tl.constexpr) -> tl.tensor:
-    """Return x_i - mean_j x_j; 0 where a class is masked in every pass."""
-    difference = x - _mean_of_passes(x, PASSES, ROWS)[None, :]
-    return tl.where(difference == difference, difference, 0)
+def _difference(
+    x: tl.tensor, rows: tl.tensor, PASSES: tl.constexpr, ROWS: tl.constexpr
+) -> tl.tensor:
+    """Return x_i - mean_j x_j; 0 where a class is masked in every pass.
+
+    `rows` holds the passes' numbers along dimension 0, and as many dimensions as `x`.
+    """
+    if PASSES == 2:
+        # Half the difference, once for both.
+        sign = tl.where(rows == 0, 1.0, -1.0).to(x.dtype)
+        half = tl.sum(x * (sign * 0.5), 0)
+        half = tl.where(half == half, half, 0)
+        difference = sign * tl.expand_dims(half, 0)
+    else:
+        difference = x - tl.expand_dims(_mean_of_passes(x, PASSES, ROWS), 0)
+        difference = tl.where(difference == difference, difference, 0)
+    return difference
+
+
+@triton.jit
+def _rise(maximum: tl.tensor, higher: tl.tensor) -> tl.tensor:
+    """Return how far sums relative to one maximum are below a higher one; 0 for no sums yet."""
+    return tl.where(maximum == -float("inf"), 0, higher - maximum)
 
 
 @triton.jit
@@ -207,56 +298,66 @@ def _forward_kernel(
     valid: tl.tensor,
     nll_out: tl.tensor,
     kl_out: tl.tensor,
-    maximum_out: tl.tensor,
-    inverse_sum_out: tl.tensor,
-    mean_difference_out: tl.tensor,
-    mass_out: tl.tensor,
+    statistics: tl.tensor,
+    cross_sums: tl.tensor,
     num_items: tl.tensor,
+    width: tl.tensor,
+    first: tl.tensor,
     num_classes: tl.tensor,
     LABEL_SMOOTHING: tl.constexpr,
     PASSES: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CARRIED: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
-    dtype = nll_out.dtype.element_ty
+    """Sum over the classes from `first` to `first + width` of one item.
+
+    Without `nll_out` the sums are kept for the blocks to come; `CARRIED` are those of the blocks
+    before. `statistics` is laid out as `RowSums` says.
+    """
+    dtype = statistics.dtype.element_ty
     item = tl.program_id(0)
     counts = item < num_items
     if valid is not None:
         counts = tl.load(valid + item) != 0
-    stop = tl.where(counts, num_classes, 0)  # nothing of an ignored item is read
-    passes = tl.arange(0, ROWS)
+    stop = tl.where(counts, width, 0)  # nothing of an ignored item is read
+    # Offsets beyond 2^31 elements are usual: in 64 bits.
+    passes = tl.arange(0, ROWS).to(tl.int64)
     is_pass = passes < PASSES
+    rows = passes[:, None, None]
+    row_pointers = logits + passes * stride_pass + item.to(tl.int64) * stride_item
+    lane = tl.arange(0, LANES)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
 
-    maximum = tl.full([ROWS], -float("inf"), dtype)
-    total = tl.zeros([ROWS], dtype)  # of e = exp(z - maximum)
-    weighted = tl.zeros([ROWS], dtype)  # of e * difference
-    cross = tl.zeros([ROWS], dtype)  # of target * (z - maximum)
-    mass = tl.zeros([], dtype)  # of target
-    for start in range(0, stop, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+    maximum = tl.full([ROWS, LANES], -float("inf"), dtype)
+    total = tl.zeros([ROWS, LANES], dtype)  # of e = exp(z - maximum)
+    weighted = tl.zeros([ROWS, LANES], dtype)  # of e * difference
+    cross = tl.zeros([ROWS, LANES], dtype)  # of target * (z - maximum)
+    mass = tl.zeros([LANES], dtype)  # of target
+    for start in tl.range(0, stop, LANES * WIDE, num_stages=STAGES):
+        columns = start + lane
         inside = columns < stop
-        z = _load_block(
-            logits,
-            stride_pass,
-            stride_item,
-            stride_class,
-            item,
-            columns,
-            inside,
-            dtype,
-            PASSES,
-            ROWS,
-        )
+        pointers = row_pointers[:, None, None] + columns.to(tl.int64)[None, :, :] * stride_class
+        is_read = (rows < PASSES) & inside[None, :, :]
+        z = tl.load(pointers, mask=is_read, other=-float("inf")).to(dtype)
+        z = _cap(z, SCALE, SOFTCAP)
+        if SCALE != 1 or SOFTCAP is not None:
+            z = tl.where(is_read, z, -float("inf"))
+        if ROWS > PASSES:
+            z = tl.where(rows < PASSES, z, 0)  # contributes nothing to a sum over passes
         # A higher maximum: what was summed is expressed relative to it.
-        higher = tl.maximum(maximum, tl.max(z, 1))
-        rise = tl.where(maximum == -float("inf"), 0, higher - maximum)
+        higher = tl.maximum(maximum, tl.max(z, 2))
+        rise = _rise(maximum, higher)
         maximum = higher
-        x = z - tl.where(maximum == -float("inf"), 0, maximum)[:, None]
+        x = z - tl.where(maximum == -float("inf"), 0, maximum)[:, :, None]
         e = tl.exp(x)
-        weighted += total * (-rise - _mean_of_passes(-rise, PASSES, ROWS))
         scale = tl.exp(-rise)
-        total = total * scale + tl.sum(e, 1)
-        weighted = weighted * scale + tl.sum(e * _difference(x, PASSES, ROWS), 1)
+        weighted += total * _difference(-rise, passes[:, None], PASSES, ROWS)
+        weighted = weighted * scale + tl.sum(e * _difference(x, rows, PASSES, ROWS), 2)
+        total = total * scale + tl.sum(e, 2)
         if LABEL_SMOOTHING > 0 or probabilities is not None:
             spread = _spread(
                 probabilities,
@@ -264,38 +365,79 @@ def _forward_kernel(
                 probabilities_stride_class,
                 weight,
                 item,
-                columns,
+                columns + first,
                 inside,
                 num_classes,
                 dtype,
                 LABEL_SMOOTHING,
             )
-            product = tl.where(spread[None, :] == 0, 0, spread[None, :] * x)
-            cross += tl.sum(product, 1) - mass * rise
-            mass += tl.sum(spread, 0)
+            product = tl.where(spread[None, :, :] == 0, 0, spread[None, :, :] * x)
+            cross += tl.sum(product, 2) - mass[None, :] * rise
+            mass += tl.sum(spread, 1)
+
+    # The lanes' sums in one.
+    higher = tl.max(maximum, 1)
+    rise = _rise(maximum, higher[:, None])
+    scale = tl.exp(-rise)
+    weighted += total * _difference(-rise, passes[:, None], PASSES, ROWS)
+    weighted = tl.sum(weighted * scale, 1)
+    total = tl.sum(total * scale, 1)
+    cross = tl.sum(cross - mass[None, :] * rise, 1)
+    mass = tl.sum(mass, 0)
+    maximum = higher
+
     if classes is not None:
         index = tl.load(classes + item)
+        column = index - first
+        is_here = (column >= 0) & (column < width)
         on_class = _class_mass(weight, index, dtype, LABEL_SMOOTHING)
-        pointers = logits + passes.to(tl.int64) * stride_pass + item.to(tl.int64) * stride_item
-        pointers += index * stride_class
-        at_class = tl.load(pointers, mask=is_pass, other=0).to(dtype)
-        cross += on_class * (at_class - maximum)
+        on_class = tl.where(is_here, on_class, 0)
+        pointers = row_pointers + tl.where(is_here, column, 0) * stride_class
+        at_class = tl.load(pointers, mask=is_pass, other=0)
+        at_class = _cap(at_class.to(dtype), SCALE, SOFTCAP)
+        reference = tl.where(maximum == -float("inf"), 0, maximum)
+        cross += tl.where(is_here, on_class * (at_class - reference), 0)
         mass += on_class
 
-    mean_difference = weighted / total
-    nll = tl.sum(tl.where(is_pass, mass * tl.log(total) - cross, 0), 0) / PASSES
-    kl = tl.sum(tl.where(is_pass, mean_difference, 0), 0)
-    if PASSES > 1:
-        kl = kl / (PASSES - 1)
-    # A class masked in one pass only is infinitely unlikely there; 0 * inf above hides it.
-    kl = tl.where((kl != kl) & (nll == nll), float("inf"), kl)
-    tl.store(nll_out + item, tl.where(counts, nll, 0))
-    tl.store(kl_out + item, tl.where(counts, kl, 0))
-    tl.store(mass_out + item, mass)
-    offset = passes.to(tl.int64) * num_items + item
-    tl.store(maximum_out + offset, maximum, mask=is_pass)
-    tl.store(inverse_sum_out + offset, 1 / total, mask=is_pass)
-    tl.store(mean_difference_out + offset, mean_difference, mask=is_pass)
+    offset = passes * num_items + item
+    shared = statistics + 3 * PASSES * num_items + item
+    second = statistics + PASSES * num_items + offset
+    third = second + PASSES * num_items
+    if CARRIED:
+        before = tl.load(statistics + offset, mask=is_pass, other=0)
+        before_total = tl.load(second, mask=is_pass, other=0)
+        before_weighted = tl.load(third, mask=is_pass, other=0)
+        before_cross = tl.load(cross_sums + offset, mask=is_pass, other=0)
+        before_mass = tl.load(shared)
+        higher = tl.maximum(maximum, before)
+        rise = _rise(maximum, higher)
+        before_rise = _rise(before, higher)
+        weighted += total * _difference(-rise, passes, PASSES, ROWS)
+        before_weighted += before_total * _difference(-before_rise, passes, PASSES, ROWS)
+        weighted = weighted * tl.exp(-rise) + before_weighted * tl.exp(-before_rise)
+        total = total * tl.exp(-rise) + before_total * tl.exp(-before_rise)
+        cross += before_cross - mass * rise - before_mass * before_rise
+        mass += before_mass
+        maximum = higher
+
+    if nll_out is not None:
+        mean_difference = weighted / total
+        nll = tl.sum(tl.where(is_pass, mass * tl.log(total) - cross, 0), 0) / PASSES
+        kl = tl.sum(tl.where(is_pass, mean_difference, 0), 0)
+        if PASSES > 1:
+            kl = kl / (PASSES - 1)
+        # A class masked in one pass only is infinitely unlikely there; 0 * inf above hides it.
+        kl = tl.where((kl != kl) & (nll == nll), float("inf"), kl)
+        tl.store(nll_out + item, tl.where(counts, nll, 0))
+        tl.store(kl_out + item, tl.where(counts, kl, 0))
+        total = 1 / total
+        weighted = mean_difference
+    else:
+        tl.store(cross_sums + offset, cross, mask=is_pass)
+    tl.store(statistics + offset, maximum, mask=is_pass)
+    tl.store(second, total, mask=is_pass)
+    tl.store(third, weighted, mask=is_pass)
+    tl.store(shared, mass)
 
 
 @triton.jit
@@ -314,49 +456,60 @@ def _backward_kernel(
     probabilities_stride_class: tl.tensor,
     weight: tl.tensor,
     valid: tl.tensor,
-    maximum_in: tl.tensor,
-    inverse_sum_in: tl.tensor,
-    mean_difference_in: tl.tensor,
-    mass_in: tl.tensor,
+    statistics: tl.tensor,
     grad_nll: tl.tensor,
     grad_kl: tl.tensor,
     num_items: tl.tensor,
+    width: tl.tensor,
+    first: tl.tensor,
     num_classes: tl.tensor,
-    blocks: tl.tensor,
-    BACKWARD_PASSES: tl.constexpr,
+    tiles: tl.tensor,
     LABEL_SMOOTHING: tl.constexpr,
     PASSES: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BACKWARD_PASSES: tl.constexpr,
+    TILE: tl.constexpr,
+    REVERSE: tl.constexpr,
 ) -> None:
     """Write `p (mass a + b (1 - E + d)) - b mean(p) - a target` for the first passes, else 0."""
-    dtype = maximum_in.dtype.element_ty
+    dtype = statistics.dtype.element_ty
     program = tl.program_id(0)
-    item = program // blocks
+    item = program // tiles
+    if REVERSE:
+        item = num_items - 1 - item
     counts = item < num_items
     if valid is not None:
         counts = tl.load(valid + item) != 0
-    columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < tl.where(counts, num_classes, 0)
-    z = _load_block(
-        logits, stride_pass, stride_item, stride_class, item, columns, inside, dtype, PASSES, ROWS
-    )
-    passes = tl.arange(0, ROWS)
-    offset = passes.to(tl.int64) * num_items + item
+    columns = (program % tiles) * TILE + tl.arange(0, TILE)
+    inside = columns < tl.where(counts, width, 0)
+    passes = tl.arange(0, ROWS).to(tl.int64)
+    rows = passes[:, None]
+    pointers = logits + rows * stride_pass + item.to(tl.int64) * stride_item
+    pointers += columns.to(tl.int64)[None, :] * stride_class
+    is_read = (rows < PASSES) & inside[None, :]
+    z = tl.load(pointers, mask=is_read, other=-float("inf")).to(dtype)
+    z = _cap(z, SCALE, SOFTCAP)
+    offset = passes * num_items + item
     is_pass = passes < PASSES
-    maximum = tl.load(maximum_in + offset, mask=is_pass, other=0)
-    inverse_sum = tl.load(inverse_sum_in + offset, mask=is_pass, other=0)
+    maximum = tl.load(statistics + offset, mask=is_pass, other=0)
+    statistics += PASSES * num_items
+    inverse_sum = tl.load(statistics + offset, mask=is_pass, other=0)
+    statistics += PASSES * num_items
     x = z - maximum[:, None]
+    if ROWS > PASSES:
+        x = tl.where(rows < PASSES, x, 0)
     p = tl.exp(x) * inverse_sum[:, None]
     slope = tl.zeros([ROWS], dtype)
     if grad_nll is not None:
         a = tl.load(grad_nll + item)
-        slope += a * tl.load(mass_in + item)
+        slope += a * tl.load(statistics + PASSES * num_items + item)
     if grad_kl is not None:
         b = tl.load(grad_kl + item)
-        mean_difference = tl.load(mean_difference_in + offset, mask=is_pass, other=0)
+        mean_difference = tl.load(statistics + offset, mask=is_pass, other=0)
         slope += b * (1 - mean_difference)
-        grad = p * (slope[:, None] + b * _difference(x, PASSES, ROWS))
+        grad = p * (slope[:, None] + b * _difference(x, rows, PASSES, ROWS))
         grad -= (b * (1 / PASSES) * tl.sum(p, 0))[None, :]
     else:
         grad = p * slope[:, None]
@@ -368,7 +521,7 @@ def _backward_kernel(
                 probabilities_stride_class,
                 weight,
                 item,
-                columns,
+                columns + first,
                 inside,
                 num_classes,
                 dtype,
@@ -378,9 +531,13 @@ def _backward_kernel(
         if classes is not None:
             index = tl.load(classes + item)
             on_class = a * _class_mass(weight, index, dtype, LABEL_SMOOTHING)
-            grad -= tl.where(columns == index, on_class, 0)[None, :]
-    rows = passes[:, None]
+            grad -= tl.where(columns == index - first, on_class, 0)[None, :]
+    if SOFTCAP is not None:
+        capped = z * (1 / SOFTCAP)
+        grad *= 1 - capped * capped
+    if SCALE != 1:
+        grad *= SCALE
     grad = tl.where((rows < BACKWARD_PASSES) & counts, grad, 0)
-    pointers = out + rows.to(tl.int64) * out_stride_pass + item.to(tl.int64) * out_stride_item
+    pointers = out + rows * out_stride_pass + item.to(tl.int64) * out_stride_item
     pointers += columns.to(tl.int64)[None, :] * out_stride_class
-    tl.store(pointers, grad.to(out.dtype.element_ty), (rows < PASSES) & (columns < num_classes))
+    tl.store(pointers, grad.to(out.dtype.element_ty), (rows < PASSES) & (columns < width))

@@ -1,0 +1,278 @@
+"""The R-Drop terms of a block of classes: sums that go from block to block, and the gradient.
+
+The formulas are in `closed_form.py`. What a row's classes add to the terms are sums relative to a
+maximum; those of two blocks are added once both are relative to the higher one. This is the form
+in plain PyTorch; `triton_rows.py` has one for a GPU.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from regdrop.kernels.chunked import row_blocks
+from regdrop.kernels.closed_form import accumulator
+from regdrop.kernels.projection import logits_slope, shape_logits
+from regdrop.kernels.target import Target
+
+
+class Columns(NamedTuple):
+    """The classes from `first` on, as products of a linear layer: logits are made of them."""
+
+    products: Tensor  # (num_passes, n, width)
+    first: int
+    num_classes: int  # of all blocks together
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def rows(self, start: int, stop: int) -> "Columns":
+        """Return the same classes of the items from `start` to `stop`."""
+        return self._replace(products=self.products[:, start:stop])
+
+
+class RowSums(NamedTuple):
+    """What blocks of classes leave of n items for those to come, and what they end in.
+
+    Attributes:
+        statistics: (3 * num_passes + 1, n). A pass's maximum, sum of e = exp(z - maximum), and sum
+            of e times the difference from the mean over passes; then the target's mass. After the
+            last block the inverse of the sum, and the mean difference.
+        cross: (num_passes, n), the sum of target times (z - maximum).
+        nll: (n,), the likelihood, after the last block.
+        kl: (n,), the divergence, after the last block.
+    """
+
+    statistics: Tensor
+    cross: Tensor | None
+    nll: Tensor
+    kl: Tensor
+
+    @classmethod
+    def empty(cls, like: Tensor, carried: bool = True) -> "RowSums":
+        """Return memory for products (num_passes, n, ...); `cross` only if sums are carried."""
+        num_passes, num_items = like.shape[:2]
+        dtype = accumulator(like.dtype)
+        size = 3 * num_passes + 1
+        memory = like.new_empty(size + 2 + (num_passes if carried else 0), num_items, dtype=dtype)
+        cross = memory[size + 2 :] if carried else None
+        return cls(memory[:size], cross, memory[size], memory[size + 1])
+
+
+class CollectColumns(Protocol):
+    """Adds a block of classes to the sums; after the last one they become terms and statistics."""
+
+    def __call__(
+        self,
+        columns: Columns,
+        target: Target,
+        sums: RowSums,
+        is_first: bool,
+        is_last: bool,
+        /,
+    ) -> None:
+        """Write to `sums`; what is there before the first block counts for nothing."""
+
+
+class WriteColumns(Protocol):
+    """Writes the gradient of a block's products to `out`, the products themselves or other memory.
+
+    As `BackwardKernel` does for logits; `statistics` are those of the `RowSums` after all blocks.
+    """
+
+    def __call__(
+        self,
+        out: Tensor,
+        columns: Columns,
+        target: Target,
+        statistics: Tensor,
+        grads: tuple[Tensor | None, Tensor | None],
+        backward_passes: int,
+        /,
+    ) -> None:
+        """Write the gradient of the first passes, and 0 to the others."""
+
+
+class ClassRows(NamedTuple):
+    """One way to go through blocks of classes."""
+
+    collect: CollectColumns
+    write: WriteColumns
+
+
+class _Sums(NamedTuple):
+    maximum: Tensor  # (num_passes, n), as are the next three
+    total: Tensor
+    weighted: Tensor
+    cross: Tensor
+    mass: Tensor  # (n,)
+
+
+def collect_columns(
+    columns: Columns, target: Target, sums: RowSums, is_first: bool, is_last: bool
+) -> None:
+    """Add a block of classes to the sums, as `CollectColumns` describes it."""
+    assert sums.cross is not None
+    num_passes = len(columns.products)
+    for start, stop in row_blocks(columns.products):
+        rows = slice(start, stop)
+        memory = sums.statistics[:, rows]
+        *stored, (mass,) = memory.split([num_passes] * 3 + [1])
+        carried = _Sums(stored[0], stored[1], stored[2], sums.cross[:, rows], mass)
+        found = _sum_up(columns.rows(start, stop), target.rows(start, stop))
+        if not is_first:
+            found = _add(carried, found)
+        if is_last:
+            nll, kl, found = _finish(found)
+            if target.valid is not None:
+                valid = target.valid[rows]
+                nll, kl = torch.where(valid, nll, 0), torch.where(valid, kl, 0)
+            sums.nll[rows].copy_(nll)
+            sums.kl[rows].copy_(kl)
+        for kept, new in zip(carried, found, strict=True):
+            kept.copy_(new)
+
+
+def _sum_up(columns: Columns, target: Target) -> _Sums:
+    z = shape_logits(columns.products, columns.scale, columns.softcap)
+    z = z.to(accumulator(columns.products.dtype))
+    maximum = z.amax(-1)
+    x = z - torch.where(maximum.isneginf(), 0, maximum)[..., None]
+    cross, mass = _target_sums(x, columns, target)
+    e = x.exp()
+    total = e.sum(-1)
+    return _Sums(maximum, total, e.mul_(_difference(x)).sum(-1), cross, mass)
+
+
+def _target_sums(x: Tensor, columns: Columns, target: Target) -> tuple[Tensor, Tensor]:
+    """Return the sums over classes of target * x, (num_passes, n), and of target, (n,)."""
+    index, on_class = _target_class(columns, target, x.dtype)
+    at_class = x.gather(-1, index.expand(len(x), -1, 1))[..., 0]
+    cross = torch.where(on_class == 0, 0, at_class * on_class)
+    if not target.label_smoothing:
+        return cross, on_class
+    spread = _spread(columns, target, x.dtype)
+    # A class without a target adds nothing, masked or not.
+    return cross + torch.where(spread == 0, 0, x * spread).sum(-1), on_class + spread.sum()
+
+
+def _target_class(columns: Columns, target: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return each item's class within the block, (1, n, 1), and its mass, 0 if it is elsewhere."""
+    assert target.classes is not None
+    index = target.classes - columns.first
+    is_here = (index >= 0) & (index < columns.products.shape[-1])
+    on_class = torch.where(is_here, target.class_mass(dtype), 0).to(dtype)
+    return index.clamp(0, columns.products.shape[-1] - 1)[None, :, None], on_class
+
+
+def _spread(columns: Columns, target: Target, dtype: torch.dtype) -> Tensor:
+    """Return the mass that label smoothing puts on each class of the block, (width,)."""
+    width = columns.products.shape[-1]
+    share = columns.products.new_full(
+        (width,), target.label_smoothing / columns.num_classes, dtype=dtype
+    )
+    if target.weight is None:
+        return share
+    return share * target.weight[columns.first : columns.first + width].to(dtype)
+
+
+def _add(one: _Sums, other: _Sums) -> _Sums:
+    """Return the sums of both, relative to the higher maximum."""
+    higher = torch.maximum(one.maximum, other.maximum)
+    a, b = _lower(one, higher), _lower(other, higher)
+    added = [x + y for x, y in zip(a[1:], b[1:], strict=True)]
+    return _Sums(higher, *added)
+
+
+def _lower(sums: _Sums, higher: Tensor) -> _Sums:
+    """Return sums relative to a higher maximum."""
+    fall = torch.where(sums.maximum.isneginf(), 0, sums.maximum - higher)
+    scale = fall.exp()
+    weighted = (sums.weighted + sums.total * _difference(fall)) * scale
+    return _Sums(higher, sums.total * scale, weighted, sums.cross + sums.mass * fall, sums.mass)
+
+
+def _finish(sums: _Sums) -> tuple[Tensor, Tensor, _Sums]:
+    mean_difference = sums.weighted / sums.total
+    nll = (sums.mass * sums.total.log() - sums.cross).mean(0)
+    kl = mean_difference.sum(0) / max(1, len(mean_difference) - 1)
+    # A class masked in one pass only is infinitely unlikely there; 0 * inf above hides it.
+    kl = torch.where(kl.isnan() & ~nll.isnan(), torch.inf, kl)
+    return nll, kl, sums._replace(total=sums.total.reciprocal(), weighted=mean_difference)
+
+
+def write_columns(
+    out: Tensor,
+    columns: Columns,
+    target: Target,
+    statistics: Tensor,
+    grads: tuple[Tensor | None, Tensor | None],
+    backward_passes: int,
+) -> None:
+    """Write the gradient of a block of classes, as `WriteColumns` describes it."""
+    for start, stop in row_blocks(columns.products):
+        rows = slice(start, stop)
+        grad_nll, grad_kl = (None if grad is None else grad[rows] for grad in grads)
+        grad = _gradient(
+            columns.rows(start, stop),
+            target.rows(start, stop),
+            statistics[:, rows],
+            grad_nll,
+            grad_kl,
+            backward_passes,
+        )
+        out[:backward_passes, rows].copy_(grad)
+    out[backward_passes:].zero_()
+
+
+def _gradient(
+    columns: Columns,
+    target: Target,
+    statistics: Tensor,
+    grad_nll: Tensor | None,
+    grad_kl: Tensor | None,
+    backward_passes: int,
+) -> Tensor:
+    """Return `p (mass a + b (1 - E + d)) - b mean(p) - a target` of the first passes."""
+    num_passes = len(columns.products)
+    maximum, inverse_sum, mean_difference, mass = (
+        x[..., None] for x in statistics.split([num_passes] * 3 + [1])
+    )
+    z = shape_logits(columns.products, columns.scale, columns.softcap)
+    z = z.to(accumulator(columns.products.dtype))
+    x = z - maximum
+    p = x.exp().mul_(inverse_sum)
+    first = p[:backward_passes]
+    slope = mass.new_zeros(())
+    if grad_nll is not None:
+        slope = slope + mass * grad_nll[:, None]
+    if grad_kl is not None:
+        b = grad_kl[:, None]
+        slope = slope + b * (1 - mean_difference[:backward_passes])
+        grad = _difference(x)[:backward_passes].mul_(b).add_(slope).mul_(first)
+        grad.sub_(p.mean(0).mul_(b))
+    else:
+        grad = first * slope
+    if grad_nll is not None:
+        if target.label_smoothing:
+            grad.sub_(grad_nll[:, None] * _spread(columns, target, grad.dtype))
+        # One class a row: gather and scatter are deterministic, scatter_add is not everywhere.
+        index, on_class = _target_class(columns, target, grad.dtype)
+        index = index.expand(len(grad), -1, 1)
+        grad.scatter_(-1, index, grad.gather(-1, index) - (grad_nll * on_class)[:, None])
+    if target.valid is not None:
+        grad.masked_fill_(~target.valid[:, None], 0)
+    factor = logits_slope(z[:backward_passes], columns.scale, columns.softcap)
+    return grad if factor is None else grad.mul_(factor)
+
+
+def _difference(x: Tensor) -> Tensor:
+    """Return x_i - mean_j x_j of numbers of at most 0; 0 where a class is masked everywhere."""
+    # A mask is often the least finite number, whose sum would not be. A power of 2 rounds nothing.
+    scale = 0.5 ** (len(x) - 1).bit_length()
+    difference = x - (x * scale).sum(0).div_(scale * len(x))
+    return difference.nan_to_num_(0.0, torch.inf, -torch.inf)
+
+
+def class_rows(found: ClassRows | None) -> ClassRows:
+    """Return a kernel's own form for blocks of classes, or else this one."""
+    return ClassRows(collect_columns, write_columns) if found is None else found

@@ -1,0 +1,283 @@
+"""Blocks of classes, the way of a GPU, on the CPU: in torch and by interpreted Triton kernels."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+
+from implementations import TRITON
+from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
+from regdrop.kernels import class_blocks, fused_linear
+from regdrop.kernels.class_blocks import make_plan
+from regdrop.kernels.projection import Projection
+
+FEATURES, CLASSES = 6, 29
+WEIGHTS = torch.linspace(0.2, 3, CLASSES)
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def make(num_passes=2, items=5, *, classes=CLASSES, dtype=torch.float64, seed=0):
+    """Return hidden states, weight, bias (all with a gradient) and target."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (num_passes * items, FEATURES), (classes, FEATURES), (classes,)
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+    target = torch.randint(0, classes, (items,), generator=generator)
+    return [tensor.requires_grad_() for tensor in tensors], target
+
+
+def explicit(hidden, weight, target, *, bias=None, logit_scale=1.0, softcap=None, **options):
+    """Return the loss from explicit logits, by the definition."""
+    logits = F.linear(hidden, weight, bias) * logit_scale
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    options["weight"] = options.pop("class_weight", None)
+    options["impl"] = "eager"
+    return rdrop_cross_entropy(logits, target, **options)
+
+
+@pytest.fixture
+def by_classes(monkeypatch):
+    """Return a function that sends the layer through blocks of few classes."""
+
+    def send(scratch_classes, rows, dtype=torch.float64, block=None):
+        sums = rows * FEATURES * (max(4, dtype.itemsize) - dtype.itemsize)
+        monkeypatch.setattr(class_blocks, "_ALIGNED", 1)
+        monkeypatch.setattr(class_blocks, "BLOCK", block)
+        monkeypatch.setattr(class_blocks, "BUDGET", scratch_classes * rows * dtype.itemsize + sums)
+        monkeypatch.setattr(fused_linear, "_goes_by_classes", lambda *arguments: True)
+
+    return send
+
+
+def assert_same(tensors, target, upstream=0.37, *, tolerance=None, **options):
+    hidden, weight, bias = tensors
+    used = [x for x in tensors if x is not None and x.requires_grad]
+    results = []
+    for function in (linear_rdrop_cross_entropy, explicit):
+        output = function(hidden, weight, target, bias=bias, **options)
+        scale = torch.full_like(output.loss, upstream)
+        if scale.dim():  # under "none" another one for each item
+            scale = torch.linspace(-1, 2, scale.numel(), dtype=scale.dtype)
+        results.append((*output, *torch.autograd.grad(output.loss, used, scale)))
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, **(tolerance or {}))
+
+
+@pytest.mark.parametrize("impl", ["chunked", TRITON])
+@pytest.mark.parametrize(
+    ("num_passes", "options"),
+    [
+        (2, {}),
+        (1, {"label_smoothing": 0.1}),
+        (2, {"reduction": "none", "label_smoothing": 0.1}),
+        (3, {"reduction": "sum", "backward_passes": 1, "logit_scale": 0.7}),
+        (2, {"class_weight": WEIGHTS, "label_smoothing": 0.2, "num_items": 3}),
+        (3, {"softcap": 3.0, "logit_scale": 1.3, "ignore_index": 4}),
+    ],
+    ids=str,
+)
+def test_equals_the_loss_of_explicit_logits(impl, num_passes, options, by_classes):
+    """In blocks of 6 classes: some in scratch, some in the weight's memory, some not kept."""
+    tensors, target = make(num_passes, 3)
+    target[1] = options.get("ignore_index", -100)
+    by_classes(6, num_passes * 3)
+    options = {"alpha": 1.7 if num_passes > 1 else 0.0, "num_passes": num_passes, **options}
+    assert_same(tensors, target, impl=impl, **options)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_passes=st.integers(1, 4),
+    items=st.integers(0, 9),
+    classes=st.integers(1, 40),
+    scratch=st.integers(1, 50),
+    block=st.sampled_from([None, 1, 3]),
+    has_bias=st.booleans(),
+    share_ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_agrees_on_any_shape(
+    num_passes, items, classes, scratch, block, has_bias, share_ignored, seed
+):
+    """Whatever is kept in scratch, in the memory of the weight's gradient, or not at all."""
+    (hidden, weight, bias), target = make(num_passes, items, classes=classes, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    target[torch.rand(target.shape, generator=generator) < share_ignored] = -100
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(class_blocks, "_ALIGNED", 1)
+        patch.setattr(class_blocks, "BLOCK", block)
+        patch.setattr(class_blocks, "BUDGET", scratch * max(1, num_passes * items) * 8)
+        patch.setattr(fused_linear, "_goes_by_classes", lambda *arguments: True)
+        options = {"alpha": 1.3 if num_passes > 1 else 0.0, "num_passes": num_passes}
+        assert_same((hidden, weight, bias if has_bias else None), target, **options)
+
+
+def test_items_without_a_label_count_in_the_divergence_alone(by_classes):
+    tensors, target = make()
+    target[0], target[3] = -1, -100
+    by_classes(4, 10)
+    assert_same(tensors, target, alpha=1.0, unlabelled_index=-1)
+
+
+@pytest.mark.parametrize("impl", ["chunked", TRITON])
+@pytest.mark.parametrize("masked", [slice(0, 10), slice(20, None), slice(3, None)])
+def test_classes_masked_in_every_pass_contribute_nothing(impl, masked, by_classes):
+    """Whole blocks of them, at the beginning and at the end; the target is in none."""
+    (hidden, weight, bias), _ = make(2, 2)
+    keep = torch.ones(CLASSES, dtype=torch.bool)
+    keep[masked] = False
+    position = torch.randint(0, int(keep.sum()), (2,))
+    target = keep.nonzero()[:, 0][position]
+    by_classes(6, 4)
+    blocked = bias.detach().masked_fill(~keep, -torch.inf)
+    found = linear_rdrop_cross_entropy(hidden, weight, target, alpha=1.0, bias=blocked, impl=impl)
+    expected = explicit(hidden, weight[keep], position, alpha=1.0, bias=bias[keep])
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(x.loss, (hidden, weight)) for x in (found, expected))
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("impl", ["chunked", TRITON])
+def test_a_class_masked_in_one_pass_only_is_refused(impl, by_classes):
+    weight = make(2, 1)[0][1].detach()
+    weight[:, 1] = 0
+    hidden = torch.ones(2, FEATURES, dtype=torch.float64)
+    weight[20, 1], hidden[1, 1] = 1e200, -1e200  # the product is -inf
+    by_classes(4, 2)
+    weight.requires_grad_()
+    with pytest.raises(ValueError, match="the KL is infinite"):
+        linear_rdrop_cross_entropy(hidden, weight, torch.tensor([1]), alpha=1.0, impl=impl)
+
+
+def test_gradcheck(by_classes):
+    tensors, target = make(2, 3, classes=9)
+    target[1] = -100
+    by_classes(2, 6)
+    options = {"alpha": 1.3, "softcap": 2.0, "label_smoothing": 0.1}
+
+    def loss(hidden, weight, bias):
+        return linear_rdrop_cross_entropy(hidden, weight, target, bias=bias, **options).loss
+
+    assert torch.autograd.gradcheck(loss, tensors)
+
+
+def test_a_second_backward_computes_what_the_first_has_overwritten(by_classes):
+    (hidden, weight, _), target = make()
+    by_classes(3, 10)
+    loss = linear_rdrop_cross_entropy(hidden, weight, target, alpha=1.0).loss
+    first = torch.autograd.grad(loss * 3, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss * 3, (hidden, weight))
+    for x, y in zip(first, second, strict=True):
+        torch.testing.assert_close(x, y)
+        assert x.data_ptr() != y.data_ptr()
+
+
+@pytest.mark.parametrize("frozen", range(3))
+def test_what_is_frozen_gets_no_gradient(frozen, by_classes):
+    tensors, target = make()
+    tensors[frozen] = tensors[frozen].detach()
+    by_classes(3, 10)
+    assert_same(tensors, target, alpha=1.0)
+
+
+# --- half precision --------------------------------------------------------------------------
+
+
+def errors(dtype, function, tensors, target, **options):
+    """Return how far loss and gradients in `dtype` are from those of float64, relatively."""
+    exact = [x.detach().to(dtype).double().requires_grad_() for x in tensors]
+    rounded = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    truth = explicit(exact[0], exact[1], target, bias=exact[2], **options)
+    output = function(rounded[0], rounded[1], target, bias=rounded[2], **options)
+    wanted = torch.autograd.grad(truth.loss, exact)
+    found = torch.autograd.grad(output.loss * 2.0**12, rounded)
+    assert [x.dtype for x in found] == [dtype] * 3
+    distances = [
+        ((x.double() / 2.0**12 - y).norm() / y.norm()).item()
+        for x, y in zip(found, wanted, strict=True)
+    ]
+    return [abs(output.loss.item() / truth.loss.item() - 1), *distances]
+
+
+@pytest.mark.parametrize(
+    ("impl", "softcap"),
+    [("chunked", None), ("chunked", 4.0), pytest.param("triton", 4.0, marks=TRITON.marks)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_error_is_at_most_that_of_explicit_logits_in_the_same_dtype(
+    impl, dtype, softcap, by_classes
+):
+    tensors, target = make(2, 6)
+    options = {"alpha": 2.0, "softcap": softcap}
+    by_classes(12, 12, dtype)
+    ours = errors(dtype, linear_rdrop_cross_entropy, tensors, target, impl=impl, **options)
+    theirs = errors(dtype, explicit, tensors, target, **options)
+    slack = 4 * torch.finfo(dtype).eps
+    assert all(a <= b + slack for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+    assert max(ours) < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("upstream", [2.0**20, 1.0])
+def test_float16_gradients_do_not_underflow_before_a_scaler_acts(upstream, by_classes):
+    """Divided by the items in float16, nearly all gradients of the logits would be 0."""
+    (hidden, weight, _), target = make(2, 512, dtype=torch.float16)
+    by_classes(10, 1024, torch.float16)
+    num_items = 2.0**22 * upstream / 2.0**20
+
+    def run(hidden, weight):
+        options = {"alpha": 1.0, "num_items": num_items}
+        loss = linear_rdrop_cross_entropy(hidden, weight, target, **options).loss
+        return torch.autograd.grad(loss * upstream, (hidden, weight))
+
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    for x, y in zip(run(hidden, weight), run(*exact), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=2e-2, atol=1e-3 * y.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_autocast_gives_gradients_in_the_dtypes_of_the_tensors(dtype, by_classes):
+    (hidden, weight, bias), target = make(dtype=torch.float32)
+    by_classes(3, 10, dtype)
+    with torch.autocast("cpu", dtype):
+        output = linear_rdrop_cross_entropy(hidden, weight, target, bias=bias, alpha=2.0)
+        expected = explicit(hidden, weight, target, bias=bias, alpha=2.0)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(output.loss, (hidden, weight, bias))
+    wanted = torch.autograd.grad(expected.loss, (hidden, weight, bias))
+    for x, y in zip(found, wanted, strict=True):
+        assert x.dtype == torch.float32
+        assert (x - y).norm() < 4 * torch.finfo(dtype).eps * y.norm()
+
+
+# --- cost ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scratch", "again"), [(CLASSES, 0), (15, 14 - 8), (3, 26 - 15)])
+def test_only_what_no_memory_holds_is_computed_again(scratch, again, by_classes):
+    (hidden, weight, _), target = make()  # 10 rows of logits, 6 features
+    by_classes(scratch, 10, block=1)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        linear_rdrop_cross_entropy(hidden, weight, target, alpha=1.0).loss.backward()
+    names = [event.name for event in profiler.events()]
+    assert names.count("aten::mm") == CLASSES + again  # those of logits; of gradients, addmm_
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "classes", "kept"),
+    [
+        # All of them in the scratch buffer; then 5/8 and about 1/2; more rows than features.
+        (4096, 768, 32_000, 1.0),
+        (4096, 2048, 128_256, 0.62),
+        (8192, 4096, 128_256, 0.54),
+        (2048, 4096, 128_256, 1.0),
+    ],
+)
+def test_what_is_kept_at_the_sizes_of_models(rows, features, classes, kept):
+    hidden = torch.empty(2, rows // 2, features, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(classes, features, dtype=torch.bfloat16, device="meta")
+    plan = make_plan(hidden, Projection(weight, dtype=torch.bfloat16))
+    assert plan.kept / classes == pytest.approx(kept, abs=0.02)
+    assert plan.scratch * rows * 2 + hidden.nbytes <= class_blocks.BUDGET
