@@ -1,10 +1,13 @@
 """R-Drop in the Hugging Face Trainer (transformers 5)."""
 
-from regdrop.integrations.transformers.heads import Head, find_head
-from regdrop.integrations.transformers.trainer import (
-    RDropSeq2SeqTrainer,
-    RDropTrainer,
-    RDropTrainerMixin,
-)
+from regdrop.integrations import extra
+
+with extra("transformers"):
+    from regdrop.integrations.transformers.heads import Head, find_head
+    from regdrop.integrations.transformers.trainer import (
+        RDropSeq2SeqTrainer,
+        RDropTrainer,
+        RDropTrainerMixin,
+    )
 
 __all__ = ["Head", "RDropSeq2SeqTrainer", "RDropTrainer", "RDropTrainerMixin", "find_head"]
