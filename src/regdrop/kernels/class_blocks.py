@@ -18,7 +18,13 @@ from torch import Tensor
 
 from regdrop.kernels.class_rows import ClassRows, Columns, RowSums, class_rows
 from regdrop.kernels.closed_form import accumulator, scale_gradients
-from regdrop.kernels.projection import Gradients, Projection, add_product, multiply
+from regdrop.kernels.projection import (
+    Gradients,
+    Projection,
+    add_product,
+    multiply,
+    without_autocast,
+)
 from regdrop.kernels.selection import closed_form_kernel
 from regdrop.kernels.target import Target
 
@@ -150,7 +156,7 @@ def collect_blocks(
     rows = hidden.to(dtype).reshape(-1, features)
     # Those that are not kept before those that stay in the same memory.
     blocks = [*plan.other_blocks(), *plan.kept_blocks()]
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         for i, block in enumerate(blocks):
             logits = _multiply(rows, projection, block, kept.logits(block))
             columns = _columns(logits, projection, block, num_passes)
@@ -198,7 +204,7 @@ def grade_blocks(
     scaled = scale_gradients(*grads, num_passes, backward_passes)
     rows = hidden.to(dtype).reshape(-1, features)
     graded = backward_passes * num_items
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         for block in (*plan.kept_blocks(), *plan.other_blocks()):
             logits = kept.logits(block)
             if block.start >= plan.kept:

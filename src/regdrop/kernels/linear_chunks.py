@@ -19,6 +19,7 @@ from regdrop.kernels.projection import (
     logits_slope,
     multiply,
     shape_logits,
+    without_autocast,
 )
 from regdrop.kernels.selection import closed_form_kernel
 from regdrop.kernels.target import Target
@@ -72,7 +73,7 @@ def work_in_chunks(
     buffer = hidden.new_empty(num_passes * size, classes, dtype=dtype)
     is_direct = dtype == wide or adds_in_float32(hidden.device, dtype)
     scratch = torch.empty_like(weight) if wanted[1] and not is_direct else None
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         for start in range(0, num_items, size):
             stop = min(start + size, num_items)
             rows = hidden[:, start:stop].to(dtype).reshape(-1, features)

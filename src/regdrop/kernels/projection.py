@@ -1,7 +1,8 @@
 """The linear layer before the loss: its products, the logits made of them, and its gradients."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,10 +45,22 @@ def with_dtype(hidden: Tensor, projection: Projection) -> Projection:
     """Return a projection whose dtype is given: its own, autocast's, or that of the states."""
     if projection.dtype is not None:
         return projection
-    device, dtype = hidden.device.type, hidden.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = hidden.dtype
+    if dtype != torch.float64 and casts_itself(hidden.device):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
     return projection._replace(dtype=dtype)
+
+
+def casts_itself(device: torch.device) -> bool:
+    """Return whether autocast is on; not every device has one."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which products are computed in the dtype of their factors."""
+    if not casts_itself(device):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def project(hidden: Tensor, projection: Projection) -> Tensor:
@@ -55,7 +68,7 @@ def project(hidden: Tensor, projection: Projection) -> Tensor:
     projection = with_dtype(hidden, projection)
     weight, bias, dtype = projection.weight, projection.bias, projection.dtype
     assert dtype is not None
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(hidden.device):
         rows = hidden.to(dtype).reshape(-1, hidden.shape[-1])
         products = multiply(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
         logits = shape_logits(products, projection.scale, projection.softcap)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regdrop.kernels import Implementation, Projection, Target, linear_loss, linear_terms
+from regdrop.kernels.projection import casts_itself
 from regdrop.loss.checks import (
     check_classes,
     check_counts,
@@ -56,9 +57,11 @@ def linear_rdrop_cross_entropy(
 ) -> RDropOutput:
     """Compute `rdrop_cross_entropy` of `hidden @ weight.T + bias` without those logits.
 
-    Items are worked off in chunks, the ignored ones not at all. Under "mean" and "sum" the
+    On a CPU items are worked off in chunks, the ignored ones not at all: under "mean" and "sum" the
     gradients are computed in the forward, by the three matrix products of a linear layer; under
-    "none" the backward computes the logits again. On a GPU the number of valid items is read back.
+    "none" the backward computes the logits again. On a GPU it is blocks of classes, or chunks where
+    they are better, and ignored items are computed and count for nothing: nobody waits for the
+    device to say how many they are.
 
     Args:
         hidden: (num_passes * batch, ..., features), float16, bfloat16, float32 or float64; pass 0
@@ -81,8 +84,9 @@ def linear_rdrop_cross_entropy(
         logit_scale: A number that multiplies the logits, as in Cohere's models; or a scalar
             tensor, which gets its gradient and multiplies `hidden` (and `bias`) in their dtype.
         softcap: Bound c of the logits, `c * tanh(logits / c)`, as in Gemma 2.
-        chunk_size: Items a chunk; by default as many as take no more memory than `hidden`, and at
-            least 256 rows of all passes; more in half precision and on a GPU.
+        chunk_size: Items a chunk; by default as many on a CPU as take no more memory than `hidden`,
+            and at least 256 rows of all passes, more in half precision. On a GPU a number asks for
+            chunks of items.
         backward_passes: As in `rdrop_cross_entropy`.
         num_weight: As in `rdrop_cross_entropy`.
         impl: As in `rdrop_cross_entropy`, but for "eager": what compares the logits of a chunk.
@@ -181,9 +185,10 @@ def linear_cross_entropy_terms(
         check_finite_divergence(kl)
     if found.labelled is not None:
         nll = nll.masked_fill(~found.labelled, 0)
-    empty = nll.new_zeros(target.numel())
-    nll, kl = (empty.index_add(0, found.positions, term).view(target.shape) for term in (nll, kl))
-    return ItemTerms(nll, kl, *found.counts)
+    if found.positions is not None:
+        empty = nll.new_zeros(target.numel())
+        nll, kl = (empty.index_add(0, found.positions, term) for term in (nll, kl))
+    return ItemTerms(nll.view(target.shape), kl.view(target.shape), *found.counts)
 
 
 def linear_cross_entropy_loss(
@@ -278,9 +283,9 @@ def linear_cross_entropy_loss(
 
 
 class _ValidRows(NamedTuple):
-    """The items that count."""
+    """The items that count; where none is dropped, all of them and which count."""
 
-    positions: Tensor  # (n,), their positions among all items
+    positions: Tensor | None  # (n,), their positions among all items; None: all are there
     hidden: Tensor  # (num_passes, n, features)
     target: Target
     labelled: Tensor | None  # (n,), where they count in the likelihood; None: all do
@@ -298,24 +303,38 @@ def _valid_rows(
     unlabelled_index: int | None,
     label_smoothing: float,
 ) -> _ValidRows:
-    """Check the arguments and drop the items that do not count, before anything is computed."""
+    """Check the arguments and drop, where that is free, the items that do not count."""
     _check(hidden, target, projection, num_passes, weight)
     num_items, num_classes = target.numel(), projection.weight.shape[0]
     check_unlabelled_index(unlabelled_index, ignore_index, num_classes)
     classes = target.reshape(-1).long()
-    index = (classes != ignore_index).nonzero()[:, 0]
     passes = hidden.reshape(num_passes, num_items, hidden.shape[-1])
-    if index.numel() < num_items:
-        passes = passes.index_select(1, index)
-    classes = classes[index]
+    counts_at = classes != ignore_index
+    index = valid = None
+    if drops_rows(hidden.device):
+        index = counts_at.nonzero()[:, 0]
+        if index.numel() < num_items:
+            passes = passes.index_select(1, index)
+        classes = classes[index]
+    else:
+        valid = counts_at
+        classes = torch.where(valid, classes, 0)
     labelled = None
     if unlabelled_index is not None:
         labelled = classes != unlabelled_index
         classes = torch.where(labelled, classes, 0)
     check_classes(classes, num_classes, ignore_index, unlabelled_index)
-    bundle = Target(classes, None, weight, label_smoothing, None)
+    bundle = Target(classes, None, weight, label_smoothing, valid)
     counts = count_classes(target, weight, ignore_index, unlabelled_index)
     return _ValidRows(index, passes, bundle, labelled, counts)
+
+
+def drops_rows(device: torch.device) -> bool:
+    """Return whether ignored items are left out: other devices would be waited for to count them.
+
+    A compiled function keeps them too, whose shapes would depend on their number.
+    """
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check(
@@ -355,7 +374,7 @@ def _check(
             )
     if class_weight is not None and class_weight.requires_grad:
         raise ValueError("class_weight must not require a gradient, got one that does; detach it")
-    is_cast = dtype is not None or torch.is_autocast_enabled(hidden.device.type)
+    is_cast = dtype is not None or casts_itself(hidden.device)
     if hidden.dtype != weight.dtype and not is_cast:
         raise TypeError(
             f"hidden and weight must have one dtype outside autocast, got {hidden.dtype} and "

@@ -1,0 +1,155 @@
+"""A training step never waits for a device to tell a number.
+
+Tensors of the meta device hold no numbers at all, and a loss takes every other branch there than
+that of a CPU: what needs a number fails, or is found by the operations that would read one.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import regdrop
+from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
+from regdrop.kernels import fused_linear
+from regdrop.loss import linear_cross_entropy
+
+# They read a number, or give a tensor whose shape depends on one.
+WAITING = {
+    "aten::_local_scalar_dense",
+    "aten::item",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::unique_consecutive",
+    "aten::bincount",
+    "aten::repeat_interleave.Tensor",
+}
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations that a GPU would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        is_boolean_index = name in ("aten::index", "aten::index_put", "aten::index_put_") and any(
+            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
+        )
+        if name in WAITING or is_boolean_index:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+
+def classes(*shape):
+    return torch.zeros(shape, dtype=torch.long, device="meta")
+
+
+def cross_entropy(**options):
+    loss = partial(rdrop_cross_entropy, alpha=1.0, **options)
+    return lambda: loss(meta(8, 3, 11), classes(4, 3)).loss
+
+
+def linear(dtype=torch.float32, **options):
+    loss = partial(linear_rdrop_cross_entropy, alpha=1.0, **options)
+    return lambda: loss(meta(8, 3, 6, dtype=dtype), meta(11, 6, dtype=dtype), classes(4, 3)).loss
+
+
+OPTIONS = [
+    {},
+    {"reduction": "none", "label_smoothing": 0.1},
+    {"reduction": "sum", "backward_passes": 1},
+    {"unlabelled_index": -1, "ignore_index": 3},
+    {"num_items": torch.empty((), device="meta"), "scale": "mean"},
+]
+LOSSES = {
+    **{f"cross entropy, {impl}": cross_entropy(impl=impl) for impl in ("auto", "chunked", "eager")},
+    **{f"cross entropy, {options}": cross_entropy(**options) for options in OPTIONS},
+    "cross entropy, in place": lambda: (
+        rdrop_cross_entropy(meta(8, 11) * 1, classes(4), alpha=1.0, inplace=True).loss
+    ),
+    "cross entropy, probabilities": lambda: (
+        rdrop_cross_entropy(meta(8, 11), torch.empty(4, 11, device="meta"), alpha=1.0).loss
+    ),
+    "cross entropy, float16": lambda: (
+        rdrop_cross_entropy(meta(8, 11, dtype=torch.float16), classes(4), alpha=1.0).loss
+    ),
+    **{f"linear, {options}": linear(**options) for options in OPTIONS},
+    "linear, chunks of items": linear(chunk_size=2),
+    "linear, float16": linear(torch.float16),
+    "linear, bfloat16, softcap": linear(torch.bfloat16, softcap=3.0),
+    "binary": lambda: (
+        regdrop.rdrop_binary_cross_entropy_with_logits(
+            meta(8, 5), torch.empty(4, 5, device="meta"), alpha=1.0
+        ).loss
+    ),
+    "binary, masked": lambda: (
+        regdrop.rdrop_binary_cross_entropy_with_logits(
+            meta(8, 5),
+            torch.empty(4, 5, device="meta"),
+            alpha=1.0,
+            mask=torch.empty(4, 5, dtype=torch.bool, device="meta"),
+        ).loss
+    ),
+    "squared error": lambda: (
+        regdrop.rdrop_mse_loss(meta(8, 5), torch.empty(4, 5, device="meta"), alpha=1.0).loss
+    ),
+    "symmetric KL": lambda: regdrop.symmetric_kl(
+        meta(8, 5), mask=torch.empty(4, dtype=torch.bool, device="meta")
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+def test_no_loss_waits_for_its_device(loss):
+    with Waits() as waits:
+        found = loss()
+        found.sum().backward()
+    assert found.device.type == "meta"
+    assert waits.found == []
+
+
+def test_what_waits_is_found():
+    numbers = torch.arange(3.0)
+    with Waits() as waits:
+        numbers[numbers > 1].sum().item()
+        numbers.masked_select(numbers > 1)
+        numbers[torch.tensor([0, 1])].sum()
+    assert set(waits.found) == {"aten::index", "aten::_local_scalar_dense", "aten::masked_select"}
+
+
+@pytest.mark.parametrize("by_classes", [True, False])
+@pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
+def test_ignored_items_that_are_not_dropped_count_for_nothing(by_classes, options, monkeypatch):
+    """As on other devices: the same loss and gradients as with the items dropped."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(8, 3, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(4, 11, (4, 3), generator=generator)
+    target[0, 1] = target[2] = options.get("ignore_index", -100)
+    if "unlabelled_index" in options:
+        target[1, 0] = -1
+
+    def run():
+        found = linear_rdrop_cross_entropy(hidden, weight, target, alpha=1.5, **options)
+        upstream = torch.linspace(-1, 2, found.loss.numel(), dtype=torch.float64)
+        return *found, *torch.autograd.grad(
+            found.loss, (hidden, weight), upstream.view(found.loss.shape)
+        )
+
+    expected = run()
+    monkeypatch.setattr(linear_cross_entropy, "drops_rows", lambda device: False)
+    monkeypatch.setattr(fused_linear, "_goes_by_classes", lambda *arguments: by_classes)
+    for x, y in zip(run(), expected, strict=True):
+        torch.testing.assert_close(x, y)
