@@ -222,6 +222,11 @@ TUNE = ("tune", "digits", "--vary", "rdrop.alpha=1")
         (("sweep", "cost", "--task", "digits", "--executor", "n:1"), "must be dask://HOST:PORT"),
         ((*TUNE, "--executor", "dask://n"), "must be dask://HOST:PORT"),
         (("compare", "digits", "--alpha", "-1"), "alpha must be finite and at least 0"),
+        (("train", "digits", "--alpha", "ramp"), "alpha must be a number or auto, got 'ramp'"),
+        (
+            ("train", "digits", "--alpha", "auto", "--set", "rdrop.alpha_warmup_steps=9"),
+            "alpha_warmup_steps=9 needs alpha_schedule",
+        ),
         (("train", "digits", "--arm", "magic"), "arm must be one of baseline"),
         (("train", "translation", "--preset", "x"), "preset of 'translation' must be one of"),
         (("train", "digits", "--set", "dropout"), "a setting must be name=value"),

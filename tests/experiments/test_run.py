@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 from regdrop.experiments import build_arms, run_arm, run_arms
 from regdrop.experiments import run as run_module
 from regdrop.experiments.record import record_path
+from regdrop.experiments.studies import study_arms
 from regdrop.tasks import Metric
 from regdrop.tasks.full_precision import TaskTrainer
 from regdrop.tasks.image_classification import ImageClassification
@@ -100,17 +101,26 @@ def interrupt_after_a_step(*args, **kwargs):
     return TaskTrainer(*args, callbacks=[AtStep5()], **kwargs)
 
 
-@pytest.mark.parametrize(("trainer", "next_step"), [(interrupt_after_a_step, 5), (WhileSaving, 3)])
+@pytest.mark.parametrize(
+    ("name", "trainer", "next_step"),
+    [
+        ("rdrop", interrupt_after_a_step, 5),
+        ("rdrop", WhileSaving, 3),
+        ("stall-8", interrupt_after_a_step, 5),
+        ("rising-dropout-4", interrupt_after_a_step, 5),
+    ],
+)
 def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_end(
-    tmp_path, short, monkeypatch, trainer, next_step
+    tmp_path, short, monkeypatch, name, trainer, next_step
 ):
-    arm = build_arms(short)["rdrop"]
+    arms = [*build_arms(short).values(), *study_arms("alpha-schedules", short)]
+    arm = next(arm for arm in arms if arm.name == name)
     whole = run_arm(short, arm, 0, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "TaskTrainer", trainer)
         with pytest.raises(KeyboardInterrupt):
             run_arm(short, arm, 0, tmp_path / "cut")
-    assert not record_path(tmp_path / "cut", "rdrop", 0).exists()
+    assert not record_path(tmp_path / "cut", name, 0).exists()
     steps = []
     resumed = run_arm(
         short, arm, 0, tmp_path / "cut", progress=lambda step, figures: steps.append(step)

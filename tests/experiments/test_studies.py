@@ -1,8 +1,11 @@
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import get_args
 
 import numpy as np
 import pytest
 
+from regdrop import RDropConfig
+from regdrop.config import AlphaRule
 from regdrop.experiments import build_arms
 from regdrop.experiments.arms import arm_order, other_arms, reference_arm
 from regdrop.experiments.cost import run_cost
@@ -12,6 +15,15 @@ from regdrop.experiments.report import write_report
 from regdrop.experiments.studies import STUDIES, study_arms
 from regdrop.experiments.study_plots import pareto_front
 from regdrop.tasks.image_presets import DIGITS
+
+VARIED = (
+    "alpha",
+    "alpha_rule",
+    "alpha_max",
+    "single_pass_below",
+    "every_n_steps",
+    "start_step",
+)
 
 
 def settings(arms, *names):
@@ -49,6 +61,49 @@ def test_dropout_rates_are_every_pair_once():
     pairs = [pair for (pair,) in settings(arms, "dropout_rates")]
     assert pairs == [(0.1, 0.1), (0.1, 0.2), (0.1, 0.3), (0.2, 0.2), (0.2, 0.3), (0.3, 0.3)]
     assert len(study_arms("dropout-rates", DIGITS)) == 15
+
+
+def test_schedules_of_alpha_are_constants_ramps_rules_and_cheaper_ramps():
+    arms = {arm.name: arm.rdrop for arm in study_arms("alpha-schedules", DIGITS, [0, 6])}
+    assert list(arms)[:6] == ["baseline", "alpha-0", "alpha-6", "ramp-8", "ramp-16", "ramp-32"]
+    rules = set(get_args(AlphaRule)) - {"ramp"}
+    for name in rules:
+        assert arms[f"{name}-8"].alpha_rule == name
+        assert arms[f"{name}-8"].alpha_max == 8
+    assert settings(study_arms("alpha-schedules", DIGITS, [3]), "alpha")[1] == (3,)
+    ramp = arms["ramp-16"]
+    assert (ramp.alpha, ramp.alpha_rule, ramp.alpha_max) == ("auto", "ramp", 16)
+    assert arms["ramp-16-below-8"] == replace(ramp, single_pass_below=8)
+    assert arms["ramp-16-every-2"] == replace(ramp, every_n_steps=2)
+    assert arms["ramp-16-below-5-every-2"] == replace(ramp, every_n_steps=2, single_pass_below=5)
+    late = arms["late-start"]
+    # Its mean over the run is that of the ramp to 16.
+    assert (late.alpha, late.start_step) == (16, DIGITS.training.max_steps / 2)
+    rising = next(a for a in study_arms("alpha-schedules", DIGITS) if a.dropout_rises)
+    assert (rising.rdrop.num_passes, rising.dropout_odds) == (1, 4)
+    others = [
+        {k: v for k, v in asdict(rdrop).items() if k not in VARIED}
+        for rdrop in arms.values()
+        if rdrop.num_passes == 2
+    ]
+    assert all(other == others[0] for other in others)
+
+
+def test_schedules_of_a_task_that_has_one_itself_begin_without_it():
+    auto = RDropConfig(alpha="auto", alpha_rule="gap", alpha_max=4.0, single_pass_below=2.0)
+    for rdrop in (
+        auto,
+        RDropConfig(alpha=2.0, alpha_schedule="linear", alpha_warmup_ratio=0.5, start_step=3),
+    ):
+        task = replace(DIGITS, rdrop=rdrop)
+        found, plain = (study_arms("alpha-schedules", t, [0, 6]) for t in (task, DIGITS))
+        assert [arm.rdrop for arm in found] == [arm.rdrop for arm in plain]
+    # The other studies and arms take such a task too.
+    task = replace(DIGITS, rdrop=auto)
+    assert settings(study_arms("alpha", task, [0, 2]), "alpha") == [(0,), (2,)]
+    assert build_arms(task)["alpha-0"].rdrop == build_arms(DIGITS)["alpha-0"].rdrop
+    assert build_arms(task)["rdrop"].description == "R-Drop, alpha by gap up to 4"
+    assert other_arms(task)["matched-dropout"].dropout_odds == 3
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -124,6 +179,42 @@ def test_cost_of_every_arm_counted_by_hand(record):
     assert found == pytest.approx(expected, rel=0.02)
 
 
+def test_cost_of_every_schedule_of_alpha(record):
+    """Of 600 steps to 16, alpha is below 8 for 300 and below 5 for 188."""
+    expected = {
+        "baseline": 1.0,
+        "ramp-16": 2.0,
+        "stall-8": 2.0,
+        "rising-dropout-4": 1.0,
+        "late-start": 1.5,
+        "ramp-16-below-8": 1.5,
+        "ramp-16-every-2": 1.5,
+        "ramp-16-below-5-every-2": (188 + 412 * 1.5) / 600,
+    }
+    arms = {arm.name: arm for arm in study_arms("alpha-schedules", DIGITS)}
+    for name, cost in expected.items():
+        one = record(name, config=resolved_config(DIGITS, arms[name]), steps=600)
+        assert run_cost(one) == pytest.approx(cost), name
+
+
+def test_cost_of_a_rule_with_one_pass_is_what_the_run_logged(record):
+    rdrop = RDropConfig(alpha="auto", alpha_rule="stall", single_pass_below=2.0)
+    history = [
+        {"step": 1, "passes": 1.0},
+        {"step": 10, "passes": 1.5},
+        {"step": 10, "eval_loss": 3.0},
+        {"step": 20, "passes": 2.0},
+    ]
+    one = record(config={"rdrop": rdrop.to_dict()}, history=history, steps=20)
+    assert run_cost(one) == pytest.approx((1 * 1 + 9 * 1.5 + 10 * 2) / 20)
+    half = {"rdrop": replace(rdrop, backward_passes=1).to_dict()}
+    assert run_cost(record(config=half, history=history, steps=20)) == pytest.approx(
+        1 + (34.5 / 20 - 1) / 3
+    )
+    with pytest.raises(ValueError, match="history of baseline must tell the passes"):
+        run_cost(record(config={"rdrop": rdrop.to_dict()}))
+
+
 def test_the_front_holds_what_no_other_point_beats():
     points = [(2.0, 0.9), (1.0, 0.5), (1.5, 0.95), (1.2, 0.4), (1.0, 0.6)]
     assert pareto_front(points, greater_is_better=True) == [4, 2]
@@ -176,11 +267,36 @@ def test_every_study_draws_its_figure(tmp_path, draw, study):
         assert grid.shape == (5, 5)
         np.testing.assert_allclose(grid, grid.T)
         np.testing.assert_allclose(grid[0], values[:5])
-    elif study == "cost":
+    elif study in ("cost", "alpha-schedules"):
         assert len(panel.get_legend_handles_labels()[1]) == len(arms)
     else:
         drawn = {round(y, 6) for line in panel.lines for y in line.get_ydata() if y > 1}
         assert set(values) <= drawn
+
+
+def test_schedules_of_alpha_are_drawn_by_step(tmp_path, record, monkeypatch):
+    arms = study_arms("alpha-schedules", DIGITS, [1])[:3]
+    from matplotlib.figure import Figure
+
+    kept = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (kept.append(self), save(self, *a, **k))
+    )
+    for i, arm in enumerate(arms):
+        history = [
+            {"step": s, "seconds": s, "alpha": i * s, "kl": 0.1, "nll": 1.0} for s in (1, 2)
+        ] + [{"step": 2, "seconds": 2, "eval_loss": 2.0, "eval_accuracy": 0.5, "eval_nll": 2.0}]
+        config = resolved_config(DIGITS, arm)
+        record(arm.name, config=config, history=history).save(record_path(tmp_path, arm.name, 0))
+    note_command(tmp_path, "alpha-schedules", "regdrop sweep alpha-schedules")
+    write_report(tmp_path)
+    (schedules,) = [f for f in kept if f.axes[0].get_title().startswith("alpha of")]
+    titles = [axes.get_title() for axes in schedules.axes]
+    assert titles[1:] == ["KL between passes", "training NLL (with dropout)", "validation loss"]
+    lines = {line.get_label(): list(line.get_ydata()) for line in schedules.axes[0].lines}
+    assert lines == {"baseline": [0, 0], "alpha-1": [1, 2], "ramp-8": [2, 4]}
+    assert (tmp_path / "alpha_schedules.png").exists()
 
 
 def test_a_folder_keeps_to_one_study_and_its_commands(tmp_path, record):

@@ -21,6 +21,14 @@ def test_a_setting_of_the_command_line_comes_after_its_option():
     assert change_task(DIGITS, alpha=2.0, settings=["rdrop.alpha=3"]).rdrop.alpha == 3
 
 
+def test_an_alpha_that_nobody_chose_is_chosen_by_name():
+    rdrop = change_task(DIGITS, alpha="auto", settings=["rdrop.alpha_rule=stall"]).rdrop
+    assert (rdrop.alpha, rdrop.alpha_rule) == ("auto", "stall")
+    settings = ["rdrop.alpha_schedule=cosine", "rdrop.alpha_warmup_ratio=0.5"]
+    assert change_task(DIGITS, settings=settings).rdrop.alpha_warmup_ratio == 0.5
+    assert change_task(DIGITS, settings=["rdrop.alpha=auto"]).rdrop.alpha == "auto"
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

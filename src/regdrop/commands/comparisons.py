@@ -70,7 +70,8 @@ def tasks() -> None:
     table = Table("task", "preset", "what", "steps", "alpha")
     for name, task in PRESETS.items():
         steps, alpha = task.training.max_steps, task.rdrop.alpha
-        table.add_row(task.family, name, task.description, f"{steps:,}", f"{alpha:g}")
+        shown = alpha if alpha == "auto" else f"{alpha:g}"
+        table.add_row(task.family, name, task.description, f"{steps:,}", shown)
     console.print(table)
 
 

@@ -1,7 +1,7 @@
 """The options of the commands that train, and the task that they choose."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,7 +16,23 @@ Data = Annotated[
     str | None, typer.Option("--data", "--dataset", help="A folder of data, or a hub id.")
 ]
 ModelOption = Annotated[str | None, typer.Option(help="A checkpoint: folder or hub id.")]
-Alpha = Annotated[float | None, typer.Option(help="Weight of the KL, instead of the preset's.")]
+
+
+def _alpha(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"alpha must be a number or auto, got {text!r}") from None
+
+
+Alpha = Annotated[
+    Any,
+    typer.Option(
+        parser=_alpha, metavar="NUMBER", help="Weight of the KL, or auto, instead of the preset's."
+    ),
+]
 Steps = Annotated[int | None, typer.Option(help="Optimiser steps, instead of the preset's.")]
 Settings = Annotated[
     list[str] | None,
@@ -47,7 +63,7 @@ def chosen_task(
     preset: str | None,
     data: str | None,
     model: str | None,
-    alpha: float | None,
+    alpha: float | Literal["auto"] | None,
     steps: int | None,
     settings: Sequence[str] | None,
 ) -> Task:

@@ -37,6 +37,7 @@ class Arm:
         rdrop: R-Drop's options; one pass with alpha 0 is training without it.
         training: Optimisation.
         dropout_odds: What the odds of every dropout rate are multiplied by.
+        dropout_rises: Whether that factor rises from 1 over the run.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Arm:
     rdrop: RDropConfig
     training: TrainingSettings
     dropout_odds: float = 1.0
+    dropout_rises: bool = False
 
 
 def baseline_arm(task: Task) -> Arm:
@@ -82,11 +84,11 @@ def build_arms(task: Task) -> dict[str, Arm]:
             single,
             training.stretched(2),
         ),
-        Arm(CONTROL, "two passes without the KL", replace(rdrop, alpha=0.0), training),
-        Arm("rdrop", f"R-Drop, alpha {rdrop.alpha:g}", rdrop, training),
+        Arm(CONTROL, "two passes without the KL", rdrop.with_alpha(0.0), training),
+        Arm("rdrop", f"R-Drop, {_alpha_text(rdrop)}", rdrop, training),
         Arm(
             "rdrop-one-backward",
-            f"R-Drop, alpha {rdrop.alpha:g}, gradient through one pass",
+            f"R-Drop, {_alpha_text(rdrop)}, gradient through one pass",
             replace(rdrop, backward_passes=1),
             training,
         ),
@@ -112,7 +114,8 @@ def other_arms(task: Task) -> dict[str, Arm]:
         impl=task.rdrop.impl,
     )
     fraternal = replace(base, alpha=0.3, method="fraternal")
-    alpha = task.rdrop.alpha
+    # Of an alpha that rises, the mean over the run.
+    alpha = task.rdrop.alpha_max / 2 if task.rdrop.alpha == "auto" else task.rdrop.alpha
     arms = (
         replace(
             baseline_arm(task),
@@ -122,7 +125,7 @@ def other_arms(task: Task) -> dict[str, Arm]:
         ),
         Arm(
             "two-thirds-batch",
-            f"R-Drop, alpha {alpha:g}, on two thirds of each batch",
+            f"R-Drop, {_alpha_text(task.rdrop)}, on two thirds of each batch",
             replace(task.rdrop, scale="mean"),
             _smaller_batch(task.training, 2 / 3),
         ),
@@ -130,6 +133,12 @@ def other_arms(task: Task) -> dict[str, Arm]:
         Arm("fraternal", "fraternal dropout, kappa 0.15", fraternal, task.training),
     )
     return {arm.name: arm for arm in arms}
+
+
+def _alpha_text(rdrop: RDropConfig) -> str:
+    if rdrop.alpha == "auto":
+        return f"alpha by {rdrop.alpha_rule} up to {rdrop.alpha_max:g}"
+    return f"alpha {rdrop.alpha:g}"
 
 
 def _smaller_batch(training: TrainingSettings, share: float) -> TrainingSettings:

@@ -13,7 +13,7 @@ from regdrop.tasks import Metric
 
 # Distinct also for colour-blind readers (Okabe and Ito).
 COLOURS = ("#000000", "#999999", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
-_STYLES = ("-", "--", ":")
+_STYLES = ("-", "--", ":", "-.", (0, (1, 3)))
 _COLUMNS = 2
 _LEGEND_COLUMNS = 5
 # As many characters fit into a line of the legend, where each entry's line takes some.
@@ -42,19 +42,28 @@ def draw_plots(
     curves.append(("kl", "KL between passes", 1.0, True))
     return [
         (
-            _draw(records, curves, axis, folder / f"curves_by_{axis}.png"),
+            draw_curves(records, curves, axis, folder / f"curves_by_{axis}.png"),
             f"Training and validation curves and the KL between passes, by {axis}",
         )
         for axis in _AXES
     ]
 
 
-def _draw(
+def draw_curves(
     records: Sequence[RunRecord],
     curves: Sequence[tuple[str, str, float, bool]],
     axis: str,
     path: Path,
 ) -> Path:
+    """Draw what the histories of all arms hold, a panel each.
+
+    Args:
+        records: Records of one task.
+        curves: Of each panel its key in the histories, its title, what it is multiplied by, and
+            whether its axis is logarithmic.
+        axis: "step" or "minute".
+        path: Where the image is written.
+    """
     figure, panels = new_figure(len(curves))
     for (key, title, factor, logarithmic), panel in zip(curves, panels, strict=False):
         _draw_panel(panel, records, key, axis, factor)

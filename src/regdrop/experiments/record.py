@@ -206,7 +206,7 @@ def _with_details(contents: Mapping[Path, dict[str, Any]]) -> dict[Path, RunReco
 
 
 # The settings of a run that the arms of a task may have of their own.
-ARM_SETTINGS = ("training", "rdrop", "dropout_odds")
+ARM_SETTINGS = ("training", "rdrop", "dropout_odds", "dropout_rises")
 
 
 def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
@@ -217,6 +217,7 @@ def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
         "training": asdict(arm.training),
         "rdrop": arm.rdrop.to_dict(),
         "dropout_odds": arm.dropout_odds,
+        "dropout_rises": arm.dropout_rises,
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain

@@ -30,6 +30,7 @@ from regdrop.experiments.record import (
     resolved_config,
     write_json,
 )
+from regdrop.experiments.rising_dropout import RisingDropout
 from regdrop.integrations.transformers import RDropTrainer
 from regdrop.integrations.transformers.checkpoints import average_weights
 from regdrop.passes import find_dropout, scale_dropout_odds
@@ -123,6 +124,8 @@ def train_run(
     )
     trainer.add_callback(history)
     trainer.add_callback(EpochCallback(train))
+    if arm.dropout_rises:
+        trainer.add_callback(RisingDropout(model, arm.dropout_odds))
     trainer.train(resume_from_checkpoint=checkpoint)
     best_step, figures = _select(task, arm, trainer, history, paths.work)
     test, examples = _test(task, trainer, prepared, tests)
@@ -172,7 +175,7 @@ def _begin(
         set_seed(seed)
         model = prepared.build_model()
         _check_dropout(model, arm)
-        if arm.dropout_odds != 1:
+        if arm.dropout_odds != 1 and not arm.dropout_rises:
             scale_dropout_odds(model, arm.dropout_odds)
     except ValueError:
         if checkpoint is None and is_main_process():

@@ -5,9 +5,13 @@ from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 from typing import Any
 
+from regdrop.alpha import RULES
 from regdrop.config import RDropConfig
-from regdrop.experiments.arms import BASELINE, Arm, build_arms
+from regdrop.experiments.arms import BASELINE, Arm, baseline_arm, build_arms
 from regdrop.tasks import Task
+
+# The settings of every rule for alpha: the end of a ramp, the most that another may give.
+_ALPHA_ENDS = (8.0, 16.0, 32.0)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,77 @@ def _arm(task: Task, name: str, description: str, **changes: Any) -> Arm:
 
 
 def _alpha(task: Task, grid: Sequence[float]) -> list[Arm]:
-    return [_arm(task, f"alpha-{a:g}", f"R-Drop, alpha {a:g}", alpha=a) for a in grid]
+    return [
+        Arm(f"alpha-{a:g}", f"R-Drop, alpha {a:g}", _rdrop(task).with_alpha(a), task.training)
+        for a in grid
+    ]
+
+
+def _alpha_schedules(task: Task, grid: Sequence[float]) -> list[Arm]:
+    """Return constants, ramps, rules and cheaper ramps; of a ramp to 16 the mean alpha is 8."""
+    plain = replace(task, rdrop=_without_schedule(task.rdrop))
+    baseline = baseline_arm(task)
+    arms = [baseline, *_alpha(plain, grid)]
+    for end in _ALPHA_ENDS:
+        text = f"R-Drop, alpha from 0 to {end:g} over the run"
+        arms.append(_arm(plain, f"ramp-{end:g}", text, alpha="auto", alpha_max=end))
+    for rule in RULES:
+        if rule == "ramp":
+            continue
+        arms += [
+            _arm(
+                plain,
+                f"{rule}-{end:g}",
+                f"R-Drop, alpha by the rule {rule}, at most {end:g}",
+                alpha="auto",
+                alpha_rule=rule,
+                alpha_max=end,
+            )
+            for end in _ALPHA_ENDS
+        ]
+    half = round(task.training.max_steps / 2)
+    cheaper: list[tuple[str, str, dict[str, Any]]] = [
+        ("below-8", "one pass below 8", {"single_pass_below": 8.0}),
+        ("every-2", "on every 2nd step", {"every_n_steps": 2}),
+        (
+            "below-5-every-2",
+            "one pass below 5, then on every 2nd step",
+            {"single_pass_below": 5.0, "every_n_steps": 2},
+        ),
+    ]
+    return [
+        *arms,
+        replace(
+            baseline,
+            name="rising-dropout-4",
+            description="one pass, the odds of its dropout rising to 4 times over the run",
+            dropout_odds=4.0,
+            dropout_rises=True,
+        ),
+        _arm(
+            plain,
+            "late-start",
+            "R-Drop, alpha 16 in the second half of the steps",
+            alpha=16.0,
+            start_step=half,
+        ),
+        *(
+            _arm(plain, f"ramp-16-{name}", f"R-Drop, alpha from 0 to 16, {text}", **ramp)
+            for name, text, changes in cheaper
+            for ramp in [{"alpha": "auto", "alpha_max": 16.0, **changes}]
+        ),
+    ]
+
+
+def _without_schedule(rdrop: RDropConfig) -> RDropConfig:
+    return replace(
+        rdrop.with_alpha(1.0),
+        alpha_schedule="constant",
+        alpha_warmup_steps=0,
+        alpha_warmup_ratio=None,
+        start_step=0,
+        every_n_steps=1,
+    )
 
 
 def _every_n_steps(task: Task, grid: Sequence[float]) -> list[Arm]:
@@ -143,6 +217,11 @@ STUDIES = {
         "Which dropout rates of the two passes?", (0.1, 0.2, 0.3, 0.4, 0.5), _dropout_rates
     ),
     "cost": Study("What does R-Drop's gain cost at least?", (), _cost),
+    "alpha-schedules": Study(
+        "Can a rule for the whole run take the place of a search for alpha?",
+        (0, 1, 3, 6, 10, 16),
+        _alpha_schedules,
+    ),
     "curves": Study(
         "How do the arms learn, by step and by minute?",
         (),

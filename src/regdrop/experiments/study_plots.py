@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from regdrop.experiments.plots import COLOURS, new_figure, save_figure
+from regdrop.experiments.plots import COLOURS, draw_curves, new_figure, save_figure
 from regdrop.experiments.record import RunRecord
 from regdrop.experiments.tables import Row, build_rows
 from regdrop.tasks import Metric
@@ -176,6 +176,24 @@ def _draw_cost(
     return [(path, f"{title}; arms of one cost are drawn a little apart")]
 
 
+def _draw_alpha_schedules(
+    records: Sequence[RunRecord], metrics: Mapping[str, Metric], folder: Path
+) -> list[tuple[Path, str]]:
+    """Draw figures against cost, and what alpha does to the losses by step."""
+    curves = [
+        ("alpha", "alpha of the last step with R-Drop", 1.0, False),
+        ("kl", "KL between passes", 1.0, True),
+        ("nll", "training NLL (with dropout)", 1.0, True),
+        ("eval_loss", "validation loss", 1.0, True),
+    ]
+    # A record made by hand may lack some.
+    curves = [c for c in curves if all(any(c[0] in e for e in r.history) for r in records)]
+    drawn = _draw_cost(records, metrics, folder)
+    path = draw_curves(records, curves, "step", folder / "alpha_schedules.png")
+    title = "Alpha, the KL between passes, and training and validation loss, by step"
+    return [*drawn, (path, title)]
+
+
 def _apart(values: Sequence[float]) -> list[float]:
     """Return places of points, those that share one a little apart."""
     step = 0.015 * (max(values) - min(values))
@@ -210,6 +228,7 @@ def _one_series(record: RunRecord) -> Sequence[str]:
 
 DRAWERS: dict[str, Drawer] = {
     "alpha": _draw_lines("alpha", "alpha", _one_series),
+    "alpha-schedules": _draw_alpha_schedules,
     "every-n-steps": _draw_lines("every_n_steps", "k, steps for one with R-Drop", _every_n_series),
     "num-passes": _draw_lines("num_passes", "number of passes", _one_series),
     "dropout-rates": _draw_rates,

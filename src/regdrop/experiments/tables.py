@@ -76,7 +76,8 @@ def build_rows(records: Sequence[RunRecord]) -> list[Row]:
             Row(
                 arm,
                 cells,
-                run_cost(runs[0], baseline[0] if baseline else None),
+                # A rule may give every seed its own number of passes.
+                sum(run_cost(run, baseline[0] if baseline else None) for run in runs) / len(runs),
                 sum(ratios) / len(ratios) if ratios else None,
                 _best_part(runs, find_metrics(records)),
                 len(runs),

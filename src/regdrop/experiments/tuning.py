@@ -195,7 +195,7 @@ def tune(
 
 def _matters(variation: Variation, arm: Arm) -> bool:
     if variation.name == "rdrop.alpha":
-        return arm.rdrop.alpha != 0 or arm.dropout_odds != 1
+        return arm.rdrop.alpha not in (0, "auto") or arm.dropout_odds != 1
     return not variation.name.startswith("rdrop.") or arm.rdrop.num_passes > 1
 
 

@@ -4,6 +4,7 @@ from regdrop.passes.dropout import DropoutSource, find_dropout
 from regdrop.passes.kept_state import kept_buffers, kept_random_state
 from regdrop.passes.noise import embedding_noise
 from regdrop.passes.rates import (
+    DropoutOdds,
     dropout_rates,
     scale_dropout_odds,
     uses_gradient_checkpointing,
@@ -13,6 +14,7 @@ from regdrop.passes.stacking import find_batch_size, find_tensors, repeat_batch,
 from regdrop.passes.strategies import Strategy, concatenate_outputs, run_passes
 
 __all__ = [
+    "DropoutOdds",
     "DropoutSource",
     "SharedPrefix",
     "Strategy",

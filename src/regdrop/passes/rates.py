@@ -57,27 +57,40 @@ def dropout_rates(model: nn.Module, rates: float | Sequence[float]) -> Iterator[
         state.restore()
 
 
-def scale_dropout_odds(model: nn.Module, factor: float) -> None:
-    """Multiply the odds p / (1 - p) of every dropout rate p of a model, for good.
+class DropoutOdds:
+    """The odds p / (1 - p) of every dropout rate p of a model, multiplied by a factor.
 
     To second order R-Drop with alpha multiplies dropout's own penalty by 1 + alpha, and that
     penalty is proportional to the odds: this is the same penalty by noise alone.
 
     Args:
         model: Its sources with a rate above 0 are changed: dropout modules, attention and LoRA.
-        factor: What the odds are multiplied by.
 
     Raises:
-        ValueError: For a factor that is not above 0, or a model without an active rate.
+        ValueError: For a model without an active rate.
     """
-    if not factor > 0:
-        raise ValueError(f"factor must be above 0, got {factor}")
-    sources = _settable(model)
-    if not sources:
-        raise ValueError("model must have a dropout rate above 0 to be changed, found none")
-    for found in sources:
-        odds = factor * found.source.rate / (1 - found.source.rate)
-        setattr(found.owner, found.attribute, odds / (1 + odds))
+
+    def __init__(self, model: nn.Module) -> None:
+        self._sources = _settable(model)
+        if not self._sources:
+            raise ValueError("model must have a dropout rate above 0 to be changed, found none")
+
+    def scale(self, factor: float) -> None:
+        """Make the odds so many times what they were in the beginning.
+
+        Raises:
+            ValueError: For a factor that is not above 0.
+        """
+        if not factor > 0:
+            raise ValueError(f"factor must be above 0, got {factor}")
+        for found in self._sources:
+            odds = factor * found.source.rate / (1 - found.source.rate)
+            setattr(found.owner, found.attribute, odds / (1 + odds))
+
+
+def scale_dropout_odds(model: nn.Module, factor: float) -> None:
+    """Multiply the odds of every dropout rate of a model for good; see `DropoutOdds`."""
+    DropoutOdds(model).scale(factor)
 
 
 def _settable(model: nn.Module) -> list[RateAttribute]:

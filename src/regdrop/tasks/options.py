@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from regdrop.config import RDropConfig
 from regdrop.tasks import DEFAULT_PRESETS, FAMILIES, PRESETS, Task
@@ -34,7 +34,7 @@ def change_task(
     *,
     data: str | None = None,
     model: str | None = None,
-    alpha: float | None = None,
+    alpha: float | Literal["auto"] | None = None,
     steps: int | None = None,
     settings: Sequence[str] = (),
 ) -> Task:
@@ -44,7 +44,7 @@ def change_task(
         task: The preset.
         data: Folder or hub id of other data.
         model: Checkpoint to fine-tune.
-        alpha: Weight of the KL.
+        alpha: Weight of the KL; "auto" for one that rises in the run.
         steps: Optimiser steps.
         settings: Further ones, each "name=value" with a JSON value; "training.NAME" and
             "rdrop.NAME" for the fields of those.

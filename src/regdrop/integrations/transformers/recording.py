@@ -12,10 +12,10 @@ _MARK = "The following hyperparameters were used during training:"
 
 
 class RecordOptions(TrainerCallback):
-    """Begins the logged parts, and shows the options to the trackers in the model's config.
+    """Begins what the trainer keeps of a run, and shows the options to the trackers.
 
-    Trackers record that config when training begins, and nothing else of a trainer of one's own.
-    Before the first step it is what it was, so that no saved model has an entry of ours.
+    Trackers record the model's config when training begins, and nothing else of a trainer of one's
+    own. Before the first step it is what it was, so that no saved model has an entry of ours.
 
     Args:
         trainer: Has the options as `rdrop`.
@@ -32,7 +32,7 @@ class RecordOptions(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the options; this callback comes before the trackers'."""
-        self._trainer.begin_parts()
+        self._trainer.begin_training()
         config = getattr(kwargs.get("model"), "config", None)
         if config is not None:
             # One entry an option: MLflow leaves out long values.

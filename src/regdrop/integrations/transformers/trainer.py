@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_compiled_module
+from accelerate.utils import broadcast_object_list, is_compiled_module
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
@@ -29,13 +29,14 @@ from regdrop.integrations.transformers.fused import find_fused_head
 from regdrop.integrations.transformers.heads import base_model
 from regdrop.integrations.transformers.own_loss import LossForward, OwnLoss
 from regdrop.integrations.transformers.parts import LoggedParts
+from regdrop.integrations.transformers.planning import StepPlanner, find_validation_loss
 from regdrop.integrations.transformers.recording import RecordOptions, add_to_model_card
 from regdrop.integrations.transformers.selection import HeadSelection
 from regdrop.integrations.transformers.verify import check_fused_head
 from regdrop.loss import ItemCounts, RDropOutput
 from regdrop.loss.reduction import term_weights
 from regdrop.passes import dropout_rates, embedding_noise
-from regdrop.schedule import StepPlan, is_monitored, plan_step
+from regdrop.schedule import StepPlan, is_monitored
 from regdrop.step import compute_step_loss
 
 CONFIG_NAME = "rdrop_config.json"
@@ -90,7 +91,9 @@ class RDropTrainerMixin(HeadSelection):
         self._num_weight: Tensor | None = None
         self._own_num_items: Tensor | int | None = None
         self._parts = LoggedParts()
-        self._resumed_parts: dict[str, Any] | None = None
+        max_steps = self.args.max_steps
+        self._planner = StepPlanner(self.rdrop, max_steps if max_steps > 0 else None)
+        self._resumed_state: dict[str, Any] | None = None
         self._is_checked = self._is_dropout_checked = self._has_warned = False
         self._is_fused = self._was_computed = False
         self._has_told_of_passes = False
@@ -112,7 +115,7 @@ class RDropTrainerMixin(HeadSelection):
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         self._was_computed = True
         step = self.state.global_step
-        plan = plan_step(self.rdrop, step)
+        plan = self._planner.plan(self.rdrop, step)
         head = self._head(inputs)
         assert self._source is not None
         own = self._source.own
@@ -143,7 +146,7 @@ class RDropTrainerMixin(HeadSelection):
         if isinstance(forward, LossForward):
             loss = self._add_own_loss(forward, result, plan, kl, num_items_in_batch)
         else:
-            self._parts.add(plan, result.nll, kl, head.counts())
+            self._note(plan, result.nll, kl, head.counts())
             loss = result.loss + forward.auxiliary_loss(self.rdrop, num_items_in_batch)
             loss = loss * self._gradient_shares(num_items_in_batch)
         return (loss, forward.last_output) if return_outputs else loss
@@ -237,11 +240,15 @@ class RDropTrainerMixin(HeadSelection):
             nll = nll * batches
         else:
             likelihood = likelihood / batches
-        self._parts.add(plan, nll, kl, ItemCounts(weight, counts.kl))
+        self._note(plan, nll, kl, ItemCounts(weight, counts.kl))
         factor = plan.factor
         if plan.num_passes > 1:
             factor = term_weights(plan.alpha, plan.num_passes, self.rdrop.scale)[0]
         return likelihood * factor + divergence
+
+    def _note(self, plan: StepPlan, nll: Tensor, kl: Tensor | None, counts: ItemCounts) -> None:
+        self._parts.add(plan, nll, kl, counts)
+        self._planner.add(plan, nll, kl, counts)
 
     def _gradient_shares(self, num_items: Tensor | int | None) -> int:
         """Return over how many processes gradients are averaged that were counted together."""
@@ -265,7 +272,8 @@ class RDropTrainerMixin(HeadSelection):
         """Run one micro-batch forward and backward, with each pass's dropout rate in force."""
         rates = self.rdrop.dropout_rates
         context: AbstractContextManager[None] = nullcontext()
-        if rates is not None and plan_step(self.rdrop, self.state.global_step).num_passes > 1:
+        plan = self._planner.plan(self.rdrop, self.state.global_step)
+        if rates is not None and plan.num_passes > 1:
             # Where passes are not treated alike, chance decides which rate each of them gets.
             shuffled = [rates[i] for i in torch.randperm(len(rates)).tolist()]
             context = dropout_rates(self._bare(model), shuffled)
@@ -306,13 +314,15 @@ class RDropTrainerMixin(HeadSelection):
             if parts.get("kl") == 0.0 and self.state.global_step > 1 and not self._has_warned:
                 warn_zero_divergence()
                 self._has_warned = True
+            if self.rdrop.single_pass_below is not None:
+                parts["passes"] = self._planner.collect_passes()
             logs = {**logs, **parts}
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model and, beside it, the R-Drop config; in checkpoints also its state."""
         super().save_model(output_dir, _internal_call)
-        state = self._parts.state(self.accelerator.reduce) if _internal_call else None
+        state = self._state() if _internal_call else None
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
             _write(folder / CONFIG_NAME, self.rdrop.to_dict())
@@ -325,18 +335,64 @@ class RDropTrainerMixin(HeadSelection):
         if not self._load_renamed(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         state = Path(resume_from_checkpoint) / STATE_NAME
-        self._resumed_parts = None
+        self._resumed_state = None
         if self.accelerator.is_main_process and state.exists():
-            self._resumed_parts = json.loads(state.read_text(encoding="utf-8"))
+            self._resumed_state = json.loads(state.read_text(encoding="utf-8"))
 
-    def begin_parts(self) -> None:
-        """Begin the logged parts anew, or as the checkpoint has them from which training goes on.
+    def _state(self) -> dict[str, Any]:
+        reduce = self.accelerator.reduce
+        return {**self._parts.state(reduce), "planner": self._planner.state(reduce)}
+
+    def begin_training(self) -> None:
+        """Begin the logged parts and the rule of alpha anew, or as a checkpoint has them.
 
         An attempt that `auto_find_batch_size` gave up has left its own.
         """
         self._parts = LoggedParts()
-        if self._resumed_parts is not None and self.state.global_step:
-            self._parts.load(self._resumed_parts, self.args.device)
+        self._planner = StepPlanner(self.rdrop, self.state.max_steps)
+        if self.rdrop.alpha_rule == "restore" and not self.args.load_best_model_at_end:
+            raise ValueError(
+                "alpha_rule='restore' goes back to the best checkpoint: it needs "
+                "load_best_model_at_end=True in the Trainer's arguments, got False"
+            )
+        has_validation = self.eval_dataset is not None and self.args.eval_strategy != "no"
+        if self._planner.reads_validation and not has_validation:
+            self._follow_ramp("no evaluation during training")
+        if not self.state.global_step:
+            return
+        is_main = self.accelerator.is_main_process
+        if is_main and self._resumed_state is not None:
+            self._parts.load(self._resumed_state, self.args.device)
+        held = [(self._resumed_state or {}).get("planner")]
+        if self.accelerator.num_processes > 1:
+            held = broadcast_object_list(held)
+        if held[0] is not None:
+            self._planner.load(held[0], self.args.device, is_main)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate in training; a rule of alpha reads the loss that comes out."""
+        metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
+        step = self.state.global_step - 1
+        if not self._planner.reads_validation or step < 0:
+            return metrics
+        loss = find_validation_loss(metrics)
+        if self.accelerator.num_processes > 1:
+            [loss] = broadcast_object_list([loss])
+        if loss is None:
+            self._follow_ramp(f"no loss among {', '.join(metrics)}, which the evaluation gave")
+            return metrics
+        should_restore = self._planner.observe(step, loss, self.accelerator.reduce)
+        if should_restore and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return metrics
+
+    def _follow_ramp(self, reason: str) -> None:
+        assert self._planner.controller is not None
+        self._planner.controller.follow_ramp()
+        self._tell(
+            f"alpha_rule={self.rdrop.alpha_rule!r} follows the validation loss, and there is "
+            f"{reason}: alpha follows the ramp to {self.rdrop.alpha_max:g}"
+        )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the Trainer's model card, with the R-Drop options among its hyperparameters."""

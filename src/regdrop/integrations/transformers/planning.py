@@ -1,0 +1,95 @@
+"""What each step of a Trainer's run does, and what the rule of alpha has seen of it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regdrop.alpha import AlphaController
+from regdrop.config import RDropConfig
+from regdrop.integrations.transformers.parts import LoggedParts
+from regdrop.loss import ItemCounts
+from regdrop.schedule import StepPlan, plan_step
+
+
+class StepPlanner:
+    """Plans the steps of a run: by the config's schedule, or by a rule that makes alpha "auto".
+
+    Args:
+        config: The options.
+        total_steps: Optimiser steps of the whole run; None where they are not known yet.
+    """
+
+    def __init__(self, config: RDropConfig, total_steps: int | None) -> None:
+        self.total_steps = total_steps
+        self.controller: AlphaController | None = None
+        if config.alpha == "auto" and total_steps is not None:
+            self.controller = AlphaController(
+                total_steps,
+                rule=config.alpha_rule,
+                alpha_max=config.alpha_max,
+                start_step=config.start_step,
+            )
+        self._seen = LoggedParts()
+        self._passes = self._batches = 0
+
+    @property
+    def reads_validation(self) -> bool:
+        """Whether alpha follows the validation loss."""
+        return self.controller is not None and self.controller.rule != "ramp"
+
+    def plan(self, config: RDropConfig, step: int) -> StepPlan:
+        """Return what a step does."""
+        alpha = None if self.controller is None else self.controller.alpha_at(step)
+        return plan_step(config, step, total_steps=self.total_steps, alpha=alpha)
+
+    def add(self, plan: StepPlan, nll: Tensor, kl: Tensor | None, counts: ItemCounts) -> None:
+        """Take note of a micro-batch, as `LoggedParts.add` does."""
+        self._passes += plan.num_passes
+        self._batches += 1
+        if self.reads_validation:
+            self._seen.add(plan, nll, kl, counts)
+
+    def collect_passes(self) -> float:
+        """Return the mean number of passes of the steps since the last call."""
+        passes, self._passes, self._batches = self._passes / max(1, self._batches), 0, 0
+        return passes
+
+    def observe(self, step: int, loss: float, reduce: Callable[..., Any]) -> bool:
+        """Take note of a validation loss after a step.
+
+        Args:
+            step: The step, counted from 0.
+            loss: The same on all processes.
+            reduce: Sums a tensor over all processes.
+
+        Returns:
+            Whether the weights of the lowest loss are to be loaded.
+        """
+        assert self.controller is not None
+        parts = {} if self._seen.is_empty else self._seen.collect(reduce)
+        self.controller.update(step, nll=parts.get("nll"), kl=parts.get("kl"), validation_loss=loss)
+        return self.controller.should_restore
+
+    def state(self, reduce: Callable[..., Any]) -> dict[str, Any]:
+        """Return what a checkpoint keeps, over all processes."""
+        return {
+            "passes": [self._passes, self._batches],
+            "rule": None if self.controller is None else self.controller.state_dict(),
+            "seen": self._seen.state(reduce),
+        }
+
+    def load(self, state: Mapping[str, Any], device: torch.device, is_main: bool) -> None:
+        """Take up what a checkpoint kept; sums over all processes on the main one alone."""
+        self._passes, self._batches = state["passes"]
+        if self.controller is not None and state["rule"] is not None:
+            self.controller.load_state_dict(state["rule"])
+        if is_main:
+            self._seen.load(state["seen"], device)
+
+
+def find_validation_loss(metrics: Mapping[str, float]) -> float | None:
+    """Return the loss of an evaluation, of several data sets that of the first; None without."""
+    losses = [value for name, value in metrics.items() if name.endswith("_loss")]
+    return metrics.get("eval_loss", losses[0] if losses else None)

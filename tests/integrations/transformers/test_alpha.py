@@ -1,0 +1,315 @@
+"""Alpha that rises in a run of the Trainer: ramps, rules, one pass while it is small."""
+
+import logging
+import os
+import socket
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from models import key_dropout, text_rows, tiny_bert
+from regdrop import AlphaController, RDropConfig
+from regdrop.alpha import RULES
+from regdrop.integrations.transformers import RDropTrainer
+from training import arguments, assert_same_run, logged, parameters
+
+AUTO = RDropConfig(alpha="auto")
+# Validation losses above those of training, and rising.
+HIGH = {2: 1.3, 4: 1.5, 6: 1.6, 8: 1.7}
+EVALUATED = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 2}
+
+
+class Losses(TrainerCallback):
+    """Replaces the validation losses of a run by given ones."""
+
+    def __init__(self, losses):
+        self.losses = losses
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if self.losses is not None:
+            metrics["eval_loss"] = self.losses[state.global_step]
+
+
+def make(folder, rdrop, *, losses=None, validation=True, model=None, **options):
+    # Every run sees the same masks, however its batches are cut.
+    passes = 2 if rdrop.num_passes > 1 else 1
+    return RDropTrainer(
+        model=key_dropout(tiny_bert(dropout=0.3), passes) if model is None else model,
+        args=arguments(folder, **{"max_steps": 8, **options}),
+        rdrop=rdrop,
+        train_dataset=text_rows(32),
+        eval_dataset=text_rows(16) if validation else None,
+        callbacks=[Losses(losses)],
+    )
+
+
+def train(*positional, resume=None, **named):
+    trainer = make(*positional, **named)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+# --- ramps --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", [None, 2])
+def test_auto_is_a_ramp_over_the_whole_run_however_its_length_is_given(tmp_path, epochs):
+    length = {"max_steps": -1, "num_train_epochs": epochs} if epochs else {}
+    found = train(tmp_path, AUTO, validation=False, **length)
+    assert found.state.global_step == 8
+    assert logged(found, "alpha") == pytest.approx([2.0 * step for step in range(8)])
+    ramp = RDropConfig(alpha=16.0, alpha_schedule="linear", alpha_warmup_steps=8)
+    assert_same_run(found, train(tmp_path, ramp, validation=False))
+
+
+def test_a_ratio_is_a_part_of_the_run(tmp_path):
+    config = RDropConfig(
+        alpha=6.0, alpha_schedule="linear", alpha_warmup_ratio=0.5, start_step=2, every_n_steps=2
+    )
+    found = logged(train(tmp_path, config), "alpha")
+    # Logs without R-Drop keep the last alpha.
+    assert found == pytest.approx([0, 0, 0, 0, 8, 8, 12, 12])
+
+
+def test_a_step_by_hand_knows_the_length_of_the_run(tmp_path):
+    trainer = make(tmp_path, AUTO)
+    trainer.model.train()
+    batch = torch.utils.data.default_collate([text_rows()[i] for i in range(8)])
+    assert trainer.compute_loss(trainer.model, batch).requires_grad
+
+
+# --- rules --------------------------------------------------------------------------------------
+
+
+def test_a_rule_acts_at_the_evaluations_of_the_trainer(tmp_path):
+    losses = {2: 3.0, 4: 3.1, 6: 3.0}
+    trainer = train(
+        tmp_path, replace(AUTO, alpha_rule="stall"), losses={**losses, 8: 2.0}, **EVALUATED
+    )
+    assert logged(trainer, "alpha") == [1, 1, 1, 1, 2, 2, 4, 4]
+    assert len(logged(trainer, "eval_loss")) == 4
+
+
+def test_other_evaluations_than_those_of_the_run_change_nothing(tmp_path):
+    class Evaluating(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            trainer.evaluate(text_rows(4))
+
+    rdrop = replace(AUTO, alpha_rule="stall")
+    options = {"losses": dict.fromkeys(range(9), 3.0), **EVALUATED}
+    trainer = make(tmp_path, rdrop, **options)
+    trainer.add_callback(Evaluating())
+    trainer.train()
+    found = logged(trainer, "alpha")
+    assert found == logged(train(tmp_path, rdrop, **options), "alpha")
+    assert found[-1] == 4
+
+
+@pytest.mark.parametrize("rule", ["gap", "kl-target"])
+def test_rules_read_what_training_measured_since_the_last_evaluation(tmp_path, rule):
+    rdrop = replace(AUTO, alpha_rule=rule, every_n_steps=2, fraction=0.5)
+    trainer = train(tmp_path, rdrop, losses=HIGH, **EVALUATED)
+    controller = AlphaController(8, rule=rule)
+    nlls, kls = ([e.get(name) for e in trainer.state.log_history] for name in ("nll", "kl"))
+    nlls = [x for x in nlls if x is not None]
+    kls = [x for x in kls if x is not None]
+    assert (len(nlls), len(kls)) == (8, 4)
+    expected = []
+    for step in range(8):
+        expected.append(2 * controller.alpha)
+        controller.update(step, nll=nlls[step], kl=kls[step // 2] if step % 2 == 0 else None)
+        if step % 2 == 1:
+            controller.update(step, validation_loss=HIGH[step + 1])
+    assert logged(trainer, "alpha")[::2] == pytest.approx(expected[::2], rel=1e-5)
+    assert len(set(expected[::2])) > 1
+
+
+def test_accumulation_gives_a_rule_what_whole_batches_give(tmp_path):
+    rdrop = replace(AUTO, alpha_rule="gap")
+    whole = train(tmp_path, rdrop, losses=HIGH, **EVALUATED)
+    split = train(
+        tmp_path,
+        rdrop,
+        losses=HIGH,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        **EVALUATED,
+    )
+    assert logged(split, "alpha") == pytest.approx(logged(whole, "alpha"), rel=1e-3, abs=1e-5)
+    assert_same_run(split, whole, rtol=1e-4, atol=1e-5)
+    assert len(set(logged(whole, "alpha"))) > 2
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("stop", [3, 4])
+def test_a_resumed_run_has_the_alphas_of_the_uninterrupted_one(tmp_path, rule, stop):
+    """Also where the checkpoint is not at an evaluation, and the next one reads both sides."""
+    is_restoring = rule == "restore"
+    rdrop = replace(AUTO, alpha_rule=rule, single_pass_below=0.5)
+    options = {
+        "losses": HIGH,
+        "save_strategy": "steps",
+        "save_steps": 2 if is_restoring else stop,
+        "load_best_model_at_end": is_restoring,
+        "logging_steps": 2,
+        **EVALUATED,
+    }
+    whole = train(tmp_path / "a", rdrop, **options)
+    checkpoint = tmp_path / "a" / f"checkpoint-{4 if is_restoring else stop}"
+    again = train(tmp_path / "a", rdrop, resume=str(checkpoint), **options)
+    for name in ("alpha", "kl", "nll", "passes"):
+        assert logged(again, name) == pytest.approx(logged(whole, name), rel=1e-5)
+    for x, y in zip(parameters(again), parameters(whole), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+    assert len(set(logged(whole, "alpha"))) > 1
+
+
+def test_the_weights_of_the_best_checkpoint_come_back_where_alpha_changes(tmp_path):
+    seen = {}
+
+    class Weights(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            seen[state.global_step] = [p.detach().clone() for p in model.parameters()]
+
+    rdrop = replace(AUTO, alpha_rule="restore")
+    options = {"save_strategy": "steps", "save_steps": 2, **EVALUATED}
+    trainer = make(
+        tmp_path,
+        rdrop,
+        losses={2: 3.0, 4: 3.1, 6: 2.0, 8: 2.5},
+        load_best_model_at_end=True,
+        **options,
+    )
+    trainer.add_callback(Weights())
+    trainer.train()
+    # The stall at 4 goes back to 2; the progress at 6 goes on from there.
+    assert all(map(torch.equal, seen[4], seen[2]))
+    assert not all(map(torch.equal, seen[6], seen[2]))
+    with pytest.raises(ValueError, match="needs load_best_model_at_end=True"):
+        train(tmp_path, rdrop, **EVALUATED)
+
+
+@pytest.mark.parametrize("case", ["no data", "no evaluation", "no loss"])
+def test_without_a_validation_loss_alpha_follows_the_ramp_and_that_is_said_once(
+    tmp_path, caplog, case
+):
+    class WithoutLoss(RDropTrainer):
+        def evaluate(self, *args, **kwargs):
+            metrics = super().evaluate(*args, **kwargs)
+            return {name: value for name, value in metrics.items() if name != "eval_loss"}
+
+    options = {} if case == "no evaluation" else EVALUATED
+    if case == "no data":
+        options = {"eval_strategy": "no"}
+    trainer = make(
+        tmp_path,
+        replace(AUTO, alpha_rule="stall"),
+        validation=case != "no data",
+        **options,
+    )
+    if case == "no loss":
+        trainer.__class__ = WithoutLoss
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    said = [r.getMessage() for r in caplog.records if "follows the validation loss" in r.message]
+    assert len(said) == 1
+    assert "alpha follows the ramp to 16" in said[0]
+    ramp = [2.0 * step for step in range(8)]
+    assert logged(trainer, "alpha") == pytest.approx(
+        [1, 1, *ramp[2:]] if case == "no loss" else ramp
+    )
+
+
+def test_of_several_validation_sets_the_first_tells(tmp_path):
+    trainer = make(tmp_path, replace(AUTO, alpha_rule="gap"), **EVALUATED)
+    trainer.eval_dataset = {"near": text_rows(16), "far": text_rows(8)}
+    trainer.train()
+    near = logged(trainer, "eval_near_loss")
+    nll = logged(trainer, "nll")
+    gaps = [max(0.0, 16 * (near[i] - sum(nll[2 * i : 2 * i + 2]) / 2)) for i in range(3)]
+    assert logged(trainer, "alpha")[2::2] == pytest.approx(gaps, rel=1e-3, abs=1e-4)
+
+
+def test_a_search_gives_every_trial_its_own_rule(tmp_path):
+    trainer = make(tmp_path, AUTO)
+    trainer._hp_search_setup({"rdrop.alpha_max": 8.0})
+    trainer.train()
+    assert logged(trainer, "alpha") == pytest.approx([1.0 * step for step in range(8)])
+
+
+# --- one pass while alpha is small --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["mean", "sum"])
+def test_one_pass_while_alpha_is_small_and_the_passes_are_logged(tmp_path, scale):
+    rows = []
+    model = tiny_bert(dropout=0.3)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            rows.append(len(kwargs["input_ids"])) if module.training else None
+        ),
+        with_kwargs=True,
+    )
+    rdrop = replace(AUTO, single_pass_below=8.0, scale=scale)
+    trainer = train(tmp_path, rdrop, model=model, logging_steps=2)
+    assert rows == [8] * 4 + [16] * 4
+    assert logged(trainer, "passes") == [1, 1, 2, 2]
+    # The likelihood counts on all steps as in the other loss of two passes.
+    first = logged(trainer, "loss")[0] / logged(trainer, "nll")[0]
+    assert first == pytest.approx(2.0 if scale == "sum" else 1.0, rel=1e-5)
+    assert len(logged(trainer, "kl")) == 2
+
+
+def test_the_divergence_is_measured_where_a_step_has_one_pass(tmp_path):
+    rdrop = replace(AUTO, single_pass_below=8.0)
+    plain = train(tmp_path, rdrop, model=tiny_bert(dropout=0.3))
+    monitored = train(tmp_path, replace(rdrop, monitor_steps=2), model=tiny_bert(dropout=0.3))
+    assert all(map(torch.equal, parameters(plain), parameters(monitored)))
+    steps = [entry["step"] for entry in monitored.state.log_history if "kl" in entry]
+    assert steps == [1, 3, 5, 6, 7, 8]
+    assert "passes" not in train(tmp_path, AUTO).state.log_history[0]
+
+
+# --- several processes --------------------------------------------------------------------------
+
+
+def _worker(rank, port, folder, options):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    half = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+    trainer = train(folder, replace(AUTO, alpha_rule="gap"), **options, **half)
+    torch.save((logged(trainer, "alpha"), parameters(trainer)), folder / f"{rank}.pt")
+    again = make(folder, replace(AUTO, alpha_rule="gap"), **options, **half)
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    planned = [again._planner.plan(again.rdrop, step).alpha for step in range(8)]
+    torch.save((logged(again, "alpha"), planned), folder / f"again-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_all_processes_have_the_alphas_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"losses": HIGH, "save_strategy": "steps", "save_steps": 3, **EVALUATED}
+    torch.multiprocessing.spawn(_worker, (port, tmp_path, options), nprocs=2)
+    one = train(tmp_path / "one", replace(AUTO, alpha_rule="gap"), **options)
+    (alphas, weights), (_, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert alphas == pytest.approx(logged(one, "alpha"), rel=1e-3, abs=1e-5)
+    assert len(set(alphas)) > 2
+    for x, y, z in zip(weights, other, parameters(one), strict=True):
+        assert torch.equal(x, y)
+        torch.testing.assert_close(x, z, rtol=1e-4, atol=1e-5)
+    (again, planned), (_, planned_too) = (
+        torch.load(tmp_path / f"again-{rank}.pt") for rank in (0, 1)
+    )
+    assert again == pytest.approx(alphas, rel=1e-5)
+    assert planned == planned_too
