@@ -30,6 +30,7 @@ import recording
 from measuring import (
     can_build_cpp,
     has_compiler,
+    has_triton,
     peak_bytes,
     ratio,
     split_working,
@@ -57,7 +58,7 @@ COPIED, MOVED = 2, 3
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def variants(device: str) -> dict[str, Loss]:
+def variants(device: str, dtype: torch.dtype) -> dict[str, Loss]:
     """Return the measured functions by name."""
 
     def ours(impl: str, inplace: bool = False) -> Loss:
@@ -73,14 +74,14 @@ def variants(device: str) -> dict[str, Loss]:
         "chunked, in place": ours("chunked", True),
         **(compiled if device == "cuda" or has_compiler() else {}),
         **(on_cpu if device == "cpu" and can_build_cpp() else {}),
-        **(gpu_variants() if device == "cuda" else {}),
+        **(gpu_variants(dtype) if device == "cuda" else {}),
     }
 
 
-def gpu_variants() -> dict[str, Loss]:
+def gpu_variants(dtype: torch.dtype) -> dict[str, Loss]:
     """Return what runs on a GPU alone, by name."""
     found: dict[str, Loss] = {}
-    if find_spec("triton") is not None:
+    if has_triton("cuda", dtype):
         for name, inplace in (("triton", False), ("triton, in place", True)):
             found[name] = lambda x, y, inplace=inplace: (
                 rdrop_cross_entropy(x, y, alpha=1.0, impl="triton", inplace=inplace).loss
@@ -121,7 +122,7 @@ def measure(
     calls, failed = split_working(
         {
             name: partial(gradient, function, work, target)
-            for name, function in variants(device).items()
+            for name, function in variants(device, dtype).items()
             if name not in without
         },
         refill,

@@ -211,6 +211,7 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("this needs a GPU that torch sees; --device cpu --quick runs a tiny form of it")
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and end the sections
     start = time.monotonic()
     record: Row = {"date": date.today().isoformat(), **describe(), "sections": {}}
     card = record["hardware"]["accelerator"] or "cpu"

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_findings import Findings, UnavailableError
+from measuring import has_triton
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
 
 ALPHA, UPSTREAM = 1.0, 3.7
@@ -105,10 +105,10 @@ TINY_LINEAR_CASES = [LinearCase(F32, 60, features=8, items=15, biased=True, soft
 
 def run(findings: Findings) -> None:
     device, quick = findings.device, findings.quick
-    implementations = ["eager", "chunked", *(["triton"] if find_spec("triton") else [])]
-    if device == "cuda":
-        implementations.append("auto")
     for case in TINY_CASES if quick else CASES:
+        implementations = ["eager", "chunked", "auto"]
+        if has_triton(device, case.dtype):
+            implementations.append("triton")
         findings.check(f"accuracy, {case}", partial(compare, case, device, implementations))
     for linear in TINY_LINEAR_CASES if quick else LINEAR_CASES:
         findings.check(f"fused layer, {linear}", partial(compare_linear, linear, device))

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
 from gpu_findings import Findings, UnavailableError
+from measuring import has_triton
 from recording import ROOT
 from regdrop import (
     RDropConfig,
@@ -65,7 +65,7 @@ def run(findings: Findings) -> None:
 
 def implementations(device: str) -> list[str]:
     """Return the closed forms that a GPU has, as far as they run here."""
-    return ["chunked", *(["triton"] if device == "cuda" and find_spec("triton") else [])]
+    return ["chunked", *(["triton"] if device == "cuda" and has_triton(device) else [])]
 
 
 def losses(device: str) -> dict[str, Callable[[], Tensor]]:

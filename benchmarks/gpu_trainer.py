@@ -10,13 +10,13 @@ import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpu_findings import Findings, UnavailableError
+from measuring import has_triton
 from recording import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))  # tiny models and runs of the tests
@@ -45,7 +45,7 @@ def run(findings: Findings) -> None:
             "resumed is uninterrupted": partial(resume, Path(folder)),
             "no synchronisation of ours in a step's loss": partial(watch, findings.device),
         }
-        if not on_cpu and find_spec("triton"):
+        if not on_cpu and has_triton("cuda"):
             checks["Triton is eager"] = match_eager
         for name, check in checks.items():
             findings.check(f"Trainer, {name}", partial(check, train))

@@ -6,6 +6,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -21,6 +22,14 @@ def can_build_cpp() -> bool:
     """Return whether the C++ kernel runs here: on a CPU, with what it takes to build it."""
     compiler = os.environ.get("CXX", "c++").split()[0]
     return not torch.cuda.is_available() and bool(shutil.which(compiler)) and is_ninja_available()
+
+
+def has_triton(device: str, dtype: torch.dtype = torch.float32) -> bool:
+    """Return whether Triton is installed and, on a GPU, knows a type there."""
+    if find_spec("triton") is None:
+        return False
+    is_new = device == "cpu" or torch.cuda.get_device_capability() >= (8, 0)
+    return is_new or dtype != torch.bfloat16
 
 
 def time_interleaved(
