@@ -34,7 +34,7 @@ import torch
 
 import regdrop
 from gpu_findings import FAIL, Findings
-from gpu_table import render
+from gpu_table import render, render_figures
 from recording import ROOT, Row
 
 SECONDS = 265
@@ -227,7 +227,8 @@ def main() -> int:
             record["seconds"] = round(time.monotonic() - start, 1)
             text = json.dumps(record, indent=1) + "\n"
             (output / "record.json").write_text(text, encoding="utf-8")
-            (output / "table.md").write_text(render(record), encoding="utf-8")
+            tables = "\n".join([render(record), render_figures(record)])
+            (output / "tables.md").write_text(tables, encoding="utf-8")
             logs = [path.read_text(errors="replace") for path in sorted(Path(folder).glob("*.log"))]
             (output / "log.txt").write_text("\n".join(logs), encoding="utf-8")
     print(render(record))

@@ -1,4 +1,7 @@
-"""The one table of `gpu.py`: which checks hold, and how the figures stand to the aims."""
+"""The one table of `gpu.py`: which checks hold, and how the figures stand to the aims.
+
+Behind it, in the file alone, are the figures themselves, by place and variant.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -167,6 +170,20 @@ AIMS = [
     ),
 ]
 
+# Section, title and what is read of a row.
+FIGURES: list[tuple[str, str, Callable[[Row], float | None]]] = [
+    ("loss", "loss and gradient, milliseconds", median("milliseconds")),
+    ("loss", "without the host, milliseconds", median("milliseconds_without_host")),
+    ("loss", "loss and gradient, peak in logits pairs", lambda row: row.get("peak_logits_pairs")),
+    ("fused_linear", "last layer and loss, milliseconds", median("milliseconds")),
+    ("fused_linear", "last layer and loss, peak in MiB", lambda row: row.get("peak_mebibytes")),
+    ("step", "steps, in single-pass steps", median("step")),
+    ("step", "steps, milliseconds", median("milliseconds")),
+    ("step", "steps, peak in MiB", lambda row: row.get("peak_mebibytes")),
+    ("tuning", "forward, milliseconds", median("forward_milliseconds")),
+    ("tuning", "backward, milliseconds", median("backward_milliseconds")),
+]
+
 
 def render(record: Row) -> str:
     """Return the table as Markdown, in columns that a terminal shows too."""
@@ -180,14 +197,24 @@ def render(record: Row) -> str:
     for aim in AIMS:
         if aim.section in sections:
             lines.append(aim_line(aim, sections[aim.section]["rows"]))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    head = f"{record['date']}, {card}; {versions}\n"
-    return "\n".join([head, padded[0], rule, *padded[1:]]) + "\n"
+    return f"{record['date']}, {card}; {versions}\n\n{_markdown(lines)}"
+
+
+def render_figures(record: Row) -> str:
+    """Return the medians of all figures as tables: places down, variants across."""
+    tables = []
+    for section, title, value in FIGURES:
+        rows = record["sections"].get(section, {"rows": []})["rows"]
+        found = {(place(row), row["variant"]): value(row) for row in rows}
+        found = {at: number for at, number in found.items() if number is not None}
+        if found:
+            places, variants = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
+            lines = [
+                (at, *(_digits(found[at, v]) if (at, v) in found else "" for v in variants))
+                for at in places
+            ]
+            tables.append(f"{title}:\n\n{_markdown([('at', *variants), *lines])}")
+    return "\n".join(tables)
 
 
 def check_lines(section: str, checks: Sequence[Row]) -> Iterator[tuple[str, str, str, str]]:
@@ -214,6 +241,17 @@ def aim_line(aim: Aim, rows: Sequence[Row]) -> tuple[str, str, str, str]:
     good = sum(map(aim.holds, measured.values()))
     found = f"{_digits(measured[worst])}{aim.unit} at {worst}; {good} of {len(measured)}"
     return aim.text, found, bound, "met" if good == len(measured) else "missed"
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Return a table whose first line is its head."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([padded[0], rule, *padded[1:]]) + "\n"
 
 
 def _digits(value: float) -> str:

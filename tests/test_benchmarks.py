@@ -58,7 +58,8 @@ def test_what_is_for_a_gpu_runs_on_a_cpu_in_a_tiny_form(tmp_path):
     checks = [check for found in sections.values() for check in found["checks"]]
     assert {check["status"] for check in checks} == {"ok", "skipped"}
     assert all(sections[name]["rows"] for name in ("loss", "fused_linear", "step", "training"))
-    assert (tmp_path / "table.md").read_text().strip() in done.stdout
+    [table, *_] = (tmp_path / "tables.md").read_text().split("\n\nloss and gradient")
+    assert table.strip() in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -71,11 +72,11 @@ def test_without_a_gpu_it_says_so():
 
 def test_the_table_tells_what_failed_and_which_aims_are_missed(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS[0].parent))
-    from gpu_table import render
+    from gpu_table import render, render_figures
 
     def row(variant, items, share):
         facts = {"items": items, "classes": 32_000, "dtype": "bfloat16", "variant": variant}
-        return {**facts, "share_of_copy_bandwidth": {"median": share}}
+        return {**facts, "share_of_copy_bandwidth": {"median": share}, "peak_logits_pairs": 3.0}
 
     checks = [
         {"check": "a", "status": "ok", "detail": ""},
@@ -89,18 +90,20 @@ def test_the_table_tells_what_failed_and_which_aims_are_missed(monkeypatch):
         row("triton", 4096, 0.1),
         {"items": 8, "classes": 2, "dtype": "float32", "variant": "triton", "failed": "why"},
     ]
-    table = render(
-        {
-            "date": "2026-01-01",
-            "hardware": {"accelerator": "card"},
-            "versions": {"torch": "2"},
-            "sections": {
-                "accuracy": {"checks": checks, "rows": []},
-                "loss": {"checks": [], "rows": rows},
-            },
-        }
-    )
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    record = {
+        "date": "2026-01-01",
+        "hardware": {"accelerator": "card"},
+        "versions": {"torch": "2"},
+        "sections": {
+            "accuracy": {"checks": checks, "rows": []},
+            "loss": {"checks": [], "rows": rows},
+        },
+    }
+
+    def cells(table):
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+
+    lines = cells(render(record))
     assert ["checks of accuracy", "1 of 2, 1 skipped", "all", "FAIL"] in lines
     assert ["b", "off by 3", "", "FAIL"] in lines
     [share] = [
@@ -108,6 +111,10 @@ def test_the_table_tells_what_failed_and_which_aims_are_missed(monkeypatch):
     ]
     assert share[1:] == ["70 % at 2 x 4096 x 32,000 bfloat16; 1 of 2", "at least 80 %", "missed"]
     assert not any("single-pass steps" in line[0] for line in lines if line)
+    figures = cells(render_figures(record))
+    assert ["at", "triton, in place", "triton"] in figures
+    assert ["2 x 4096 x 32,000 bfloat16", "3", "3"] in figures
+    assert ["2 x 256 x 32,000 bfloat16", "3", ""] in figures
 
 
 def test_findings_of_a_section_that_stops_are_kept(monkeypatch, tmp_path):
