@@ -1,0 +1,187 @@
+"""The scripts that judge rules of alpha: regrets by hand, and the gradient that is held."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from regdrop import RDropConfig, rdrop_cross_entropy, repeat_batch
+from regdrop.experiments import RunRecord
+
+# Tasks whose figures regdrop knows: of an NLL less is better.
+A, B, C = "digits", "fashion-mnist-part", "scitldr-part"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module
+    for name in ("alpha_regret", "bench_held_gradient", "bench_unlabelled", "recording"):
+        sys.modules.pop(name, None)
+
+
+def records(task, arms, metric="nll"):
+    """Return three runs of each arm, whose figures are 0.1 apart, by test and validation mean."""
+    return [
+        RunRecord(
+            task=task,
+            arm=arm,
+            seed=seed,
+            config={"selection_metric": metric},
+            steps=10,
+            seconds=1.0,
+            peak_memory_mib=None,
+            best_step=10,
+            validation={metric: validation + 0.1 * (seed - 1)},
+            test={metric: test + 0.1 * (seed - 1)},
+            history=[],
+            versions={},
+            hardware={},
+        )
+        for arm, (validation, test) in arms.items()
+        for seed in range(3)
+    ]
+
+
+# Half the 95 % interval of three seeds 0.1 apart: Student's t times 0.1 / sqrt(3).
+UNIT = 4.302653 * 0.1 / 3**0.5
+
+
+def test_regret_is_measured_from_the_constant_that_validation_chooses(script):
+    module = script("alpha_regret")
+    arms = {
+        "alpha-0": (3.0, 2.5),  # the best by its test figure, which chooses nothing
+        "alpha-1": (2.9, 3.0),
+        "alpha-6": (2.8, 2.7),
+        "ramp-16": (2.7, 2.6),
+        "stall-8": (2.9, 3.4),
+    }
+    found = module.task_regrets(records(A, arms))
+    assert found.best == "alpha-6"
+    assert found.unit == pytest.approx(UNIT)
+    expected = {"alpha-0": -0.2, "alpha-1": 0.3, "alpha-6": 0, "ramp-16": -0.1, "stall-8": 0.7}
+    assert found.test == pytest.approx({arm: x / UNIT for arm, x in expected.items()})
+    assert found.validation["ramp-16"] == pytest.approx(-0.1 / UNIT)
+    difference, half = found.against_one["stall-8"]
+    assert difference == pytest.approx(0.4 / UNIT)
+    assert half == pytest.approx(0, abs=1e-9)  # the arms differ alike on every seed
+
+
+def test_figures_that_should_be_great_are_turned_round(script):
+    module = script("alpha_regret")
+    arms = {"alpha-0": (0.7, 0.7), "alpha-3": (0.8, 0.8), "ramp-16": (0.9, 0.9)}
+    found = module.task_regrets(records(A, arms, "accuracy"), "accuracy")
+    assert found.best == "alpha-3"
+    assert found.test["ramp-16"] == pytest.approx(-0.1 / UNIT)
+
+
+@pytest.fixture
+def three_tasks(script):
+    """On a and b alpha 6 and stall-8 are the better, on c alpha 1 and stall-16."""
+    module = script("alpha_regret")
+    high = {"alpha-1": 3.0, "alpha-6": 2.0, "ramp-16": 1.9, "stall-8": 2.5, "stall-16": 2.8}
+    low = {"alpha-1": 2.0, "alpha-6": 3.0, "ramp-16": 2.0, "stall-8": 2.5, "stall-16": 1.0}
+    return module, [
+        module.task_regrets(records(task, {arm: (x, x) for arm, x in own.items()}))
+        for task, own in ((A, high), (B, high), (C, low))
+    ]
+
+
+def test_a_task_is_given_the_setting_that_the_others_choose(three_tasks):
+    module, regrets = three_tasks
+    choices = module.left_out_choices(regrets)
+    # c's choice is that of a and b; a's is between b, where alpha 6 is better, and c's alpha 1.
+    assert choices["alpha"][C] == "alpha-6"
+    assert choices["stall"] == {A: "stall-16", B: "stall-16", C: "stall-8"}
+    assert choices["ramp"] == dict.fromkeys((A, B, C), "ramp-16")
+
+
+def test_a_rule_is_accepted_by_its_mean_regret_and_where_it_harms_no_task(three_tasks):
+    module, regrets = three_tasks
+    found = {verdict.family: verdict for verdict in module.verdicts(regrets)}
+    ramp, constant, stall = (found[name] for name in ("ramp", "alpha", "stall"))
+    assert ramp.regrets == pytest.approx({A: -0.1 / UNIT, B: -0.1 / UNIT, C: 0})
+    assert ramp.wins == 2
+    assert ramp.is_accepted(constant)
+    assert stall.worse_than_one == (C,)
+    assert not stall.is_accepted(constant)
+    rows = {row[0]: row for row in module.choices_table(regrets)}
+    assert rows["ramp"][1:4] == ["−0.40 (16)", "−0.40 (16)", "+0.00 (16)"]
+    assert rows["ramp"][-1] == "yes"
+    assert rows["stall"][-3:] == [C, "2.00", "no"]
+    assert module.arms_table(regrets)[-2] == ["best constant", "alpha-6", "alpha-6", "alpha-1", ""]
+
+
+def test_arms_that_a_task_lacks_are_chosen_for_none(script):
+    module = script("alpha_regret")
+    both = {"alpha-1": (2.0, 2.0), "alpha-6": (3.0, 3.0), "ramp-16": (2.0, 2.0)}
+    regrets = [
+        module.task_regrets(records(A, {**both, "ramp-8": (1.0, 1.0), "gap-8": (1.0, 1.0)})),
+        module.task_regrets(records(B, both)),
+    ]
+    choices = module.left_out_choices(regrets)
+    assert "gap" not in choices
+    assert choices["ramp"] == {A: "ramp-16", B: "ramp-16"}
+    rows = {row[0]: row for row in module.arms_table(regrets)}
+    assert rows["gap-8"][2] == ""
+
+
+def test_records_that_cannot_be_judged_are_named(script):
+    module = script("alpha_regret")
+    with pytest.raises(ValueError, match="digits must have two constants of two seeds at least"):
+        module.task_regrets(records(A, {"alpha-1": (1, 1), "ramp-16": (1, 1)}))
+    with pytest.raises(ValueError, match="metric must be one of nll; got 'bleu'"):
+        module.task_regrets(records(A, {"alpha-1": (1, 1), "alpha-3": (1, 1)}), "bleu")
+
+
+def test_the_script_reads_folders_and_writes_its_tables(script, tmp_path, monkeypatch, capsys):
+    module = script("alpha_regret")
+    for task in (A, B):
+        arms = {"alpha-1": (2.0, 2.0), "alpha-6": (3.0, 3.0), "ramp-16": (1.0, 1.0)}
+        for record in records(task, arms):
+            record.save(tmp_path / task / "records" / f"{record.arm}-seed{record.seed}.json")
+    target = tmp_path / "regret.md"
+    arguments = ["alpha_regret.py", str(tmp_path / A), str(tmp_path / B), "--output"]
+    monkeypatch.setattr(sys, "argv", [*arguments, str(target)])
+    module.main()
+    assert "| ramp | −4.03 (16) | −4.03 (16) |" in target.read_text()
+    assert "ramp-16" in capsys.readouterr().out
+
+
+def test_a_held_gradient_is_added_to_every_step_until_the_next(script):
+    module = script("bench_held_gradient")
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    x, y = torch.randn(6, 4).double(), torch.randint(0, 3, (6,))
+    held = module.HeldGradient(model, alpha=3.0)
+    config = module.Way("held", 2, is_held=True).config
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    def step(number, inputs):
+        model.zero_grad()
+        torch.manual_seed(number)
+        held.backward(model(inputs), y, config, number)
+        torch.manual_seed(number)
+        return [p.grad.clone() for p in model.parameters()]
+
+    # On a step with two passes it is R-Drop's own gradient.
+    found = step(0, repeat_batch(x))
+    options = {"alpha": 3.0, "scale": "mean"}
+    expected = gradients(rdrop_cross_entropy(model(repeat_batch(x)), y, **options).loss)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.manual_seed(0)
+    plain = {"alpha": 0.0, "scale": "mean"}
+    likelihood = gradients(rdrop_cross_entropy(model(repeat_batch(x)), y, **plain).loss)
+    kl = [a - b for a, b in zip(expected, likelihood, strict=True)]
+    # The step after it has its own likelihood, and that KL.
+    found = step(1, x)
+    own = gradients(nn.functional.cross_entropy(model(x), y))
+    for a, b, c in zip(found, own, kl, strict=True):
+        torch.testing.assert_close(a, b + c)
+    assert isinstance(config, RDropConfig)
