@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from regdrop.kernels.closed_form import closed_form_terms
+from regdrop.kernels.closed_form import (
+    ClosedForm,
+    Weight,
+    closed_form_sum,
+    closed_form_terms,
+    mix,
+)
 from regdrop.kernels.eager import eager_terms
 from regdrop.kernels.fused_linear import linear_loss, linear_terms
 from regdrop.kernels.gradient import has_tangent
@@ -18,6 +24,7 @@ __all__ = [
     "linear_loss",
     "linear_terms",
     "project",
+    "rdrop_sum",
     "rdrop_terms",
 ]
 
@@ -43,6 +50,58 @@ def rdrop_terms(
     Raises:
         ValueError: For an unknown or unavailable `impl`, or one that cannot do what is asked.
     """
+    kernel = _choose(logits, target, inplace, impl)
+    if kernel is None:
+        return eager_terms(logits, target, backward_passes=backward_passes)
+    return closed_form_terms(
+        logits, target, kernel, backward_passes=backward_passes, inplace=inplace
+    )
+
+
+def rdrop_sum(
+    logits: Tensor,
+    target: Target,
+    *,
+    nll_weight: Weight,
+    kl_weight: Weight,
+    backward_passes: int,
+    inplace: bool = False,
+    impl: Implementation = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a weighted sum of both terms over the items, and both sums without a gradient.
+
+    Args:
+        logits: As in `rdrop_terms`, as are those that are not named here.
+        target: See above.
+        nll_weight: Weight of the likelihood, a number; None leaves it out.
+        kl_weight: Weight of the divergence, likewise.
+        backward_passes: See above.
+        inplace: See above.
+        impl: See above.
+
+    Raises:
+        ValueError: See above.
+    """
+    kernel = _choose(logits, target, inplace, impl)
+    if kernel is None:
+        nll, kl = eager_terms(logits, target, backward_passes=backward_passes)
+        nll, kl = nll.sum(), kl.sum()
+        return mix(nll, kl, nll_weight, kl_weight), nll.detach(), kl.detach()
+    return closed_form_sum(
+        logits,
+        target,
+        kernel,
+        nll_weight=nll_weight,
+        kl_weight=kl_weight,
+        backward_passes=backward_passes,
+        inplace=inplace,
+    )
+
+
+def _choose(
+    logits: Tensor, target: Target, inplace: bool, impl: Implementation
+) -> ClosedForm | None:
+    """Return the kernel of the closed form; None for the eager form."""
     check_implementation(impl)
     needs_target_gradient = torch.is_grad_enabled() and any(
         isinstance(field, Tensor) and field.requires_grad for field in target
@@ -54,7 +113,7 @@ def rdrop_terms(
                 "inplace=True needs a closed-form kernel, got impl='eager' "
                 "(or a target that requires a gradient, or forward-mode differentiation)"
             )
-        return eager_terms(logits, target, backward_passes=backward_passes)
+        return None
     if needs_target_gradient:
         raise ValueError(
             f"impl={impl!r} gives no gradient to target or weight; detach them or use impl='eager'"
@@ -63,7 +122,4 @@ def rdrop_terms(
         raise ValueError(
             f"impl={impl!r} has no forward-mode derivative; use impl='auto' or 'eager'"
         )
-    kernel = closed_form_kernel(impl, logits.device)
-    return closed_form_terms(
-        logits, target, kernel, backward_passes=backward_passes, inplace=inplace
-    )
+    return closed_form_kernel(impl, logits.device)

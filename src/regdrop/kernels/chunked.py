@@ -1,6 +1,9 @@
-"""The R-Drop terms in closed form, a block of rows at a time, in plain PyTorch.
+"""The R-Drop terms in closed form, in plain PyTorch: in few operations, a block of rows at a time.
 
-The formulas are in `closed_form.py`. The forward keeps three numbers a row.
+The formulas are in `closed_form.py`. Small logits, and the blocks of large ones, cost what their
+operations cost, so each of them does as much as torch has one operation for: `docs/performance.md`
+counts how often they read and write all logits. The backward computes a block again, unless the
+loss's weights were known in the forward, which then kept the gradient.
 """
 
 from collections.abc import Callable
@@ -10,28 +13,44 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regdrop.kernels.closed_form import ClosedForm, accumulator
+from regdrop.kernels.closed_form import ClosedForm, Weight, accumulator
 from regdrop.kernels.target import Target
 
 # Temporary blocks together stay below a twentieth of the logits, but a block is never so small
 # that starting the threads costs more than the arithmetic (nor so slow when cores are shared).
 _LARGEST_SHARE = 64
 _SMALLEST_BLOCK = 2**19
-_SMALLEST_BLOCK_ON_DEVICES = 2**24
+# On other devices starting an operation costs more, and a quarter of the logits is little.
+_LARGEST_SHARE_ON_DEVICES = 16
+_SMALLEST_BLOCK_ON_DEVICES = 2**22
+# Above this, a difference of log-probabilities is that of a mask, however it was written.
+_LARGEST_DIFFERENCE = 1e30
 
 
-class RowStatistics(NamedTuple):
-    """What the backward needs of each row, (num_passes, n) each."""
+class Comparison(NamedTuple):
+    """What the passes of a block of n items give, in float32 at least.
 
-    maximum: Tensor
-    inverse_sum: Tensor  # 1 / sum of exp(z - maximum)
-    mean_difference: Tensor  # E_i
+    Attributes:
+        nll: (n,), the likelihood.
+        kl: (n,), the divergence.
+        p: (num_passes, n, C), probabilities.
+        weighted: (num_passes, n, C), p_i d_i.
+        mean_difference: (num_passes, n, 1), their sum over classes, E_i.
+    """
+
+    nll: Tensor
+    kl: Tensor
+    p: Tensor
+    weighted: Tensor
+    mean_difference: Tensor
 
 
 def chunked_kernel(compiled: bool = False) -> ClosedForm:
     """Return the kernel, the arithmetic of a block run through `torch.compile` if asked for."""
     return ClosedForm(
-        partial(forward_blocks, compiled=compiled), partial(backward_blocks, compiled=compiled)
+        partial(forward_blocks, compiled=compiled),
+        partial(backward_blocks, compiled=compiled),
+        sums=partial(sum_blocks, compiled=compiled),
     )
 
 
@@ -40,9 +59,11 @@ def row_blocks(logits: Tensor, least_items: int = 1) -> list[tuple[int, int]]:
     num_passes, num_items, num_classes = logits.shape
     if num_items == 0 or torch.compiler.is_compiling():
         return [(0, num_items)]
+    share, smallest = _LARGEST_SHARE, _SMALLEST_BLOCK
+    if not logits.is_cpu:
+        share, smallest = _LARGEST_SHARE_ON_DEVICES, _SMALLEST_BLOCK_ON_DEVICES
     # Blocks are computed in float32, so those of half-precision logits are twice as large.
-    share = _LARGEST_SHARE * max(1, 4 // logits.element_size())
-    smallest = _SMALLEST_BLOCK if logits.is_cpu else _SMALLEST_BLOCK_ON_DEVICES
+    share *= max(1, 4 // logits.element_size())
     elements = max(smallest, logits.numel() // share)
     rows = max(least_items, elements // (num_passes * max(1, num_classes)))
     return [(start, min(start + rows, num_items)) for start in range(0, num_items, rows)]
@@ -50,40 +71,16 @@ def row_blocks(logits: Tensor, least_items: int = 1) -> list[tuple[int, int]]:
 
 def forward_blocks(
     logits: Tensor, target: Target, compiled: bool = False
-) -> tuple[Tensor, Tensor, RowStatistics]:
-    """Return each item's likelihood and divergence, and what their gradient needs of each row."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Return each item's likelihood and divergence; their gradient needs nothing of them."""
     rows = _compiled(_forward_rows) if compiled else _forward_rows
     blocks = [
         rows(logits[:, start:stop], target.rows(start, stop)) for start, stop in row_blocks(logits)
     ]
     if len(blocks) == 1:
-        nll, kl, *statistics = blocks[0]
-    else:
-        nll, kl, *statistics = (torch.cat(parts, -1) for parts in zip(*blocks, strict=True))
-    return nll, kl, RowStatistics(*statistics)
-
-
-def _forward_rows(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_passes, num_items, num_classes = logits.shape
-    dtype = accumulator(logits.dtype)
-    if num_items == 0 or num_classes == 0:
-        statistic = logits.new_zeros(num_passes, num_items, dtype=dtype)
-        return statistic.sum(0), statistic.sum(0), statistic, statistic, statistic
-    maximum = logits.amax(-1, keepdim=True).to(dtype)
-    x = logits - maximum
-    cross = _target_sum(x, target)  # sum of target * (z - maximum), mean over passes
-    difference = _difference(x)
-    e = x.exp_()
-    total = e.sum(-1)
-    mean_difference = e.mul_(difference).sum(-1) / total
-    nll = _target_mass(target, num_classes, dtype) * total.log().mean(0) - cross
-    kl = mean_difference.sum(0) / max(1, num_passes - 1)
-    # A class masked in one pass only is infinitely unlikely there; 0 * inf above hides it.
-    kl = torch.where(kl.isnan() & ~nll.isnan(), torch.inf, kl)
-    if target.valid is not None:
-        nll = torch.where(target.valid, nll, 0)
-        kl = torch.where(target.valid, kl, 0)
-    return nll, kl, maximum[..., 0], total.reciprocal(), mean_difference
+        return *blocks[0], ()
+    nll, kl = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return nll, kl, ()
 
 
 def backward_blocks(
@@ -97,7 +94,7 @@ def backward_blocks(
     compiled: bool = False,
 ) -> None:
     """Write the gradient of the logits, as `BackwardKernel` describes it."""
-    write = _compiled(_write_backward_rows) if compiled else _write_backward_rows
+    write = _compiled(_write_gradient) if compiled else _write_gradient
     for start, stop in row_blocks(logits):
         rows = logits[:, start:stop]
         write(
@@ -105,124 +102,224 @@ def backward_blocks(
             rows if out is logits else out[:backward_passes, start:stop],
             rows,
             target.rows(start, stop),
-            RowStatistics(*(x[:, start:stop] for x in statistics)),
             None if grad_nll is None else grad_nll[start:stop],
             None if grad_kl is None else grad_kl[start:stop],
             backward_passes,
         )
-    out[backward_passes:].zero_()
+    if backward_passes < len(out):
+        out[backward_passes:].zero_()
 
 
-def _write_backward_rows(
+def sum_blocks(
+    logits: Tensor,
+    target: Target,
+    nll_slope: Weight,
+    kl_slope: Weight,
+    backward_passes: int,
+    inplace: bool,
+    compiled: bool = False,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return both terms' sums and the gradient, as `SumKernel` describes it.
+
+    None where the gradient would take memory that a second computation saves: beside logits that
+    are overwritten, or in float32 beside half-precision logits on a CPU.
+    """
+    blocks = row_blocks(logits)
+    dtype = accumulator(logits.dtype)
+    if len(blocks) > 1 and (inplace or (logits.is_cpu and logits.dtype != dtype)):
+        return None
+    rows = _compiled(_sum_rows) if compiled else _sum_rows
+    if len(blocks) == 1:
+        return rows(logits, target, nll_slope, kl_slope, backward_passes)
+    gradient = logits.new_empty(backward_passes, *logits.shape[1:], dtype=dtype)
+    sums = []
+    for start, stop in blocks:
+        *both, gradient[:, start:stop] = rows(
+            logits[:, start:stop],
+            target.rows(start, stop),
+            nll_slope,
+            kl_slope,
+            backward_passes,
+        )
+        sums.append(both)
+    nll, kl = (torch.stack(parts).sum() for parts in zip(*sums, strict=True))
+    return nll, kl, gradient
+
+
+def _forward_rows(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    found = _compare(logits, target)
+    return found.nll, found.kl
+
+
+def _write_gradient(
     out: Tensor,
     logits: Tensor,
     target: Target,
-    statistics: RowStatistics,
     grad_nll: Tensor | None,
     grad_kl: Tensor | None,
     backward_passes: int,
 ) -> None:
-    grad = _backward_rows(logits, target, statistics, grad_nll, grad_kl, backward_passes)
+    found = _compare(logits, target)
     # A part that is the whole would be compiled into a copy of the whole.
-    (out if len(out) == backward_passes else out[:backward_passes]).copy_(grad)
+    out = out if len(out) == backward_passes else out[:backward_passes]
+    _gradient(found, target, _column(grad_nll), _column(grad_kl), backward_passes, out)
 
 
-def _backward_rows(
-    logits: Tensor,
+def _sum_rows(
+    logits: Tensor, target: Target, nll_slope: Weight, kl_slope: Weight, backward_passes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = _compare(logits, target)
+    slopes = (_scalar(weight, found.nll) for weight in (nll_slope, kl_slope))
+    return (
+        found.nll.sum(),
+        found.kl.sum(),
+        _gradient(found, target, *slopes, backward_passes),
+    )
+
+
+def _compare(logits: Tensor, target: Target) -> Comparison:
+    num_passes, num_items, num_classes = logits.shape
+    dtype = accumulator(logits.dtype)
+    if num_items == 0 or num_classes == 0:
+        nll = logits.new_zeros(num_items, dtype=dtype)
+        empty = logits.new_zeros(logits.shape, dtype=dtype)
+        return Comparison(nll, nll, empty, empty, nll.new_zeros(num_passes, num_items, 1))
+    log_p = logits.log_softmax(-1, dtype=None if dtype == logits.dtype else dtype)
+    # A class masked with -inf has a difference too: 0, where it is masked in every pass.
+    log_p.clamp_(min=torch.finfo(dtype).min)
+    mean = _mean_of_passes(log_p)
+    nll = -_target_sum(mean, target)
+    p = log_p.exp()
+    difference = log_p.sub_(mean)
+    # One masked in one pass only is infinitely unlikely there, and its product may be 0.
+    highest = difference.amax((0, 2))
+    weighted = difference.mul_(p)
+    mean_difference = weighted.sum(-1, keepdim=True)
+    kl = mean_difference.sum((0, 2))
+    if num_passes > 2:
+        kl = kl / (num_passes - 1)
+    kl.add_(torch.threshold(highest, _LARGEST_DIFFERENCE, 0.0))
+    if target.valid is not None:
+        invalid = ~target.valid
+        nll, kl = nll.masked_fill_(invalid, 0), kl.masked_fill_(invalid, 0)
+    return Comparison(nll, kl, p, weighted, mean_difference)
+
+
+def _gradient(
+    found: Comparison,
     target: Target,
-    statistics: RowStatistics,
     grad_nll: Tensor | None,
     grad_kl: Tensor | None,
     backward_passes: int,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Return `p (mass a + b (1 - E + d)) - b mean(p) - a target` of the first passes."""
-    maximum, inverse_sum, mean_difference = (x[..., None] for x in statistics)
-    x = logits - maximum
-    if grad_kl is not None:
-        b = grad_kl[:, None]
-        difference = _difference(x)[:backward_passes]
-        p = x.exp_().mul_(inverse_sum)
-        mean_p = _mean_of_passes(p)
-        p = p[:backward_passes]
-        slope = b * (1 - mean_difference[:backward_passes])
-        if grad_nll is not None:
-            slope = slope + (_target_mass(target, logits.shape[-1], x.dtype) * grad_nll)[:, None]
-        grad = difference.mul_(b).add_(slope).mul_(p).sub_(mean_p.mul_(b))
+    """Return `p (mass a + b (1 - E + d)) - b mean(p) - a target` of the first passes.
+
+    Args:
+        found: The comparison.
+        target: What the items are compared with.
+        grad_nll: a, (n, 1) or a scalar; None for 0.
+        grad_kl: b, likewise.
+        backward_passes: Number of first passes.
+        out: What to write to.
+    """
+    num_passes, _, num_classes = found.p.shape
+    p, weighted, mean_difference = found[2:]
+    if backward_passes < num_passes:
+        p, weighted, mean_difference = (x[:backward_passes] for x in found[2:])
+    if grad_nll is None:
+        slope = grad_kl
     else:
-        assert grad_nll is not None
-        slope = _target_mass(target, logits.shape[-1], x.dtype) * grad_nll
-        grad = x[:backward_passes].exp_()
-        grad.mul_(inverse_sum[:backward_passes] * slope[:, None])
+        slope = _times(grad_nll, _target_mass(target, num_classes, p.dtype))
+        slope = slope if grad_kl is None else slope + grad_kl
+    if grad_kl is None:
+        common = torch.zeros_like(p[0])
+    else:
+        common = found.p.sum(0).mul_(grad_kl * (-1 / num_passes))
+        slope = torch.addcmul(slope, mean_difference, grad_kl, value=-1)
     if grad_nll is not None:
-        _subtract_target(grad, target, grad_nll)
+        _subtract_target(common, target, grad_nll)
+    if grad_kl is None:
+        gradient = torch.addcmul(common, p, slope, out=out)
+    else:
+        gradient = torch.addcmul(torch.addcmul(common, p, slope), weighted, grad_kl, out=out)
     if target.valid is not None:
-        grad.masked_fill_(~target.valid[None, :, None], 0)
-    return grad
+        gradient.masked_fill_(~target.valid[:, None], 0)
+    return gradient
 
 
-def _difference(x: Tensor) -> Tensor:
-    """Return z_i - mean_j z_j up to row constants; 0 where a class is masked in every pass."""
-    difference = x - _mean_of_passes(x)
-    if torch.compiler.is_compiling():
-        # The same as below, which would be compiled into a loop over single numbers.
-        return torch.where(difference == difference, difference, 0)
-    return difference.nan_to_num_(0.0, torch.inf, -torch.inf)
+def _column(weights: Tensor | None) -> Tensor | None:
+    return None if weights is None else weights[:, None]
+
+
+def _scalar(weight: Weight, like: Tensor) -> Tensor | None:
+    """Return a weight as a tensor, which enters an operation without being converted there."""
+    if not isinstance(weight, float):
+        return weight
+    return torch.full((), weight, dtype=like.dtype, device=like.device)
+
+
+def _times(slope: Tensor, mass: Tensor | float) -> Tensor:
+    return slope if isinstance(mass, float) and mass == 1 else slope * mass
 
 
 def _mean_of_passes(x: Tensor) -> Tensor:
-    """Return the mean over passes of numbers of one sign, finite where all of them are."""
+    """Return the mean over passes, (n, C), finite where all of them are."""
     # A mask is often the least finite number, whose sum would not be. A power of 2 rounds nothing.
+    if len(x) == 2:
+        return torch.lerp(x[0], x[1], 0.5)
     first, *others = x.unbind(0)
     scale = 0.5 ** len(others).bit_length()
-    total = first * scale
+    total = first * scale  # of one pass: a copy
     for row in others:
         total.add_(row, alpha=scale)
     whole = scale * len(x)
     return total if whole == 1 else total.div_(whole)
 
 
-def _target_mass(target: Target, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """Return the sum of each item's target, (n,) or a scalar."""
+def _target_mass(target: Target, num_classes: int, dtype: torch.dtype) -> Tensor | float:
+    """Return the sum of each item's target, (n, 1) or a number."""
     if target.probabilities is not None:
-        return target.dense(dtype).sum(-1)
-    assert target.classes is not None
+        return target.dense(dtype).sum(-1, keepdim=True)
     spread = target.spread_mass(num_classes, dtype)
-    total = spread.sum() if isinstance(spread, Tensor) else spread * num_classes
-    mass = target.class_mass(dtype) + total
-    if isinstance(mass, Tensor):
-        return mass
-    return torch.full((), mass, dtype=dtype, device=target.classes.device)
+    if isinstance(spread, Tensor):
+        return _class_mass(target, dtype) + spread.sum()
+    return 1.0
+
+
+def _class_mass(target: Target, dtype: torch.dtype) -> Tensor | float:
+    """Return the mass on the target class itself, (n, 1) or a number."""
+    mass = target.class_mass(dtype)
+    return mass[:, None] if isinstance(mass, Tensor) else mass
 
 
 def _target_sum(x: Tensor, target: Target) -> Tensor:
-    """Return the sum over classes of target * x, mean over passes: (n,)."""
+    """Return the sum over classes of target * x, (n,)."""
     if target.probabilities is not None:
         dense = target.dense(x.dtype)
-        return torch.where(dense == 0, 0, dense * x).sum(-1).mean(0)
+        return torch.where(dense == 0, 0, dense * x).sum(-1)
     assert target.classes is not None
-    index = target.classes[None, :, None].expand(x.shape[0], -1, 1)
-    result = x.gather(-1, index)[..., 0].mean(0) * target.class_mass(x.dtype)
+    at_class = _times(x.gather(-1, target.classes.view(-1, 1)), _class_mass(target, x.dtype))
     if target.label_smoothing:
         spread = target.spread_mass(x.shape[-1], x.dtype)
         weighted = x * spread if isinstance(spread, Tensor) else x
-        total = weighted.sum(-1).mean(0)
-        result = result + (total if isinstance(spread, Tensor) else total * spread)
-    return result
+        total = weighted.sum(-1, keepdim=True)
+        at_class = at_class + (total if isinstance(spread, Tensor) else total * spread)
+    return at_class.view(-1)
 
 
-def _subtract_target(grad: Tensor, target: Target, grad_nll: Tensor) -> None:
-    """Subtract grad_nll * target from the gradient of every pass, in place."""
+def _subtract_target(common: Tensor, target: Target, grad_nll: Tensor) -> None:
+    """Subtract grad_nll * target from what the gradients of all passes have in common."""
     if target.probabilities is not None:
-        grad.sub_(target.dense(grad.dtype) * grad_nll[:, None])
+        common.sub_(target.dense(common.dtype) * grad_nll)
         return
     assert target.classes is not None
     if target.label_smoothing:
-        spread = target.spread_mass(grad.shape[-1], grad.dtype)
-        grad.sub_(grad_nll[:, None] * spread)
+        common.sub_(grad_nll * target.spread_mass(common.shape[-1], common.dtype))
     # One class a row: gather and scatter are deterministic, scatter_add is not everywhere.
-    index = target.classes[None, :, None].expand(grad.shape[0], -1, 1)
-    at_index = grad.gather(-1, index) - (grad_nll * target.class_mass(grad.dtype))[None, :, None]
-    grad.scatter_(-1, index, at_index)
+    index = target.classes.view(-1, 1)
+    on_class = _times(grad_nll, _class_mass(target, common.dtype))
+    common.scatter_(-1, index, common.gather(-1, index).sub_(on_class))
 
 
 @cache

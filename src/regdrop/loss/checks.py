@@ -11,6 +11,10 @@ from regdrop.loss.reduction import Reduction, Scale
 
 # Above this, which a difference of logits by a billion gives, a divergence is that of a mask.
 _LARGEST_DIVERGENCE = 1e9
+_INFINITE_DIVERGENCE = (
+    "the KL is infinite: logits hold -inf (or finfo.min, or a difference beyond float32) for a "
+    "class in one pass and not in another; a mask must be the same in every pass"
+)
 
 
 def check_options(
@@ -199,6 +203,17 @@ def check_classes(
         )
 
 
+def all_are_classes(index: Tensor, num_classes: int, ignore_index: int) -> bool:
+    """Return whether every index is known to name a class, and none of them is ignored.
+
+    Known on the CPU, where nobody waits for a device.
+    """
+    if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
+        return False
+    low, high = (int(bound) for bound in index.aminmax())
+    return 0 <= low and high < num_classes and not low <= ignore_index <= high
+
+
 def check_mask(mask: Tensor | None, target: Tensor) -> Tensor | None:
     """Return the mask (True counts) expanded to the shape of the target; raise if it cannot be."""
     if mask is None:
@@ -246,12 +261,13 @@ def check_finite_divergence(kl: Tensor) -> None:
     On CUDA, and inside torch.compile, the check is an assertion on the device, so that training
     is not stopped for it at every step.
     """
-    message = (
-        "the KL is infinite: logits hold -inf (or finfo.min, or a difference beyond float32) for a "
-        "class in one pass and not in another; a mask must be the same in every pass"
-    )
-    is_infinite = (kl > _LARGEST_DIVERGENCE).any()
     if torch.compiler.is_compiling() or kl.device.type == "cuda":
-        torch._assert_async(~is_infinite, message)
-    elif kl.device.type == "cpu" and bool(is_infinite):
-        raise ValueError(message)
+        is_infinite = (kl > _LARGEST_DIVERGENCE).any()
+        torch._assert_async(~is_infinite, _INFINITE_DIVERGENCE)
+    # The highest of one number is itself, without an operation.
+    elif kl.device.type == "cpu" and kl.numel() and _highest(kl) > _LARGEST_DIVERGENCE:
+        raise ValueError(_INFINITE_DIVERGENCE)
+
+
+def _highest(numbers: Tensor) -> float:
+    return (numbers if numbers.numel() == 1 else numbers.detach().nan_to_num(0.0).amax()).item()

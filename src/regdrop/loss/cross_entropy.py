@@ -1,12 +1,16 @@
 """R-Drop for one class an item: cross entropy and the KL between softmax outputs."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from regdrop.kernels import Implementation, Target, rdrop_terms
+from regdrop.kernels import Implementation, Target, rdrop_sum, rdrop_terms
 from regdrop.loss.checks import (
+    all_are_classes,
     check_class_dim,
     check_classes,
     check_counts,
@@ -22,7 +26,7 @@ from regdrop.loss.checks import (
 from regdrop.loss.counts import ItemCounts, counted_by
 from regdrop.loss.module import RDropLoss
 from regdrop.loss.output import RDropOutput
-from regdrop.loss.reduction import Reduction, Scale, combine_terms
+from regdrop.loss.reduction import Reduction, Scale, combine_terms, reduce_sums
 from regdrop.loss.terms import ItemTerms
 
 
@@ -98,7 +102,7 @@ def rdrop_cross_entropy(
         label_smoothing=label_smoothing,
     )
     check_counts(reduction, num_items=num_items, num_weight=num_weight)
-    terms = cross_entropy_terms(
+    items = _items(
         logits,
         target,
         num_passes=num_passes,
@@ -107,12 +111,27 @@ def rdrop_cross_entropy(
         unlabelled_index=unlabelled_index,
         class_dim=class_dim,
         label_smoothing=label_smoothing,
-        backward_passes=backward_passes,
         inplace=inplace,
-        impl=impl,
     )
-    return combine_terms(
-        terms,
+    options: dict[str, Any] = {
+        "backward_passes": num_passes if backward_passes is None else backward_passes,
+        "inplace": inplace,
+        "impl": impl,
+    }
+    if reduction == "none" or items.labelled is not None:
+        return combine_terms(
+            _terms(items, **options),
+            alpha=alpha,
+            num_passes=num_passes,
+            reduction=reduction,
+            scale=scale,
+            num_items=num_items,
+            num_weight=num_weight,
+        )
+    output = reduce_sums(
+        partial(rdrop_sum, items.logits, items.target, **options),
+        *items.counts(),
+        torch.float64 if logits.dtype == torch.float64 else torch.float32,
         alpha=alpha,
         num_passes=num_passes,
         reduction=reduction,
@@ -120,6 +139,9 @@ def rdrop_cross_entropy(
         num_items=num_items,
         num_weight=num_weight,
     )
+    if num_passes > 1:
+        check_finite_divergence(output.kl)
+    return output
 
 
 def count_classes(
@@ -162,12 +184,63 @@ def cross_entropy_terms(
     impl: Implementation = "auto",
 ) -> ItemTerms:
     """Return the terms of every item, in the shape of the class indices; see above."""
+    items = _items(
+        logits,
+        target,
+        num_passes=num_passes,
+        weight=weight,
+        ignore_index=ignore_index,
+        unlabelled_index=unlabelled_index,
+        class_dim=class_dim,
+        label_smoothing=label_smoothing,
+        inplace=inplace,
+    )
+    return _terms(
+        items,
+        backward_passes=num_passes if backward_passes is None else backward_passes,
+        inplace=inplace,
+        impl=impl,
+    )
+
+
+class _Items(NamedTuple):
+    """The arguments, checked, in the form that kernels take."""
+
+    logits: Tensor  # (num_passes, N, C)
+    target: Target
+    shape: tuple[int, ...]  # of the items
+    labelled: Tensor | None  # (N,), where they count in the likelihood; None: all that count do
+    num_valid: int | Tensor  # a number wherever it is known without waiting for a device
+    count: Callable[[], ItemCounts]
+
+    def counts(self) -> tuple[int | Tensor, int | Tensor]:
+        """Return the denominators of both terms, numbers where they are known."""
+        if self.target.classes is None or (self.target.weight is None and self.labelled is None):
+            return self.num_valid, self.num_valid
+        return self.count().nll, self.num_valid
+
+
+def _items(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    num_passes: int,
+    weight: Tensor | None,
+    ignore_index: int,
+    unlabelled_index: int | None,
+    class_dim: int,
+    label_smoothing: float,
+    inplace: bool,
+) -> _Items:
+    """Check the arguments and bring them into the form that kernels take."""
     shape = _check(logits, target, num_passes, weight, class_dim)
     if inplace:
         check_own_memory("logits", logits)
-    logits = logits.movedim(class_dim, -1)
+    if class_dim not in (-1, logits.dim() - 1):
+        logits = logits.movedim(class_dim, -1)
     num_items, num_classes = math.prod(shape), logits.shape[-1]
-    labelled = None
+    labelled: Tensor | None = None
+    num_valid: int | Tensor = num_items
     if target.is_floating_point():
         if unlabelled_index is not None:
             raise ValueError(
@@ -179,28 +252,41 @@ def cross_entropy_terms(
         bundle = Target(None, probabilities, weight, label_smoothing, None)
     else:
         check_unlabelled_index(unlabelled_index, ignore_index, num_classes)
-        classes = target.reshape(-1).long()
-        valid = classes != ignore_index
-        if unlabelled_index is not None:
-            labelled = classes != unlabelled_index
-            classes = torch.where(labelled, classes, 0)
-        classes = torch.where(valid, classes, 0)
-        check_classes(classes, num_classes, ignore_index, unlabelled_index)
+        classes = target if target.dim() == 1 else target.reshape(-1)
+        classes = classes if classes.dtype == torch.int64 else classes.long()
+        valid = None
+        if unlabelled_index is not None or not all_are_classes(classes, num_classes, ignore_index):
+            valid = classes != ignore_index
+            counted = valid
+            if unlabelled_index is not None:
+                labelled = classes != unlabelled_index
+                counted = valid & labelled
+            classes = torch.where(counted, classes, 0)
+            check_classes(classes, num_classes, ignore_index, unlabelled_index)
+            num_valid = valid.sum()
         bundle = Target(classes, None, weight, label_smoothing, valid)
-    nll, kl = rdrop_terms(
+    return _Items(
         logits.reshape(num_passes, num_items, num_classes),
         bundle,
-        backward_passes=num_passes if backward_passes is None else backward_passes,
-        inplace=inplace,
-        impl=impl,
+        shape,
+        labelled,
+        num_valid,
+        partial(count_classes, target, weight, ignore_index, unlabelled_index, class_dim),
     )
-    if num_passes > 1:
+
+
+def _terms(
+    items: _Items, *, backward_passes: int, inplace: bool, impl: Implementation
+) -> ItemTerms:
+    nll, kl = rdrop_terms(
+        items.logits, items.target, backward_passes=backward_passes, inplace=inplace, impl=impl
+    )
+    if items.logits.shape[0] > 1:
         check_finite_divergence(kl)
-    if labelled is not None:
+    if items.labelled is not None:
         # After the kernel, whose upstream gradient then is 0 there.
-        nll = nll.masked_fill(~labelled, 0)
-    counts = count_classes(target, weight, ignore_index, unlabelled_index, class_dim)
-    return ItemTerms(nll.view(shape), kl.view(shape), *counts)
+        nll = nll.masked_fill(~items.labelled, 0)
+    return ItemTerms(nll.view(items.shape), kl.view(items.shape), *items.count())
 
 
 def _check(

@@ -1,6 +1,6 @@
 """From the two terms of every item to one loss: shared by all output families."""
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -53,9 +53,85 @@ def combine_terms(
     return RDropOutput(loss, mean_nll, mean_kl)
 
 
+class WeightedSum(Protocol):
+    """Computes a weighted sum of both terms over items, as `kernels.rdrop_sum` does."""
+
+    def __call__(
+        self, *, nll_weight: Tensor | float | None, kl_weight: Tensor | float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sum, and both terms' sums without weight and gradient."""
+
+
+def reduce_sums(
+    weighted_sum: WeightedSum,
+    nll_count: Tensor | int,
+    kl_count: Tensor | int,
+    dtype: torch.dtype,
+    *,
+    alpha: float,
+    num_passes: int,
+    reduction: Reduction = "mean",
+    scale: Scale = "sum",
+    num_items: Tensor | float | None = None,
+    num_weight: Tensor | float | None = None,
+) -> RDropOutput:
+    """Combine both terms into the loss where the kernel sums them: `combine_terms` without terms.
+
+    Args:
+        weighted_sum: Computes the sums once their weights are known.
+        nll_count: Number (or class weight) of the items that count.
+        kl_count: Number of the items that count.
+        dtype: Of the sums.
+        alpha: As in `combine_terms`, as are the following.
+        num_passes: See above.
+        reduction: "mean" or "sum".
+        scale: See above.
+        num_items: See above.
+        num_weight: See above.
+    """
+    nll_weight: Tensor | float
+    nll_weight, kl_weight = term_weights(alpha, num_passes, scale)
+    is_one_count = nll_count is kl_count
+    nll_count = _nonzero(nll_count, dtype)
+    kl_count = nll_count if is_one_count else _nonzero(kl_count, dtype)
+    nll_divisor, kl_divisor = nll_count, kl_count
+    if reduction == "mean" and (num_items is not None or num_weight is not None):
+        num_weight = num_items if num_weight is None else num_weight
+        nll_divisor = nll_count if num_weight is None else _nonzero(num_weight, dtype)
+        kl_divisor = kl_count if num_items is None else _nonzero(num_items, dtype)
+        kl_divisor = nll_divisor if num_items is num_weight else kl_divisor
+    # One divisor is left for the end: half precision would not hold gradients that are divided.
+    if reduction == "mean" and nll_divisor is not kl_divisor:
+        nll_weight = nll_weight * (kl_divisor / nll_divisor)
+    # Without alpha no gradient of the divergence is computed at all.
+    total, nll, kl = weighted_sum(
+        nll_weight=nll_weight, kl_weight=None if alpha == 0 else kl_weight
+    )
+    count = _as_tensor(nll_count, nll)
+    mean_nll = nll / count
+    mean_kl = kl / (count if kl_count is nll_count else _as_tensor(kl_count, kl))
+    if reduction == "mean":
+        total = total / (count if kl_divisor is nll_count else _as_tensor(kl_divisor, total))
+    return RDropOutput(total, mean_nll, mean_kl)
+
+
+def _nonzero(count: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    """Return a count; where nothing counts it is 1, for a sum that is 0."""
+    if isinstance(count, Tensor):
+        return torch.where(count == 0, 1, count).to(dtype)
+    return float(count) or 1.0
+
+
+def _as_tensor(number: Tensor | float, like: Tensor) -> Tensor:
+    """Return a number as a tensor, without a copy from one device to another that waits."""
+    if isinstance(number, Tensor):
+        return number.to(like.device)
+    return torch.full((), number, dtype=like.dtype, device=like.device)
+
+
 def term_weights(alpha: float, num_passes: int, scale: Scale) -> tuple[float, float]:
     """Return the weights of the likelihood and of the divergence in the loss."""
-    factor = num_passes if scale == "sum" else 1
+    factor = float(num_passes if scale == "sum" else 1)
     return factor, alpha * factor / num_passes
 
 
