@@ -11,6 +11,7 @@ import pytest
     [
         ("sentence_transformers", "sentence_transformers", "sentence-transformers"),
         ("transformers", "accelerate", "transformers"),
+        ("trl", "trl", "trl"),
     ],
 )
 def test_missing_package_is_named_with_its_extra(monkeypatch, module, package, extra):

@@ -9,7 +9,7 @@ from regdrop.config import RDropConfig
 from regdrop.heads import Head
 from regdrop.integrations.transformers.fused import FusedHead, fused_options
 from regdrop.integrations.transformers.heads import base_model
-from regdrop.kernels import Implementation, Projection
+from regdrop.kernels import Implementation, Projection, project
 from regdrop.loss import (
     ItemTerms,
     LossFunction,
@@ -85,6 +85,10 @@ class HeadForward:
         if auxiliary is not None and torch.is_grad_enabled():
             self._auxiliary.append(auxiliary)
         return self.last_read
+
+    def logits(self, read: Tensor) -> Tensor:
+        """Return the logits of some rows of what was last read, without a gradient."""
+        return read.detach() if self._projection is None else project(read, self._projection)
 
     @property
     def loss(self) -> LossFunction | None:

@@ -171,6 +171,13 @@ class LossForward:
         loss, self.last_output = self._compute(inputs, num_items)
         self.last_read = self.head.outputs(self.last_output)
         if torch.is_grad_enabled():
+            if not self.last_read.requires_grad:
+                raise ValueError(
+                    "the logits to be compared must carry a gradient, and those beside this loss "
+                    "have none, so that their divergence would train nothing (TRL's trainers "
+                    "compute losses without logits: use regdrop.integrations.trl.RDropSFTTrainer; "
+                    "there is no form for preferences against a reference model, as DPO's)"
+                )
             self._losses.append(loss)
         return self.last_read
 
