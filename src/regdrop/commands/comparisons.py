@@ -47,6 +47,7 @@ from regdrop.experiments.run import UNFINISHED
 from regdrop.experiments.studies import STUDIES, study_arms
 from regdrop.experiments.tuning import apply_tuned, parse_variation, save_tuned
 from regdrop.experiments.tuning import tune as run_tuning
+from regdrop.experiments.verdict import verdict
 from regdrop.tasks import PRESETS, Task
 
 ArmNames = Annotated[str | None, typer.Option(help="Arms to train, by commas; the five if absent.")]
@@ -286,8 +287,11 @@ def _noted(folder: Path, study: str) -> Iterator[None]:
 
 def _show(folder: Path) -> None:
     target = write_report(folder)
-    print_table(load_records(folder), console)
+    records = load_records(folder)
+    print_table(records, console)
     console.print(f"Report and plots: {target}")
+    if sentence := verdict(records):
+        console.print(sentence, style="bold", highlight=False)
 
 
 def _numbers(text: str | None) -> list[float] | None:
