@@ -16,6 +16,10 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
     assert high == pytest.approx(values.mean() + half, abs=0.04)
 
 
+def test_the_interval_leaves_out_a_fortieth_at_either_end():
+    assert interval(np.random.default_rng(0).permutation(1001)) == (25, 975)
+
+
 def test_a_difference_is_paired_by_example():
     values = np.random.default_rng(0).normal(0.0, 5.0, (200, 1))
     ours, theirs = (resample(mean, runs)["mean"] for runs in ([values + 1, values + 3], [values]))

@@ -63,6 +63,20 @@ def test_a_run_beside_one_that_fails_is_brought_to_its_end(tmp_path, short):
     assert [path.name for path in (tmp_path / "records").iterdir()] == ["baseline-seed0.json"]
 
 
+def test_what_is_asked_for_comes_back_and_no_other_records_of_the_folder(tmp_path, short, record):
+    arms = build_arms(short)
+    for name in ("baseline", "rdrop", "alpha-0"):
+        for seed in range(3):
+            config = resolved_config(short, arms[name])
+            record(name, seed, config=config).save(record_path(tmp_path, name, seed))
+    asked = [arms["baseline"], arms["rdrop"]]
+    found = run_arms(short, asked, seeds=[2, 0], folder=tmp_path)
+    assert {(r.arm, r.seed) for r in found} == {
+        (name, seed) for name in ("baseline", "rdrop") for seed in (0, 2)
+    }
+    assert len(list((tmp_path / "records").iterdir())) == 9
+
+
 def test_arms_with_dropout_and_batches_of_their_own_share_a_folder(tmp_path, short, record):
     for name, arm in other_arms(short).items():
         record(name, config=resolved_config(short, arm)).save(record_path(tmp_path, name, 0))

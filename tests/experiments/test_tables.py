@@ -59,6 +59,13 @@ def test_cells_as_text(records):
     assert format_cell(cell["nll"], metrics["nll"]) == "0.060 ± 0.025 (−0.030 ± 0.025)"
 
 
+def test_time_is_the_mean_ratio_of_the_seeds_that_both_have(record):
+    runs = [record("baseline", 0, seconds=10.0), record("baseline", 1, seconds=40.0)]
+    runs += [record("rdrop", seed, seconds=s) for seed, s in ((0, 20.0), (1, 40.0), (2, 1000.0))]
+    times = {row.arm: row.time for row in build_rows(runs)}
+    assert times == {"baseline": 1.0, "rdrop": pytest.approx((20 / 10 + 40 / 40) / 2)}
+
+
 def test_one_seed_has_no_interval(record):
     cells = build_rows([record(), record("rdrop")])[1].cells
     text = format_cell(cells["nll"], Metric("NLL", greater_is_better=False))

@@ -132,6 +132,51 @@ def test_a_part_of_the_training_text_is_its_first_words(tmp_path):
         small(tmp_path, train_words=100_000).prepare()
 
 
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (1, ""),
+        (2, "a"),
+        (3, "a b"),
+        (4, "a b /"),
+        (5, "a b / c"),
+        (6, "a b / c /"),
+        (7, "a b / c / d"),
+    ],
+)
+def test_a_stream_that_is_cut_has_its_number_of_words_wherever_a_line_ends(
+    tmp_path, limit, expected
+):
+    lines = ["a b", "c", "d e f g h", "i"]
+    stream = small(tmp_path, train_words=limit)._stream("train", {"text": lines})
+    cut = list(stream)
+    assert sum(len(line.split()) + 1 for line in cut) == limit
+    assert " / ".join(cut).strip() == expected
+
+
+def test_a_cut_of_the_training_text_leaves_the_other_splits_whole(tmp_path):
+    whole, cut = (small(tmp_path, train_words=words).prepare() for words in (None, 20))
+    assert len(cut.splits["train"].words) == 21 < len(whole.splits["train"].words)
+    for name in ("validation", "test"):
+        ours, theirs = cut.splits[name], whole.splits[name]
+        assert (ours.block_size, ours.context) == (theirs.block_size, theirs.context)
+        assert len(ours.words) == len(theirs.words)
+        assert [len(b["labels"]) for b in ours] == [len(b["labels"]) for b in theirs]
+    assert cut.splits["validation"].context == 0
+    assert cut.splits["test"].context == 8
+
+
+def test_the_unknown_word_has_a_number_within_and_beyond_the_kept_words():
+    texts = ["a a a <unk> <unk> b"]
+    within = learn_words(texts, size=4)
+    assert within.get_vocab() == {"</s>": 0, "a": 1, "<unk>": 2, "b": 3}
+    assert within(["z <unk> b"])["input_ids"] == [[2, 2, 3, 0]]
+    # Too rare to be among the kept ones it takes the place of the last of them.
+    beyond = learn_words(["a a a b b <unk>"], size=3)
+    assert beyond.get_vocab() == {"</s>": 0, "a": 1, "<unk>": 2}
+    assert beyond(["b z a"])["input_ids"] == [[2, 2, 1, 0]]
+
+
 def test_bad_data_and_settings_are_named(tmp_path):
     good = small(tmp_path)
     with pytest.raises(ValueError, match="context_window must be from 0 to below the 12 words"):

@@ -14,6 +14,7 @@ from regdrop.experiments import run as run_module
 from regdrop.experiments.evaluate import evaluate
 from regdrop.experiments.run import RunPaths, train_run
 from regdrop.tasks import PRESETS, translation
+from regdrop.tasks.bleu import sentence_statistics
 from regdrop.tasks.generate import generate_lines
 from regdrop.tasks.vocabulary import learn_vocabulary
 from text_data import write_rows, write_translation
@@ -86,6 +87,42 @@ def test_beam_search_finds_at_least_what_greedy_search_does(tmp_path):
         log_p = logits.log_softmax(-1).gather(2, labels[..., None])[..., 0]
         scores.append((log_p * labels.ne(tokenizer.pad_token_id)).sum(1))
     assert (scores[1] >= scores[0] - 1e-4).all()
+
+
+def test_case_counts_in_bleu_and_not_in_lower_cased_bleu(tmp_path):
+    """The outputs are right but for their case."""
+    chosen = small(tmp_path)
+    right = "two men are talking in the park ."
+    both = [
+        sentence_statistics([right.upper()], [right], tokenize="13a", lowercase=lowercase)
+        for lowercase in (False, True)
+    ]
+    rows = np.concatenate([*both, [[12.0, 9.0]]], axis=1)
+    figures = chosen.figures(rows)
+    assert figures["bleu_lowercase"] == pytest.approx(1.0)
+    assert figures["bleu"] < 0.2
+    assert figures["nll"] == pytest.approx(12 / 9)
+
+
+def test_the_last_checkpoints_are_those_of_the_highest_steps(tmp_path, monkeypatch):
+    """Of steps with one and with two digits: by their number, not by their name."""
+    training = replace(small(tmp_path).training, average_checkpoints=2)
+    arm = build_arms(small(tmp_path, training=training))["baseline"]
+    for step in (2, 4, 6, 8, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    averaged = []
+    monkeypatch.setattr(
+        run_module, "average_weights", lambda model, folders: averaged.extend(folders)
+    )
+    trainer = SimpleNamespace(
+        model=None,
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+        state=SimpleNamespace(global_step=10),
+        evaluate=dict,
+    )
+    step, _ = run_module._select(small(tmp_path), arm, trainer, None, tmp_path)
+    assert step == 10
+    assert [folder.name for folder in averaged] == ["checkpoint-8", "checkpoint-10"]
 
 
 def test_the_mean_of_the_last_checkpoints_is_an_option(tmp_path):

@@ -132,9 +132,9 @@ class LanguageModelling:
             if not isinstance(text, str):
                 raise ValueError(f"column 'text' of split {name!r} must hold text, got {text!r}")
             words = text.split()
-            if limit is not None and count + len(words) + 1 > limit:
-                words = words[: limit - count - 1]
-                yield " ".join(words)
+            if limit is not None and count + len(words) + 1 >= limit:
+                # The line's end is a word too.
+                yield " ".join(words[: limit - count - 1])
                 return
             count += len(words) + 1
             yield text
