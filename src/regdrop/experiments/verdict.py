@@ -58,7 +58,8 @@ def verdict(records: Sequence[RunRecord]) -> str | None:
         )
     verb = "raises" if metric.greater_is_better else "lowers"
     text = f"R-Drop {verb} the {title} from {before} to {after}, by {size}"
-    beaten, others = [], []
+    beaten: list[str] = []
+    others: list[str] = []
     values = {arm: {r.seed: r.test[name] for r in records if r.arm == arm} for arm in rows}
     for arm, words in _CONTROLS.items():
         if arm in values:
