@@ -8,6 +8,8 @@ from typing import Any
 # seed by which it is drawn: the same for every seed of a training.
 HELD_OUT = 0.1
 SPLIT_SEED = 0
+# What comes with the package, by name: folders with a file for each split.
+_SHIPPED = {"alice": Path(__file__).parent / "texts" / "alice"}
 
 
 def load_raw_splits(
@@ -16,7 +18,8 @@ def load_raw_splits(
     """Load all splits of a local folder or a hub id.
 
     Args:
-        dataset: Folder of data files, one or more a split, or hub id.
+        dataset: Folder of data files, one or more a split, hub id, or "alice" for the book that
+            comes with the package.
         config_name: Configuration of the hub's set; a folder has none.
         split_names: Splits that a folder holds as files of these names; `datasets` would join
             "validation_matched" and "validation_mismatched".
@@ -45,7 +48,7 @@ def open_splits(
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
-    folder = Path(dataset)
+    folder = _SHIPPED.get(dataset, Path(dataset))
     if dataset.startswith((".", "/", "~")) and not folder.expanduser().exists():
         raise ValueError(f"data must be a folder or a hub id; there is no folder {dataset!r}")
     options: dict[str, Any] = {"streaming": True} if streaming else {}

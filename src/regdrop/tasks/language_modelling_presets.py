@@ -149,8 +149,34 @@ def _part(task: LanguageModelling, words: int) -> LanguageModelling:
 
 _DECODER = _decoder(128, 512, 4, 2, 0.1)
 
+# The demo's: the text comes with the package, and a run takes seconds. Rate of dropout, learning
+# rate and alpha are chosen on the validation split.
+ALICE = LanguageModelling(
+    name="alice",
+    description="a small Transformer decoder on Alice's Adventures in Wonderland, four chapters",
+    dataset="alice",
+    model_config=_decoder(128, 512, 4, 2, 0.2),
+    training=TrainingSettings(
+        max_steps=400,
+        batch_size=8,
+        learning_rate=4e-3,
+        eval_steps=50,
+        logging_steps=50,
+        lr_scheduler_type="inverse_sqrt",
+        warmup_ratio=0.1,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        adam_beta2=0.98,
+    ),
+    rdrop=RDropConfig(alpha=4.0),
+    vocabulary_size=735,  # the words that occur twice in the training split
+    block_size=32,
+    context_window=16,
+)
+
 PAPER_PRESETS = (WIKITEXT103, WIKITEXT103_ADAPTIVE)
 SMALL_PRESETS = (
+    ALICE,
     _small("ptb", "Transformer decoder on the Penn Treebank", _DECODER, 6_000),
     _small("wikitext2", "Transformer decoder on WikiText-2", _DECODER, 12_000),
     _small(
