@@ -10,6 +10,7 @@ import pytest
     ("module", "package", "extra"),
     [
         ("sentence_transformers", "sentence_transformers", "sentence-transformers"),
+        ("lightning", "lightning", "lightning"),
         ("transformers", "accelerate", "transformers"),
         ("trl", "trl", "trl"),
     ],

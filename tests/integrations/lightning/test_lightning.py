@@ -1,0 +1,209 @@
+"""R-Drop in Lightning: equal to a loop by hand, logged, scheduled by optimiser steps, refused."""
+
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from regdrop import RDropConfig, rdrop_step
+from regdrop.integrations.lightning import RDropMixin
+from regdrop.loss import cross_entropy_terms
+
+ALPHA, SEED = 1.5, 11
+
+
+def data(size=16):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(size, 4, generator=generator)
+    return TensorDataset(x, torch.randint(3, (size,), generator=generator))
+
+
+def network(dropout=0.5):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
+
+
+class Classifier(RDropMixin, pl.LightningModule):
+    """A network in whose place every batch begins with the masks of one seed."""
+
+    def __init__(self, rdrop, dropout=0.5):
+        super().__init__()
+        self.rdrop, self.network, self.logs = rdrop, network(dropout), []
+
+    def forward(self, x):
+        return self.network(x)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        torch.manual_seed(SEED + batch_idx)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        values = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
+        self.logs.append({**values, "loss": float(outputs["loss"])})
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(module, steps=2, loader=None, **options):
+    trainer = pl.Trainer(
+        **{
+            "max_steps": steps,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            **options,
+        }
+    )
+    if loader is None and not is_overridden("train_dataloader", module):
+        loader = DataLoader(data(), batch_size=4)
+    trainer.fit(module, loader)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_steps_are_those_of_a_loop_by_hand(accumulation, precision):
+    config = RDropConfig(alpha=ALPHA)
+    module = fit(Classifier(config), accumulate_grad_batches=accumulation, precision=precision)
+    model, index, logs = network(), 0, []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = list(DataLoader(data(), batch_size=4))
+    for step in range(2):
+        for _ in range(accumulation):
+            torch.manual_seed(SEED + index)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+                output = rdrop_step(model, *batches[index], config=config, step=step)
+            (output.loss / accumulation).backward()
+            logs.append({"nll": float(output.nll), "kl": float(output.kl), "alpha": ALPHA})
+            index += 1
+        optimizer.step()
+        optimizer.zero_grad()
+    for ours, theirs in zip(module.network.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    for ours, theirs in zip(module.logs, logs, strict=True):
+        assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-5)
+    assert module.logs[0]["kl"] > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_schedule_counts_optimiser_steps_and_knows_the_end_of_the_run():
+    config = RDropConfig(
+        alpha=2.0, start_step=1, alpha_schedule="linear", alpha_warmup_ratio=1.0, monitor_steps=1
+    )
+    loader = DataLoader(data(32), batch_size=4)
+    module = fit(Classifier(config), -1, loader, max_epochs=1, accumulate_grad_batches=2)
+    # Eight micro-batches are four steps, of which the first has one pass.
+    alphas = [log.get("alpha", 0.0) for log in module.logs]
+    assert alphas == pytest.approx([0, 0, 0, 0, 2 / 3, 2 / 3, 4 / 3, 4 / 3])
+    assert all(log["kl"] > 0 for log in module.logs)
+    assert module.trainer.global_step == 4
+
+
+class Dictionaries(Classifier):
+    """Batches that are no pair, and a loss of one's own."""
+
+    def __init__(self, rdrop):
+        super().__init__(rdrop)
+        self.rdrop_loss = partial(cross_entropy_terms, label_smoothing=0.2)
+
+    def rdrop_batch(self, batch):
+        return {"x": batch["x"]}, batch["y"]
+
+    def forward(self, inputs):
+        return self.network(inputs["x"])
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_hook_and_loss_of_ones_own():
+    x, y = data().tensors
+    rows = [{"x": one, "y": label} for one, label in zip(x, y, strict=True)]
+    config = RDropConfig(alpha=ALPHA)
+    module = fit(Dictionaries(config), 1, DataLoader(rows, batch_size=4))
+    terms, model = partial(cross_entropy_terms, label_smoothing=0.2), network()
+    torch.manual_seed(SEED)
+    expected = rdrop_step(model, x[:4], y[:4], config=config, step=0, loss=terms)
+    assert module.logs[0]["loss"] == pytest.approx(expected.loss.item(), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_options_are_saved_with_the_checkpoint(tmp_path):
+    module = fit(Classifier(RDropConfig(alpha=ALPHA)), 1)
+    module.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)["rdrop"]
+    assert RDropConfig.from_dict(saved) == RDropConfig(alpha=ALPHA)
+
+
+class Manual(Classifier):
+    """Optimises by itself."""
+
+    @property
+    def automatic_optimization(self):
+        return False
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_what_has_no_meaning_is_refused_before_the_first_step():
+    with pytest.raises(ValueError, match="automatic_optimization must be True"):
+        fit(Manual(RDropConfig()))
+    with pytest.raises(TypeError, match="override rdrop_batch of Classifier"):
+        fit(Classifier(RDropConfig()), 1, DataLoader(data().tensors[0], batch_size=4))
+    with pytest.raises(ValueError, match="alpha_rule must be 'ramp', got 'stall'"):
+        fit(Classifier(RDropConfig(alpha="auto", alpha_rule="stall")))
+    rates = RDropConfig(dropout_rates=(0.1, 0.2), passes="sequential")
+    with pytest.raises(ValueError, match=r"dropout_rates.*must hold until the backward"):
+        fit(Classifier(rates))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_module_without_dropout_is_warned_about():
+    with pytest.warns(UserWarning, match="no active source of dropout"):
+        fit(Classifier(RDropConfig(), dropout=0.0))
+
+
+class FadedSecondPass(nn.Module):
+    """Stands for dropout: two passes differ, and always by the same."""
+
+    def forward(self, x):
+        factor = torch.ones(len(x), 1, dtype=x.dtype)
+        factor[len(x) // 2 :] = 0.1
+        return x * factor
+
+
+class Exact(Classifier):
+    """Passes that differ alike in every process."""
+
+    def __init__(self, rdrop, path=None):
+        super().__init__(rdrop)
+        self.network[2], self.path = FadedSecondPass(), path
+        self.double()
+
+    def forward(self, x):
+        return self.network(x.double())
+
+    def train_dataloader(self):
+        size, rank = self.trainer.world_size, self.trainer.global_rank
+        sampler = DistributedSampler(data(), size, rank, shuffle=False)
+        return DataLoader(data(), batch_size=8 // size, sampler=sampler)
+
+    def on_fit_end(self):
+        if self.path is not None:
+            torch.save(self.network.state_dict(), f"{self.path}/{self.global_rank}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_have_the_gradient_of_one_batch(tmp_path):
+    config = RDropConfig(alpha=ALPHA)
+    spread = {"strategy": "ddp_spawn", "devices": 2, "use_distributed_sampler": False}
+    fit(Exact(config, tmp_path), **spread)
+    expected = fit(Exact(config)).network
+    for rank in range(2):
+        for name, value in torch.load(tmp_path / f"{rank}.pt").items():
+            torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-9, atol=1e-12)
