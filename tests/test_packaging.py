@@ -31,6 +31,8 @@ def test_wheel_holds_the_package_its_licence_and_type_marker(wheel):
     assert "regdrop/py.typed" in names
     assert "regdrop/kernels/chunked.py" in names
     assert "regdrop/kernels/rows.cpp" in names
+    texts = {f"regdrop/tasks/texts/alice/{split}.txt" for split in ("train", "validation", "test")}
+    assert {*texts, "regdrop/tasks/texts/README.md"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith("tests") for name in names)
 
