@@ -103,10 +103,9 @@ def _choose(
 ) -> ClosedForm | None:
     """Return the kernel of the closed form; None for the eager form."""
     check_implementation(impl)
-    needs_target_gradient = torch.is_grad_enabled() and any(
-        isinstance(field, Tensor) and field.requires_grad for field in target
-    )
-    is_forward_mode = has_tangent(logits, *target)
+    given = [field for field in target if isinstance(field, Tensor)]
+    needs_target_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    is_forward_mode = has_tangent(logits, *given)
     if impl == "eager" or (impl == "auto" and (needs_target_gradient or is_forward_mode)):
         if inplace:
             raise ValueError(
@@ -122,4 +121,4 @@ def _choose(
         raise ValueError(
             f"impl={impl!r} has no forward-mode derivative; use impl='auto' or 'eager'"
         )
-    return closed_form_kernel(impl, logits.device)
+    return closed_form_kernel(impl, logits.device, logits.dtype)

@@ -45,6 +45,7 @@ class Comparison(NamedTuple):
     mean_difference: Tensor
 
 
+@cache
 def chunked_kernel(compiled: bool = False) -> ClosedForm:
     """Return the kernel, the arithmetic of a block run through `torch.compile` if asked for."""
     return ClosedForm(
@@ -169,12 +170,14 @@ def _sum_rows(
     logits: Tensor, target: Target, nll_slope: Weight, kl_slope: Weight, backward_passes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     found = _compare(logits, target)
-    slopes = (_scalar(weight, found.nll) for weight in (nll_slope, kl_slope))
-    return (
-        found.nll.sum(),
-        found.kl.sum(),
-        _gradient(found, target, *slopes, backward_passes),
+    gradient = _gradient(
+        found,
+        target,
+        _scalar(nll_slope, found.nll),
+        _scalar(kl_slope, found.nll),
+        backward_passes,
     )
+    return found.nll.sum(), found.kl.sum(), gradient
 
 
 def _compare(logits: Tensor, target: Target) -> Comparison:
@@ -228,15 +231,14 @@ def _gradient(
     if backward_passes < num_passes:
         p, weighted, mean_difference = (x[:backward_passes] for x in found[2:])
     if grad_nll is None:
-        slope = grad_kl
+        slope = torch.zeros((), dtype=p.dtype, device=p.device)
     else:
         slope = _times(grad_nll, _target_mass(target, num_classes, p.dtype))
-        slope = slope if grad_kl is None else slope + grad_kl
     if grad_kl is None:
         common = torch.zeros_like(p[0])
     else:
         common = found.p.sum(0).mul_(grad_kl * (-1 / num_passes))
-        slope = torch.addcmul(slope, mean_difference, grad_kl, value=-1)
+        slope = torch.addcmul(slope + grad_kl, mean_difference, grad_kl, value=-1)
     if grad_nll is not None:
         _subtract_target(common, target, grad_nll)
     if grad_kl is None:
@@ -254,9 +256,9 @@ def _column(weights: Tensor | None) -> Tensor | None:
 
 def _scalar(weight: Weight, like: Tensor) -> Tensor | None:
     """Return a weight as a tensor, which enters an operation without being converted there."""
-    if not isinstance(weight, float):
-        return weight
-    return torch.full((), weight, dtype=like.dtype, device=like.device)
+    if isinstance(weight, float):
+        return torch.full((), weight, dtype=like.dtype, device=like.device)
+    return None if weight is None else weight.to(like.device)
 
 
 def _times(slope: Tensor, mass: Tensor | float) -> Tensor:

@@ -186,10 +186,7 @@ class _Terms(Function):
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
         nll, kl, statistics = kernel.forward(logits, target)
-        _save(ctx, logits, target, statistics)
-        ctx.kernel, ctx.backward_passes = kernel, backward_passes
-        # The compiler decides by itself which buffers to reuse.
-        ctx.inplace = inplace and not torch.compiler.is_compiling()
+        _save(ctx, logits, target, statistics, kernel, backward_passes, inplace)
         return nll, kl
 
     @staticmethod
@@ -212,18 +209,18 @@ class _Sum(Function):
         backward_passes: int,
         inplace: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.slopes = scale_gradients(*weights, logits.shape[0], backward_passes)
-        ctx.kernel, ctx.backward_passes = kernel, backward_passes
-        ctx.inplace = inplace and not torch.compiler.is_compiling()
-        statistics: tuple[Tensor, ...] = ()
-        found = _sum_with_gradient(ctx, logits, target)
+        slopes = scale_gradients(*weights, logits.shape[0], backward_passes)
+        found = None
+        if kernel.sums is not None:
+            found = kernel.sums(logits, target, *slopes, backward_passes, inplace)
         if found is None:
             items_nll, items_kl, statistics = kernel.forward(logits, target)
             nll, kl, ctx.gradient = items_nll.sum(), items_kl.sum(), None
         else:
             nll, kl, ctx.gradient = found
-        ctx.has_gradient = found is not None
-        _save(ctx, logits, target, statistics)
+            statistics = ()
+        _save(ctx, logits, target, statistics, kernel, backward_passes, inplace)
+        ctx.slopes, ctx.has_gradient = slopes, found is not None
         ctx.mark_non_differentiable(nll, kl)
         return mix(nll, kl, *weights), nll, kl
 
@@ -232,49 +229,44 @@ class _Sum(Function):
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
         if grad is None:
             return None, None, None, None, None, None
-        if not ctx.has_gradient:
+        if ctx.has_gradient:
+            found = _scale_gradient(ctx, grad)
+        else:
             items = (ctx.num_items,)
             slopes = (None if x is None else _filled(items, x, grad) * grad for x in ctx.slopes)
-            return _write_gradient(ctx, *slopes), None, None, None, None, None
-        # Autograd clones what anybody else still refers to.
-        gradient, ctx.gradient = ctx.gradient, None
-        logits, target, _ = _saved(ctx)
-        if gradient is None:  # a second backward: the first has given it away
-            gradient = _sum_with_gradient(ctx, logits, target)[-1]
-        return _scale_gradient(ctx, logits, gradient, grad), None, None, None, None, None
-
-
-def _sum_with_gradient(ctx: Any, logits: Tensor, target: Target) -> Any:
-    sums = ctx.kernel.sums
-    if sums is None:
-        return None
-    return sums(logits, target, *ctx.slopes, ctx.backward_passes, ctx.inplace)
+            found = _write_gradient(ctx, *slopes)
+        return found, None, None, None, None, None
 
 
 def mix(nll: Tensor, kl: Tensor, nll_weight: Weight, kl_weight: Weight) -> Tensor:
     """Return the weighted sum of two numbers."""
-    if nll_weight is None:
-        nll, nll_weight = torch.zeros_like(nll), 1.0
-    total = nll.clone() if isinstance(nll_weight, float) and nll_weight == 1 else nll * nll_weight
-    if kl_weight is None:
-        return total
-    if isinstance(kl_weight, Tensor):
-        return total.addcmul_(kl, kl_weight)
-    return total.add_(kl, alpha=kl_weight)
+    total = torch.zeros_like(nll) if nll_weight is None else nll * nll_weight
+    return total if kl_weight is None else total.add_(kl * kl_weight)
 
 
 def _filled(shape: tuple[int, ...], value: Tensor | float, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
-        return value.to(like.dtype).expand(shape)
+        return value.to(like.device, like.dtype).expand(shape)
     return torch.full(shape, value, dtype=like.dtype, device=like.device)
 
 
-def _save(ctx: Any, logits: Tensor, target: Target, statistics: tuple[Tensor, ...]) -> None:
-    fields = [x for x in target if isinstance(x, Tensor)]
-    ctx.save_for_backward(logits, *fields, *statistics)
-    ctx.label_smoothing = target.label_smoothing
+def _save(
+    ctx: Any,
+    logits: Tensor,
+    target: Target,
+    statistics: tuple[Tensor, ...],
+    kernel: ClosedForm,
+    backward_passes: int,
+    inplace: bool,
+) -> None:
     ctx.target_fields = [isinstance(x, Tensor) for x in target]
+    ctx.save_for_backward(logits, *(x for x in target if isinstance(x, Tensor)), *statistics)
+    ctx.label_smoothing = target.label_smoothing
     ctx.num_passes, ctx.num_items = logits.shape[:2]
+    ctx.dtype = logits.dtype
+    ctx.kernel, ctx.backward_passes = kernel, backward_passes
+    # The compiler decides by itself which buffers to reuse.
+    ctx.inplace = inplace and not torch.compiler.is_compiling()
     ctx.set_materialize_grads(False)
 
 
@@ -295,14 +287,21 @@ def _write_gradient(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -
     return _finished(ctx, out)
 
 
-def _scale_gradient(ctx: Any, logits: Tensor, gradient: Tensor, grad: Tensor) -> Tensor:
+def _scale_gradient(ctx: Any, grad: Tensor) -> Tensor:
     """Return the gradient that the forward computed, multiplied, as that of the logits."""
+    # Autograd clones what anybody else still refers to.
+    gradient, ctx.gradient = ctx.gradient, None
     graded = ctx.backward_passes
-    if not ctx.inplace and gradient.dtype == logits.dtype and graded == ctx.num_passes:
-        return gradient.mul_(grad)
+    is_whole = graded == ctx.num_passes
+    if gradient is not None and not ctx.inplace and gradient.dtype == ctx.dtype and is_whole:
+        scaled: Tensor = gradient.mul_(grad)
+        return scaled
+    logits, target, _ = _saved(ctx)
+    if gradient is None:  # a second backward: the first has given it away
+        gradient = ctx.kernel.sums(logits, target, *ctx.slopes, graded, ctx.inplace)[-1]
     out = logits if ctx.inplace else torch.empty_like(logits)
-    torch.mul(gradient, grad, out=out if graded == ctx.num_passes else out[:graded])
-    if graded < ctx.num_passes:
+    torch.mul(gradient, grad, out=out if is_whole else out[:graded])
+    if not is_whole:
         out[graded:].zero_()
     return _finished(ctx, out)
 

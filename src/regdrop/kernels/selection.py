@@ -12,6 +12,7 @@ from regdrop.kernels.chunked import chunked_kernel
 from regdrop.kernels.closed_form import ClosedForm
 
 Implementation = Literal["auto", "eager", "chunked", "compiled", "cpp", "triton"]
+_IMPLEMENTATIONS = get_args(Implementation)
 
 
 def check_implementation(impl: str) -> None:
@@ -20,12 +21,14 @@ def check_implementation(impl: str) -> None:
     Raises:
         ValueError: If there is no such implementation.
     """
-    if impl not in get_args(Implementation):
-        raise ValueError(f"impl must be one of {get_args(Implementation)}, got {impl!r}")
+    if impl not in _IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {_IMPLEMENTATIONS}, got {impl!r}")
 
 
-def closed_form_kernel(impl: Implementation, device: torch.device) -> ClosedForm:
-    """Return the kernel of a name for logits on a device.
+def closed_form_kernel(
+    impl: Implementation, device: torch.device, dtype: torch.dtype = torch.float32
+) -> ClosedForm:
+    """Return the kernel of a name for logits of a dtype on a device.
 
     "auto" takes the Triton kernel on a GPU where it can run, else the chunked form; it never builds
     anything and never calls torch.compile. Inside torch.compile every kernel is the chunked form,
@@ -41,7 +44,8 @@ def closed_form_kernel(impl: Implementation, device: torch.device) -> ClosedForm
     if torch.compiler.is_compiling():
         return chunked_kernel()
     if impl == "auto":
-        impl = "triton" if device.type == "cuda" and _can_run_triton(device) else "chunked"
+        can_run = device.type == "cuda" and _can_run_triton(device, dtype)
+        impl = "triton" if can_run else "chunked"
     if impl == "cpp":
         from regdrop.kernels.cpp_rows import cpp_kernel
 
@@ -59,11 +63,13 @@ def closed_form_kernel(impl: Implementation, device: torch.device) -> ClosedForm
 
 
 @cache
-def _can_run_triton(device: torch.device) -> bool:
+def _can_run_triton(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether Triton is installed, finds the C compiler it needs, and knows this GPU."""
     compiler = os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))
+    # Turing GPUs, 7.5, have no bfloat16.
+    least = (8, 0) if dtype == torch.bfloat16 else (7, 5)
     return (
         find_spec("triton") is not None
         and bool(compiler)
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and torch.cuda.get_device_capability(device) >= least
     )

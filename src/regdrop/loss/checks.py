@@ -9,6 +9,7 @@ from torch import Tensor
 
 from regdrop.loss.reduction import Reduction, Scale
 
+_REDUCTIONS, _SCALES = get_args(Reduction), get_args(Scale)
 # Above this, which a difference of logits by a billion gives, a divergence is that of a mask.
 _LARGEST_DIVERGENCE = 1e9
 _INFINITE_DIVERGENCE = (
@@ -36,10 +37,10 @@ def check_options(
             f"num_passes must be at least 2 for alpha={alpha} (one pass has nothing to be "
             f"compared with), got {num_passes}"
         )
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
-    if scale not in get_args(Scale):
-        raise ValueError(f"scale must be one of {get_args(Scale)}, got {scale!r}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
+    if scale not in _SCALES:
+        raise ValueError(f"scale must be one of {_SCALES}, got {scale!r}")
     if backward_passes is not None:
         check_integer("backward_passes", backward_passes)
         if not 1 <= backward_passes <= num_passes:
@@ -52,6 +53,8 @@ def check_options(
 
 def check_number(name: str, value: float) -> None:
     """Raise TypeError unless the argument is a real number."""
+    if type(value) is float:  # nearly always, and cheaper to see
+        return
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
@@ -210,8 +213,9 @@ def all_are_classes(index: Tensor, num_classes: int, ignore_index: int) -> bool:
     """
     if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
         return False
-    low, high = (int(bound) for bound in index.aminmax())
-    return 0 <= low and high < num_classes and not low <= ignore_index <= high
+    lowest, highest = index.aminmax()
+    low, high = lowest.item(), highest.item()
+    return low >= 0 and high < num_classes and not low <= ignore_index <= high
 
 
 def check_mask(mask: Tensor | None, target: Tensor) -> Tensor | None:

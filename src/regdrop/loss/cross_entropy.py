@@ -211,13 +211,13 @@ class _Items(NamedTuple):
     shape: tuple[int, ...]  # of the items
     labelled: Tensor | None  # (N,), where they count in the likelihood; None: all that count do
     num_valid: int | Tensor  # a number wherever it is known without waiting for a device
-    count: Callable[[], ItemCounts]
+    count_all: Callable[[], ItemCounts]
 
     def counts(self) -> tuple[int | Tensor, int | Tensor]:
         """Return the denominators of both terms, numbers where they are known."""
         if self.target.classes is None or (self.target.weight is None and self.labelled is None):
             return self.num_valid, self.num_valid
-        return self.count().nll, self.num_valid
+        return self.count_all().nll, self.num_valid
 
 
 def _items(
@@ -286,7 +286,7 @@ def _terms(
     if items.labelled is not None:
         # After the kernel, whose upstream gradient then is 0 there.
         nll = nll.masked_fill(~items.labelled, 0)
-    return ItemTerms(nll.view(items.shape), kl.view(items.shape), *items.count())
+    return ItemTerms(nll.view(items.shape), kl.view(items.shape), *items.count_all())
 
 
 def _check(

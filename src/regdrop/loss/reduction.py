@@ -64,8 +64,8 @@ class WeightedSum(Protocol):
 
 def reduce_sums(
     weighted_sum: WeightedSum,
-    nll_count: Tensor | int,
-    kl_count: Tensor | int,
+    nll_count: Tensor | float,
+    kl_count: Tensor | float,
     dtype: torch.dtype,
     *,
     alpha: float,
@@ -125,7 +125,7 @@ def _nonzero(count: Tensor | float, dtype: torch.dtype) -> Tensor | float:
 def _as_tensor(number: Tensor | float, like: Tensor) -> Tensor:
     """Return a number as a tensor, without a copy from one device to another that waits."""
     if isinstance(number, Tensor):
-        return number.to(like.device)
+        return number
     return torch.full((), number, dtype=like.dtype, device=like.device)
 
 
