@@ -86,7 +86,7 @@ def _part(task: Summarisation, examples: int, source_length: int) -> Summarisati
         task.training,
         max_steps=1_000,
         batch_size=1024,
-        learning_rate=3e-3,
+        learning_rate=2e-3,
         eval_steps=100,
         logging_steps=50,
     )
