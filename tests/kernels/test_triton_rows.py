@@ -203,7 +203,7 @@ def test_forward_alone_keeps_nothing():
 
 
 def test_auto_takes_it_on_a_gpu_where_it_can_run(monkeypatch):
-    monkeypatch.setattr(selection, "_can_run_triton", lambda device: device.index == 0)
+    monkeypatch.setattr(selection, "_can_run_triton", lambda device, dtype: device.index == 0)
     monkeypatch.setattr(triton_rows, "triton_kernel", lambda device: "triton")
     monkeypatch.setattr(selection, "chunked_kernel", lambda compiled: "chunked")
     devices = [torch.device(name) for name in ("cuda:0", "cuda:1", "cpu")]
@@ -225,7 +225,7 @@ except ValueError as error:
 
 def compiled(kernel, **constants):
     constants |= dict(LABEL_SMOOTHING=0.1, PASSES=2, ROWS=2, SCALE=1.0, SOFTCAP=None)
-    constants |= dict(probabilities=None, first=0)
+    constants |= dict(probabilities=None, weight=None, first=0)
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name.endswith("stride_class"):
@@ -245,11 +245,15 @@ def compiled(kernel, **constants):
     options = {"num_warps": 8, "enable_fp_fusion": True}
     ptx = triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"]
     wide = re.findall(r"(?:ld|st)[.]global[.]v4", ptx)
-    loop = re.search(r"[$](L__BB0_[0-9]+):(?:(?!L__BB).)*?bra\\s+[$]\\1;", ptx, re.DOTALL)
-    waits = loop[0].count("bar.sync") + loop[0].count("shfl") if loop else None
+    # What threads wait for, between a label and a jump back to it.
+    lines, waits = ptx.splitlines(), 0
+    for i, line in enumerate(lines):
+        label = re.search("bra.*([$]L__BB[0-9_]+);", line)
+        starts = [j for j, x in enumerate(lines[:i]) if label and x.startswith(label[1] + ":")]
+        waits += sum("bar.sync" in x or "shfl" in x for j in starts for x in lines[j:i])
     print(kernel.fn.__name__, dict(collections.Counter(wide)), waits)
 
-forward = dict(CARRIED=False, LANES=256, WIDE=8, STAGES=1, cross_sums=None)
+forward = dict(FIRST=True, LAST=True, LANES=256, WIDE=8, STAGES=1)
 compiled(rows._forward_kernel, **forward)
 compiled(rows._backward_kernel, BACKWARD_PASSES=2, TILE=2048, REVERSE=True)
 """
@@ -270,7 +274,8 @@ def test_compiles_for_a_gpu_with_wide_loads_and_stores(tmp_path):
     assert done.returncode == 0, done.stderr
     refusal, forward, backward = done.stdout.splitlines()
     assert "impl='triton' needs logits on a GPU" in refusal
-    # 2 x 2048 numbers of 2 bytes by 256 threads: 2 times 16 bytes a thread; weights: 2 times more.
+    # 2 x 2048 numbers of 2 bytes by 256 threads: 2 times 16 bytes a thread. The forward has two
+    # forms of a tile, whole and not; the backward writes a gradient, or zeros to an ignored item.
     # No thread waits for another within the loop of the forward.
     assert forward == "_forward_kernel {'ld.global.v4': 4} 0"
-    assert backward == "_backward_kernel {'ld.global.v4': 4, 'st.global.v4': 2} None"
+    assert backward == "_backward_kernel {'ld.global.v4': 2, 'st.global.v4': 4} 0"

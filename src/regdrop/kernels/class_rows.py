@@ -34,28 +34,28 @@ class RowSums(NamedTuple):
     """What blocks of classes leave of n items for those to come, and what they end in.
 
     Attributes:
-        statistics: (3 * num_passes + 1, n). A pass's maximum, sum of e = exp(z - maximum), and sum
-            of e times the difference from the mean over passes; then the target's mass. After the
-            last block the inverse of the sum, and the mean difference.
-        cross: (num_passes, n), the sum of target times (z - maximum).
+        statistics: All of it, (rows, n). For each pass its maximum, then its sum of
+            e = exp(z - maximum), then its sum of e times the difference from the mean over passes;
+            the target's mass; the following. After the last block the sum is inverted, and the
+            difference is its mean.
         nll: (n,), the likelihood, after the last block.
         kl: (n,), the divergence, after the last block.
+        cross: (num_passes, n), the sum of target times (z - maximum).
     """
 
     statistics: Tensor
-    cross: Tensor | None
     nll: Tensor
     kl: Tensor
+    cross: Tensor
 
     @classmethod
-    def empty(cls, like: Tensor, carried: bool = True) -> "RowSums":
-        """Return memory for products (num_passes, n, ...); `cross` only if sums are carried."""
+    def empty(cls, like: Tensor, *, carried: bool = True) -> "RowSums":
+        """Return memory for products (num_passes, n, ...); no `cross` unless sums are carried."""
         num_passes, num_items = like.shape[:2]
-        dtype = accumulator(like.dtype)
-        size = 3 * num_passes + 1
-        memory = like.new_empty(size + 2 + (num_passes if carried else 0), num_items, dtype=dtype)
-        cross = memory[size + 2 :] if carried else None
-        return cls(memory[:size], cross, memory[size], memory[size + 1])
+        nll = 3 * num_passes + 1
+        rows = nll + 2 + (num_passes if carried else 0)
+        memory = like.new_empty(rows, num_items, dtype=accumulator(like.dtype))
+        return cls(memory, memory[nll], memory[nll + 1], memory[nll + 2 :])
 
 
 class CollectColumns(Protocol):
@@ -111,12 +111,10 @@ def collect_columns(
     columns: Columns, target: Target, sums: RowSums, is_first: bool, is_last: bool
 ) -> None:
     """Add a block of classes to the sums, as `CollectColumns` describes it."""
-    assert sums.cross is not None
     num_passes = len(columns.products)
     for start, stop in row_blocks(columns.products):
         rows = slice(start, stop)
-        memory = sums.statistics[:, rows]
-        *stored, (mass,) = memory.split([num_passes] * 3 + [1])
+        *stored, (mass,) = _split(sums.statistics[:, rows], num_passes)
         carried = _Sums(stored[0], stored[1], stored[2], sums.cross[:, rows], mass)
         found = _sum_up(columns.rows(start, stop), target.rows(start, stop))
         if not is_first:
@@ -130,6 +128,12 @@ def collect_columns(
             sums.kl[rows].copy_(kl)
         for kept, new in zip(carried, found, strict=True):
             kept.copy_(new)
+
+
+def _split(statistics: Tensor, num_passes: int) -> tuple[Tensor, ...]:
+    """Return each pass's maximum, sum and difference, and the target's mass in a dimension more."""
+    parts: tuple[Tensor, ...] = statistics[: 3 * num_passes + 1].split([num_passes] * 3 + [1])
+    return parts
 
 
 def _sum_up(columns: Columns, target: Target) -> _Sums:
@@ -235,7 +239,7 @@ def _gradient(
     """Return `p (mass a + b (1 - E + d)) - b mean(p) - a target` of the first passes."""
     num_passes = len(columns.products)
     maximum, inverse_sum, mean_difference, mass = (
-        x[..., None] for x in statistics.split([num_passes] * 3 + [1])
+        x[..., None] for x in _split(statistics, num_passes)
     )
     z = shape_logits(columns.products, columns.scale, columns.softcap)
     z = z.to(accumulator(columns.products.dtype))
