@@ -26,7 +26,7 @@ from regdrop.experiments.record import RunRecord, load_records
 from regdrop.experiments.statistics import estimate, paired_difference
 from regdrop.experiments.tables import find_metrics, run_selection_metric
 
-CONSTANT, PAPERS = "alpha", "alpha-1"
+BASELINE, CONSTANT, PAPERS = "baseline", "alpha", "alpha-1"
 # An arm's name ends in the setting of its family: "stall-16" is of "stall".
 _SETTING = re.compile(r"^(?P<family>.+)-(?P<setting>\d+(\.\d+)?)$")
 
@@ -44,6 +44,8 @@ class TaskRegrets:
         test: The same by its test figure.
         against_one: How much worse each arm's test figure is than alpha 1, and half the 95 %
             interval of that, paired by seeds, in units; empty without that arm.
+        gain: Each arm's gain over the baseline in the test figure, in times of the best constant's;
+            empty without a baseline.
         cost: Single-pass steps of each arm.
     """
 
@@ -54,6 +56,7 @@ class TaskRegrets:
     validation: Mapping[str, float]
     test: Mapping[str, float]
     against_one: Mapping[str, tuple[float, float]]
+    gain: Mapping[str, float]
     cost: Mapping[str, float]
 
 
@@ -102,7 +105,11 @@ def task_regrets(records: Sequence[RunRecord], metric: str | None = None) -> Tas
         for arm in test:
             difference = paired_difference(test[arm], test[PAPERS])
             against_one[arm] = (difference.mean / unit, difference.half_width / unit)
-    baseline = by_arm.get("baseline", [None])[0]
+    baseline = by_arm[BASELINE][0] if BASELINE in by_arm else None
+    gain = {}
+    if baseline is not None:
+        whole = means[BASELINE] - means[best]
+        gain = {arm: (means[BASELINE] - value) / whole for arm, value in means.items()}
     return TaskRegrets(
         task=records[0].task,
         best=best,
@@ -111,6 +118,7 @@ def task_regrets(records: Sequence[RunRecord], metric: str | None = None) -> Tas
         validation={arm: (value - held_out[best]) / unit for arm, value in held_out.items()},
         test={arm: (value - means[best]) / unit for arm, value in means.items()},
         against_one=against_one,
+        gain=gain,
         cost={arm: run_cost(runs[0], baseline) for arm, runs in by_arm.items()},
     )
 
@@ -211,6 +219,17 @@ def arms_table(regrets: Sequence[TaskRegrets]) -> list[list[str]]:
     return rows
 
 
+def gains_table(regrets: Sequence[TaskRegrets]) -> list[list[str]]:
+    """Return the part of the best constant's gain that every arm has, and its cost, as text."""
+    rows = [["arm", *(one.task for one in regrets), "cost"]]
+    for arm in sorted({arm for one in regrets for arm in one.gain}, key=arm_order):
+        own = [one.gain.get(arm) for one in regrets]
+        cost = mean([one.cost[arm] for one in regrets if arm in one.cost])
+        cells = ["" if value is None else f"{value:.0%}".replace("-", "−") for value in own]
+        rows.append([arm, *cells, f"{cost:.2f}"])
+    return rows
+
+
 def choices_table(regrets: Sequence[TaskRegrets]) -> list[list[str]]:
     """Return every family, its setting chosen by the other tasks, as rows of text."""
     choices, found = left_out_choices(regrets), verdicts(regrets)
@@ -255,11 +274,14 @@ def main() -> None:
     options.add_argument("--output", type=Path, default=None, help="a Markdown file")
     arguments = options.parse_args()
     regrets = [task_regrets(load_records(folder), arguments.metric) for folder in arguments.folders]
-    tables = [arms_table(regrets), choices_table(regrets)]
+    titles = (
+        "test regret of every arm",
+        "settings chosen by the other tasks",
+        "gain over the baseline, in times of the best constant's",
+    )
+    tables = [arms_table(regrets), choices_table(regrets), gains_table(regrets)]
     console = Console()
-    for (header, *rows), title in zip(
-        tables, ("test regret of every arm", "settings chosen by the other tasks"), strict=True
-    ):
+    for (header, *rows), title in zip(tables, titles, strict=True):
         table = Table(*header, title=title)
         for row in rows:
             table.add_row(*row)

@@ -135,7 +135,7 @@ def train(
         target = batch.pop("labels")
         if held is None:
             forward = lambda x: model(**x).logits  # noqa: E731 of this step's model
-            options = {"config": config, "step": step, "alpha": alpha}
+            options: dict[str, Any] = {"config": config, "step": step, "alpha": alpha}
             rdrop_step(forward, batch, target, **options).loss.backward()
         else:
             is_double = step % way.k == 0

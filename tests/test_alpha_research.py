@@ -116,6 +116,22 @@ def test_a_rule_is_accepted_by_its_mean_regret_and_where_it_harms_no_task(three_
     assert module.arms_table(regrets)[-2] == ["best constant", "alpha-6", "alpha-6", "alpha-1", ""]
 
 
+def test_gains_are_parts_of_the_best_constants(script):
+    module = script("alpha_regret")
+    arms = {
+        "baseline": (3.0, 3.0),
+        "alpha-1": (2.9, 2.9),
+        "alpha-6": (2.0, 2.5),
+        "ramp-16": (2.0, 2.0),
+        "late-start": (2.0, 3.1),
+    }
+    found = module.task_regrets(records(A, arms))
+    expected = {"baseline": 0, "alpha-1": 0.2, "alpha-6": 1, "ramp-16": 2, "late-start": -0.2}
+    assert found.gain == pytest.approx(expected)
+    rows = {row[0]: row[1:] for row in module.gains_table([found])}
+    assert rows["late-start"] == ["−20%", "2.00"]
+
+
 def test_arms_that_a_task_lacks_are_chosen_for_none(script):
     module = script("alpha_regret")
     both = {"alpha-1": (2.0, 2.0), "alpha-6": (3.0, 3.0), "ramp-16": (2.0, 2.0)}
