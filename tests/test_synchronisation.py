@@ -153,3 +153,37 @@ def test_ignored_items_that_are_not_dropped_count_for_nothing(by_classes, option
     monkeypatch.setattr(fused_linear, "_goes_by_classes", lambda *arguments: by_classes)
     for x, y in zip(run(), expected, strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("backward_passes", [None, 1])
+def test_no_step_of_the_trainer_waits_for_its_device(fused, backward_passes, tmp_path):
+    """But for the first batches, which are looked at: here they were on a CPU."""
+    transformers = pytest.importorskip("transformers")
+    from regdrop.integrations.transformers import RDropTrainer
+
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=90, n_positions=16)
+    config._attn_implementation = "eager"
+    words = torch.randint(3, 90, (4, 7))
+    labels = torch.cat([words[:, :5], torch.full((4, 2), -100)], 1)
+    rows = [{"input_ids": x, "labels": y} for x, y in zip(words, labels, strict=True)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no", logging_steps=1
+    )
+    rdrop = regdrop.RDropConfig(
+        alpha=1.0, fused_linear=fused, backward_passes=backward_passes, monitor_steps=None
+    )
+    trainer = RDropTrainer(
+        transformers.GPT2LMHeadModel(config), arguments, train_dataset=rows, rdrop=rdrop
+    )
+    trainer.train()
+    model = trainer.model.to("meta").train()
+    # Without a mask of its own the model itself looks for packed sequences.
+    mask = torch.ones(4, 7, dtype=torch.long, device="meta")
+    inputs = {"input_ids": words.to("meta"), "attention_mask": mask, "labels": labels.to("meta")}
+    count = torch.empty((), dtype=torch.long, device="meta")
+    with Waits() as waits:
+        loss = trainer.compute_loss(model, inputs, num_items_in_batch=count)
+        loss.backward()
+    assert loss.device.type == "meta"
+    assert waits.found == []

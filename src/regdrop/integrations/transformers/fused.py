@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from regdrop.integrations.transformers.heads import Head, base_model
 from regdrop.kernels import Projection
+from regdrop.kernels.projection import casts_itself
 from regdrop.loss import cross_entropy_terms
 
 # What multiplies and what divides logits in the library's models, and what bounds them.
@@ -106,9 +107,8 @@ def _exposed_input(model: nn.Module, layer: nn.Linear) -> Iterator[list[torch.dt
                 f"its last layer must read states (batch, length, features), got shapes {shapes}"
             )
         (hidden,) = args
-        device = hidden.device.type
-        is_cast = torch.is_autocast_enabled(device)
-        dtypes.append(torch.get_autocast_dtype(device) if is_cast else None)
+        is_cast = casts_itself(hidden.device)
+        dtypes.append(torch.get_autocast_dtype(hidden.device.type) if is_cast else None)
         read.append(hidden)
         return (hidden[:, :1],)
 
