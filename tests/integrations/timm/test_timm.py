@@ -1,0 +1,237 @@
+"""R-Drop as a task of timm: equal to a loop by hand, with what timm does around it."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+timm = pytest.importorskip(
+    "timm",
+    reason="timm is tested apart: make test installs it into .venv/apart, and runs "
+    "PYTHONPATH=.venv/apart pytest tests/integrations/timm",
+)
+
+from timm.data import Mixup  # noqa: E402
+from timm.loss import (  # noqa: E402
+    AsymmetricLossSingleLabel,
+    BinaryCrossEntropy,
+    JsdCrossEntropy,
+    LabelSmoothingCrossEntropy,
+    PolyCrossEntropy,
+    SoftTargetCrossEntropy,
+)
+from timm.optim import create_optimizer_v2  # noqa: E402
+from timm.task import ClassificationTask  # noqa: E402
+
+from regdrop import (  # noqa: E402
+    RDropConfig,
+    find_dropout,
+    rdrop_binary_cross_entropy_with_logits,
+    rdrop_cross_entropy,
+    repeat_batch,
+)
+from regdrop.integrations.timm import RDropTask  # noqa: E402
+
+ALPHA, CLASSES, ROWS = 1.5, 3, 4
+# A vision transformer that is small enough for a test.
+TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+FAMILIES = (
+    ("vit_tiny_patch16_224", TINY),
+    ("convnext_atto", {}),
+    ("efficientnet_lite0", {}),
+    ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "embed_dim": 24, "num_heads": (1, 2)}),
+    ("resnet18", {"zero_init_last": False}),  # else its branches begin as 0
+    ("mobilenetv3_small_050", {}),
+    ("mixer_s32_224", {}),
+)
+
+
+def vit(**rates):
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, **TINY, **rates).train()
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(ROWS, 3, 16, 16, generator=generator)
+    return images, torch.tensor([0, 2, 1, 2])
+
+
+def mixed():
+    images, labels = batch()
+    mixup = Mixup(mixup_alpha=1.0, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=CLASSES)
+    images, target = mixup(images, labels)
+    assert target.shape == (ROWS, CLASSES)
+    return images, target
+
+
+def smoothed(labels):
+    return F.one_hot(labels, CLASSES) * 0.8 + 0.2 / CLASSES
+
+
+CASES = {
+    "classes": (nn.CrossEntropyLoss(), batch, {}),
+    "weights": (nn.CrossEntropyLoss(torch.tensor([1.0, 2, 3])), batch, {"weight": [1.0, 2, 3]}),
+    "smoothing": (LabelSmoothingCrossEntropy(0.2), batch, {"label_smoothing": 0.2}),
+    "mixup and cutmix": (SoftTargetCrossEntropy(), mixed, {}),
+    "binary": (BinaryCrossEntropy(0.2), batch, smoothed),
+    "binary, soft": (BinaryCrossEntropy(0.2), mixed, lambda target: target),
+    "binary, dense": (
+        BinaryCrossEntropy(0.2, smooth_dense=True),
+        mixed,
+        lambda target: target * 0.8 + 0.1,
+    ),
+}
+
+
+@pytest.mark.parametrize("rates", [{"drop_path_rate": 0.5}, {"proj_drop_rate": 0.3}])
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradient_are_those_of_a_loop_by_hand(case, rates):
+    criterion, make, options = CASES[case]
+    images, target = make()
+    model = vit(**rates)
+    task = RDropTask(model, criterion, rdrop=RDropConfig(alpha=ALPHA)).train()
+    torch.manual_seed(7)
+    found = task(images, target)
+    found["loss"].backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.manual_seed(7)
+    logits = model(repeat_batch(images))
+    if callable(options):
+        expected = rdrop_binary_cross_entropy_with_logits(
+            logits, options(target), alpha=ALPHA, scale="mean"
+        )
+    else:
+        given = {n: torch.tensor(v) if n == "weight" else v for n, v in options.items()}
+        expected = rdrop_cross_entropy(logits, target, alpha=ALPHA, scale="mean", **given)
+    expected.loss.backward()
+    assert expected.kl > 1e-5
+    for name in ("loss", "nll", "kl"):
+        torch.testing.assert_close(found[name], getattr(expected, name), rtol=1e-6, atol=1e-6)
+    assert found["alpha"] == ALPHA
+    torch.testing.assert_close(found["output"], logits[:ROWS])
+    for ours, parameter in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_pass_and_evaluation_are_those_of_timm(case):
+    criterion, make, _ = CASES[case]
+    images, target = make()
+    baseline = RDropConfig(alpha=0, num_passes=1)
+    model = vit(proj_drop_rate=0.3)
+    for mode, rdrop in ((True, baseline), (False, RDropConfig())):
+        found = []
+        for task in (
+            RDropTask(model, criterion, rdrop=rdrop),
+            ClassificationTask(model, criterion),
+        ):
+            torch.manual_seed(7)
+            found.append(task.train(mode)(images, target))
+        torch.testing.assert_close(found[0]["loss"], found[1]["loss"], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found[0]["output"], found[1]["output"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "options"), FAMILIES, ids=[name for name, _ in FAMILIES])
+def test_drop_path_is_found_in_every_family_and_makes_passes_differ(name, options):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=CLASSES, drop_path_rate=0.5, **options).train()
+    nn.init.normal_(model.get_classifier().weight)  # some begin as 0
+    sources = [source for source in find_dropout(model) if source.active]
+    assert {source.kind for source in sources} == {"stochastic depth"}
+    size = options.get("img_size", 224 if name.startswith(("swin", "mixer")) else 64)
+    task = RDropTask(model, rdrop=RDropConfig()).train()
+    assert task(torch.randn(2, 3, size, size), torch.tensor([0, 1]))["kl"] > 0
+
+
+def test_schedule_counts_the_steps_of_an_accumulating_loop_and_is_kept_in_checkpoints():
+    config = RDropConfig(alpha=2.0, start_step=1, alpha_schedule="linear", alpha_warmup_ratio=1.0)
+    options = {"rdrop": config, "grad_accum_steps": 2, "total_steps": 4}
+    task = RDropTask(vit(drop_path_rate=0.5), **options).train()
+    results = [task(*batch()) for _ in range(6)]
+    alphas = [float(result["alpha"]) for result in results]
+    assert alphas == pytest.approx([0, 0, 0, 0, 2 / 3, 2 / 3])
+    assert results[0]["kl"] == 0 < results[2]["kl"]
+    other = RDropTask(vit(drop_path_rate=0.5), **options).train()
+    state = task.get_checkpoint_state()
+    other.load_checkpoint_state(state["state_dict"], state["task_state"])
+    assert other.step == task.step == 3
+    assert float(other(*batch())["alpha"]) == pytest.approx(4 / 3)
+    other.step = 2
+    assert float(other(*batch())["alpha"]) == pytest.approx(2 / 3)
+
+
+def test_moving_average_layer_decay_and_compilation():
+    model = vit(drop_path_rate=0.5)
+    task = RDropTask(model, rdrop=RDropConfig(alpha=ALPHA)).train()
+    task.setup_ema(decay=0.5)
+    task.compile(backend="eager")
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-2, layer_decay=0.5)
+    assert len({group["lr_scale"] for group in optimizer.param_groups}) > 2
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(7)
+    found = task(*batch())
+    torch.manual_seed(7)
+    plain = RDropTask(model, rdrop=RDropConfig(alpha=ALPHA)).train()(*batch())
+    torch.testing.assert_close(found["loss"], plain["loss"], rtol=1e-5, atol=1e-6)
+    found["loss"].backward()
+    optimizer.step()
+    task.update_ema(step=2)
+    ema = task.get_trainable_module(ema=True).module.state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(ema[name], (before[name] + value) / 2)
+    task.eval()
+    assert set(task(*batch())) == {"loss", "output"}
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (AsymmetricLossSingleLabel(), "got AsymmetricLossSingleLabel"),
+        (PolyCrossEntropy(), "got PolyCrossEntropy"),
+        (JsdCrossEntropy(), "got JsdCrossEntropy"),
+        (BinaryCrossEntropy(sum_classes=True), "got sum_classes=True"),
+        (BinaryCrossEntropy(target_threshold=0.2), "target_threshold of BinaryCrossEntropy"),
+        (BinaryCrossEntropy(reduction="sum"), "got reduction='sum'"),
+        (nn.CrossEntropyLoss(reduction="sum"), "got reduction='sum'"),
+        (F.cross_entropy, "got function"),
+    ],
+)
+def test_losses_that_it_would_change_are_refused_by_name(criterion, message):
+    with pytest.raises(ValueError, match=message):
+        RDropTask(vit(drop_path_rate=0.5), criterion)
+
+
+def test_distillation_is_refused():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", drop_path_rate=0.1)
+    assert RDropTask(model)
+    model.set_distilled_training(True)
+    with pytest.raises(ValueError, match="VisionTransformerDistilled in distilled training"):
+        RDropTask(model)
+    with pytest.raises(ValueError, match="got a task of timm, ClassificationTask"):
+        RDropTask(ClassificationTask(vit(drop_path_rate=0.5)))
+
+
+def test_options_are_checked():
+    model = vit(drop_path_rate=0.5)
+    with pytest.raises(TypeError, match="rdrop must be an RDropConfig, got float"):
+        RDropTask(model, rdrop=1.0)
+    with pytest.raises(ValueError, match="alpha_rule must be 'ramp'"):
+        RDropTask(model, rdrop=RDropConfig(alpha="auto", alpha_rule="gap"))
+    with pytest.raises(ValueError, match="grad_accum_steps must be at least 1, got 0"):
+        RDropTask(model, grad_accum_steps=0)
+    with pytest.raises(ValueError, match=r"class_weight=.*is an option of loss='cross_entropy'"):
+        RDropTask(model, rdrop=RDropConfig(class_weight=(1, 1, 1))).train()(*batch())
+
+
+def test_default_vit_is_warned_about():
+    with pytest.warns(UserWarning, match="VisionTransformer has no source of dropout.*drop_path"):
+        RDropTask(vit())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RDropTask(vit(), rdrop=RDropConfig(alpha=0, num_passes=1))
+        RDropTask(vit(attn_drop_rate=0.1))
