@@ -78,7 +78,9 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not goes_away:
         return result
     known = {id(x.held): x for x in away}
-    return tree_map_only(Tensor, lambda x: known.get(id(x)) or AwayTensor(x), result)
+    return tree_map_only(
+        Tensor, lambda x: known[id(x)] if id(x) in known else AwayTensor(x), result
+    )
 
 
 class _Operations(TorchDispatchMode):
