@@ -2,8 +2,11 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -221,6 +224,69 @@ def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):
     outputs = [process.communicate() for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], outputs
     assert len({out for out, _ in outputs}) == 1
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from regdrop.kernels.cpp_rows import build_alone
+folder = Path(sys.argv[1])
+with build_alone(folder):
+    (folder / "lock").touch()
+    print("builds", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such lock")
+def test_a_build_waits_for_one_that_runs_and_not_for_one_that_was_killed(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "builds\n"
+    started = []
+    waiting = threading.Thread(target=enter, args=(tmp_path, started), daemon=True)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    assert (tmp_path / "lock").exists()
+    first.kill()
+    first.wait()
+    waiting.join(10)
+    assert started == [False]  # the lock of the killed build is gone
+
+
+def enter(folder, started):
+    with cpp_rows.build_alone(folder):
+        started.append((folder / "lock").exists())
+
+
+@built
+def test_a_killed_build_does_not_block_the_next(tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *rows.cpp*) touch {tmp_path}/compiles; sleep 600;; '
+        '*) exec c++ "$@";; esac\n'
+    )
+    compiler.chmod(0o755)
+    code = (
+        "import torch; from regdrop import rdrop_cross_entropy\n"
+        "x, y = torch.eye(4), torch.tensor([0, 1])\n"
+        "print(rdrop_cross_entropy(x, y, alpha=1.0, impl='cpp').loss.item())"
+    )
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    slow = {**environment, "CXX": str(compiler)}
+    killed = subprocess.Popen([sys.executable, "-c", code], env=slow, start_new_session=True)
+    while not (tmp_path / "compiles").exists():
+        assert killed.poll() is None
+        time.sleep(0.1)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert list((tmp_path / "extensions").glob("*/lock"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0
 
 
 @built

@@ -237,7 +237,7 @@ def _gradient(
     if grad_kl is None:
         common = torch.zeros_like(p[0])
     else:
-        common = found.p.sum(0).mul_(grad_kl * (-1 / num_passes))
+        common = _mean_of_passes(found.p).mul_(-grad_kl)
         slope = torch.addcmul(slope + grad_kl, mean_difference, grad_kl, value=-1)
     if grad_nll is not None:
         _subtract_target(common, target, grad_nll)

@@ -75,6 +75,22 @@ class SumKernel(Protocol):
         """Return two scalars and the gradient; None where a backward of its own takes less."""
 
 
+class WeightedSum(Protocol):
+    """Computes what `closed_form_sum` does, with an autograd of its own."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        target: Target,
+        nll_weight: float,
+        kl_weight: float | None,
+        backward_passes: int,
+        inplace: bool,
+        /,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sum, and both terms' sums without weight and gradient."""
+
+
 class ClosedForm(NamedTuple):
     """One way to compute the closed form.
 
@@ -84,6 +100,7 @@ class ClosedForm(NamedTuple):
         least_items: Items a call, below which it leaves a part of the device idle.
         class_rows: Its form for a block of classes, a `ClassRows`; None leaves that to torch.
         sums: Computes the gradient in the forward, for sums of the terms.
+        weighted_sum: Computes such a sum with an autograd of its own, of weights that are numbers.
     """
 
     forward: ForwardKernel
@@ -91,6 +108,7 @@ class ClosedForm(NamedTuple):
     least_items: int = 1
     class_rows: Any = None
     sums: SumKernel | None = None
+    weighted_sum: WeightedSum | None = None
 
 
 def closed_form_terms(
@@ -142,6 +160,12 @@ def closed_form_sum(
         The sum, and the sums of both terms without weight and gradient, all scalars.
     """
     logits = _readable(logits)
+    if (
+        kernel.weighted_sum is not None
+        and isinstance(nll_weight, float)
+        and not isinstance(kl_weight, Tensor)
+    ):
+        return kernel.weighted_sum(logits, target, nll_weight, kl_weight, backward_passes, inplace)
     if torch.is_grad_enabled() and logits.requires_grad:
         total, nll, kl = _Sum.apply(
             logits, target, kernel, (nll_weight, kl_weight), backward_passes, inplace
@@ -240,8 +264,14 @@ class _Sum(Function):
 
 def mix(nll: Tensor, kl: Tensor, nll_weight: Weight, kl_weight: Weight) -> Tensor:
     """Return the weighted sum of two numbers."""
+    if isinstance(nll_weight, float) and nll_weight == 1 and isinstance(kl_weight, float):
+        return torch.add(nll, kl, alpha=kl_weight)
     total = torch.zeros_like(nll) if nll_weight is None else nll * nll_weight
-    return total if kl_weight is None else total.add_(kl * kl_weight)
+    if kl_weight is None:
+        return total
+    if isinstance(kl_weight, Tensor):
+        return total + kl * kl_weight
+    return total.add_(kl, alpha=kl_weight)
 
 
 def _filled(shape: tuple[int, ...], value: Tensor | float, like: Tensor) -> Tensor:

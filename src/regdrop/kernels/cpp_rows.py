@@ -1,13 +1,14 @@
 """The R-Drop terms in closed form on a CPU: vectorised C++, built on request.
 
 `rows.cpp` has the kernel, `closed_form.py` the formulas. The build goes to torch's folder of
-extensions (`TORCH_EXTENSIONS_DIR`) once for each kind of CPU; a lock there lets one process build
-while others wait.
+extensions (`TORCH_EXTENSIONS_DIR`) once for each kind of CPU and version of torch; a lock there
+lets one process build while others wait.
 """
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def cpp_kernel(device: torch.device) -> ClosedForm:
         raise ValueError(f"impl='cpp' needs logits on a CPU, got {device}; use 'auto' or 'chunked'")
     _library()
     # A thread takes whole items.
-    return ClosedForm(_forward, _backward, least_items=4 * torch.get_num_threads())
+    return ClosedForm(
+        _forward, _backward, least_items=4 * torch.get_num_threads(), weighted_sum=_weighted_sum
+    )
 
 
 def _forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -76,6 +79,25 @@ def _backward(
         out.copy_(rows)
 
 
+def _weighted_sum(
+    logits: Tensor,
+    target: Target,
+    nll_weight: float,
+    kl_weight: float | None,
+    backward_passes: int,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    total, nll, kl = _library().rows_sum(
+        _with_rows(logits),
+        *_target_arguments(target, accumulator(logits.dtype)),
+        nll_weight,
+        kl_weight,
+        backward_passes,
+        inplace,
+    )
+    return total, nll, kl
+
+
 def _with_rows(logits: Tensor) -> Tensor:
     """Return the tensor, or a copy of it, with the classes of an item next to each other."""
     return logits if logits.stride(-1) == 1 else logits.contiguous()
@@ -95,7 +117,7 @@ def _target_arguments(target: Target, dtype: torch.dtype) -> tuple[Tensor | floa
 @cache
 def _library() -> Any:
     """Build the kernel, or find it built, and return its operators."""
-    from torch.utils.cpp_extension import is_ninja_available, load
+    from torch.utils.cpp_extension import get_default_build_root, is_ninja_available, load
 
     compiler = os.environ.get("CXX", "c++")
     missing = [] if shutil.which(compiler.split()[0]) else [f"C++ compiler ({compiler}, or $CXX)"]
@@ -107,14 +129,39 @@ def _library() -> Any:
             f"install it or use impl='auto' or 'chunked'"
         )
     kind = _kind_of_cpu()
-    load(
-        name=f"regdrop_rows_{kind.lower()}",
-        sources=[str(Path(__file__).with_name("rows.cpp"))],
-        extra_cflags=["-O3", "-fopenmp", *_FLAGS[kind]],
-        extra_ldflags=["-fopenmp"],
-        is_python_module=False,
-    )
+    name = f"regdrop_rows_{kind.lower()}"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    folder = root / f"{name}_torch_{torch.__version__}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with build_alone(folder):
+        load(
+            name=name,
+            sources=[str(Path(__file__).with_name("rows.cpp"))],
+            extra_cflags=["-O3", "-fopenmp", *_FLAGS[kind]],
+            extra_ldflags=["-fopenmp"],
+            build_directory=str(folder),
+            is_python_module=False,
+        )
     return torch.ops.regdrop
+
+
+@contextmanager
+def build_alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time build in a folder, and the next one after a build was killed.
+
+    Torch's own lock is a file, `lock`, that a killed build leaves behind and others wait for
+    without end. The system's lock ends with the process that holds it: who has it knows that
+    nobody builds, and removes that file.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows, where torch's lock is the only one
+        yield
+        return
+    with (folder / "building").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        yield
 
 
 def _kind_of_cpu() -> str:

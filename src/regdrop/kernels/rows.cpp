@@ -13,6 +13,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
 #if defined(__linux__)
@@ -393,7 +395,7 @@ void forward_items(const Tensor& logits, const TargetRows<acc_t>& target,
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> regdrop_forward(
     const Tensor& logits, const std::optional<Tensor>& classes,
     const std::optional<Tensor>& probabilities, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& valid, double label_smoothing) {
@@ -423,10 +425,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   return {nll, kl, maximum, inverse_sum, mean_difference, mass};
 }
 
-// What the backward reads of each item and row, and the gradients of both terms, null where none.
+// What the backward reads of each item and row, and the gradients of both terms, null where none:
+// one an item, or, where `step` is 0, one for all.
 template <typename acc_t>
 struct Slopes {
   const acc_t *maximum, *inverse_sum, *mean_difference, *mass, *grad_nll, *grad_kl;
+  int64_t step;
 };
 
 // Writes p (mass a + b (1 - E + d)) - b mean(p) - a target for the first passes, else 0.
@@ -454,8 +458,8 @@ void backward_items(const Tensor& out, const Tensor& logits, const TargetRows<ac
       clear_from(0);
       continue;
     }
-    const acc_t a = in.grad_nll ? in.grad_nll[item] : acc_t(0);
-    const acc_t b = in.grad_kl ? in.grad_kl[item] : acc_t(0);
+    const acc_t a = in.grad_nll ? in.grad_nll[item * in.step] : acc_t(0);
+    const acc_t b = in.grad_kl ? in.grad_kl[item * in.step] : acc_t(0);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = i * items + item;
       highest[i] = in.maximum[at];
@@ -532,7 +536,7 @@ void ask_for_large_pages(const Tensor& memory) {
 #endif
 }
 
-void backward(const Tensor& out, const Tensor& logits, const std::optional<Tensor>& classes,
+void regdrop_backward(const Tensor& out, const Tensor& logits, const std::optional<Tensor>& classes,
               const std::optional<Tensor>& probabilities, const std::optional<Tensor>& weight,
               const std::optional<Tensor>& valid, double label_smoothing, const Tensor& maximum,
               const Tensor& inverse_sum, const Tensor& mean_difference, const Tensor& mass,
@@ -550,7 +554,8 @@ void backward(const Tensor& out, const Tensor& logits, const std::optional<Tenso
                                mean_difference.const_data_ptr<acc_t>(),
                                mass.const_data_ptr<acc_t>(),
                                grad_nll ? grad_nll->const_data_ptr<acc_t>() : nullptr,
-                               grad_kl ? grad_kl->const_data_ptr<acc_t>() : nullptr};
+                               grad_kl ? grad_kl->const_data_ptr<acc_t>() : nullptr,
+                               (grad_nll ? *grad_nll : *grad_kl).dim()};
         with_passes(passes, [&](auto constant) {
           at::parallel_for(0, items, grain(passes * num_classes), [&](int64_t begin, int64_t end) {
             constexpr int known = decltype(constant)::value;
@@ -561,9 +566,105 @@ void backward(const Tensor& out, const Tensor& logits, const std::optional<Tenso
       });
 }
 
+std::optional<Tensor> given(const Tensor& tensor) {
+  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
+}
+
+// The gradients of one pass for all items: numbers, as tensors of the accumulator's type.
+struct Scaled {
+  Scaled(double nll_weight, std::optional<double> kl_weight, int64_t passes, int64_t graded)
+      : nll(nll_weight / graded) {
+    if (kl_weight && passes > 1) kl = *kl_weight * passes / graded / (passes - 1);
+  }
+  double nll;
+  std::optional<double> kl;
+};
+
+// The sum over items of both terms, weighted, with autograd around it here: around small logits,
+// Python's takes longer than everything else.
+struct WeightedSum : torch::autograd::Function<WeightedSum> {
+  static torch::autograd::variable_list forward(
+      torch::autograd::AutogradContext* context, const Tensor& logits,
+      const std::optional<Tensor>& classes, const std::optional<Tensor>& probabilities,
+      const std::optional<Tensor>& weight, const std::optional<Tensor>& valid,
+      double label_smoothing, double nll_weight, std::optional<double> kl_weight,
+      int64_t backward_passes, bool inplace) {
+    const auto [nll, kl, maximum, inverse_sum, mean_difference, mass] =
+        regdrop_forward(logits, classes, probabilities, weight, valid, label_smoothing);
+    std::array<double, 2> sums{};
+    AT_DISPATCH_FLOATING_TYPES(nll.scalar_type(), "rdrop_sum", [&] {
+      const scalar_t *nll_items = nll.const_data_ptr<scalar_t>(),
+                     *kl_items = kl.const_data_ptr<scalar_t>();
+      for (int64_t item = 0; item < nll.numel(); ++item) {
+        sums[0] += nll_items[item];
+        sums[1] += kl_items[item];
+      }
+    });
+    context->save_for_backward({logits, classes.value_or(Tensor()),
+                                probabilities.value_or(Tensor()), weight.value_or(Tensor()),
+                                valid.value_or(Tensor()), maximum, inverse_sum, mean_difference,
+                                mass});
+    const Scaled scaled(nll_weight, kl_weight, logits.size(0), backward_passes);
+    context->saved_data["options"] =
+        std::vector<double>{label_smoothing, scaled.nll, scaled.kl.value_or(0)};
+    context->saved_data["flags"] =
+        std::vector<int64_t>{scaled.kl.has_value(), backward_passes, inplace};
+    const auto number = [&](double value) { return at::scalar_tensor(value, nll.options()); };
+    const double total = nll_weight * sums[0] + (kl_weight ? *kl_weight * sums[1] : 0);
+    torch::autograd::variable_list found{number(total), number(sums[0]), number(sums[1])};
+    context->mark_non_differentiable({found[1], found[2]});
+    context->set_materialize_grads(false);
+    return found;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list grads) {
+    torch::autograd::variable_list found(10);
+    if (!grads[0].defined()) return found;
+    {
+      const at::NoGradGuard guard;
+      found[0] = gradient(context, grads[0]);
+    }
+    if (!at::GradMode::is_enabled()) return found;
+    const auto refuse = std::make_shared<torch::autograd::DelayedError>(
+        "the closed form of the R-Drop loss gives no second derivative; "
+        "use rdrop_cross_entropy with impl='eager'",
+        1);
+    found[0] = (*refuse)({found[0].detach().requires_grad_()})[0];
+    return found;
+  }
+
+  static Tensor gradient(torch::autograd::AutogradContext* context, const Tensor& grad) {
+    const auto saved = context->get_saved_variables();
+    const auto options = context->saved_data["options"].toDoubleVector();
+    const auto flags = context->saved_data["flags"].toIntVector();
+    const Tensor logits = saved[0].detach();
+    const Tensor out = flags[2] ? logits : at::empty_like(logits);
+    std::optional<Tensor> grad_kl;
+    if (flags[0]) grad_kl = grad * options[2];
+    regdrop_backward(out, logits, given(saved[1]), given(saved[2]), given(saved[3]),
+                     given(saved[4]), options[0], saved[5], saved[6], saved[7], saved[8],
+                     grad * options[1], grad_kl, flags[1]);
+    if (flags[2]) out.unsafeGetTensorImpl()->bump_version();
+    return out;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> weighted_sum(
+    const Tensor& logits, const std::optional<Tensor>& classes,
+    const std::optional<Tensor>& probabilities, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& valid, double label_smoothing, double nll_weight,
+    std::optional<double> kl_weight, int64_t backward_passes, bool inplace) {
+  const auto found =
+      WeightedSum::apply(logits, classes, probabilities, weight, valid, label_smoothing,
+                         nll_weight, kl_weight, backward_passes, inplace);
+  return {found[0], found[1], found[2]};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(regdrop, library) {
-  library.def("rows_forward", &forward);
-  library.def("rows_backward", &backward);
+  library.def("rows_forward", &regdrop_forward);
+  library.def("rows_backward", &regdrop_backward);
+  library.def("rows_sum", &weighted_sum);
 }

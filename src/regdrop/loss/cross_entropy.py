@@ -266,7 +266,10 @@ def _items(
             num_valid = valid.sum()
         bundle = Target(classes, None, weight, label_smoothing, valid)
     return _Items(
-        logits.reshape(num_passes, num_items, num_classes),
+        # Seldom a copy, and the one operation less where it is none.
+        (logits.view if logits.is_contiguous() else logits.reshape)(
+            num_passes, num_items, num_classes
+        ),
         bundle,
         shape,
         labelled,

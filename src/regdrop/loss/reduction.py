@@ -103,6 +103,11 @@ def reduce_sums(
     # One divisor is left for the end: half precision would not hold gradients that are divided.
     if reduction == "mean" and nll_divisor is not kl_divisor:
         nll_weight = nll_weight * (kl_divisor / nll_divisor)
+    if reduction == "mean" and isinstance(nll_weight, float) and isinstance(kl_divisor, float):
+        # Dividing by one number more is cheaper than multiplying.
+        kl_weight /= nll_weight
+        kl_divisor = kl_divisor if nll_weight == 1 else kl_divisor / nll_weight
+        nll_weight = 1.0
     # Without alpha no gradient of the divergence is computed at all.
     total, nll, kl = weighted_sum(
         nll_weight=nll_weight, kl_weight=None if alpha == 0 else kl_weight
