@@ -16,13 +16,16 @@ class Noted:
     """Notes what a display is told."""
 
     def __init__(self):
-        self.updates, self.finished = [], []
+        self.updates, self.finished, self.said = [], [], []
 
     def update(self, news):
         self.updates.append(news)
 
     def finish(self, record):
         self.finished.append((record.arm, record.seed))
+
+    def say(self, text):
+        self.said.append(text)
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from regdrop.experiments import RunRecord, build_arms, load_records
-from regdrop.experiments import record as record_module
+from regdrop.experiments import RunRecord, build_arms, files, load_records
 from regdrop.experiments.details import read_details
+from regdrop.experiments.ownership import hold
 from regdrop.experiments.record import (
     describe_hardware,
     library_versions,
@@ -97,7 +97,7 @@ def test_a_merge_that_is_stopped_at_any_moment_loses_nothing(
         rename(*paths)
 
     rename = os.replace
-    monkeypatch.setattr(record_module.os, "replace", replace)
+    monkeypatch.setattr(files.os, "replace", replace)
     if moment < 5:  # the details, and four records
         with pytest.raises(Stopped):
             merge_records(tmp_path)
@@ -106,22 +106,20 @@ def test_a_merge_that_is_stopped_at_any_moment_loses_nothing(
     merge_records(tmp_path)
     assert load_records(tmp_path) == with_examples
     assert len(shortened(tmp_path)) == 4
-    assert not (tmp_path / "details.partial").exists()
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_merge_leaves_its_work_to_another_that_is_at_it(tmp_path, with_examples):
     save(tmp_path, with_examples)
-    partial = tmp_path / "details.partial"
-    partial.touch()
-    merge_records(tmp_path)
-    assert shortened(tmp_path) == []
-    assert load_records(tmp_path) == with_examples
-    # Left by a process that was killed.
-    os.utime(partial, (time.time() - 3600,) * 2)
-    merge_records(tmp_path)
-    assert shortened(tmp_path) == []
+    lock = tmp_path / "details.lock"
+    with hold(lock, "a merge"):
+        merge_records(tmp_path)
+        assert shortened(tmp_path) == []
+        assert load_records(tmp_path) == with_examples
+    lock.touch()  # left by a process that was killed
     merge_records(tmp_path)
     assert len(shortened(tmp_path)) == 4
+    assert not lock.exists()
 
 
 @pytest.mark.slow

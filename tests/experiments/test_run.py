@@ -1,3 +1,5 @@
+import os
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -6,7 +8,11 @@ from transformers import TrainerCallback
 
 from regdrop.experiments import build_arms, run_arm, run_arms
 from regdrop.experiments import run as run_module
+from regdrop.experiments.history import DivergedError
+from regdrop.experiments.integrity import list_checkpoints
+from regdrop.experiments.ownership import HeldError, hold
 from regdrop.experiments.record import record_path
+from regdrop.experiments.run import RunPaths
 from regdrop.experiments.studies import study_arms
 from regdrop.tasks import Metric
 from regdrop.tasks.full_precision import TaskTrainer
@@ -133,12 +139,12 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_end(
 def test_results_of_other_settings_are_never_mixed_or_overwritten(
     tmp_path, short, monkeypatch, finished
 ):
-    if not finished:
-        monkeypatch.setattr(run_module, "RDropTrainer", lambda *args, **kwargs: 1 / 0)
-    try:
-        run_arm(short, build_arms(short)["rdrop"], 0, tmp_path)
-    except ZeroDivisionError:
-        assert not finished
+    with monkeypatch.context() as patch:
+        if not finished:
+            patch.setattr(run_module, "TaskTrainer", interrupt_after_a_step)
+        with nullcontext() if finished else pytest.raises(KeyboardInterrupt):
+            run_arm(short, build_arms(short)["rdrop"], 0, tmp_path)
+    assert record_path(tmp_path, "rdrop", 0).exists() == finished
     changed = replace(short, dropout=0.2, rdrop=replace(short.rdrop, alpha=7.0))
     with pytest.raises(
         ValueError, match=r"other settings \(dropout, rdrop\.alpha\); choose another"
@@ -182,3 +188,139 @@ def test_a_run_stopped_after_its_record_leaves_nothing_behind(tmp_path, short):
     (tmp_path / "unfinished" / "baseline-seed0").mkdir(parents=True)
     assert run_arm(short, arm, 0, tmp_path) == record
     assert not (tmp_path / "unfinished").exists()
+
+
+class InTheEnd(TrainerCallback):
+    """Stops a run after its last checkpoint, before it is evaluated."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def interrupt_in_the_end(*args, **kwargs):
+    return TaskTrainer(*args, callbacks=[InTheEnd()], **kwargs)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "hurt", "message"),
+    [
+        ("model.safetensors", truncate, "of .* bytes"),
+        ("optimizer.pt", lambda path: path.unlink(), "is missing"),
+        ("trainer_state.json", flip, "cannot be read|other content"),
+        ("whole.json", truncate, "cannot be read"),
+    ],
+)
+def test_a_run_goes_on_from_its_last_whole_checkpoint(
+    tmp_path, short, monkeypatch, caplog, name, hurt, message
+):
+    """The first is the best one, so that the others are not needed at the end."""
+    arm = build_arms(short)["rdrop"]
+    whole = run_arm(short, arm, 0, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "TaskTrainer", interrupt_in_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            run_arm(short, arm, 0, tmp_path / "cut")
+    work = tmp_path / "cut" / "unfinished" / "rdrop-seed0"
+    checkpoints = list_checkpoints(work)
+    assert len(checkpoints) == 2
+    hurt(checkpoints[-1] / name)
+    steps = []
+    with pytest.warns(UserWarning, match=rf"checkpoint-\d+: .*{message}") as warned:
+        again = run_arm(
+            short, arm, 0, tmp_path / "cut", progress=lambda step, _: steps.append(step)
+        )
+    assert len([w for w in warned if "damaged" in str(w.message)]) == 1
+    assert without_times(again) == without_times(whole)
+    assert min(steps) <= int(checkpoints[-1].name.split("-")[1])
+
+
+def test_a_run_in_a_folder_that_was_moved_selects_the_same_checkpoint(tmp_path, short, monkeypatch):
+    training = replace(short.training, warmup_ratio=0.0)
+    task = WorstIsSelected(**{**vars(short), "training": training})
+    arm = build_arms(task)["baseline"]
+    whole = run_arm(task, arm, 0, tmp_path / "whole")
+    assert whole.best_step == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "TaskTrainer", interrupt_in_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            run_arm(task, arm, 0, tmp_path / "cut")
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    assert without_times(run_arm(task, arm, 0, tmp_path / "moved")) == without_times(whole)
+
+
+def test_a_best_checkpoint_that_is_damaged_is_trained_again(tmp_path, short, monkeypatch, caplog):
+    training = replace(short.training, warmup_ratio=0.0)
+    task = WorstIsSelected(**{**vars(short), "training": training})
+    arm = build_arms(task)["baseline"]
+    whole = run_arm(task, arm, 0, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "TaskTrainer", interrupt_in_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            run_arm(task, arm, 0, tmp_path / "cut")
+    work = tmp_path / "cut" / "unfinished" / "baseline-seed0"
+    truncate(work / "checkpoint-2" / "model.safetensors")
+    again = run_arm(task, arm, 0, tmp_path / "cut")
+    assert "goes on from the start" in caplog.text
+    assert without_times(again) == without_times(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "{", r"config\.json is not the settings of an interrupted run"),
+        ("history.jsonl", "{}\n", r"history\.jsonl is not the history .* remove"),
+        ("history.jsonl", "", r"history\.jsonl is not the history .* does not reach step"),
+    ],
+)
+def test_damaged_files_of_an_interrupted_run_are_named(
+    tmp_path, short, monkeypatch, name, content, message
+):
+    arm = build_arms(short)["rdrop"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "TaskTrainer", interrupt_after_a_step)
+        with pytest.raises(KeyboardInterrupt):
+            run_arm(short, arm, 0, tmp_path)
+    work = tmp_path / "unfinished" / "rdrop-seed0"
+    (work / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        run_arm(short, arm, 0, tmp_path)
+    assert list_checkpoints(work)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_its_step(tmp_path, short):
+    training = replace(short.training, learning_rate=1e30, max_grad_norm=0.0, warmup_ratio=0.0)
+    task = replace(short, training=training)
+    with pytest.raises(DivergedError, match=r"the training loss is (nan|inf) at step \d: .* Lower"):
+        run_arm(task, build_arms(task)["rdrop"], 0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_has_one_owner(tmp_path, short):
+    arm = build_arms(short)["baseline"]
+    paths = RunPaths.compared(tmp_path / "out", arm.name, 0)
+    with hold(paths.lock, "it"):
+        with pytest.raises(HeldError, match=rf"at work in process {os.getpid()} on"):
+            run_arm(short, arm, 0, tmp_path / "out")
+        assert paths.lock.exists()
+    assert not (tmp_path / "out").exists()
+    run_arm(short, arm, 0, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["records"]
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_blocks_nothing(tmp_path, short):
+    work = tmp_path / "unfinished" / "rdrop-seed0"
+    work.mkdir(parents=True)
+    (work / "config.json").write_text('{"of": "other settings"}')
+    (work.parent / "rdrop-seed0.lock").write_text("process 1 on it, killed")
+    run_arm(short, build_arms(short)["rdrop"], 0, tmp_path)
+    assert not work.parent.exists()

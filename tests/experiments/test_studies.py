@@ -9,7 +9,12 @@ from regdrop.config import AlphaRule
 from regdrop.experiments import build_arms
 from regdrop.experiments.arms import arm_order, other_arms, reference_arm
 from regdrop.experiments.cost import run_cost
-from regdrop.experiments.manifest import check_study, note_command, read_manifest
+from regdrop.experiments.manifest import (
+    check_study,
+    forget_command,
+    note_command,
+    read_manifest,
+)
 from regdrop.experiments.record import record_path, resolved_config
 from regdrop.experiments.report import write_report
 from regdrop.experiments.studies import STUDIES, study_arms
@@ -308,6 +313,10 @@ def test_a_folder_keeps_to_one_study_and_its_commands(tmp_path, record):
     for command in ("first", "second", "first"):
         note_command(tmp_path, "compare", command)
     assert read_manifest(tmp_path).commands == ("second", "first")
+    with pytest.raises(ValueError, match="holds results of 'compare', not of 'alpha'"):
+        note_command(tmp_path, "alpha", "third")
+    forget_command(tmp_path, "second")
+    assert read_manifest(tmp_path).commands == ("first",)
     (tmp_path / "study.json").write_text("{")
-    with pytest.raises(ValueError, match=r"study\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"study\.json is not the manifest of a study"):
         read_manifest(tmp_path)

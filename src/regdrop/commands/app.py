@@ -9,6 +9,7 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from regdrop.experiments.processes import is_main_process
 
@@ -19,8 +20,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# Of several processes of one run the main one alone speaks.
-console = Console(quiet=not is_main_process())
+# Of several processes of one run the main one alone speaks. Square brackets are text: a user's
+# paths and names may hold them.
+console = Console(quiet=not is_main_process(), markup=False)
+
+
+def announce(name: str, text: str) -> None:
+    """Print what begins, its name in bold."""
+    console.print(Text.assemble((name, "bold"), f": {text}"))
 
 
 @contextmanager
@@ -35,8 +42,8 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def usage_errors(*others: type[Exception]) -> Iterator[None]:
-    """Turn the errors of bad input into messages without a traceback."""
-    expected: tuple[type[Exception], ...] = (ValueError, *others)
+    """Turn the errors of bad input, and of the file system, into messages without a traceback."""
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, *others)
     try:
         yield
     except expected as error:

@@ -1,6 +1,5 @@
 """Commands of many runs: the five arms, the studies, and their reports."""
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 from rich.table import Table
 
 from regdrop.commands.app import (
+    announce,
     app,
     command_line,
     console,
@@ -35,17 +35,19 @@ from regdrop.experiments import load_records, run_arms, write_report
 from regdrop.experiments.arms import Arm, choose_arms, compared_arms
 from regdrop.experiments.cluster import parse_address
 from regdrop.experiments.display import FinishedRuns, LiveDisplay, print_table, print_tuned
+from regdrop.experiments.leftovers import clean_up, holds_runs
 from regdrop.experiments.manifest import (
     COMPARISON,
     TUNING,
     check_study,
+    forget_command,
     note_command,
 )
+from regdrop.experiments.ownership import remove_empty
 from regdrop.experiments.processes import require_one_process
 from regdrop.experiments.record import merge_records
-from regdrop.experiments.run import UNFINISHED
 from regdrop.experiments.studies import STUDIES, study_arms
-from regdrop.experiments.tuning import apply_tuned, parse_variation, save_tuned
+from regdrop.experiments.tuning import STORAGE_NAME, apply_tuned, parse_variation, save_tuned
 from regdrop.experiments.tuning import tune as run_tuning
 from regdrop.experiments.verdict import verdict
 from regdrop.tasks import PRESETS, Task
@@ -135,7 +137,7 @@ def sweep(
         require_one_process("sweep")
         chosen = chosen_task(task, preset, data, model, alpha, steps, settings)
         trained = _tuned(_arms_of_study(study, chosen, grid, arms), study, tuned)
-        console.print(f"[bold]{study}[/bold]: {STUDIES[study].question}")
+        announce(study, STUDIES[study].question)
         folder = output or Path("runs") / f"{chosen.name}-{study}"
         chosen_seeds = range(first_seed, first_seed + seeds)
         machine = _machine(workers, executor, len(trained) * seeds)
@@ -195,7 +197,7 @@ def tune(
         check_study(folder, TUNING)
         is_search = any(not variation.values for variation in variations)
         machine = _machine(workers, executor, seeds if is_search else None)
-        console.print(f"[bold]{chosen.name}[/bold]: {chosen.description}; results in {folder}")
+        announce(chosen.name, f"{chosen.description}; results in {folder}")
         with interruptible(), _noted(folder, TUNING), console.status("training"):
             found = run_tuning(
                 chosen,
@@ -208,7 +210,7 @@ def tune(
                 display=FinishedRuns(console),
                 **machine,
             )
-        target = save_tuned(folder, study, found)
+            target = save_tuned(folder, study, found)
     print_tuned(chosen, found, console)
     console.print(f"Choice: {target}")
 
@@ -235,10 +237,8 @@ def _run(
     folder: Path,
 ) -> None:
     check_study(folder, study)
-    console.print(
-        f"[bold]{task.name}[/bold]: {task.description}; {len(arms)} arms, {len(seeds)} seeds, "
-        f"results in {folder}"
-    )
+    scope = f"{len(arms)} arms, {len(seeds)} seeds, results in {folder}"
+    announce(task.name, f"{task.description}; {scope}")
     with interruptible(), _noted(folder, study), LiveDisplay(arms, seeds, console) as display:
         run_arms(task, arms, seeds=seeds, folder=folder, display=display, **machine)
     _show(folder)
@@ -272,16 +272,18 @@ def _tuned(arms: Sequence[Arm], study: str, path: Path | None) -> list[Arm]:
 def _noted(folder: Path, study: str) -> Iterator[None]:
     """Note the command in a folder before its first run, so that it can be gone on with.
 
-    Nothing is left of a command that is refused before a run has got anywhere.
+    Nothing is left of a command that is refused before a run has got anywhere, and what other
+    commands have there is left to them.
     """
-    is_new = not folder.exists()
-    note_command(folder, study, command_line())
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    is_new = note_command(folder, study, command_line())
     try:
         yield
     except BaseException:
-        kept = (*folder.glob("records/*"), *folder.glob(f"{UNFINISHED}/*/checkpoint-*"))
-        if is_new and not kept:
-            shutil.rmtree(folder, ignore_errors=True)
+        clean_up(folder)
+        if is_new and not holds_runs(folder):
+            forget_command(folder, command_line(), own=[folder / STORAGE_NAME])
+        remove_empty(made)
         raise
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from regdrop.commands.app import app, console, interruptible, usage_errors
+from regdrop.commands.app import announce, app, console, interruptible, usage_errors
 from regdrop.commands.options import (
     Alpha,
     Data,
@@ -24,6 +24,7 @@ from regdrop.experiments.arms import Arm, other_arms
 from regdrop.experiments.display import LiveDisplay, print_figures
 from regdrop.experiments.evaluate import evaluate as run_evaluation
 from regdrop.experiments.evaluate import load_run
+from regdrop.experiments.ownership import holder
 from regdrop.experiments.processes import is_main_process, require_one_process
 from regdrop.experiments.progress import quiet_libraries
 from regdrop.experiments.record import RunRecord
@@ -71,12 +72,9 @@ def train(
         paths = RunPaths.alone(folder)
         is_finished = paths.record.exists()
         # The other processes may come here after the main one has begun.
-        if paths.work.exists() and not is_finished and not resume and is_main_process():
-            raise ValueError(
-                f"{folder} holds an interrupted run: go on with --resume, or choose "
-                "another --output"
-            )
-        console.print(f"[bold]{chosen.name}[/bold]: {chosen.description}; {known[arm].description}")
+        if is_main_process() and not is_finished:
+            _check_free(paths, folder, resume)
+        announce(chosen.name, f"{chosen.description}; {known[arm].description}")
         record = _train_shown(chosen, known[arm], seed, folder)
     print_figures(record, console)
     console.print(f"{'Finished before' if is_finished else 'Model and record'}: {folder}")
@@ -98,8 +96,9 @@ def evaluate(
     print_figures(result, console)
     if result.unknown_words > MOST_UNKNOWN_WORDS:
         console.print(
-            f"[yellow]{result.unknown_words:.1%} of the words of {data} are unknown to the model: "
-            "is it text of the language and the form that it was trained on?[/yellow]"
+            f"{result.unknown_words:.1%} of the words of {data} are unknown to the model: "
+            "is it text of the language and the form that it was trained on?",
+            style="yellow",
         )
     console.print(f"Kept in {result.path}")
 
@@ -155,6 +154,20 @@ def prepare(
         sizes = prepare_iwslt(archive, output)
     counts = ", ".join(f"{split} {size:,}" for split, size in sizes.items())
     console.print(f"{counts} pairs in {output}")
+
+
+def _check_free(paths: RunPaths, folder: Path, resume: bool) -> None:
+    """Check that nobody is at work on a run, and that an interrupted one is wanted.
+
+    Raises:
+        ValueError: If not.
+    """
+    if other := holder(paths.lock):
+        raise ValueError(f"{folder} is at work in {other}: wait for it, or choose another --output")
+    if paths.is_interrupted and not resume:
+        raise ValueError(
+            f"{folder} holds an interrupted run: go on with --resume, or choose another --output"
+        )
 
 
 def _train_shown(task: Task, arm: Arm, seed: int, folder: Path) -> RunRecord:

@@ -31,12 +31,12 @@ class LiveDisplay:
     def __init__(self, arms: Sequence[Arm], seeds: Sequence[int], console: Console) -> None:
         self.console = console
         self.progress = Progress(
-            TextColumn("{task.description:<20}"),
+            TextColumn("{task.description:<20}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
@@ -74,7 +74,11 @@ class LiveDisplay:
         """Show that a run is done; on a terminal without live display, say so in a line."""
         self._move(record.arm, record.seed, record.steps, None)
         if not self.console.is_terminal:
-            self.console.print(_finished(record))
+            self.say(_finished(record))
+
+    def say(self, text: str) -> None:
+        """Show a line above the bars."""
+        self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _move(self, arm: str, seed: int, step: int, figures: str | None) -> None:
         before = self._steps.get((arm, seed), 0)
@@ -96,7 +100,11 @@ class FinishedRuns:
 
     def finish(self, record: RunRecord) -> None:
         """Show that a run is done."""
-        self.console.print(_finished(record), highlight=False, soft_wrap=True)
+        self.say(_finished(record))
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _finished(record: RunRecord) -> str:
@@ -147,5 +155,5 @@ def print_table(records: Sequence[RunRecord], console: Console) -> None:
         table.add_row(*row)
     # A table wider than the terminal is better scrolled than cut.
     width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-    Console(file=console.file, width=max(console.width, width)).print(table)
+    Console(file=console.file, width=max(console.width, width), markup=False).print(table)
     console.print(caption(records), style="dim")

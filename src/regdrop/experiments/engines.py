@@ -5,12 +5,20 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from regdrop.experiments.progress import Update, quiet_libraries
+
+# How long a process may take to end once it is told to.
+_STOP_SECONDS = 10.0
+
+
+class WorkerLostError(RuntimeError):
+    """The process of a run ended before the run did."""
 
 
 class Engine(NamedTuple):
@@ -62,16 +70,60 @@ def _open_processes(workers: int, threads: int | None) -> Iterator[Engine]:
     # A fresh interpreter a worker: CUDA and thread pools do not survive a fork.
     context = multiprocessing.get_context("spawn")
     news: Any = context.Queue()
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(news, threads)
-    ) as pool:
+
+    def start() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            1, mp_context=context, initializer=_start_worker, initargs=(news, threads)
+        )
+
+    with _Workers(workers, start) as pool:
 
         def stop() -> None:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
+            processes = multiprocessing.active_children()
+            for process in processes:
                 process.terminate()
+            for process in processes:
+                process.join(_STOP_SECONDS)
 
         yield Engine(pool, quiet_libraries, _tell, lambda: read_all(news), stop)
+
+
+class _Workers(Executor):
+    """Processes, of which one that is killed takes its own run with it and no other's.
+
+    Args:
+        count: Number of processes.
+        start: Starts a pool of one.
+    """
+
+    def __init__(self, count: int, start: Callable[[], ProcessPoolExecutor]) -> None:
+        self._start = start
+        self._free: queue.SimpleQueue[ProcessPoolExecutor] = queue.SimpleQueue()
+        for _ in range(count):
+            self._free.put(start())
+        self._threads = ThreadPoolExecutor(count)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Compute a function in the first process that is free."""
+        return self._threads.submit(self._run, fn, *args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the processes, what runs before that if it is waited for."""
+        self._threads.shutdown(wait, cancel_futures=cancel_futures)
+        while not self._free.empty():
+            self._free.get().shutdown(wait)
+
+    def _run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        process = self._free.get()
+        try:
+            return process.submit(fn, *args, **kwargs).result()
+        except BrokenProcessPool as error:
+            process.shutdown(wait=False)
+            process = self._start()
+            raise WorkerLostError("its process was killed; is there enough memory?") from error
+        finally:
+            self._free.put(process)
 
 
 def read_all(news: Any) -> list[Update]:

@@ -10,8 +10,9 @@ import numpy as np
 
 from regdrop.experiments.arms import baseline_arm
 from regdrop.experiments.bootstrap import Interval, interval, resample
+from regdrop.experiments.files import write_json
 from regdrop.experiments.progress import quiet_libraries
-from regdrop.experiments.record import RunRecord, write_json
+from regdrop.experiments.record import RunRecord
 from regdrop.experiments.run import MODEL_FOLDER, RECORD_NAME, build_trainer
 from regdrop.tasks import PreparedTask, Task
 from regdrop.tasks.options import change_task, task_from_config

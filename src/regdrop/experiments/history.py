@@ -1,6 +1,7 @@
 """The history of a run, written as it happens, with the time of training alone."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -8,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from regdrop.experiments.files import write_text
+
+
+class DivergedError(ValueError):
+    """The loss of a run is no finite number any more."""
+
 
 # Called with the step and the figures of every log and evaluation.
 Progress = Callable[[int, dict[str, float]], None]
@@ -34,19 +42,12 @@ class HistoryCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take up the entries up to the checkpoint, or begin anew."""
-        kept = []
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            entries = [json.loads(line) for line in lines if line.endswith("}")]
-            kept = [entry for entry in entries if entry["step"] <= state.global_step]
-        self.entries = kept if state.global_step else []
+        step = state.global_step
+        self.entries = _read_entries(self.path, step) if step else []
         self.seconds = self.entries[-1]["seconds"] if self.entries else 0.0
         if state.is_world_process_zero:
-            text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
             # Whole or not at all: other processes may be reading it.
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, self.path)
+            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
         self._mark = time.perf_counter()
 
     def on_step_end(
@@ -68,6 +69,12 @@ class HistoryCallback(TrainerCallback):
         """Keep the figures of training; evaluations come by `on_evaluate`."""
         if logs is not None and "loss" in logs:
             self._add(state, logs)
+            if not math.isfinite(logs["loss"]):
+                raise DivergedError(
+                    f"the training loss is {logs['loss']} at step {state.global_step}: the run has "
+                    "diverged. Lower training.learning_rate or alpha, raise training.warmup_ratio, "
+                    "clip by training.max_grad_norm, or train without training.mixed_precision"
+                )
 
     def on_evaluate(
         self,
@@ -103,3 +110,25 @@ class HistoryCallback(TrainerCallback):
             os.fsync(file.fileno())
         if self.progress is not None:
             self.progress(state.global_step, numbers)
+
+
+def _read_entries(path: Path, step: int) -> list[dict[str, float]]:
+    """Return the entries of a history up to the step of a checkpoint.
+
+    Raises:
+        ValueError: If the file is damaged, or does not reach so far.
+    """
+    problem: object = f"it does not reach step {step}"
+    try:
+        # The last line may have been cut by what stopped the run, or belong to later steps.
+        lines = path.read_text(encoding="utf-8").splitlines()
+        entries = [json.loads(line) for line in lines if line.endswith("}")]
+        kept = [entry for entry in entries if entry["step"] <= step]
+        if kept and kept[-1]["step"] == step:
+            return kept
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = error
+    raise ValueError(
+        f"{path} is not the history of the interrupted run beside it: {problem}; remove "
+        f"{path.parent} to train again from the start"
+    )

@@ -1,14 +1,18 @@
 """What a folder of results is of: the study, and the commands that made it."""
 
-import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from regdrop.experiments.record import write_json
+from regdrop.experiments.files import read_object, write_json
+from regdrop.experiments.ownership import hold
 
 MANIFEST_NAME = "study.json"
 COMPARISON = "compare"
 TUNING = "tune"
+# Others hold the manifest for a moment.
+_PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,10 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.exists():
         return Manifest()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path, "the manifest of a study")
         return Manifest(content["study"], tuple(content["commands"]))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error!r}") from error
 
 
 def check_study(folder: Path, study: str) -> None:
@@ -54,8 +58,43 @@ def check_study(folder: Path, study: str) -> None:
         )
 
 
-def note_command(folder: Path, study: str, command: str) -> None:
-    """Write that a command makes, or goes on with, a study in a folder."""
-    before = read_manifest(folder).commands
-    commands = (*(other for other in before if other != command), command)
-    write_json(folder / MANIFEST_NAME, asdict(Manifest(study, commands)))
+def note_command(folder: Path, study: str, command: str) -> bool:
+    """Write that a command makes, or goes on with, a study in a folder.
+
+    Returns:
+        Whether nobody had noted it before.
+
+    Raises:
+        ValueError: If the folder holds results of another study.
+    """
+    with _manifest_held(folder):
+        if (folder / MANIFEST_NAME).exists():
+            check_study(folder, study)
+        before = read_manifest(folder).commands
+        commands = (*(other for other in before if other != command), command)
+        write_json(folder / MANIFEST_NAME, asdict(Manifest(study, commands)))
+    return command not in before
+
+
+def forget_command(folder: Path, command: str, own: Sequence[Path] = ()) -> None:
+    """Take back that a command was noted, as it has made nothing; leave what others noted.
+
+    Args:
+        folder: Folder of results.
+        command: The command.
+        own: Files that it may have made all the same, removed where nobody else noted anything.
+    """
+    with _manifest_held(folder):
+        manifest = read_manifest(folder)
+        others = tuple(other for other in manifest.commands if other != command)
+        if others:
+            write_json(folder / MANIFEST_NAME, asdict(Manifest(manifest.study, others)))
+            return
+        for path in (folder / MANIFEST_NAME, *own):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _manifest_held(folder: Path) -> Iterator[None]:
+    with hold(folder / "study.lock", f"{folder / MANIFEST_NAME}", seconds=_PATIENCE_SECONDS):
+        yield

@@ -13,13 +13,13 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from regdrop.disagreement import Disagreement, Predictions
 from regdrop.experiments.arms import baseline_arm
 from regdrop.experiments.evaluate import load_run
+from regdrop.experiments.files import write_json
 from regdrop.experiments.plots import COLOURS, new_figure, save_figure
 from regdrop.experiments.progress import quiet_libraries
 from regdrop.experiments.record import (
     RunRecord,
     describe_hardware,
     library_versions,
-    write_json,
 )
 from regdrop.experiments.run import MODEL_FOLDER, build_trainer
 from regdrop.integrations.transformers.disagreement import measure_model

@@ -1,14 +1,17 @@
 """Arms over seeds, in parallel, continued where they stopped."""
 
-import shutil
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from regdrop.experiments.arms import Arm
-from regdrop.experiments.engines import Engine, open_engine
+from regdrop.experiments.engines import Engine, WorkerLostError, open_engine
+from regdrop.experiments.history import DivergedError
+from regdrop.experiments.leftovers import LEARNED, clean_up
+from regdrop.experiments.ownership import HeldError
 from regdrop.experiments.processes import require_one_process
 from regdrop.experiments.progress import Display, Update
 from regdrop.experiments.record import (
@@ -24,6 +27,8 @@ from regdrop.experiments.run import UNFINISHED, RunPaths, check_same_config, run
 from regdrop.tasks import Task
 
 _POLL_SECONDS = 0.2
+# Between two looks at runs that another command is at work on.
+_HELD_SECONDS = 2.0
 
 
 def run_arms(
@@ -36,11 +41,13 @@ def run_arms(
     threads: int | None = None,
     executor: str | None = None,
     display: Display | None = None,
+    skip_diverged: bool = False,
 ) -> list[RunRecord]:
     """Train several arms of a task over seeds and return their records.
 
-    Finished runs are read, not run again; interrupted ones go on from their last checkpoint. At the
-    end what is long in the records is moved into one file of the folder.
+    Finished runs are read, not run again; interrupted ones go on from their last checkpoint. What
+    another command is at work on is waited for: several commands share the work. At the end what is
+    long in the records is moved into one file of the folder.
 
     Args:
         task: The task.
@@ -52,10 +59,12 @@ def run_arms(
         executor: "dask://HOST:PORT", a Dask cluster whose workers take the runs, instead of
             processes of this machine; they see the folder and the data under the same names.
         display: Shown the progress.
+        skip_diverged: Whether a run whose loss diverges has no record, and is no failure.
 
     Raises:
         ValueError: For arms of one name, no seeds, a folder of other settings, several processes,
-            or a cluster that cannot be used.
+            a cluster that cannot be used, or runs whose processes were killed, once the others have
+            ended.
         Exception: What the first run that failed raised, once the runs beside it have ended.
     """
     names = [arm.name for arm in arms]
@@ -79,17 +88,17 @@ def run_arms(
     # The longest runs first, so that no worker waits for one at the end.
     jobs.sort(key=lambda job: -job[0].training.max_steps * job[0].rdrop.num_passes)
     # Named by its settings, so that what an interrupted comparison learned is never another's.
-    learned = folder / UNFINISHED / "learned"
+    learned = folder / UNFINISHED / LEARNED
     if jobs:
         with open_engine(
             executor, workers=min(workers, len(jobs)), threads=threads, folder=folder
         ) as engine:
-            _run_jobs(engine, task, jobs, folder, learned / settings_digest(task), display)
-    if learned.exists() and list(learned.parent.iterdir()) == [learned]:  # nobody else's runs
-        shutil.rmtree(learned.parent)
+            work = _Work(task, folder, learned / settings_digest(task), engine.enter, engine.tell)
+            _run_jobs(engine, work, jobs, display, skip_diverged)
+    clean_up(folder)
     merge_records(folder)
     wanted = {(name, seed) for name in names for seed in seeds}
-    return [record for record in load_records(folder) if (record.arm, record.seed) in wanted]
+    return [record for record in _load(folder) if (record.arm, record.seed) in wanted]
 
 
 def _check_records(
@@ -102,10 +111,7 @@ def _check_records(
     """
     wanted = {arm.name: resolved_config(task, arm) for arm in arms}
     first = next(iter(wanted.values()))
-    try:
-        records = load_records(folder)
-    except FileNotFoundError:
-        return {}
+    records = _load(folder)
     for record in records:
         path = record_path(folder, record.arm, record.seed)
         if record.arm in wanted:
@@ -115,46 +121,145 @@ def _check_records(
     return {(record.arm, record.seed): record for record in records}
 
 
+def _load(folder: Path) -> list[RunRecord]:
+    try:
+        return load_records(folder)
+    except FileNotFoundError:
+        return []
+
+
 def _without_training(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in ARM_SETTINGS}
 
 
+class _Work(NamedTuple):
+    """What all runs of a comparison share; it can be pickled.
+
+    Attributes:
+        task: The task.
+        folder: Where records are kept.
+        learned: Folder of what the runs learn from data before their models.
+        enter: Called where a run is, before it.
+        tell: Called where a run is, with its news.
+    """
+
+    task: Task
+    folder: Path
+    learned: Path
+    enter: Callable[[], None]
+    tell: Callable[[Update], None]
+
+    def train(self, arm: Arm, seed: int) -> RunRecord:
+        """Train a run where it is computed."""
+
+        def progress(step: int, figures: dict[str, float]) -> None:
+            self.tell(Update(arm.name, seed, step, figures))
+
+        self.enter()
+        progress(0, {})
+        with warnings.catch_warnings():
+            # transformers looks for pinned memory on machines without an accelerator.
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            return run_arm(
+                self.task, arm, seed, self.folder, learned=self.learned, progress=progress
+            )
+
+
 def _run_jobs(
     engine: Engine,
-    task: Task,
+    work: _Work,
     jobs: Sequence[tuple[Arm, int]],
-    folder: Path,
-    learned: Path,
     display: Display | None,
+    skip_diverged: bool,
 ) -> None:
-    runs: dict[Future[RunRecord], tuple[str, int]] = {
-        engine.pool.submit(_work, task, arm, seed, folder, learned, engine.enter, engine.tell): (
-            arm.name,
-            seed,
-        )
-        for arm, seed in jobs
-    }
-    pending = set(runs)
+    runs: dict[Future[RunRecord], tuple[Arm, int]] = {}
+
+    def submit(job: tuple[Arm, int]) -> Future[RunRecord]:
+        future: Future[RunRecord] = engine.pool.submit(work.train, *job)
+        runs[future] = job
+        return future
+
+    pending = {submit(job) for job in jobs}
     begun: set[tuple[str, int]] = set()
+    held = _HeldRuns(display)
+    lost: list[str] = []
     failure: BaseException | None = None
     try:
-        while pending:
+        while pending or held.jobs:
+            if not pending:
+                time.sleep(_POLL_SECONDS)
             done, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
             begun |= _show(engine, display)
             for future in done:
+                arm, seed = runs[future]
                 error = _error(future)
-                failure = failure or error
-                if error is None and display is not None:
-                    display.finish(future.result())
+                if error is None:
+                    if display is not None:
+                        display.finish(future.result())
+                elif isinstance(error, HeldError):
+                    held.add((arm, seed), error)
+                elif isinstance(error, WorkerLostError):
+                    lost.append(f"{arm.name} seed {seed}: {error}")
+                    _say(display, lost[-1])
+                elif not (skip_diverged and isinstance(error, DivergedError)):
+                    failure = failure or _named(error, arm, seed)
             if failure is not None:
                 # What runs beside it is brought to its end, nothing else is begun.
-                pending = {run for run in pending if runs[run] in begun or not run.cancel()}
+                held.jobs.clear()
+                pending = {run for run in pending if _name(runs[run]) in begun or not run.cancel()}
+            elif held.is_due():
+                pending |= {submit(job) for job in held.take()}
     except BaseException:
         # Ctrl-C: what has not begun is not begun, what runs has its checkpoint.
         engine.stop()
         raise
     if failure is not None:
         raise failure
+    if lost:
+        raise ValueError(f"{'; '.join(lost)}; the same command goes on from here")
+
+
+class _HeldRuns:
+    """Runs that other commands are at work on, to be tried again."""
+
+    def __init__(self, display: Display | None) -> None:
+        self.jobs: list[tuple[Arm, int]] = []
+        self._display = display
+        self._told: set[str] = set()
+        self._last = time.monotonic()
+
+    def add(self, job: tuple[Arm, int], error: HeldError) -> None:
+        """Keep a run for later, and say once where it is at work."""
+        self.jobs.append(job)
+        if str(error) not in self._told:
+            self._told.add(str(error))
+            _say(self._display, f"{error}: waiting for it")
+
+    def is_due(self) -> bool:
+        """Return whether it is time to look again."""
+        return bool(self.jobs) and time.monotonic() - self._last > _HELD_SECONDS
+
+    def take(self) -> list[tuple[Arm, int]]:
+        """Return the runs, which are no longer kept."""
+        self._last = time.monotonic()
+        jobs, self.jobs = self.jobs, []
+        return jobs
+
+
+def _name(job: tuple[Arm, int]) -> tuple[str, int]:
+    return job[0].name, job[1]
+
+
+def _say(display: Display | None, text: str) -> None:
+    if display is not None:
+        display.say(text)
+
+
+def _named(error: BaseException, arm: Arm, seed: int) -> BaseException:
+    """Return an error that says in which run it was, where it says what was wrong with it."""
+    if isinstance(error, DivergedError):
+        return DivergedError(f"{arm.name} seed {seed}: {error}")
+    return error
 
 
 def _error(future: Future[RunRecord]) -> BaseException | None:
@@ -172,23 +277,3 @@ def _show(engine: Engine, display: Display | None) -> set[tuple[str, int]]:
         for update in news:
             display.update(update)
     return {(update.arm, update.seed) for update in news}
-
-
-def _work(
-    task: Task,
-    arm: Arm,
-    seed: int,
-    folder: Path,
-    learned: Path,
-    enter: Callable[[], None],
-    tell: Callable[[Update], None],
-) -> RunRecord:
-    def progress(step: int, figures: dict[str, float]) -> None:
-        tell(Update(arm.name, seed, step, figures))
-
-    enter()
-    progress(0, {})
-    with warnings.catch_warnings():
-        # transformers looks for pinned memory on machines without an accelerator.
-        warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        return run_arm(task, arm, seed, folder, learned=learned, progress=progress)

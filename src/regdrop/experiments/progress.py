@@ -24,6 +24,9 @@ class Display(Protocol):
     def finish(self, record: RunRecord) -> None:
         """Show that a run is done."""
 
+    def say(self, text: str) -> None:
+        """Show a line."""
+
 
 def quiet_libraries() -> None:
     """Leave the showing of progress to the display."""

@@ -8,8 +8,6 @@ import hashlib
 import json
 import os
 import platform
-import re
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -18,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from regdrop.experiments.arms import Arm
 from regdrop.experiments.details import DETAILS_NAME, Details, read_details, write_details
+from regdrop.experiments.files import read_object, write_json, write_whole
+from regdrop.experiments.ownership import HeldError, hold
 from regdrop.experiments.processes import num_processes
 from regdrop.tasks import Task
 
 # The high-water mark just after a reset may be this much above what is in use.
 _RESET_TOLERANCE_MIB = 32
-# A file of details that nobody has written to for so long was left by a process that was killed.
-_STALE_SECONDS = 600
 _PACKAGES = (
     "regdrop",
     "torch",
@@ -95,20 +94,6 @@ class RunRecord:
         return _load([path])[0]
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(_dump(content), encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _dump(content: dict[str, Any]) -> str:
-    """Return indented JSON in which a list of numbers takes one line."""
-    text = json.dumps(content, indent=1)
-    return re.sub(r"\[[\s\d.,e+-]*\]", lambda m: re.sub(r"\s+", " ", m[0]), text) + "\n"
-
-
 def record_path(folder: Path, arm: str, seed: int) -> Path:
     """Return the file of a run's record in the folder of a comparison."""
     return folder / "records" / f"{arm}-seed{seed}.json"
@@ -137,31 +122,24 @@ def merge_records(folder: Path) -> None:
     Raises:
         ValueError: If a file is no record, or what is long in it is nowhere.
     """
-    target = folder / DETAILS_NAME
-    partial = target.with_suffix(".partial")
     if not any(_is_whole(_read(path)) for path in _record_files(folder)):
         return
-    try:
-        file = partial.open("xb")
-    except FileExistsError:
-        with suppress(FileNotFoundError):
-            if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
-                partial.unlink()
-        return
-    try:
-        with file:
-            contents = {path: _read(path) for path in _record_files(folder)}
-            records = _with_details(contents)
-            write_details(
-                file, {path.stem: Details(r.history, r.examples) for path, r in records.items()}
-            )
-        os.replace(partial, target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    for path, content in contents.items():
-        if _is_whole(content):
-            write_json(path, {k: v for k, v in content.items() if k not in Details._fields})
+    with suppress(HeldError), hold(folder / "details.lock", f"the merging in {folder}", seconds=0):
+        contents = {path: _read(path) for path in _record_files(folder)}
+        details = {
+            path.stem: Details(record.history, record.examples)
+            for path, record in _with_details(contents).items()
+        }
+        write_whole(folder / DETAILS_NAME, lambda partial: _write_details(partial, details))
+        for path, content in contents.items():
+            if _is_whole(content):
+                short = {k: v for k, v in content.items() if k not in Details._fields}
+                write_json(path, short)
+
+
+def _write_details(path: Path, details: Mapping[str, Details]) -> None:
+    with path.open("wb") as file:
+        write_details(file, details)
 
 
 def _record_files(folder: Path) -> list[Path]:
@@ -173,13 +151,7 @@ def _load(paths: Sequence[Path]) -> list[RunRecord]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not the record of a run: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not the record of a run: it holds {type(content).__name__}")
-    return content
+    return read_object(path, "the record of a run")
 
 
 def _is_whole(content: Mapping[str, Any]) -> bool:
@@ -199,10 +171,23 @@ def _with_details(contents: Mapping[Path, dict[str, Any]]) -> dict[Path, RunReco
             content = {**content, **details[path.stem]._asdict()}
         try:
             records[path] = RunRecord(**content)
-        except TypeError as error:
+            _RECORD.validate_python(content)
+        except (TypeError, ValidationError) as error:
             hint = f"; {DETAILS_NAME} must hold what is long in it" if path in short else ""
-            raise ValueError(f"{path} is not the record of a run: {error}{hint}") from error
+            raise ValueError(
+                f"{path} is not the record of a run: {_one_line(error)}{hint}"
+            ) from error
     return records
+
+
+def _one_line(error: TypeError | ValidationError) -> str:
+    if isinstance(error, TypeError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+_RECORD = TypeAdapter(RunRecord)
 
 
 # The settings of a run that the arms of a task may have of their own.

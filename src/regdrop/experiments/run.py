@@ -1,24 +1,31 @@
 """One run: a task trained in one way with one seed, by the Trainer, to one record."""
 
-import json
+import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from regdrop.config import RDropConfig
 from regdrop.experiments.arms import Arm
 from regdrop.experiments.details import DIGITS
 from regdrop.experiments.epochs import EpochCallback
-from regdrop.experiments.history import HistoryCallback, Progress
+from regdrop.experiments.files import read_object, write_json
+from regdrop.experiments.history import DivergedError, HistoryCallback, Progress
+from regdrop.experiments.integrity import (
+    SealCallback,
+    choose_checkpoint,
+    list_checkpoints,
+    step_of,
+)
+from regdrop.experiments.ownership import hold, remove_empty
 from regdrop.experiments.processes import is_main_process, main_process_first, num_processes
 from regdrop.experiments.record import (
     RunRecord,
@@ -28,7 +35,6 @@ from regdrop.experiments.record import (
     record_path,
     reset_peak_memory,
     resolved_config,
-    write_json,
 )
 from regdrop.experiments.rising_dropout import RisingDropout
 from regdrop.integrations.transformers import RDropTrainer
@@ -36,6 +42,8 @@ from regdrop.integrations.transformers.checkpoints import average_weights
 from regdrop.passes import find_dropout, scale_dropout_odds
 from regdrop.tasks import PreparedTask, Task
 from regdrop.tasks.full_precision import TaskTrainer
+
+_logger = logging.getLogger(__name__)
 
 RECORD_NAME = "record.json"
 MODEL_FOLDER = "model"
@@ -58,6 +66,16 @@ class RunPaths:
     work: Path
     model: Path | None = None
     learned: Path | None = None
+
+    @property
+    def lock(self) -> Path:
+        """File that is there while a process is at work on the run, and says which."""
+        return self.work.with_name(f"{self.work.name}.lock")
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether there is something to go on from."""
+        return not self.record.exists() and bool(list_checkpoints(self.work))
 
     @classmethod
     def alone(cls, folder: Path) -> "RunPaths":
@@ -90,9 +108,10 @@ def train_run(
 ) -> RunRecord:
     """Train one arm of a task with one seed, or return the record if that was done before.
 
-    An interrupted run goes on from its last checkpoint. The checkpoint with the best selection
-    metric on the validation split, or the mean of the last ones, is evaluated once on the test
-    splits. Under torchrun all processes call it; the main one alone writes.
+    An interrupted run goes on from its last whole checkpoint. The checkpoint with the best
+    selection metric on the validation split, or the mean of the last ones, is evaluated once on the
+    test splits. Under torchrun all processes call it; the main one alone writes. What ends without
+    a checkpoint leaves nothing behind.
 
     Args:
         task: The task.
@@ -102,18 +121,61 @@ def train_run(
         progress: Called with the step and the figures of every log and evaluation.
 
     Raises:
+        HeldError: If another process is at work on the run.
+        DivergedError: If the training loss is no finite number.
         ValueError: If there is a record or an interrupted run with other settings, the batch
             cannot be shared among the processes, or the model has no dropout for several passes
             to differ by.
     """
     config = resolved_config(task, arm)
-    if paths.record.exists():
-        record = RunRecord.load(paths.record)
-        check_same_config(paths.record, record.config, config)
-        if paths.work.exists() and is_main_process():  # stopped after the record was written
-            _remove_work(paths)
-        return record
+    if paths.record.exists() and not paths.work.exists():
+        return _load_finished(paths, config)
+    with _owned(paths):
+        if paths.record.exists():  # stopped after it was written, or written this moment
+            record = _load_finished(paths, config)
+            if is_main_process():
+                shutil.rmtree(paths.work, ignore_errors=True)
+            return record
+        try:
+            return _train(task, arm, seed, paths, config, progress)
+        except DivergedError:
+            if is_main_process():  # its checkpoints lead there again
+                shutil.rmtree(paths.work, ignore_errors=True)
+            raise
+        except BaseException:
+            if is_main_process() and not list_checkpoints(paths.work):
+                shutil.rmtree(paths.work, ignore_errors=True)
+            raise
 
+
+@contextmanager
+def _owned(paths: RunPaths) -> Iterator[None]:
+    """Hold a run while the block runs; of several processes that share it the main one does."""
+    if not is_main_process():
+        yield
+        return
+    try:
+        with hold(paths.lock, f"the run of {paths.record}"):
+            yield
+    finally:
+        if paths.model is None:
+            remove_empty([paths.lock.parent])
+
+
+def _load_finished(paths: RunPaths, config: dict[str, Any]) -> RunRecord:
+    record = RunRecord.load(paths.record)
+    check_same_config(paths.record, record.config, config)
+    return record
+
+
+def _train(
+    task: Task,
+    arm: Arm,
+    seed: int,
+    paths: RunPaths,
+    config: dict[str, Any],
+    progress: Progress | None,
+) -> RunRecord:
     checkpoint, prepared, model = _begin(task, arm, seed, paths, config)
     measures_memory = reset_peak_memory()
     train, validation = prepared.splits["train"], prepared.splits["validation"]
@@ -123,10 +185,14 @@ def train_run(
         task, arm, seed, paths.work, prepared, model, train=train, validation=validation
     )
     trainer.add_callback(history)
+    trainer.add_callback(SealCallback())
     trainer.add_callback(EpochCallback(train))
     if arm.dropout_rises:
         trainer.add_callback(RisingDropout(model, arm.dropout_odds))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is not None and step_of(checkpoint) == arm.training.max_steps:
+        _take_up_end(trainer, history, checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     best_step, figures = _select(task, arm, trainer, history, paths.work)
     test, examples = _test(task, trainer, prepared, tests)
     record = RunRecord(
@@ -151,38 +217,41 @@ def train_run(
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         record.save(paths.record)
-        _remove_work(paths)
+        shutil.rmtree(paths.work)
     return record
 
 
 def _begin(
     task: Task, arm: Arm, seed: int, paths: RunPaths, config: dict[str, Any]
-) -> tuple[str | None, PreparedTask, Any]:
-    """Return the checkpoint to go on from, the data, all of it loaded, and a new model.
-
-    A run that is refused leaves no folder behind.
-    """
+) -> tuple[Path | None, PreparedTask, Any]:
+    """Return the checkpoint to go on from, the data, all of it loaded, and a new model."""
     with main_process_first():
-        created = [folder for folder in paths.work.parents if not folder.exists()]
         paths.work.mkdir(parents=True, exist_ok=True)
-        checkpoint = _find_checkpoint(paths.work, config)
+        checkpoint = _find_checkpoint(paths.work, arm, config)
     set_seed(seed)
-    try:
-        _check_batch_size(arm)
-        prepared = task.prepare(paths.learned or paths.work / "learned")
-        for name in ("train", "validation", "test", *prepared.further_tests):
-            prepared.splits[name]
-        set_seed(seed)
-        model = prepared.build_model()
-        _check_dropout(model, arm)
-        if arm.dropout_odds != 1 and not arm.dropout_rises:
-            scale_dropout_odds(model, arm.dropout_odds)
-    except ValueError:
-        if checkpoint is None and is_main_process():
-            shutil.rmtree(paths.work)
-            _remove_empty(created)
-        raise
+    _check_batch_size(arm)
+    prepared = task.prepare(paths.learned or paths.work / "learned")
+    for name in ("train", "validation", "test", *prepared.further_tests):
+        prepared.splits[name]
+    set_seed(seed)
+    model = prepared.build_model()
+    _check_dropout(model, arm)
+    if arm.dropout_odds != 1 and not arm.dropout_rises:
+        scale_dropout_odds(model, arm.dropout_odds)
     return checkpoint, prepared, model
+
+
+def _take_up_end(trainer: RDropTrainer, history: HistoryCallback, checkpoint: Path) -> None:
+    """Take up a run that was stopped between its last checkpoint and its record.
+
+    The Trainer would take one more step.
+    """
+    trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    trainer.state.is_world_process_zero = trainer.is_world_process_zero()
+    history.on_train_begin(trainer.args, trainer.state, trainer.control)
+    best = trainer.state.best_model_checkpoint
+    if best is not None:
+        average_weights(trainer.accelerator.unwrap_model(trainer.model), [best])
 
 
 def _test(
@@ -199,20 +268,6 @@ def _test(
         figures.update({prefix + key: value for key, value in task.figures(statistics).items()})
         examples[name] = [[float(f"{x:.{DIGITS}g}") for x in row] for row in statistics]
     return figures, examples
-
-
-def _remove_work(paths: RunPaths) -> None:
-    """Remove a run's checkpoints, and in a comparison their folder with the last of them."""
-    shutil.rmtree(paths.work)
-    if paths.model is None:
-        _remove_empty([paths.work.parent])
-
-
-def _remove_empty(folders: Sequence[Path]) -> None:
-    """Remove folders, the innermost first, as far as they hold nothing."""
-    with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
 
 
 def build_trainer(
@@ -265,7 +320,8 @@ def training_arguments(
         "eval_steps": settings.eval_steps,
         "save_strategy": "steps",
         "save_steps": settings.eval_steps,
-        "save_total_limit": settings.average_checkpoints,
+        # One more than is needed, for the case that the newest is damaged.
+        "save_total_limit": settings.average_checkpoints + 1,
     }
     if settings.average_checkpoints == 1:  # else the best would take the place of a last one
         selection |= {
@@ -298,6 +354,7 @@ def training_arguments(
         use_cpu=not on_gpu,
         logging_steps=settings.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # `HistoryCallback` ends such a run
         disable_tqdm=True,
         report_to=[],
         **options,
@@ -312,8 +369,8 @@ def _select(
     count = arm.training.average_checkpoints
     if count == 1:
         return history.best(task.selection_metric, _is_greater_better(task))
-    folders = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    average_weights(trainer.accelerator.unwrap_model(trainer.model), folders[-count:])
+    folders = list_checkpoints(work)[-count:]
+    average_weights(trainer.accelerator.unwrap_model(trainer.model), folders)
     return trainer.state.global_step, trainer.evaluate()
 
 
@@ -342,27 +399,31 @@ def _is_greater_better(task: Task) -> bool:
     return task.metrics[task.selection_metric].greater_is_better
 
 
-def _find_checkpoint(work: Path, config: dict[str, Any]) -> str | None:
-    """Return the last checkpoint of an interrupted run with the same settings."""
+def _find_checkpoint(work: Path, arm: Arm, config: dict[str, Any]) -> Path | None:
+    """Return the last whole checkpoint of an interrupted run with the same settings."""
     path = work / "config.json"
-    if not path.exists():
+    if not list_checkpoints(work):  # stopped before its first: whatever it was, nothing is lost
         write_json(path, config)
         return None
-    check_same_config(path, json.loads(path.read_text(encoding="utf-8")), config)
-    for folder in work.glob("checkpoint-*"):
-        # The Trainer writes its state last: without it the run was stopped while it saved.
-        if not _is_json(folder / TRAINER_STATE_NAME):
-            shutil.rmtree(folder)
-    checkpoint: str | None = get_last_checkpoint(str(work))
+    check_same_config(path, read_object(path, "the settings of an interrupted run"), config)
+    if not is_main_process():  # which has looked before
+        return next(reversed(list_checkpoints(work)), None)
+    checkpoint, wrong = choose_checkpoint(work, _averaged_steps(arm))
+    if wrong:
+        where = "the start" if checkpoint is None else checkpoint.name
+        _logger.warning(
+            "a checkpoint was damaged, the run goes on from %s: %s", where, "; ".join(wrong)
+        )
     return checkpoint
 
 
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return False
-    return True
+def _averaged_steps(arm: Arm) -> list[int]:
+    """Return the steps whose checkpoints are averaged; none where the best one is taken."""
+    settings = arm.training
+    if settings.average_checkpoints == 1:
+        return []
+    saved = [*range(settings.eval_steps, settings.max_steps, settings.eval_steps)]
+    return [*saved, settings.max_steps][-settings.average_checkpoints :]
 
 
 def check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -14,15 +14,19 @@ from typing import Any
 import numpy as np
 
 from regdrop.experiments.arms import Arm
+from regdrop.experiments.files import write_json
+from regdrop.experiments.ownership import hold
 from regdrop.experiments.parallel import run_arms
 from regdrop.experiments.progress import Display
-from regdrop.experiments.record import RunRecord, resolved_config, write_json
+from regdrop.experiments.record import RunRecord, resolved_config
 from regdrop.tasks import Task
 from regdrop.tasks.options import parse_value
 
 TUNED_NAME = "tuned.json"
 STORAGE_NAME = "optuna.db"
 _HEARTBEAT_SECONDS = 60
+# Others hold the file of choices for a moment.
+_PATIENCE_SECONDS = 60.0
 Setting = float | int | str
 
 
@@ -166,6 +170,7 @@ def tune(
         "threads": threads,
         "executor": executor,
         "display": display,
+        "skip_diverged": True,
     }
     grids: dict[str, list[dict[str, Setting]]] = {}
     searched = []
@@ -202,12 +207,13 @@ def _matters(variation: Variation, arm: Arm) -> bool:
 def save_tuned(folder: Path, study: str, tuned: Mapping[str, Tuned]) -> Path:
     """Write what was chosen for the arms of a study, beside what was chosen for others before."""
     path = folder / TUNED_NAME
-    arms = _load_tuned(path, study) if path.exists() else {}
-    arms |= {
-        name: {"settings": t.settings, "validation": t.figure, "tried": t.tried}
-        for name, t in tuned.items()
-    }
-    write_json(path, {"study": study, "arms": arms})
+    with hold(folder / "tuned.lock", f"{path}", seconds=_PATIENCE_SECONDS):
+        arms = _load_tuned(path, study) if path.exists() else {}
+        arms |= {
+            name: {"settings": t.settings, "validation": t.figure, "tried": t.tried}
+            for name, t in tuned.items()
+        }
+        write_json(path, {"study": study, "arms": arms})
     return path
 
 
@@ -263,7 +269,8 @@ def _try_all(
     records = run_arms(task, runs, seeds=seeds, folder=folder, **options)
     figures: dict[str, list[tuple[float, dict[str, Setting]]]] = {}
     for name, (arm_name, settings, _) in varied.items():
-        figure = _mean_figure(task, [record for record in records if record.arm == name])
+        own = [record for record in records if record.arm == name]
+        figure = _mean_figure(task, own, len(seeds))
         figures.setdefault(arm_name, []).append((figure, settings))
     sign = _sign(task)
     result = {}
@@ -299,7 +306,7 @@ def _search(
         except KeyboardInterrupt:  # whoever repeats the command goes on with this trial's runs
             study.enqueue_trial(trial.params)
             raise
-        return _mean_figure(task, records)
+        return _mean_figure(task, records, len(seeds))
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
@@ -357,10 +364,13 @@ def _suggest(trial: Any, variation: Variation) -> Setting:
     return float(trial.suggest_float(variation.name, low, high, log=variation.log))
 
 
-def _mean_figure(task: Task, records: Sequence[RunRecord]) -> float:
+def _mean_figure(task: Task, records: Sequence[RunRecord], seeds: int) -> float:
     """Return the mean selection metric of runs; the worst there is where one diverged."""
-    mean = float(np.mean([record.validation[task.selection_metric] for record in records]))
-    return mean if math.isfinite(mean) else -_sign(task) * math.inf
+    if len(records) == seeds:
+        mean = float(np.mean([record.validation[task.selection_metric] for record in records]))
+        if math.isfinite(mean):
+            return mean
+    return -_sign(task) * math.inf
 
 
 def _sign(task: Task) -> int:

@@ -108,17 +108,15 @@ def find_vocabulary(learn: Callable[[], Any], folder: Path | None) -> Any:
     """Return the tokenizer in a folder, or learn it and leave it there; None keeps nothing."""
     if folder is None:
         return learn()
-    if not _has_tokenizer(folder):
-        from filelock import FileLock
-
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Runs beside this one may want the same vocabulary at the same time.
-        with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if not _has_tokenizer(folder):
-                _save_whole(learn(), folder)
+    from filelock import FileLock
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Runs beside this one may want the same vocabulary at the same time, or remove it.
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not _has_tokenizer(folder):
+            _save_whole(learn(), folder)
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def _has_tokenizer(folder: Path) -> bool:
