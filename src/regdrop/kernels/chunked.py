@@ -45,7 +45,6 @@ class Comparison(NamedTuple):
     mean_difference: Tensor
 
 
-@cache
 def chunked_kernel(compiled: bool = False) -> ClosedForm:
     """Return the kernel, the arithmetic of a block run through `torch.compile` if asked for."""
     return ClosedForm(

@@ -75,22 +75,6 @@ class SumKernel(Protocol):
         """Return two scalars and the gradient; None where a backward of its own takes less."""
 
 
-class WeightedSum(Protocol):
-    """Computes what `closed_form_sum` does, with an autograd of its own."""
-
-    def __call__(
-        self,
-        logits: Tensor,
-        target: Target,
-        nll_weight: float,
-        kl_weight: float | None,
-        backward_passes: int,
-        inplace: bool,
-        /,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sum, and both terms' sums without weight and gradient."""
-
-
 class ClosedForm(NamedTuple):
     """One way to compute the closed form.
 
@@ -100,7 +84,6 @@ class ClosedForm(NamedTuple):
         least_items: Items a call, below which it leaves a part of the device idle.
         class_rows: Its form for a block of classes, a `ClassRows`; None leaves that to torch.
         sums: Computes the gradient in the forward, for sums of the terms.
-        weighted_sum: Computes such a sum with an autograd of its own, of weights that are numbers.
     """
 
     forward: ForwardKernel
@@ -108,7 +91,6 @@ class ClosedForm(NamedTuple):
     least_items: int = 1
     class_rows: Any = None
     sums: SumKernel | None = None
-    weighted_sum: WeightedSum | None = None
 
 
 def closed_form_terms(
@@ -127,7 +109,8 @@ def closed_form_terms(
         The negative log-likelihood, mean over passes, and the symmetric KL, mean over pairs of
         passes, both (N,) and 0 on invalid items.
     """
-    logits = _readable(logits)
+    # A kernel reads memory, which a lazy negative shares with the numbers that it negates.
+    logits = logits.resolve_neg()
     if torch.is_grad_enabled() and logits.requires_grad:
         nll, kl = _Terms.apply(logits, target, kernel, backward_passes, inplace)
     else:
@@ -159,13 +142,8 @@ def closed_form_sum(
     Returns:
         The sum, and the sums of both terms without weight and gradient, all scalars.
     """
-    logits = _readable(logits)
-    if (
-        kernel.weighted_sum is not None
-        and isinstance(nll_weight, float)
-        and not isinstance(kl_weight, Tensor)
-    ):
-        return kernel.weighted_sum(logits, target, nll_weight, kl_weight, backward_passes, inplace)
+    # A kernel reads memory, which a lazy negative shares with the numbers that it negates.
+    logits = logits.resolve_neg()
     if torch.is_grad_enabled() and logits.requires_grad:
         total, nll, kl = _Sum.apply(
             logits, target, kernel, (nll_weight, kl_weight), backward_passes, inplace
@@ -174,11 +152,6 @@ def closed_form_sum(
     items_nll, items_kl, _ = kernel.forward(logits.detach(), target)
     nll, kl = items_nll.sum(), items_kl.sum()
     return mix(nll, kl, nll_weight, kl_weight), nll, kl
-
-
-def _readable(logits: Tensor) -> Tensor:
-    # A kernel reads memory, which a lazy negative shares with the numbers that it negates.
-    return logits.resolve_neg() if logits.is_neg() else logits
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -45,15 +45,66 @@ def cpp_kernel(device: torch.device) -> ClosedForm:
         raise ValueError(f"impl='cpp' needs logits on a CPU, got {device}; use 'auto' or 'chunked'")
     _library()
     # A thread takes whole items.
-    return ClosedForm(
-        _forward, _backward, least_items=4 * torch.get_num_threads(), weighted_sum=_weighted_sum
+    return ClosedForm(_forward, _backward, least_items=4 * torch.get_num_threads())
+
+
+def whole_loss(
+    logits: Tensor,
+    classes: Tensor,
+    weight: Tensor | None,
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    nll_weight: float,
+    kl_weight: float | None,
+    is_mean: bool,
+    num_passes: int,
+    backward_passes: int,
+    inplace: bool,
+    largest_divergence: float,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the loss of class indices and the means of both terms, in one operation.
+
+    Args:
+        logits: (num_passes * batch, ..., C), contiguous, on a CPU.
+        classes: (batch, ...), int64, contiguous.
+        weight: (C,) or None.
+        ignore_index: Index of the items that do not count.
+        label_smoothing: As in `Target`.
+        nll_weight: Weight of the likelihood in the loss.
+        kl_weight: Weight of the divergence; None for no gradient of it.
+        is_mean: Whether the loss is a mean of the items that count, or a sum.
+        num_passes: Number of passes.
+        backward_passes: The first passes that carry the gradient.
+        inplace: Overwrite `logits` with the gradient in the backward.
+        largest_divergence: Mean divergence above which None is returned.
+
+    Raises:
+        ValueError: For an index that is neither a class nor ignored.
+    """
+    if weight is not None:
+        weight = weight.detach().resolve_neg().to(accumulator(logits.dtype)).contiguous()
+    found = _library().rows_loss.default(
+        logits,
+        classes,
+        weight,
+        ignore_index,
+        float(label_smoothing),
+        nll_weight,
+        kl_weight,
+        is_mean,
+        num_passes,
+        backward_passes,
+        inplace,
+        largest_divergence,
     )
+    return tuple(found) if found else None
 
 
 def _forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     arguments = _target_arguments(target, accumulator(logits.dtype))
-    nll, kl, *statistics = _library().rows_forward(_with_rows(logits), *arguments)
-    return nll, kl, tuple(statistics)
+    memory = _library().rows_forward(_with_rows(logits), *arguments)
+    return memory[0], memory[1], (memory,)
 
 
 def _backward(
@@ -77,25 +128,6 @@ def _backward(
     )
     if rows is not out:
         out.copy_(rows)
-
-
-def _weighted_sum(
-    logits: Tensor,
-    target: Target,
-    nll_weight: float,
-    kl_weight: float | None,
-    backward_passes: int,
-    inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    total, nll, kl = _library().rows_sum(
-        _with_rows(logits),
-        *_target_arguments(target, accumulator(logits.dtype)),
-        nll_weight,
-        kl_weight,
-        backward_passes,
-        inplace,
-    )
-    return total, nll, kl
 
 
 def _with_rows(logits: Tensor) -> Tensor:

@@ -39,21 +39,31 @@ using at::vec::Vectorized;
 constexpr int64_t kBlock = 1024;
 constexpr int64_t kGrain = 65536;  // numbers a thread takes at least
 
-// What the likelihood is compared with, as raw pointers; null where not given.
+// What the likelihood is compared with, as `Target` holds it. Items are left out by `valid`, or by a
+// class that is `ignored`.
+struct Target {
+  std::optional<Tensor> classes, probabilities, weight, valid;
+  double label_smoothing;
+  std::optional<int64_t> ignored = std::nullopt;
+};
+
+// The same as raw pointers, null where not given.
 template <typename acc_t>
 struct TargetRows {
-  TargetRows(const std::optional<Tensor>& classes, const std::optional<Tensor>& probabilities,
-             const std::optional<Tensor>& weight, const std::optional<Tensor>& valid,
-             double label_smoothing, int64_t num_classes)
-      : classes(classes ? classes->const_data_ptr<int64_t>() : nullptr),
-        probabilities(probabilities ? probabilities->const_data_ptr<acc_t>() : nullptr),
-        weight(weight ? weight->const_data_ptr<acc_t>() : nullptr),
-        valid(valid ? valid->const_data_ptr<bool>() : nullptr),
-        kept(1 - label_smoothing),
-        share(label_smoothing / num_classes),
+  TargetRows(const Target& target, int64_t num_classes)
+      : classes(target.classes ? target.classes->const_data_ptr<int64_t>() : nullptr),
+        probabilities(target.probabilities ? target.probabilities->const_data_ptr<acc_t>()
+                                           : nullptr),
+        weight(target.weight ? target.weight->const_data_ptr<acc_t>() : nullptr),
+        valid(target.valid ? target.valid->const_data_ptr<bool>() : nullptr),
+        ignored(target.ignored),
+        kept(1 - target.label_smoothing),
+        share(target.label_smoothing / num_classes),
         num_classes(num_classes) {}
 
-  bool counts(int64_t item) const { return valid == nullptr || valid[item]; }
+  bool counts(int64_t item) const {
+    return (valid == nullptr || valid[item]) && !(ignored && classes[item] == *ignored);
+  }
 
   bool has_spread() const { return share > 0 || probabilities != nullptr; }
 
@@ -79,6 +89,7 @@ struct TargetRows {
   const acc_t* probabilities;
   const acc_t* weight;
   const bool* valid;
+  const std::optional<int64_t> ignored;
   const acc_t kept;
   const acc_t share;
   const int64_t num_classes;
@@ -286,6 +297,14 @@ void with_passes(int64_t passes, const function_t& function) {
 // maximum, one over the sum of exponentials, and the mean difference.
 template <typename acc_t>
 struct Statistics {
+  Statistics(acc_t* memory, int64_t passes, int64_t items)
+      : nll(memory),
+        kl(nll + items),
+        mass(kl + items),
+        maximum(mass + items),
+        inverse_sum(maximum + passes * items),
+        mean_difference(inverse_sum + passes * items) {}
+
   acc_t *nll, *kl, *mass, *maximum, *inverse_sum, *mean_difference;
 };
 
@@ -395,48 +414,52 @@ void forward_items(const Tensor& logits, const TargetRows<acc_t>& target,
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> regdrop_forward(
-    const Tensor& logits, const std::optional<Tensor>& classes,
-    const std::optional<Tensor>& probabilities, const std::optional<Tensor>& weight,
-    const std::optional<Tensor>& valid, double label_smoothing) {
+// Returns the statistics, (3 + 3 * passes, items), in one memory.
+Tensor run_forward(const Tensor& logits, const Target& target) {
   const int64_t passes = logits.size(0), items = logits.size(1), num_classes = logits.size(2);
-  const auto options = logits.options().dtype(at::toOpMathType(logits.scalar_type()));
-  Tensor nll = at::empty({items}, options), kl = at::empty({items}, options);
-  Tensor mass = at::empty({items}, options);
-  Tensor maximum = at::empty({passes, items}, options);
-  Tensor inverse_sum = at::empty({passes, items}, options);
-  Tensor mean_difference = at::empty({passes, items}, options);
+  const Tensor memory = at::empty(
+      {3 + 3 * passes, items}, logits.options().dtype(at::toOpMathType(logits.scalar_type())));
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kBFloat16, at::kHalf, logits.scalar_type(), "rdrop_forward", [&] {
         using acc_t = at::opmath_type<scalar_t>;
-        const TargetRows<acc_t> target(classes, probabilities, weight, valid, label_smoothing,
-                                       num_classes);
-        const Statistics<acc_t> out{
-            nll.mutable_data_ptr<acc_t>(),         kl.mutable_data_ptr<acc_t>(),
-            mass.mutable_data_ptr<acc_t>(),        maximum.mutable_data_ptr<acc_t>(),
-            inverse_sum.mutable_data_ptr<acc_t>(), mean_difference.mutable_data_ptr<acc_t>()};
+        const TargetRows<acc_t> rows(target, num_classes);
+        const Statistics<acc_t> out(memory.mutable_data_ptr<acc_t>(), passes, items);
         with_passes(passes, [&](auto constant) {
           at::parallel_for(0, items, grain(passes * num_classes), [&](int64_t begin, int64_t end) {
             constexpr int known = decltype(constant)::value;
-            forward_items<scalar_t, acc_t, known>(logits, target, out, begin, end);
+            forward_items<scalar_t, acc_t, known>(logits, rows, out, begin, end);
           });
         });
       });
-  return {nll, kl, maximum, inverse_sum, mean_difference, mass};
+  return memory;
 }
 
-// What the backward reads of each item and row, and the gradients of both terms, null where none:
-// one an item, or, where `step` is 0, one for all.
+// The gradient of a term: a number for all items, or one an item, or none.
+struct Slope {
+  std::optional<double> number = std::nullopt;
+  std::optional<Tensor> items = std::nullopt;
+};
+
 template <typename acc_t>
-struct Slopes {
-  const acc_t *maximum, *inverse_sum, *mean_difference, *mass, *grad_nll, *grad_kl;
-  int64_t step;
+struct SlopeRows {
+  explicit SlopeRows(const Slope& slope)
+      : number(slope.number.value_or(0)),
+        items(slope.items ? slope.items->const_data_ptr<acc_t>() : nullptr),
+        is_given(slope.number || slope.items) {}
+
+  acc_t operator[](int64_t item) const { return items ? items[item] : number; }
+
+  const acc_t number;
+  const acc_t* items;
+  const bool is_given;
 };
 
 // Writes p (mass a + b (1 - E + d)) - b mean(p) - a target for the first passes, else 0.
 template <typename scalar_t, typename acc_t, int kPasses>
 void backward_items(const Tensor& out, const Tensor& logits, const TargetRows<acc_t>& target,
-                    const Slopes<acc_t>& in, int64_t backward_passes, int64_t begin, int64_t end) {
+                    const Statistics<acc_t>& in, const SlopeRows<acc_t>& grad_nll,
+                    const SlopeRows<acc_t>& grad_kl, int64_t backward_passes, int64_t begin,
+                    int64_t end) {
   using Vec = Vectorized<acc_t>;
   using Logits = typename Block<scalar_t, acc_t, kPasses>::Logits;
   const int64_t passes = logits.size(0), items = logits.size(1), num_classes = logits.size(2);
@@ -458,15 +481,14 @@ void backward_items(const Tensor& out, const Tensor& logits, const TargetRows<ac
       clear_from(0);
       continue;
     }
-    const acc_t a = in.grad_nll ? in.grad_nll[item * in.step] : acc_t(0);
-    const acc_t b = in.grad_kl ? in.grad_kl[item * in.step] : acc_t(0);
+    const acc_t a = grad_nll[item], b = grad_kl[item];
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = i * items + item;
       highest[i] = in.maximum[at];
       inverse_sum[i] = in.inverse_sum[at];
       slope[i] = a * in.mass[item] + b * (1 - in.mean_difference[at]);
     }
-    const bool compares = in.grad_kl != nullptr;
+    const bool compares = grad_kl.is_given;
     // From one part of the logits to their gradients, in their place.
     const auto differentiate = [&](Logits& x, int part, Vec mass) {
       const Vec mean = block.centre(x, part, highest);
@@ -486,7 +508,7 @@ void backward_items(const Tensor& out, const Tensor& logits, const TargetRows<ac
     const scalar_t* row = logits.const_data_ptr<scalar_t>() + item * logits.stride(1);
     // The target's class has more mass than its block knows of. It is differentiated apart, so that
     // it is rounded once, and first, as its logits may be written over.
-    const bool has_class = in.grad_nll && target.classes;
+    const bool has_class = grad_nll.is_given && target.classes;
     const int64_t label = has_class ? target.classes[item] : 0;
     if (has_class) {
       block.each([&](int64_t i) {
@@ -494,7 +516,7 @@ void backward_items(const Tensor& out, const Tensor& logits, const TargetRows<ac
       });
       differentiate(at_class, 0, Vec(target.spread(item, label) + target.class_mass(item)));
     }
-    const bool spreads = in.grad_nll && target.has_spread();
+    const bool spreads = grad_nll.is_given && target.has_spread();
     for (int64_t start = 0; start < num_classes; start += kBlock) {
       const int64_t size = std::min(kBlock, num_classes - start);
       block.move_to(row + start, logits.stride(0), size);
@@ -536,94 +558,121 @@ void ask_for_large_pages(const Tensor& memory) {
 #endif
 }
 
-void regdrop_backward(const Tensor& out, const Tensor& logits, const std::optional<Tensor>& classes,
-              const std::optional<Tensor>& probabilities, const std::optional<Tensor>& weight,
-              const std::optional<Tensor>& valid, double label_smoothing, const Tensor& maximum,
-              const Tensor& inverse_sum, const Tensor& mean_difference, const Tensor& mass,
-              const std::optional<Tensor>& grad_nll, const std::optional<Tensor>& grad_kl,
-              int64_t backward_passes) {
+void run_backward(const Tensor& out, const Tensor& logits, const Target& target,
+                  const Tensor& memory, const Slope& grad_nll, const Slope& grad_kl,
+                  int64_t backward_passes) {
   const int64_t passes = logits.size(0), items = logits.size(1), num_classes = logits.size(2);
   if (!out.is_alias_of(logits)) ask_for_large_pages(out);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kBFloat16, at::kHalf, logits.scalar_type(), "rdrop_backward", [&] {
         using acc_t = at::opmath_type<scalar_t>;
-        const TargetRows<acc_t> target(classes, probabilities, weight, valid, label_smoothing,
-                                       num_classes);
-        const Slopes<acc_t> in{maximum.const_data_ptr<acc_t>(),
-                               inverse_sum.const_data_ptr<acc_t>(),
-                               mean_difference.const_data_ptr<acc_t>(),
-                               mass.const_data_ptr<acc_t>(),
-                               grad_nll ? grad_nll->const_data_ptr<acc_t>() : nullptr,
-                               grad_kl ? grad_kl->const_data_ptr<acc_t>() : nullptr,
-                               (grad_nll ? *grad_nll : *grad_kl).dim()};
+        const TargetRows<acc_t> rows(target, num_classes);
+        const Statistics<acc_t> in(memory.mutable_data_ptr<acc_t>(), passes, items);
+        const SlopeRows<acc_t> nll(grad_nll), kl(grad_kl);
         with_passes(passes, [&](auto constant) {
           at::parallel_for(0, items, grain(passes * num_classes), [&](int64_t begin, int64_t end) {
             constexpr int known = decltype(constant)::value;
-            backward_items<scalar_t, acc_t, known>(out, logits, target, in, backward_passes, begin,
-                                                   end);
+            backward_items<scalar_t, acc_t, known>(out, logits, rows, in, nll, kl,
+                                                   backward_passes, begin, end);
           });
         });
       });
 }
 
-std::optional<Tensor> given(const Tensor& tensor) {
-  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
+Tensor forward(const Tensor& logits, const std::optional<Tensor>& classes,
+               const std::optional<Tensor>& probabilities, const std::optional<Tensor>& weight,
+               const std::optional<Tensor>& valid, double label_smoothing) {
+  return run_forward(logits, {classes, probabilities, weight, valid, label_smoothing});
 }
 
-// The gradients of one pass for all items: numbers, as tensors of the accumulator's type.
-struct Scaled {
-  Scaled(double nll_weight, std::optional<double> kl_weight, int64_t passes, int64_t graded)
-      : nll(nll_weight / graded) {
-    if (kl_weight && passes > 1) kl = *kl_weight * passes / graded / (passes - 1);
-  }
-  double nll;
-  std::optional<double> kl;
-};
+void backward(const Tensor& out, const Tensor& logits, const std::optional<Tensor>& classes,
+              const std::optional<Tensor>& probabilities, const std::optional<Tensor>& weight,
+              const std::optional<Tensor>& valid, double label_smoothing, const Tensor& memory,
+              const std::optional<Tensor>& grad_nll, const std::optional<Tensor>& grad_kl,
+              int64_t backward_passes) {
+  run_backward(out, logits, {classes, probabilities, weight, valid, label_smoothing}, memory,
+               {std::nullopt, grad_nll}, {std::nullopt, grad_kl}, backward_passes);
+}
 
-// The sum over items of both terms, weighted, with autograd around it here: around small logits,
-// Python's takes longer than everything else.
-struct WeightedSum : torch::autograd::Function<WeightedSum> {
-  static torch::autograd::variable_list forward(
-      torch::autograd::AutogradContext* context, const Tensor& logits,
-      const std::optional<Tensor>& classes, const std::optional<Tensor>& probabilities,
-      const std::optional<Tensor>& weight, const std::optional<Tensor>& valid,
-      double label_smoothing, double nll_weight, std::optional<double> kl_weight,
-      int64_t backward_passes, bool inplace) {
-    const auto [nll, kl, maximum, inverse_sum, mean_difference, mass] =
-        regdrop_forward(logits, classes, probabilities, weight, valid, label_smoothing);
-    std::array<double, 2> sums{};
-    AT_DISPATCH_FLOATING_TYPES(nll.scalar_type(), "rdrop_sum", [&] {
-      const scalar_t *nll_items = nll.const_data_ptr<scalar_t>(),
-                     *kl_items = kl.const_data_ptr<scalar_t>();
-      for (int64_t item = 0; item < nll.numel(); ++item) {
-        sums[0] += nll_items[item];
-        sums[1] += kl_items[item];
-      }
+// Of the items of class indices that count their number, or class weight; refuses other numbers.
+double count_items(const Target& target, int64_t num_classes, bool is_weighted) {
+  const auto* classes = target.classes->const_data_ptr<int64_t>();
+  double count = 0;
+  const auto add = [&](const auto& weight_of) {
+    for (int64_t item = 0; item < target.classes->numel(); ++item) {
+      const int64_t index = classes[item];
+      if (index == *target.ignored) continue;
+      TORCH_CHECK_VALUE(index >= 0 && index < num_classes,
+                        "target must hold class indices from 0 to ", num_classes - 1,
+                        " or ignore_index=", *target.ignored, ", got ", index);
+      count += weight_of(index);
+    }
+  };
+  if (!is_weighted) {
+    add([](int64_t) { return 1.0; });
+  } else {
+    AT_DISPATCH_FLOATING_TYPES(target.weight->scalar_type(), "rdrop_count", [&] {
+      add([weight = target.weight->const_data_ptr<scalar_t>()](int64_t index) {
+        return double(weight[index]);
+      });
     });
-    context->save_for_backward({logits, classes.value_or(Tensor()),
-                                probabilities.value_or(Tensor()), weight.value_or(Tensor()),
-                                valid.value_or(Tensor()), maximum, inverse_sum, mean_difference,
-                                mass});
-    const Scaled scaled(nll_weight, kl_weight, logits.size(0), backward_passes);
-    context->saved_data["options"] =
-        std::vector<double>{label_smoothing, scaled.nll, scaled.kl.value_or(0)};
-    context->saved_data["flags"] =
-        std::vector<int64_t>{scaled.kl.has_value(), backward_passes, inplace};
-    const auto number = [&](double value) { return at::scalar_tensor(value, nll.options()); };
-    const double total = nll_weight * sums[0] + (kl_weight ? *kl_weight * sums[1] : 0);
-    torch::autograd::variable_list found{number(total), number(sums[0]), number(sums[1])};
+  }
+  return count;
+}
+
+// The whole loss of class indices, and its autograd: around small logits, Python and single
+// operations of torch take longer than everything else. Logits are (passes * batch, ..., classes),
+// contiguous.
+struct Loss : torch::autograd::Function<Loss> {
+  using Variables = torch::autograd::variable_list;
+
+  static Variables forward(torch::autograd::AutogradContext* context, const Tensor& logits,
+                           const Tensor& classes, const std::optional<Tensor>& weight,
+                           int64_t ignored, double label_smoothing, double nll_weight,
+                           std::optional<double> kl_weight, bool is_mean, int64_t passes,
+                           int64_t backward_passes, bool inplace, double largest_divergence) {
+    const Target target{classes, {}, weight, {}, label_smoothing, ignored};
+    const int64_t items = classes.numel(), num_classes = logits.size(-1);
+    const double count = count_items(target, num_classes, false);
+    const double kl_count = count == 0 ? 1 : count;
+    double nll_count = weight ? count_items(target, num_classes, true) : count;
+    if (nll_count == 0) nll_count = 1;
+    const Tensor memory = run_forward(logits.view({passes, items, num_classes}), target);
+    double nll = 0, kl = 0;
+    AT_DISPATCH_FLOATING_TYPES(memory.scalar_type(), "rdrop_sum", [&] {
+      const scalar_t* terms = memory.const_data_ptr<scalar_t>();
+      for (int64_t item = 0; item < items; ++item) nll += terms[item];
+      for (int64_t item = 0; item < items; ++item) kl += terms[items + item];
+    });
+    if (passes > 1 && kl / kl_count > largest_divergence) return {};
+    if (is_mean) nll_weight /= nll_count;
+    if (is_mean && kl_weight) *kl_weight /= kl_count;
+    const auto number = [&](double value) {
+      const Tensor tensor = at::empty({}, memory.options());
+      AT_DISPATCH_FLOATING_TYPES(tensor.scalar_type(), "rdrop_number",
+                                 [&] { *tensor.mutable_data_ptr<scalar_t>() = value; });
+      return tensor;
+    };
+    const double total = nll_weight * nll + (kl_weight ? *kl_weight * kl : 0);
+    const Variables found{number(total), number(nll / nll_count), number(kl / kl_count)};
     context->mark_non_differentiable({found[1], found[2]});
     context->set_materialize_grads(false);
+    context->save_for_backward({logits, classes, weight.value_or(Tensor()), memory});
+    const bool compares = kl_weight && passes > 1;
+    context->saved_data["numbers"] = std::vector<double>{
+        label_smoothing, nll_weight / backward_passes,
+        compares ? *kl_weight * passes / backward_passes / (passes - 1) : 0};
+    context->saved_data["integers"] =
+        std::vector<int64_t>{ignored, passes, backward_passes, inplace, compares};
     return found;
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 torch::autograd::variable_list grads) {
-    torch::autograd::variable_list found(10);
+  static Variables backward(torch::autograd::AutogradContext* context, Variables grads) {
+    Variables found(12);
     if (!grads[0].defined()) return found;
     {
       const at::NoGradGuard guard;
-      found[0] = gradient(context, grads[0]);
+      found[0] = gradient(context, grads[0].item<double>());
     }
     if (!at::GradMode::is_enabled()) return found;
     const auto refuse = std::make_shared<torch::autograd::DelayedError>(
@@ -634,37 +683,38 @@ struct WeightedSum : torch::autograd::Function<WeightedSum> {
     return found;
   }
 
-  static Tensor gradient(torch::autograd::AutogradContext* context, const Tensor& grad) {
-    const auto saved = context->get_saved_variables();
-    const auto options = context->saved_data["options"].toDoubleVector();
-    const auto flags = context->saved_data["flags"].toIntVector();
+  static Tensor gradient(torch::autograd::AutogradContext* context, double grad) {
+    const Variables saved = context->get_saved_variables();
+    const auto numbers = context->saved_data["numbers"].toDoubleVector();
+    const auto integers = context->saved_data["integers"].toIntVector();
+    const int64_t passes = integers[1];
+    const bool inplace = integers[3], compares = integers[4];
     const Tensor logits = saved[0].detach();
-    const Tensor out = flags[2] ? logits : at::empty_like(logits);
-    std::optional<Tensor> grad_kl;
-    if (flags[0]) grad_kl = grad * options[2];
-    regdrop_backward(out, logits, given(saved[1]), given(saved[2]), given(saved[3]),
-                     given(saved[4]), options[0], saved[5], saved[6], saved[7], saved[8],
-                     grad * options[1], grad_kl, flags[1]);
-    if (flags[2]) out.unsafeGetTensorImpl()->bump_version();
+    const Tensor out = inplace ? logits : at::empty_like(logits);
+    const std::array<int64_t, 3> shape{passes, saved[1].numel(), logits.size(-1)};
+    const auto weight = saved[2].defined() ? std::optional<Tensor>(saved[2]) : std::nullopt;
+    run_backward(out.view(shape), logits.view(shape),
+                 {saved[1], {}, weight, {}, numbers[0], integers[0]}, saved[3],
+                 {numbers[1] * grad}, {compares ? std::optional(numbers[2] * grad) : std::nullopt},
+                 integers[2]);
+    if (inplace) out.unsafeGetTensorImpl()->bump_version();
     return out;
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> weighted_sum(
-    const Tensor& logits, const std::optional<Tensor>& classes,
-    const std::optional<Tensor>& probabilities, const std::optional<Tensor>& weight,
-    const std::optional<Tensor>& valid, double label_smoothing, double nll_weight,
-    std::optional<double> kl_weight, int64_t backward_passes, bool inplace) {
-  const auto found =
-      WeightedSum::apply(logits, classes, probabilities, weight, valid, label_smoothing,
-                         nll_weight, kl_weight, backward_passes, inplace);
-  return {found[0], found[1], found[2]};
+std::vector<Tensor> loss(const Tensor& logits, const Tensor& classes,
+                         const std::optional<Tensor>& weight, int64_t ignored,
+                         double label_smoothing, double nll_weight,
+                         std::optional<double> kl_weight, bool is_mean, int64_t passes,
+                         int64_t backward_passes, bool inplace, double largest_divergence) {
+  return Loss::apply(logits, classes, weight, ignored, label_smoothing, nll_weight, kl_weight,
+                     is_mean, passes, backward_passes, inplace, largest_divergence);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(regdrop, library) {
-  library.def("rows_forward", &regdrop_forward);
-  library.def("rows_backward", &regdrop_backward);
-  library.def("rows_sum", &weighted_sum);
+  library.def("rows_forward", &forward);
+  library.def("rows_backward", &backward);
+  library.def("rows_loss", &loss);
 }

@@ -11,7 +11,7 @@ from regdrop.loss.reduction import Reduction, Scale
 
 _REDUCTIONS, _SCALES = get_args(Reduction), get_args(Scale)
 # Above this, which a difference of logits by a billion gives, a divergence is that of a mask.
-_LARGEST_DIVERGENCE = 1e9
+LARGEST_DIVERGENCE = 1e9
 _INFINITE_DIVERGENCE = (
     "the KL is infinite: logits hold -inf (or finfo.min, or a difference beyond float32) for a "
     "class in one pass and not in another; a mask must be the same in every pass"
@@ -266,10 +266,10 @@ def check_finite_divergence(kl: Tensor) -> None:
     is not stopped for it at every step.
     """
     if torch.compiler.is_compiling() or kl.device.type == "cuda":
-        is_infinite = (kl > _LARGEST_DIVERGENCE).any()
+        is_infinite = (kl > LARGEST_DIVERGENCE).any()
         torch._assert_async(~is_infinite, _INFINITE_DIVERGENCE)
     # The highest of one number is itself, without an operation.
-    elif kl.device.type == "cpu" and kl.numel() and _highest(kl) > _LARGEST_DIVERGENCE:
+    elif kl.device.type == "cpu" and kl.numel() and _highest(kl) > LARGEST_DIVERGENCE:
         raise ValueError(_INFINITE_DIVERGENCE)
 
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regdrop.kernels import Implementation, Target, rdrop_sum, rdrop_terms
+from regdrop.kernels import Implementation, Target, rdrop_sum, rdrop_terms, whole_loss
 from regdrop.loss.checks import (
+    LARGEST_DIVERGENCE,
     all_are_classes,
     check_class_dim,
     check_classes,
@@ -26,7 +27,7 @@ from regdrop.loss.checks import (
 from regdrop.loss.counts import ItemCounts, counted_by
 from regdrop.loss.module import RDropLoss
 from regdrop.loss.output import RDropOutput
-from regdrop.loss.reduction import Reduction, Scale, combine_terms, reduce_sums
+from regdrop.loss.reduction import Reduction, Scale, combine_terms, reduce_sums, term_weights
 from regdrop.loss.terms import ItemTerms
 
 
@@ -102,6 +103,22 @@ def rdrop_cross_entropy(
         label_smoothing=label_smoothing,
     )
     check_counts(reduction, num_items=num_items, num_weight=num_weight)
+    if impl == "cpp" and class_dim == -1 and unlabelled_index is num_items is num_weight is None:
+        output = _whole(
+            logits,
+            target,
+            weight,
+            alpha=alpha,
+            num_passes=num_passes,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            scale=scale,
+            backward_passes=backward_passes,
+            inplace=inplace,
+        )
+        if output is not None:
+            return output
     items = _items(
         logits,
         target,
@@ -142,6 +159,46 @@ def rdrop_cross_entropy(
     if num_passes > 1:
         check_finite_divergence(output.kl)
     return output
+
+
+def _whole(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    *,
+    alpha: float,
+    num_passes: int,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: Reduction,
+    scale: Scale,
+    backward_passes: int | None,
+    inplace: bool,
+) -> RDropOutput | None:
+    """Return the loss by one operation of the C++ kernel, or None where that does not apply.
+
+    Small logits then cost little more than the call.
+    """
+    _check(logits, target, num_passes, weight, -1)
+    if reduction == "none" or target.is_floating_point():
+        return None
+    nll_weight, kl_weight = term_weights(alpha, num_passes, scale)
+    found = whole_loss(
+        logits,
+        target,
+        weight,
+        impl="cpp",
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        nll_weight=nll_weight,
+        kl_weight=kl_weight if alpha else None,
+        is_mean=reduction == "mean",
+        num_passes=num_passes,
+        backward_passes=backward_passes or num_passes,
+        inplace=inplace,
+        largest_divergence=LARGEST_DIVERGENCE,
+    )
+    return None if found is None else RDropOutput(*found)
 
 
 def count_classes(
