@@ -41,10 +41,9 @@ def explicit(hidden, weight, target, *, bias=None, logit_scale=1.0, softcap=None
 def by_classes(monkeypatch):
     """Return a function that sends the layer through blocks of few classes."""
 
-    def send(scratch_classes, rows, dtype=torch.float64, block=None):
+    def send(scratch_classes, rows, dtype=torch.float64):
         sums = rows * FEATURES * (max(4, dtype.itemsize) - dtype.itemsize)
         monkeypatch.setattr(class_blocks, "_ALIGNED", 1)
-        monkeypatch.setattr(class_blocks, "BLOCK", block)
         monkeypatch.setattr(class_blocks, "BUDGET", scratch_classes * rows * dtype.itemsize + sums)
         monkeypatch.setattr(fused_linear, "_goes_by_classes", lambda *arguments: True)
 
@@ -93,21 +92,17 @@ def test_equals_the_loss_of_explicit_logits(impl, num_passes, options, by_classe
     items=st.integers(0, 9),
     classes=st.integers(1, 40),
     scratch=st.integers(1, 50),
-    block=st.sampled_from([None, 1, 3]),
     has_bias=st.booleans(),
     share_ignored=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 1000),
 )
-def test_agrees_on_any_shape(
-    num_passes, items, classes, scratch, block, has_bias, share_ignored, seed
-):
+def test_agrees_on_any_shape(num_passes, items, classes, scratch, has_bias, share_ignored, seed):
     """Whatever is kept in scratch, in the memory of the weight's gradient, or not at all."""
     (hidden, weight, bias), target = make(num_passes, items, classes=classes, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     target[torch.rand(target.shape, generator=generator) < share_ignored] = -100
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(class_blocks, "_ALIGNED", 1)
-        patch.setattr(class_blocks, "BLOCK", block)
         patch.setattr(class_blocks, "BUDGET", scratch * max(1, num_passes * items) * 8)
         patch.setattr(fused_linear, "_goes_by_classes", lambda *arguments: True)
         options = {"alpha": 1.3 if num_passes > 1 else 0.0, "num_passes": num_passes}
@@ -258,11 +253,12 @@ def test_autocast_gives_gradients_in_the_dtypes_of_the_tensors(dtype, by_classes
 @pytest.mark.parametrize(("scratch", "again"), [(CLASSES, 0), (15, 14 - 8), (3, 26 - 15)])
 def test_only_what_no_memory_holds_is_computed_again(scratch, again, by_classes):
     (hidden, weight, _), target = make()  # 10 rows of logits, 6 features
-    by_classes(scratch, 10, block=1)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    by_classes(scratch, 10)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         linear_rdrop_cross_entropy(hidden, weight, target, alpha=1.0).loss.backward()
-    names = [event.name for event in profiler.events()]
-    assert names.count("aten::mm") == CLASSES + again  # those of logits; of gradients, addmm_
+    # Those of logits, (10, 6) by (6, classes); of gradients, addmm_.
+    products = [event.input_shapes for event in profiler.events() if event.name == "aten::mm"]
+    assert sum(width for _, (_, width), *_ in products) == CLASSES + again
 
 
 @pytest.mark.parametrize(

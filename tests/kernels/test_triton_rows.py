@@ -33,20 +33,20 @@ def gradient(logits, target, upstream=1.0, **options):
     return logits.grad
 
 
-def tiles(elements, lane_bytes=16):
-    return triton_rows.Tuning(lane_bytes, forward_elements=elements, backward_elements=elements)
+def set_tiles(patch, elements):
+    """Let a tile be of so many elements: several a row."""
+    patch.setattr(triton_rows, "FORWARD_ELEMENTS", elements)
+    patch.setattr(triton_rows, "BACKWARD_ELEMENTS", elements)
 
 
-@pytest.fixture(params=[16, None], ids=["lanes", "one sum a row"])
-def small_tiles(monkeypatch, request):
-    """Tiles of 64 elements: several a row."""
-    monkeypatch.setattr(triton_rows, "TUNING", tiles(64, request.param))
+@pytest.fixture
+def small_tiles(monkeypatch):
+    set_tiles(monkeypatch, 64)
 
 
 @pytest.mark.parametrize("num_passes", [2, 3])
-@pytest.mark.parametrize("lane_bytes", [8, None])
-def test_gradcheck_over_several_tiles(num_passes, lane_bytes, monkeypatch):
-    monkeypatch.setattr(triton_rows, "TUNING", tiles(8, lane_bytes))
+def test_gradcheck_over_several_tiles(num_passes, monkeypatch):
+    set_tiles(monkeypatch, 8)
     logits, target = make(num_passes, 1, 5)
     options = {"alpha": 1.3, "num_passes": num_passes, "label_smoothing": 0.1, "impl": "triton"}
 
@@ -101,7 +101,6 @@ def test_error_is_at_most_that_of_eager(dtype, shape, num_passes, inplace):
     weighted=st.booleans(),
     probabilities=st.booleans(),
     elements=st.sampled_from([32, 4096]),
-    lane_bytes=st.sampled_from([None, 8, 32]),
     seed=st.integers(0, 1000),
 )
 def test_agrees_with_eager_on_any_shape(
@@ -113,7 +112,6 @@ def test_agrees_with_eager_on_any_shape(
     weighted,
     probabilities,
     elements,
-    lane_bytes,
     seed,
 ):
     logits, target = make(num_passes, batch, classes, seed=seed)
@@ -128,7 +126,7 @@ def test_agrees_with_eager_on_any_shape(
         "weight": torch.rand(classes, device=DEVICE) + 0.1 if weighted else None,
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_rows, "TUNING", tiles(elements, lane_bytes))
+        set_tiles(patch, elements)
         ours = rdrop_cross_entropy(logits, target, impl="triton", **options)
         grad = gradient(logits, target, 1.5, impl="triton", **options)
     eager = rdrop_cross_entropy(logits, target, impl="eager", **options)
@@ -216,7 +214,7 @@ import collections, re, triton, torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from regdrop import rdrop_cross_entropy
-import regdrop.kernels.triton_rows as rows
+from regdrop.kernels.triton_programs import backward_kernel, forward_kernel
 
 try:
     rdrop_cross_entropy(torch.ones(4, 3), torch.tensor([0, 1]), alpha=1.0, impl="triton")
@@ -242,7 +240,7 @@ def compiled(kernel, **constants):
             aligned[(i,)] = [["tt.divisibility", 16]]
     constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": 8, "enable_fp_fusion": True}
+    options = {"num_warps": 4, "enable_fp_fusion": True}
     ptx = triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"]
     wide = re.findall(r"(?:ld|st)[.]global[.]v4", ptx)
     # What threads wait for, between a label and a jump back to it.
@@ -253,9 +251,8 @@ def compiled(kernel, **constants):
         waits += sum("bar.sync" in x or "shfl" in x for j in starts for x in lines[j:i])
     print(kernel.fn.__name__, dict(collections.Counter(wide)), waits)
 
-forward = dict(FIRST=True, LAST=True, LANES=256, WIDE=8, STAGES=1)
-compiled(rows._forward_kernel, **forward)
-compiled(rows._backward_kernel, BACKWARD_PASSES=2, TILE=2048, REVERSE=True)
+compiled(forward_kernel, FIRST=True, LAST=True, LANES=128, WIDE=8)
+compiled(backward_kernel, BACKWARD_PASSES=2, TILE=2048)
 """
 
 
@@ -274,8 +271,8 @@ def test_compiles_for_a_gpu_with_wide_loads_and_stores(tmp_path):
     assert done.returncode == 0, done.stderr
     refusal, forward, backward = done.stdout.splitlines()
     assert "impl='triton' needs logits on a GPU" in refusal
-    # 2 x 2048 numbers of 2 bytes by 256 threads: 2 times 16 bytes a thread. The forward has two
-    # forms of a tile, whole and not; the backward writes a gradient, or zeros to an ignored item.
-    # No thread waits for another within the loop of the forward.
-    assert forward == "_forward_kernel {'ld.global.v4': 4} 0"
-    assert backward == "_backward_kernel {'ld.global.v4': 2, 'st.global.v4': 4} 0"
+    # 2 x 1024 and 2 x 2048 numbers of 2 bytes by 128 threads: 2 and 4 times 16 bytes a thread. The
+    # forward has two forms of a tile, whole and not; the backward writes a gradient, or zeros to an
+    # ignored item. No thread waits for another within the loop of the forward.
+    assert forward == "forward_kernel {'ld.global.v4': 4} 0"
+    assert backward == "backward_kernel {'ld.global.v4': 4, 'st.global.v4': 8} 0"

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regdrop.kernels.class_rows import ClassRows, Columns, RowSums, class_rows
+from regdrop.kernels.class_rows import ClassRows, Columns, RowSums, assert_classes, class_rows
 from regdrop.kernels.closed_form import accumulator, scale_gradients
 from regdrop.kernels.projection import (
     Gradients,
@@ -31,8 +31,6 @@ from regdrop.kernels.target import Target
 # Bytes above the gradients: of the scratch buffer, and of the sum of the gradient of the hidden
 # states, which is wider than itself.
 BUDGET = 2**28
-# Most classes a block; None for as many as the scratch buffer holds.
-BLOCK: int | None = None
 # Blocks begin at a multiple of it, where a device reads and multiplies fastest.
 _ALIGNED = 128
 
@@ -42,16 +40,14 @@ class Plan(NamedTuple):
 
     Attributes:
         num_classes: All classes.
-        scratch: As many fit in the scratch buffer; the first ones are kept there.
+        scratch: As many fit in the scratch buffer, and make a block; the first ones are kept there.
         kept: The first classes that are kept at all. Those behind the scratch buffer's lie at the
             end of the memory of the weight's gradient.
-        block: Most classes a block.
     """
 
     num_classes: int
     scratch: int
     kept: int
-    block: int
 
     @property
     def keeps_all(self) -> bool:
@@ -65,15 +61,15 @@ class Plan(NamedTuple):
 
     def kept_blocks(self) -> Iterator[slice]:
         """Return the blocks whose logits are kept, in the order of the classes."""
-        yield from self._blocks(0, min(self.scratch, self.kept))
-        yield from self._blocks(self.scratch, self.kept)
+        return self._blocks(0, self.kept)
 
     def other_blocks(self) -> Iterator[slice]:
         """Return the blocks whose logits are computed again."""
         return self._blocks(self.kept, self.num_classes)
 
     def _blocks(self, start: int, stop: int) -> Iterator[slice]:
-        return (slice(low, min(low + self.block, stop)) for low in range(start, stop, self.block))
+        size = self.scratch
+        return (slice(low, min(low + size, stop)) for low in range(start, stop, size))
 
 
 class Kept(NamedTuple):
@@ -126,7 +122,7 @@ def make_plan(hidden: Tensor, projection: Projection, *, keeps: bool = True) -> 
         others = num_classes - scratch
         stored = min(others, others * of_weight // of_logits)
         kept += stored if stored == others else stored // _ALIGNED * _ALIGNED
-    return Plan(num_classes, scratch, kept, min(scratch, BLOCK or scratch))
+    return Plan(num_classes, scratch, kept)
 
 
 @torch.no_grad()
@@ -161,6 +157,7 @@ def collect_blocks(
             logits = _multiply(rows, projection, block, kept.logits(block))
             columns = _columns(logits, projection, block, num_passes)
             collect(columns, target, sums, i == 0, i == len(blocks) - 1)
+    assert_classes(target, plan.num_classes)  # while a GPU has work: it costs time of the host
     return sums.nll, sums.kl, kept
 
 

@@ -277,6 +277,13 @@ def _difference(x: Tensor) -> Tensor:
     return difference.nan_to_num_(0.0, torch.inf, -torch.inf)
 
 
+def assert_classes(target: Target, num_classes: int) -> None:
+    """Let a GPU stop at an index that names no class; it waits for nobody. A CPU has checked it."""
+    if target.classes is not None and target.classes.is_cuda:
+        inside = target.classes.clamp(0, num_classes - 1) == target.classes
+        torch._assert_async(inside.all(), "target holds a class index out of range")
+
+
 def class_rows(found: ClassRows | None) -> ClassRows:
     """Return a kernel's own form for blocks of classes, or else this one."""
     return ClassRows(collect_columns, write_columns) if found is None else found
