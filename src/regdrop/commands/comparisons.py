@@ -30,6 +30,7 @@ from regdrop.commands.options import (
     TaskName,
     Workers,
     chosen_task,
+    seed_range,
 )
 from regdrop.experiments import load_records, run_arms, write_report
 from regdrop.experiments.arms import Arm, choose_arms, compared_arms
@@ -104,7 +105,7 @@ def compare(
         chosen = chosen_task(task, preset, data, model, alpha, steps, settings)
         trained = _tuned(compared_arms(chosen, _names(arms)), COMPARISON, tuned)
         folder = output or Path("runs") / chosen.name
-        chosen_seeds = range(first_seed, first_seed + seeds)
+        chosen_seeds = seed_range(first_seed, seeds)
         machine = _machine(workers, executor, len(trained) * seeds)
         _run(COMPARISON, chosen, trained, chosen_seeds, machine, folder)
 
@@ -139,7 +140,7 @@ def sweep(
         trained = _tuned(_arms_of_study(study, chosen, grid, arms), study, tuned)
         announce(study, STUDIES[study].question)
         folder = output or Path("runs") / f"{chosen.name}-{study}"
-        chosen_seeds = range(first_seed, first_seed + seeds)
+        chosen_seeds = seed_range(first_seed, seeds)
         machine = _machine(workers, executor, len(trained) * seeds)
         _run(study, chosen, trained, chosen_seeds, machine, folder)
 
@@ -203,7 +204,7 @@ def tune(
                 chosen,
                 trained,
                 variations,
-                seeds=range(first_seed, first_seed + seeds),
+                seeds=seed_range(first_seed, seeds),
                 folder=folder,
                 trials=trials,
                 storage=storage,

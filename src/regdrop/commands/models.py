@@ -1,5 +1,6 @@
 """Commands about models and about other implementations."""
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -29,7 +30,10 @@ def doctor(
     """Show a model's sources of dropout, the cost of a step, and what to change."""
     with usage_errors(TypeError, OSError):
         config = _parse_rdrop(options)
-        loaded = load_model(model).train()
+        try:
+            loaded = load_model(model).train()
+        except SystemExit as error:
+            raise ValueError(f"MODEL {model!r} must return a model, and it ends Python") from error
     sources = find_dropout(loaded)
     table = Table(title=f"{type(loaded).__name__}: sources of dropout")
     table.add_column("source", overflow="fold")  # names are copied: never cut
@@ -63,6 +67,8 @@ def convert_alpha(
 ) -> None:
     """Convert another implementation's KL coefficient to the paper's alpha, which is ours."""
     with usage_errors():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"VALUE must be finite and at least 0, got {value}")
         alpha = convert(
             value, convention, batch_size=batch_size, tokens=tokens, num_classes=num_classes
         )

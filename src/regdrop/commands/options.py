@@ -43,8 +43,10 @@ Settings = Annotated[
         "rdrop.fraction=0.5. Repeat it for several.",
     ),
 ]
+# NumPy's generators take no larger one.
+LAST_SEED = 2**32 - 1
 Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds.")]
-FirstSeed = Annotated[int, typer.Option(min=0, help="The first of them.")]
+FirstSeed = Annotated[int, typer.Option(min=0, max=LAST_SEED, help="The first of them.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Runs at a time; one a core, or one on a GPU.")
 ]
@@ -80,3 +82,17 @@ def chosen_task(
         steps=steps,
         settings=settings or (),
     )
+
+
+def seed_range(first: int, count: int) -> range:
+    """Return the seeds of a comparison.
+
+    Raises:
+        ValueError: If the last one is too large.
+    """
+    if first + count - 1 > LAST_SEED:
+        raise ValueError(
+            f"the last seed must be at most {LAST_SEED}, got --first-seed {first} and "
+            f"--seeds {count}"
+        )
+    return range(first, first + count)

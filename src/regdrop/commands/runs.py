@@ -9,6 +9,7 @@ import typer
 
 from regdrop.commands.app import announce, app, console, interruptible, usage_errors
 from regdrop.commands.options import (
+    LAST_SEED,
     Alpha,
     Data,
     ModelOption,
@@ -30,6 +31,7 @@ from regdrop.experiments.progress import quiet_libraries
 from regdrop.experiments.record import RunRecord
 from regdrop.experiments.run import MODEL_FOLDER, RunPaths
 from regdrop.tasks import Task
+from regdrop.tasks.accepted import check_choice
 from regdrop.tasks.generate import generate_lines
 from regdrop.tasks.iwslt import prepare_iwslt
 
@@ -47,7 +49,9 @@ def train(
     data: Data = None,
     model: ModelOption = None,
     alpha: Alpha = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights, data order and masks.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LAST_SEED, help="Seed of weights, data order and masks.")
+    ] = 0,
     steps: Steps = None,
     settings: Settings = None,
     arm: Annotated[str, typer.Option(help="Way of training: see `regdrop compare`.")] = "rdrop",
@@ -66,8 +70,7 @@ def train(
     with usage_errors():
         chosen = chosen_task(task, preset, data, model, alpha, steps, settings)
         known = {**build_arms(chosen), **other_arms(chosen)}
-        if arm not in known:
-            raise ValueError(f"arm must be one of {', '.join(known)}; got {arm!r}")
+        check_choice("arm", arm, known)
         folder = output or Path("runs") / f"{chosen.name}-{arm}-seed{seed}"
         paths = RunPaths.alone(folder)
         is_finished = paths.record.exists()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from regdrop.config import RDropConfig
 from regdrop.tasks import Task, TrainingSettings
+from regdrop.tasks.accepted import nearest
 
 BASELINE = "baseline"
 CONTROL = "alpha-0"
@@ -165,5 +166,10 @@ def choose_arms(arms: Mapping[str, Arm], names: Sequence[str] | None) -> list[Ar
     """
     chosen = list(arms) if names is None else list(names)
     if unknown := sorted(set(chosen) - set(arms)):
-        raise ValueError(f"arms must be among {', '.join(arms)}; got {', '.join(unknown)}")
+        raise ValueError(
+            f"arms must be among {', '.join(arms)}; got {', '.join(unknown)}"
+            f"{nearest(unknown[0], arms)}"
+        )
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"arms must be named once each, got {', '.join(chosen)}")
     return [arms[name] for name in chosen]

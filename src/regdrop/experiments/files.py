@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# What errors of torch's and of safetensors' writers hold.
+_UNWRITTEN = ("PytorchStreamWriter", "inline_container", "os error ")
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place and rename it.
@@ -54,6 +57,17 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not {what}: it holds {type(content).__name__}")
     return content
+
+
+def disk_error(error: Exception) -> OSError | None:
+    """Return what a library says of a file that could not be written, as the system's error.
+
+    torch and safetensors have errors of their own for it.
+    """
+    text = str(error)
+    if any(sign in text for sign in _UNWRITTEN):
+        return OSError(f"a file could not be written, is the disk full? {' '.join(text.split())}")
+    return None
 
 
 def _dump(content: Any) -> str:

@@ -11,6 +11,7 @@ from regdrop.experiments.arms import Arm
 from regdrop.experiments.engines import Engine, WorkerLostError, open_engine
 from regdrop.experiments.history import DivergedError
 from regdrop.experiments.leftovers import LEARNED, clean_up
+from regdrop.experiments.optimisers import check_optimiser
 from regdrop.experiments.ownership import HeldError
 from regdrop.experiments.processes import require_one_process
 from regdrop.experiments.progress import Display, Update
@@ -75,6 +76,8 @@ def run_arms(
     require_one_process("a comparison")
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
+    for arm in arms:
+        check_optimiser(arm.training)
     finished = _check_records(task, arms, folder)
     jobs = []
     for arm, seed in ((arm, seed) for seed in seeds for arm in arms):

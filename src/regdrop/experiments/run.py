@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -17,7 +18,7 @@ from regdrop.config import RDropConfig
 from regdrop.experiments.arms import Arm
 from regdrop.experiments.details import DIGITS
 from regdrop.experiments.epochs import EpochCallback
-from regdrop.experiments.files import read_object, write_json
+from regdrop.experiments.files import disk_error, read_object, write_json
 from regdrop.experiments.history import DivergedError, HistoryCallback, Progress
 from regdrop.experiments.integrity import (
     SealCallback,
@@ -25,6 +26,7 @@ from regdrop.experiments.integrity import (
     list_checkpoints,
     step_of,
 )
+from regdrop.experiments.optimisers import check_optimiser
 from regdrop.experiments.ownership import hold, remove_empty
 from regdrop.experiments.processes import is_main_process, main_process_first, num_processes
 from regdrop.experiments.record import (
@@ -127,6 +129,7 @@ def train_run(
             cannot be shared among the processes, or the model has no dropout for several passes
             to differ by.
     """
+    check_optimiser(arm.training)
     config = resolved_config(task, arm)
     if paths.record.exists() and not paths.work.exists():
         return _load_finished(paths, config)
@@ -138,13 +141,13 @@ def train_run(
             return record
         try:
             return _train(task, arm, seed, paths, config, progress)
-        except DivergedError:
-            if is_main_process():  # its checkpoints lead there again
+        except BaseException as error:
+            # The checkpoints of a run that has diverged lead there again.
+            is_lost = isinstance(error, DivergedError) or not list_checkpoints(paths.work)
+            if is_main_process() and is_lost:
                 shutil.rmtree(paths.work, ignore_errors=True)
-            raise
-        except BaseException:
-            if is_main_process() and not list_checkpoints(paths.work):
-                shutil.rmtree(paths.work, ignore_errors=True)
+            if isinstance(error, Exception) and (unwritten := disk_error(error)):
+                raise unwritten from error
             raise
 
 
@@ -230,11 +233,16 @@ def _begin(
         checkpoint = _find_checkpoint(paths.work, arm, config)
     set_seed(seed)
     _check_batch_size(arm)
-    prepared = task.prepare(paths.learned or paths.work / "learned")
-    for name in ("train", "validation", "test", *prepared.further_tests):
-        prepared.splits[name]
-    set_seed(seed)
-    model = prepared.build_model()
+    try:
+        prepared = task.prepare(paths.learned or paths.work / "learned")
+        for name in ("train", "validation", "test", *prepared.further_tests):
+            prepared.splits[name]
+        set_seed(seed)
+        model = prepared.build_model()
+    except StrictDataclassError as error:
+        raise ValueError(
+            f"the model's settings cannot be: {' '.join(str(error).split())}"
+        ) from error
     _check_dropout(model, arm)
     if arm.dropout_odds != 1 and not arm.dropout_rises:
         scale_dropout_odds(model, arm.dropout_odds)

@@ -1,5 +1,6 @@
 """The paper's studies and the question of cost: which arms each sets against each other."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
@@ -9,6 +10,7 @@ from regdrop.alpha import RULES
 from regdrop.config import RDropConfig
 from regdrop.experiments.arms import BASELINE, Arm, baseline_arm, build_arms
 from regdrop.tasks import Task
+from regdrop.tasks.accepted import check_choice
 
 # The settings of every rule for alpha: the end of a ramp, the most that another may give.
 _ALPHA_ENDS = (8.0, 16.0, 32.0)
@@ -40,12 +42,13 @@ def study_arms(name: str, task: Task, grid: Sequence[float] | None = None) -> li
     Raises:
         ValueError: For an unknown study, or a grid that it cannot have.
     """
-    if name not in STUDIES:
-        raise ValueError(f"STUDY must be one of {', '.join(STUDIES)}; got {name!r}")
+    check_choice("STUDY", name, STUDIES)
     study = STUDIES[name]
     if grid is not None and not study.grid:
         raise ValueError(f"study {name!r} varies no number and takes no grid, got {list(grid)}")
     values = list(study.grid if grid is None else grid)
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"grid must hold finite numbers, got {values}")
     if len(set(values)) != len(values) or (study.grid and not values):
         raise ValueError(f"grid must hold different numbers, at least one, got {values}")
     return study.build(task, values)

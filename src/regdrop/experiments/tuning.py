@@ -20,6 +20,7 @@ from regdrop.experiments.parallel import run_arms
 from regdrop.experiments.progress import Display
 from regdrop.experiments.record import RunRecord, resolved_config
 from regdrop.tasks import Task
+from regdrop.tasks.accepted import nearest
 from regdrop.tasks.options import parse_value
 
 TUNED_NAME = "tuned.json"
@@ -80,10 +81,12 @@ def parse_variation(text: str) -> Variation:
         )
     if len(parts) == 1:
         values = tuple(parse_value(part) for part in right.split(","))
+        if len(set(map(str, values))) != len(values):
+            raise ValueError(f"the values of a variation must differ, got {text!r}")
         return Variation(name, values=values)
     numbers = [parse_value(part) for part in parts[:2]]
     log = parts[2:] == ["log"]
-    is_range = all(isinstance(x, (int, float)) for x in numbers) and (log or len(parts) == 2)
+    is_range = all(_is_number(x) and math.isfinite(x) for x in numbers) and (log or len(parts) == 2)
     if not is_range or not numbers[0] < numbers[1] or (log and numbers[0] <= 0):
         raise ValueError(f"a range must be LOW:HIGH or LOW:HIGH:log with LOW < HIGH, got {text!r}")
     return Variation(name, low=numbers[0], high=numbers[1], log=log)
@@ -108,7 +111,9 @@ def with_settings(arm: Arm, settings: Mapping[str, Setting]) -> Arm:
         holder: Any = getattr(arm, part)
         known = [known.name for known in fields(holder)]
         if own not in known:
-            raise ValueError(f"{part} has no setting {own!r}; it has {', '.join(known)}")
+            raise ValueError(
+                f"{part} has no setting {own!r}; it has {', '.join(known)}{nearest(own, known)}"
+            )
         if _is_number(getattr(holder, own)) and not _is_number(value):
             raise ValueError(f"{name} must be a number, got {value!r}")
         try:
@@ -339,14 +344,21 @@ def _open_storage(address: str) -> Any:
     """Open Optuna's storage so that a trial whose process was killed is begun again."""
     from optuna.exceptions import ExperimentalWarning
     from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+    from sqlalchemy.exc import SQLAlchemyError
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        return RDBStorage(
-            address,
-            heartbeat_interval=_HEARTBEAT_SECONDS,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
-        )
+        try:
+            return RDBStorage(
+                address,
+                heartbeat_interval=_HEARTBEAT_SECONDS,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+            )
+        except (ImportError, SQLAlchemyError) as error:
+            raise ValueError(
+                f"the storage of a search cannot be opened: {address!r}, "
+                f"{str(error).splitlines()[0]}"
+            ) from error
 
 
 def _rounded(settings: Mapping[str, Setting]) -> dict[str, Setting]:

@@ -1,15 +1,27 @@
 """What every task is made of: settings as typed Python, and data, model and metrics from them."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
 from regdrop.config import RDropConfig
+from regdrop.tasks.accepted import (
+    BelowOne,
+    Count,
+    NotNegative,
+    Part,
+    Positive,
+    Text,
+    check_choice,
+    check_fields,
+    check_parts,
+)
 
 
 @dataclass(frozen=True)
@@ -37,30 +49,31 @@ class TrainingSettings:
             it is the checkpoint that is best on the validation split.
     """
 
-    max_steps: int
-    batch_size: int
-    learning_rate: float
-    eval_steps: int
-    logging_steps: int
-    lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    label_smoothing: float = 0.0
-    optim: str = "adamw_torch_fused"
-    optim_args: str | None = None
-    adam_beta2: float = 0.999
-    gradient_accumulation_steps: int = 1
-    mixed_precision: str | None = None
-    average_checkpoints: int = 1
+    max_steps: Count
+    batch_size: Count
+    learning_rate: Positive
+    eval_steps: Count
+    logging_steps: Count
+    lr_scheduler_type: Text = "cosine"
+    warmup_ratio: Part = 0.1
+    weight_decay: NotNegative = 0.01
+    max_grad_norm: NotNegative = 1.0
+    label_smoothing: BelowOne = 0.0
+    optim: Text = "adamw_torch_fused"
+    optim_args: Text | None = None
+    adam_beta2: BelowOne = 0.999
+    gradient_accumulation_steps: Count = 1
+    mixed_precision: Literal["bf16", "fp16"] | None = None
+    average_checkpoints: Count = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "eval_steps", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.average_checkpoints < 1:
+        check_fields(self)
+        checkpoints = math.ceil(self.max_steps / self.eval_steps)
+        if self.average_checkpoints > checkpoints:
             raise ValueError(
-                f"average_checkpoints must be at least 1, got {self.average_checkpoints}"
+                f"average_checkpoints must be at most {checkpoints}, the checkpoints of "
+                f"max_steps={self.max_steps} with eval_steps={self.eval_steps}, "
+                f"got {self.average_checkpoints}"
             )
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
@@ -157,6 +170,17 @@ class PreparedTask:
     signatures: dict[str, str] = field(default_factory=dict)
 
 
+def check_task(task: "Task") -> None:
+    """Check the settings of a task, before any work.
+
+    Raises:
+        ValueError: For a field of the wrong type or out of range, by name.
+    """
+    check_fields(task)
+    check_parts(task, [("training", TrainingSettings), ("rdrop", RDropConfig)])
+    check_choice("selection_metric", task.selection_metric, task.metrics)
+
+
 class Task(Protocol):
     """A task of the command line: a frozen dataclass whose fields are its resolved settings."""
 
@@ -170,6 +194,10 @@ class Task(Protocol):
     @property
     def description(self) -> str:
         """One line of what is trained on what."""
+
+    @property
+    def dataset(self) -> str:
+        """Folder or hub id of the data."""
 
     @property
     def training(self) -> TrainingSettings:

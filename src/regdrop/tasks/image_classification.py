@@ -10,9 +10,10 @@ import numpy as np
 from torch import nn
 
 from regdrop.config import RDropConfig
-from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings
+from regdrop.tasks.accepted import BelowOne, Channels, Count, Name, Text
+from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings, check_task
 from regdrop.tasks.classification import accuracy, classification_statistics, nll, set_dropout
-from regdrop.tasks.image_data import ImageSplits, load_digits_splits, load_image_splits
+from regdrop.tasks.image_data import DIGITS, ImageSplits, load_digits_splits, load_image_splits
 from regdrop.tasks.image_models import (
     EFFICIENTNET_LITE0,
     load_image_config,
@@ -53,21 +54,24 @@ class ImageClassification:
 
     family: ClassVar[str] = "images"
 
-    name: str
-    description: str
-    dataset: str
+    name: Name
+    description: Text
+    dataset: Text
     training: TrainingSettings
     rdrop: RDropConfig
-    model: str | None = None
+    model: Text | None = None
     model_config: Mapping[str, Any] = field(default_factory=dict)
-    dropout: float = 0.1
-    image_size: int | None = None
-    num_channels: int = 3
+    dropout: BelowOne = 0.1
+    image_size: Count | None = None
+    num_channels: Channels = 3
     augmentation: Augmentation = "flip"
-    dataset_config: str | None = None
+    dataset_config: Text | None = None
     streaming: bool = False
-    train_examples: int | None = None
-    selection_metric: str = "accuracy"
+    train_examples: Count | None = None
+    selection_metric: Text = "accuracy"
+
+    def __post_init__(self) -> None:
+        check_task(self)
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -113,7 +117,7 @@ class ImageClassification:
 
         The library has none for grey images.
         """
-        if self.num_channels != 3 or self.dataset == "digits":
+        if self.num_channels != 3 or self.dataset == DIGITS:
             return None
         from PIL.Image import Resampling
         from transformers import ViTImageProcessor
@@ -128,7 +132,7 @@ class ImageClassification:
         )
 
     def _load(self, class_names: Sequence[str] | None) -> ImageSplits:
-        if self.dataset == "digits":
+        if self.dataset == DIGITS:
             if self.streaming or self.train_examples is not None:
                 raise ValueError("digits are a few: neither streaming nor train_examples applies")
             return load_digits_splits(build_augmentation(self.augmentation, 8))

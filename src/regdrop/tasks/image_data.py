@@ -10,6 +10,8 @@ from torch.utils.data import Dataset
 
 from regdrop.tasks.data import hold_out, load_raw_splits, take_part
 
+# The name of scikit-learn's digits among data sets.
+DIGITS = "digits"
 # Splits up to this size are decoded once and kept in memory.
 _IN_MEMORY_BYTES = 2**29
 _SPLIT_SEED = 0

@@ -5,15 +5,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from regdrop.config import RDropConfig
-from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings
+from regdrop.tasks.accepted import Count, Name, Text, WholeNumber
+from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings, check_task
 from regdrop.tasks.data import load_raw_splits, require_columns
 from regdrop.tasks.vocabulary import find_vocabulary, learn_words
 
@@ -49,19 +51,22 @@ class LanguageModelling:
 
     family: ClassVar[str] = "language-modelling"
 
-    name: str
-    description: str
-    dataset: str
+    name: Name
+    description: Text
+    dataset: Text
     model_config: Mapping[str, Any]
     training: TrainingSettings
     rdrop: RDropConfig
-    dataset_config: str | None = None
-    vocabulary_size: int | None = None
-    block_size: int = 512
-    context_window: int = 400
-    test_block_size: int | None = None
-    train_words: int | None = None
-    selection_metric: str = "perplexity"
+    dataset_config: Text | None = None
+    vocabulary_size: Annotated[int, Field(ge=2)] | None = None
+    block_size: Count = 512
+    context_window: WholeNumber = 400
+    test_block_size: Count | None = None
+    train_words: Count | None = None
+    selection_metric: Text = "perplexity"
+
+    def __post_init__(self) -> None:
+        check_task(self)
 
     @property
     def metrics(self) -> dict[str, Metric]:

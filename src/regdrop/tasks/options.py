@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from regdrop.config import RDropConfig
 from regdrop.tasks import DEFAULT_PRESETS, FAMILIES, PRESETS, Task
+from regdrop.tasks.accepted import check_choice, nearest
+from regdrop.tasks.image_data import DIGITS
 
 
 def find_task(name: str, preset: str | None = None) -> Task:
@@ -18,12 +20,10 @@ def find_task(name: str, preset: str | None = None) -> Task:
     if name in FAMILIES:
         own = [key for key, task in PRESETS.items() if task.family == name]
         chosen = DEFAULT_PRESETS[name] if preset is None else preset
-        if chosen not in own:
-            raise ValueError(f"preset of {name!r} must be one of {', '.join(own)}; got {preset!r}")
+        check_choice(f"preset of {name!r}", chosen, own)
         return PRESETS[chosen]
-    if name not in PRESETS:
-        known = ", ".join([*FAMILIES, *(key for key in PRESETS if key not in FAMILIES)])
-        raise ValueError(f"TASK must be one of {known}; got {name!r}")
+    known = [*FAMILIES, *(key for key in PRESETS if key not in FAMILIES)]
+    check_choice("TASK", name, known)
     if preset not in (None, name):
         raise ValueError(f"TASK {name!r} is a preset itself; it takes no preset {preset!r}")
     return PRESETS[name]
@@ -52,6 +52,11 @@ def change_task(
     Raises:
         ValueError: For a setting that the task has not, or a value that it refuses.
     """
+    if data is not None and task.dataset == DIGITS:
+        raise ValueError(
+            f"{task.name} is of scikit-learn's digits and takes no other data, got {data!r}; "
+            "choose a preset for images in a folder: see `regdrop tasks`"
+        )
     changes: list[tuple[str, Any]] = [
         ("dataset", data),
         ("model", model),
@@ -113,7 +118,7 @@ def _change(holder: Any, values: Mapping[str, Any]) -> Any:
         if name not in known:
             raise ValueError(
                 f"{getattr(holder, 'name', type(holder).__name__)} has no setting {name!r}; "
-                f"it has {', '.join(known)}"
+                f"it has {', '.join(known)}{nearest(name, known)}"
             )
     try:
         return replace(holder, **values)

@@ -4,13 +4,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 from torch import nn
 
 from regdrop.config import RDropConfig
-from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings
+from regdrop.tasks.accepted import Count, Name, Text, WholeNumber
+from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings, check_task
 from regdrop.tasks.checkpoints import find_checkpoint, load_config, load_tokenizer
 from regdrop.tasks.data import hold_out, load_raw_splits, require_columns, take_part
 from regdrop.tasks.initialisation import initialise
@@ -62,27 +64,34 @@ class Summarisation:
 
     family: ClassVar[str] = "summarisation"
 
-    name: str
-    description: str
-    dataset: str
-    source: str
-    target: str
+    name: Name
+    description: Text
+    dataset: Text
+    source: Text
+    target: Text
     training: TrainingSettings
     rdrop: RDropConfig
-    model: str | None = None
+    model: Text | None = None
     model_config: Mapping[str, Any] = field(default_factory=dict)
-    dataset_config: str | None = None
-    vocabulary_size: int = 10_000
-    max_source_length: int = 1024
-    max_target_length: int = 142
-    num_beams: int = 4
-    validation_num_beams: int = 4
+    dataset_config: Text | None = None
+    vocabulary_size: Annotated[int, Field(ge=4)] = 10_000
+    max_source_length: Annotated[int, Field(ge=2)] = 1024
+    max_target_length: Annotated[int, Field(ge=2)] = 142
+    num_beams: Count = 4
+    validation_num_beams: Count = 4
     length_penalty: float = 2.0
-    min_length: int = 0
-    max_length: int = 142
-    no_repeat_ngram_size: int = 3
-    train_examples: int | None = None
-    selection_metric: str = "rouge2"
+    min_length: WholeNumber = 0
+    max_length: Annotated[int, Field(ge=2)] = 142
+    no_repeat_ngram_size: WholeNumber = 3
+    train_examples: Count | None = None
+    selection_metric: Text = "rouge2"
+
+    def __post_init__(self) -> None:
+        check_task(self)
+        if self.min_length > self.max_length:
+            raise ValueError(
+                f"min_length must be at most max_length={self.max_length}, got {self.min_length}"
+            )
 
     @property
     def metrics(self) -> dict[str, Metric]:

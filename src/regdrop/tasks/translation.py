@@ -4,13 +4,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 from torch import nn
 
 from regdrop.config import RDropConfig
-from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings
+from regdrop.tasks.accepted import Count, Name, Text
+from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings, check_task
 from regdrop.tasks.bleu import (
     BLEU_STATISTICS,
     bleu,
@@ -65,23 +67,26 @@ class Translation:
 
     family: ClassVar[str] = "translation"
 
-    name: str
-    description: str
-    dataset: str
-    source: str
-    target: str
+    name: Name
+    description: Text
+    dataset: Text
+    source: Text
+    target: Text
     training: TrainingSettings
     rdrop: RDropConfig
     model_config: Mapping[str, Any] = field(default_factory=dict)
-    dataset_config: str | None = None
-    vocabulary_size: int = 10_000
+    dataset_config: Text | None = None
+    vocabulary_size: Annotated[int, Field(ge=4)] = 10_000
     lowercase: bool = True
-    max_length: int = 175
-    num_beams: int = 5
-    validation_num_beams: int = 5
+    max_length: Annotated[int, Field(ge=2)] = 175
+    num_beams: Count = 5
+    validation_num_beams: Count = 5
     length_penalty: float = 1.0
-    train_examples: int | None = None
-    selection_metric: str = "bleu_lowercase"
+    train_examples: Count | None = None
+    selection_metric: Text = "bleu_lowercase"
+
+    def __post_init__(self) -> None:
+        check_task(self)
 
     @property
     def metrics(self) -> dict[str, Metric]:

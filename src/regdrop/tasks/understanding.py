@@ -5,13 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 from torch import nn
 
 from regdrop.config import RDropConfig
-from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings
+from regdrop.tasks.accepted import BelowOne, Count, Name, Text, check_choice
+from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings, check_task
 from regdrop.tasks.checkpoints import find_checkpoint, load_config, load_tokenizer
 from regdrop.tasks.classification import classification_statistics, set_dropout
 from regdrop.tasks.data import hold_out, load_raw_splits, require_columns, take_part
@@ -45,21 +47,21 @@ class LanguageUnderstanding:
 
     family: ClassVar[str] = "understanding"
 
-    name: str
-    description: str
-    glue_task: str
-    model: str
+    name: Name
+    description: Text
+    glue_task: Text
+    model: Text
     training: TrainingSettings
     rdrop: RDropConfig
-    dataset: str = "nyu-mll/glue"
-    dropout: float = 0.1
-    max_length: int = 128
-    train_examples: int | None = None
+    dataset: Text = "nyu-mll/glue"
+    dropout: BelowOne = 0.1
+    max_length: Annotated[int, Field(ge=3)] = 128
+    train_examples: Count | None = None
     group_by_length: bool = False
 
     def __post_init__(self) -> None:
-        if self.glue_task not in GLUE:
-            raise ValueError(f"glue_task must be one of {sorted(GLUE)}, got {self.glue_task!r}")
+        check_choice("glue_task", self.glue_task, GLUE)
+        check_task(self)
 
     @property
     def glue(self) -> GlueTask:
