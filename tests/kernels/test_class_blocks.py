@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from implementations import TRITON
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
@@ -259,6 +260,32 @@ def test_only_what_no_memory_holds_is_computed_again(scratch, again, by_classes)
     # Those of logits, (10, 6) by (6, classes); of gradients, addmm_.
     products = [event.input_shapes for event in profiler.events() if event.name == "aten::mm"]
     assert sum(width for _, (_, width), *_ in products) == CLASSES + again
+
+
+class Started(TorchDispatchMode):
+    """Notes the operations that a GPU is given, views and new memory left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and "empty" not in function._schema.name:
+            self.names.append(function._schema.name)
+        return result
+
+
+def test_a_gpu_does_not_wait_long_for_its_first_product():
+    """What is started before costs the host time, in which the device has nothing to do."""
+    tensors = [
+        torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for shape in ((4096, 768), (32_000, 768))
+    ]
+    target = torch.empty(2048, dtype=torch.long, device="meta")
+    with Started() as started:
+        linear_rdrop_cross_entropy(*tensors, target, alpha=1.0)
+    assert 0 < started.names.index("aten::mm") <= 10
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from regdrop.kernels.class_blocks import BUDGET, collect_blocks, grade_blocks, make_plan
-from regdrop.kernels.closed_form import accumulator
+from regdrop.kernels.closed_form import Weight, accumulator, mix
 from regdrop.kernels.gradient import differentiable_once, has_tangent
 from regdrop.kernels.linear_chunks import work_in_chunks
 from regdrop.kernels.projection import Gradients, Projection, with_dtype
@@ -59,9 +59,10 @@ def linear_loss(
     projection: Projection,
     target: Target,
     *,
-    nll_weight: Tensor | float | None,
-    kl_weight: Tensor | float | None,
+    nll_weight: Weight,
+    kl_weight: Weight,
     backward_passes: int,
+    labelled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a weighted sum of both terms over items, whose gradient the forward may compute.
 
@@ -69,13 +70,14 @@ def linear_loss(
         hidden: As in `linear_terms`.
         projection: As in `linear_terms`.
         target: As in `linear_terms`.
-        nll_weight: Weight of the likelihood, near 1 so that half precision holds the gradient;
-            one for all items or one each, (N,), where 0 leaves an item out; None leaves it out.
-        kl_weight: Weight of the divergence, likewise.
+        nll_weight: Weight of every item's likelihood, near 1 so that half precision holds the
+            gradient; None leaves it out.
+        kl_weight: Weight of every item's divergence, likewise.
         backward_passes: As in `linear_terms`.
+        labelled: Which items count in the likelihood, (N,); None for all.
 
     Returns:
-        The sum, a scalar, and the detached terms of each item, both (N,).
+        The sum, and the sums of both terms without weight and gradient, all scalars.
 
     Raises:
         ValueError: In forward-mode differentiation.
@@ -85,16 +87,17 @@ def linear_loss(
     weights = (nll_weight, kl_weight)
     if not _needs_gradient(hidden, projection):
         nll, kl, _ = work_in_chunks(hidden, projection, target)
-        return _weighted_sum(nll, kl, weights), nll, kl
+        return _sum_up(nll, kl, weights, labelled)
     if _goes_by_classes(hidden, projection):
         nll, kl = _BlockTerms.apply(
             hidden, projection.weight, projection.bias, projection, target, backward_passes
         )
-        return _weighted_sum(nll, kl, weights), nll.detach(), kl.detach()
-    total, nll, kl = _LinearLoss.apply(
-        hidden, projection.weight, projection.bias, projection, target, weights, backward_passes
+        return _sum_up(nll, kl, weights, labelled)
+    found: tuple[Tensor, Tensor, Tensor] = _LinearLoss.apply(
+        *(hidden, projection.weight, projection.bias),
+        *(projection, target, weights, backward_passes, labelled),
     )
-    return total, nll, kl
+    return found
 
 
 def _goes_by_classes(hidden: Tensor, projection: Projection) -> bool:
@@ -183,31 +186,33 @@ class _LinearLoss(Function):
         bias: Tensor | None,
         projection: Projection,
         target: Target,
-        weights: tuple[Tensor | float | None, Tensor | float | None],
+        weights: tuple[Weight, Weight],
         backward_passes: int,
+        labelled: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # What autograd follows is kept through save_for_backward alone.
         projection = projection._replace(weight=weight.detach(), bias=_detach(bias))
-        options = (target, weights, backward_passes, ctx.needs_input_grad[:3])
+        options = (target, weights, backward_passes, labelled, ctx.needs_input_grad[:3])
         nll, kl, ctx.gradients = _work_weighted(hidden, projection, *options)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.options, ctx.projection = options, projection
+        total, nll, kl = _sum_up(nll, kl, weights, labelled)
         ctx.mark_non_differentiable(nll, kl)
         ctx.set_materialize_grads(False)
-        return _weighted_sum(nll, kl, weights), nll, kl
+        return total, nll, kl
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
         if grad is None:
-            return (None,) * 7
+            return (None,) * 8
         # Autograd clones what anybody else still refers to.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second backward: the first has given its gradients away
             hidden, weight, bias = ctx.saved_tensors
             projection = ctx.projection._replace(weight=weight, bias=bias)
             gradients = _work_weighted(hidden, projection, *ctx.options)[-1]
-        return *_scaled(gradients, grad), None, None, None, None
+        return *_scaled(gradients, grad), *(None,) * 5
 
 
 class _LinearTerms(Function):
@@ -256,12 +261,15 @@ def _work_weighted(
     hidden: Tensor,
     projection: Projection,
     target: Target,
-    weights: tuple[Tensor | float | None, Tensor | float | None],
+    weights: tuple[Weight, Weight],
     backward_passes: int,
+    labelled: Tensor | None,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Gradients]:
     ones = hidden.new_ones(hidden.shape[1], dtype=accumulator(hidden.dtype))
     grad_nll, grad_kl = (None if weight is None else ones * weight for weight in weights)
+    if grad_nll is not None and labelled is not None:
+        grad_nll = grad_nll * labelled
     return work_in_chunks(hidden, projection, target, (grad_nll, grad_kl), backward_passes, wanted)
 
 
@@ -278,17 +286,15 @@ def _scaled(gradients: Gradients, factor: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _weighted_sum(
-    nll: Tensor, kl: Tensor, weights: tuple[Tensor | float | None, Tensor | float | None]
-) -> Tensor:
-    total = nll.new_zeros(())
-    for term, weight in zip((nll, kl), weights, strict=True):
-        if isinstance(weight, Tensor) and weight.dim():
-            # An item that is left out may have any term, an infinite one too.
-            total = total + (term.masked_fill(weight == 0, 0) * weight).sum()
-        elif weight is not None:
-            total = total + term.sum() * weight
-    return total
+def _sum_up(
+    nll: Tensor, kl: Tensor, weights: tuple[Weight, Weight], labelled: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weighted sum of both terms, and both sums without weight and gradient."""
+    if labelled is not None:
+        # An item that is left out may have any likelihood, an infinite one too.
+        nll = nll.masked_fill(~labelled, 0)
+    nll, kl = nll.sum(), kl.sum()
+    return mix(nll, kl, *weights), nll.detach(), kl.detach()
 
 
 def _needs_gradient(hidden: Tensor, projection: Projection) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regdrop.kernels import Implementation, Projection, Target, linear_loss, linear_terms
+from regdrop.kernels.closed_form import Weight
 from regdrop.kernels.projection import casts_itself
 from regdrop.loss.checks import (
     check_classes,
@@ -26,9 +27,7 @@ from regdrop.loss.reduction import (
     Reduction,
     Scale,
     combine_terms,
-    denominators,
-    positive_counts,
-    term_weights,
+    reduce_sums,
 )
 from regdrop.loss.terms import ItemTerms
 
@@ -240,46 +239,43 @@ def linear_cross_entropy_loss(
     )
     first = hidden if items is None else hidden[: target.shape[0]]
     whole = find_rows(first, target, num_passes=num_passes if items is None else 1)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    nll_count, kl_count = positive_counts(*whole.counts, dtype)
-    nll_divisor, divisor = torch.ones_like(nll_count), torch.ones_like(kl_count)
-    if reduction == "mean":
-        nll_divisor, divisor = denominators(nll_count, kl_count, num_items, num_weight)
-    # One divisor is left for the end: half precision would not hold gradients that are divided.
-    nll_factor, kl_weight = term_weights(alpha, num_passes, scale)
-    nll_weight = nll_factor * divisor / nll_divisor
-    if whole.labelled is not None:
-        nll_weight = torch.where(whole.labelled, nll_weight, 0)
-    compute = partial(linear_loss, projection=projection, nll_weight=nll_weight)
     graded = num_passes if backward_passes is None else backward_passes
-    if items is None:
-        share = 1.0
-        total, nll, kl = compute(
-            whole.hidden,
-            target=whole.target,
-            kl_weight=kl_weight if alpha else None,
-            backward_passes=graded,
+
+    def compute(
+        found: _ValidRows, backward_passes: int, *, nll_weight: Weight, kl_weight: Weight
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return linear_loss(
+            *(found.hidden, projection, found.target),
+            nll_weight=nll_weight,
+            kl_weight=kl_weight,
+            backward_passes=backward_passes,
+            labelled=found.labelled,
         )
-    else:
-        total, nll, _ = compute(
-            whole.hidden, target=whole.target, kl_weight=None, backward_passes=1
-        )
+
+    def sum_of_a_part(*, nll_weight: Weight, kl_weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
+        assert items is not None
+        likelihood, nll, _ = compute(whole, 1, nll_weight=nll_weight, kl_weight=None)
         share = target.shape[0] / items.numel()
         both = torch.cat([first.index_select(0, items), hidden[target.shape[0] :]])
         part = find_rows(both, target[items], num_passes=num_passes)
-        divergence, _, kl = compute(
-            part.hidden,
-            target=part.target,
-            nll_weight=None,
-            kl_weight=kl_weight * share if alpha else None,
-            backward_passes=graded,
-        )
-        total = total + divergence
+        kl_weight = None if kl_weight is None else kl_weight * share
+        divergence, _, kl = compute(part, graded, nll_weight=None, kl_weight=kl_weight)
+        return likelihood + divergence, nll, kl * share
+
+    output = reduce_sums(
+        partial(compute, whole, graded) if items is None else sum_of_a_part,
+        *whole.counts,
+        torch.promote_types(hidden.dtype, torch.float32),
+        alpha=alpha,
+        num_passes=num_passes,
+        reduction=reduction,
+        scale=scale,
+        num_items=num_items,
+        num_weight=num_weight,
+    )
     if num_passes > 1:
-        check_finite_divergence(kl)
-    if whole.labelled is not None:
-        nll = nll.masked_fill(~whole.labelled, 0)
-    return RDropOutput(total / divisor, nll.sum() / nll_count, kl.sum() * share / kl_count)
+        check_finite_divergence(output.kl)
+    return output
 
 
 class _ValidRows(NamedTuple):
@@ -318,7 +314,7 @@ def _valid_rows(
         classes = classes[index]
     else:
         valid = counts_at
-        classes = torch.where(valid, classes, 0)
+        classes = classes * valid  # any class, in one operation
     labelled = None
     if unlabelled_index is not None:
         labelled = classes != unlabelled_index
