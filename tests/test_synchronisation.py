@@ -4,14 +4,17 @@ Tensors of the meta device hold no numbers at all, and a loss takes every other 
 that of a CPU: what needs a number fails, or is found by the operations that would read one.
 """
 
+import warnings
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regdrop
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
+from regdrop.diagnostics import watch_divergence
 from regdrop.kernels import fused_linear
 from regdrop.loss import linear_cross_entropy
 
@@ -118,6 +121,61 @@ def test_no_loss_waits_for_its_device(loss):
         found.sum().backward()
     assert found.device.type == "meta"
     assert waits.found == []
+
+
+@pytest.mark.parametrize("passes", ["stacked", "sequential"])
+def test_no_step_waits_for_its_device(passes):
+    """Nor do those whose divergence is looked at, the first two and every hundredth."""
+    model = nn.Sequential(nn.Linear(6, 11), nn.Dropout(0.5)).to("meta")
+    config = regdrop.RDropConfig(alpha=1.0, passes=passes)
+    batch = torch.empty(4, 6, device="meta")
+    with Waits() as waits:
+        for step in range(3):
+            loss = regdrop.rdrop_step(model, batch, classes(4), config=config, step=step).loss
+            loss.backward()
+    assert loss.device.type == "meta"
+    assert waits.found == []
+
+
+class Arriving:
+    """What CUDA gives for numbers that are on their way: an event that happens some time."""
+
+    has_happened = False
+
+    def record_event(self):
+        return self
+
+    def query(self):
+        return self.has_happened
+
+
+class OnCuda:
+    """A number that says it is on a GPU."""
+
+    is_cuda, device = True, torch.device("cuda")
+
+    def __init__(self, value):
+        self.value = torch.tensor(value)
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_a_divergence_on_a_gpu_is_read_once_it_has_arrived(kl, monkeypatch):
+    arrival = Arriving()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: arrival)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "stack", lambda parts: torch.cat([x.value[None] for x in parts]))
+    output = regdrop.RDropOutput(OnCuda(2.0), OnCuda(2.0), OnCuda(kl))
+    model = nn.Linear(2, 2)  # no dropout
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        watch_divergence(model, output)
+        watch_divergence(model, output)
+    arrival.has_happened = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watch_divergence(model, output)
+        watch_divergence(model, output)
+    assert len(caught) == (kl == 0)
 
 
 def test_what_waits_is_found():

@@ -4,7 +4,7 @@ import functools
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -23,7 +23,7 @@ Output = TypeVar("Output")
 _FORWARD_SHARE = 1 / 3
 # How deep in containers and objects a model is looked for.
 _DEPTH = 3
-# Steps from one look at a divergence to the next: on a GPU each waits for the device.
+# Steps from one look at a divergence to the next.
 _STEPS_BETWEEN_LOOKS = 100
 
 
@@ -34,6 +34,8 @@ class _Watch:
     steps: int = 0
     zeros: int = 0
     has_warned: bool = False
+    # Each tells whether the passes of a step were the same, and None while nobody can tell.
+    looks: list[Callable[[], bool | None]] = field(default_factory=list)
 
 
 _WATCHES: WeakKeyDictionary[Any, _Watch] = WeakKeyDictionary()
@@ -69,7 +71,8 @@ def warn_zero_divergence() -> None:
 def watch_divergence(forward: Callable[..., Any], output: RDropOutput) -> None:
     """Warn once where the divergence of a loop of one's own is exactly 0.
 
-    The first two steps and every hundredth are looked at. One zero alone is no sign where the
+    The first two steps and every hundredth are looked at, on a CPU and on CUDA. Nobody waits for
+    CUDA's numbers: the warning comes once they are there. One zero alone is no sign where the
     model's dropout is on: a new LoRA adapter gives it in its first step.
 
     Args:
@@ -80,17 +83,49 @@ def watch_divergence(forward: Callable[..., Any], output: RDropOutput) -> None:
     watch = _WATCHES.setdefault(_identity(forward, modules), _Watch())
     is_looked_at = watch.steps < 2 or watch.steps % _STEPS_BETWEEN_LOOKS == 0
     watch.steps += 1
-    if watch.has_warned or not is_looked_at or torch.compiler.is_compiling():
+    if watch.has_warned or torch.compiler.is_compiling() or _is_captured(output.kl):
         return
-    if output.kl.item() != 0 or output.nll.item() == 0:  # passes differ, or nothing counts
-        return
-    watch.zeros += 1
+    if is_looked_at and output.kl.device.type in ("cpu", "cuda"):
+        watch.looks.append(_look(output))
+    while watch.looks and not watch.has_warned:
+        are_same = watch.looks[0]()
+        if are_same is None:
+            return
+        del watch.looks[0]
+        if are_same:
+            watch.zeros += 1
+            watch.has_warned = _warn_of_zeros(watch.zeros, modules)
+
+
+def _warn_of_zeros(count: int, modules: list[nn.Module]) -> bool:
     sources = [source for module in modules for source in find_dropout(module)]
     if modules and not any(source.active for source in sources):
-        watch.has_warned = warn_without_dropout(modules[0])
-    elif watch.zeros > 1:
+        return warn_without_dropout(modules[0])
+    if count > 1:
         warn_zero_divergence()
-        watch.has_warned = True
+    return count > 1
+
+
+def _look(output: RDropOutput) -> Callable[[], bool | None]:
+    """Return what tells whether the passes are the same; None while the numbers are on the way."""
+    # From CUDA this goes to pinned memory, and nobody waits.
+    numbers = torch.stack([output.nll, output.kl]).to("cpu", non_blocking=True)
+    arrival: torch.cuda.Event | None = None
+    if output.kl.is_cuda:
+        arrival = torch.cuda.current_stream(output.kl.device).record_event()
+
+    def are_same() -> bool | None:
+        if arrival is not None and not arrival.query():
+            return None
+        nll, kl = numbers.tolist()
+        return bool(kl == 0 and nll != 0)  # without a likelihood nothing counts
+
+    return are_same
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Return whether a CUDA graph is being recorded, which allows no questions."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def reached_modules(forward: Callable[..., Any]) -> Iterator[nn.Module]:
