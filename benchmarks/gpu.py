@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 import regdrop
-from gpu_findings import FAIL, Findings
+from gpu_findings import FAIL, SKIPPED, Findings
 from gpu_table import render, render_figures
 from recording import ROOT, Row
 
@@ -47,17 +47,16 @@ CHECKS = {
     "tests": "gpu_tests.run",
 }
 CHECKS_SHARE = 0.28
-# The sections that measure, and their parts of the time that is left.
+# The sections that measure, and their parts of the time that is left. What torch.compile makes of
+# the loss comes last: it compiles for most of a minute.
 MEASURES = {
     "loss": "gpu_speed.loss",
     "fused_linear": "gpu_speed.fused_linear",
     "step": "gpu_speed.step",
     "training": "gpu_training.run",
-    "tuning": "gpu_tuning.run",
+    "compiled_loss": "gpu_speed.compiled_loss",
 }
-SHARES = {"loss": 75, "fused_linear": 30, "step": 50, "training": 25, "tuning": 40}
-# What `triton_rows.TUNING` is chosen by runs where it is asked for.
-ON_REQUEST = ("tuning",)
+SHARES = {"loss": 55, "fused_linear": 40, "step": 45, "training": 25, "compiled_loss": 35}
 # A section that was told to end finishes the shape that it is at.
 GRACE = 12
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "liger-kernel", "cut-cross-entropy")
@@ -98,21 +97,22 @@ class Section:
 
     def finish(self) -> Row:
         """Wait for its end, at most until its time is over, and return what it found."""
-        why = ""
+        end = None
         try:
             self.process.wait(max(0.0, self.deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            why = "it had to be stopped"
+            end = (SKIPPED, "its time was over")
         self.stop()
         path = self.folder / f"{self.name}.json"
         found: Row = {"checks": [], "rows": [], "seconds": 0.0}
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
         if self.process.returncode:
-            why = why or f"exit code {self.process.returncode}"
+            status, why = end or (FAIL, f"exit code {self.process.returncode}")
             last = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             detail = ": ".join([why, *last])
-            found["checks"].append({"check": f"{self.name} ends", "status": FAIL, "detail": detail})
+            check = f"{self.name} ends"
+            found["checks"].append({"check": check, "status": status, "detail": detail})
         return found
 
     def stop(self) -> None:
@@ -184,10 +184,8 @@ def describe() -> Row:
 
 def parse() -> argparse.Namespace:
     known = [*CHECKS, *MEASURES]
-    usual = [name for name in known if name not in ON_REQUEST]
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    also = f"; also {','.join(ON_REQUEST)}"
-    options.add_argument("--sections", default=",".join(usual), help=f"default: all of these{also}")
+    options.add_argument("--sections", default=",".join(known), help="default: all of these")
     options.add_argument("--output", type=Path, help="folder; results/gpu/ and the card's name")
     options.add_argument("--seconds", type=float, default=SECONDS, help="for all sections")
     options.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -36,7 +36,7 @@ from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
 impl, device = {impl!r}, {device!r}
 target = torch.tensor([1, 7], device=device)
 if impl == "fused":
-    x, w = torch.randn(4, 8, device=device), torch.randn(5, 8, device=device)
+    x, w = (torch.randn(n, 8, device=device, requires_grad=True) for n in (4, 5))
     loss = linear_rdrop_cross_entropy(x, w, target, alpha=1.0).loss
 else:
     loss = rdrop_cross_entropy(torch.randn(4, 5, device=device), target, alpha=1.0, impl=impl).loss

@@ -1,6 +1,7 @@
-"""What the loss, the last layer and whole steps cost: three sections of `gpu.py`.
+"""What the loss, the last layer and whole steps cost: four sections of `gpu.py`.
 
-They are the benchmarks of the same names on the shapes of a GPU.
+They are the benchmarks of the same names on the shapes of a GPU. What the aims are about comes
+first: a section may run out of time.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -33,33 +34,53 @@ LARGE = [
     (256, 32_000, BF16),
     (4096, 128_256, BF16),
 ]
-# torch.compile takes half a minute for a shape: at one it is measured.
+# torch.compile takes most of a minute for the first shape: at one it is measured, beside these.
 COMPILED_AT = (4096, 32_000)
 COMPILED = ("compiled", "compiled, in place")
+BESIDE_COMPILED = (bench_loss.OFFICIAL, "chunked", "chunked, in place")
 # A C++ compiler is not asked for.
 WITHOUT = ("C++", "C++, in place", "fused, C++")
 FOREIGN = ("Apple's", "Liger's")
 
 
 def loss(findings: Findings) -> None:
-    shapes = [(8, 50, F32)] if findings.quick else [*LARGE[:2], *SMALL, *LARGE[2:]]
+    shapes = [(8, 50, F32)] if findings.quick else [*SMALL, *LARGE]
     for items, classes, dtype in shapes:
-        without = WITHOUT if (items, classes) == COMPILED_AT else (*WITHOUT, *COMPILED)
-        repeats = 25 if items * classes < 2**22 else 10
-        measure = partial(bench_loss.measure, items, classes, dtype, without=without)
-        title = f"loss, 2 x {items} x {classes:,} {_name(dtype)}"
-        _keep(findings, title, partial(measure, repeats=repeats))
+        repeats = 25 if items * classes < 2**22 else 6
+        _measure_loss(findings, (items, classes, dtype), (*WITHOUT, *COMPILED), repeats)
+
+
+def compiled_loss(findings: Findings) -> None:
+    if findings.quick:
+        return findings.skip("loss, compiled", "it compiles for most of a minute")
+    for dtype in (BF16, F32):
+        ways = bench_loss.variants(findings.device, dtype)
+        without = [name for name in ways if name not in (*COMPILED, *BESIDE_COMPILED)]
+        _measure_loss(findings, (*COMPILED_AT, dtype), without, repeats=6)
+
+
+def _measure_loss(
+    findings: Findings,
+    shape: tuple[int, int, torch.dtype],
+    without: Collection[str],
+    repeats: int,
+) -> None:
+    items, classes, dtype = shape
+    measure = partial(bench_loss.measure, items, classes, dtype, without=without)
+    title = f"loss, 2 x {items} x {classes:,} {_name(dtype)}"
+    _keep(findings, title, partial(measure, repeats=repeats))
 
 
 def fused_linear(findings: Findings) -> None:
-    shapes = [(8, 16, 50)] if findings.quick else bench_fused_linear.ON_GPU
+    # The smallest has no aim.
+    shapes = [(8, 16, 50)] if findings.quick else bench_fused_linear.ON_GPU[::-1]
     dtype = F32 if findings.quick else BF16
     for items, features, words in shapes:
         measure = partial(
             bench_fused_linear.measure, items, features, words, dtype, without=WITHOUT
         )
         title = f"last layer, 2 x {items} x {features}, {words:,} words, {_name(dtype)}"
-        _keep(findings, title, partial(measure, repeats=8))
+        _keep(findings, title, partial(measure, repeats=6))
 
 
 def step(findings: Findings) -> None:
@@ -67,13 +88,12 @@ def step(findings: Findings) -> None:
     # Of the large models bfloat16 alone: float32 would take minutes.
     cases = [(size, True) for size in sizes] + ([] if findings.quick else [(sizes[0], False)])
     for size, half in cases:
-        repeats = 7 if size == sizes[0] else 5
         measure = partial(bench_step.measure, size, half)
         title = f"step, {size.width} wide, {size.layers} + {size.layers} layers"
         _keep(
             findings,
             f"{title}, {'bfloat16' if half else 'float32'}",
-            partial(measure, repeats=repeats),
+            partial(measure, repeats=4),
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench_step import Translator, stacked
-from gpu_findings import Findings
+from gpu_findings import Findings, UnavailableError
 from recording import ROOT
 from regdrop import (
     RDropOutput,
@@ -29,6 +29,8 @@ ALPHA, HALF, PAIRS, WIDTH, LAYERS = 1.0, 32, 64, 256, 3
 LEARNING_RATE, WARMUP, STEPS = 5e-4, 50, 400
 # Steps whose mean is kept; of the first and the last quarter curves are compared.
 KEPT_EVERY = 10
+# Means that tell anything of a curve.
+FEWEST = 10
 # Apart in the likelihood's term: at first, where only rounding differs, and in the end.
 FIRST, LAST = 0.01, 0.03
 DEFINITION, AGAIN = "eager", "eager, another seed"
@@ -117,6 +119,8 @@ def fit(
     taken = time.monotonic() - start
     means = torch.stack(parts)[: len(parts) // KEPT_EVERY * KEPT_EVERY]
     means = means.view(-1, KEPT_EVERY, 2).mean(1).cpu()
+    if len(means) < (2 if findings.quick else FEWEST):
+        raise UnavailableError(f"the time was enough for {len(parts)} steps alone")
     curves[name] = means[:, 0].tolist()
     findings.add(
         [
@@ -136,6 +140,9 @@ def fit(
 
 def compare(curves: dict[str, list[float]], name: str) -> str:
     """Compare a curve with that of the definition: alike at first, and no worse in the end."""
+    missing = [n for n in (name, DEFINITION, AGAIN) if n not in curves]
+    if missing:
+        raise UnavailableError(f"there is no curve of {' and '.join(missing)}")
     length = min(map(len, curves.values()))
     own, definition, again = (torch.tensor(curves[n][:length]) for n in (name, DEFINITION, AGAIN))
     quarter = max(1, length // 4)

@@ -54,6 +54,7 @@ def test_what_is_for_a_gpu_runs_on_a_cpu_in_a_tiny_form(tmp_path):
         "fused_linear",
         "step",
         "training",
+        "compiled_loss",
     }
     checks = [check for found in sections.values() for check in found["checks"]]
     assert {check["status"] for check in checks} == {"ok", "skipped"}
@@ -138,3 +139,37 @@ def test_findings_of_a_section_that_stops_are_kept(monkeypatch, tmp_path):
         ("bad", "FAIL", "ValueError: off by 3"),
         ("elsewhere", "skipped", "needs a GPU"),
     ]
+
+
+def test_a_section_that_runs_out_of_time_has_not_failed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS[0].parent))
+    import gpu
+    from gpu_table import check_lines
+
+    monkeypatch.setattr(gpu, "GRACE", 0)
+    # It waits for its turn, which does not come.
+    section = gpu.Section("step", tmp_path, ["--device", "cpu", "--quick"])
+    section.deadline = 0.0
+    found = section.finish()
+    [check] = found["checks"]
+    assert (check["check"], check["status"]) == ("step ends", "skipped")
+    assert check["detail"].startswith("its time was over")
+    lines = list(check_lines("step", found["checks"]))
+    assert lines[0] == ("checks of step", "0 of 0, 1 skipped", "all", "ok")
+    assert lines[1][3] == "skipped"
+
+
+def test_a_curve_that_was_cut_short_tells_nothing(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS[0].parent))
+    import gpu_training
+    from gpu_findings import Findings, UnavailableError
+
+    findings = Findings(tmp_path / "training.json", "cpu", True, 60)
+    monkeypatch.setattr(gpu_training, "KEPT_EVERY", 2)
+    curves = {}
+    way = gpu_training.WAYS[gpu_training.DEFINITION]
+    words = gpu_training.read_words()
+    with pytest.raises(UnavailableError, match="2 steps alone"):
+        gpu_training.fit(findings, gpu_training.DEFINITION, way, words, 0.0, curves)
+    with pytest.raises(UnavailableError, match="no curve of fused and eager"):
+        gpu_training.compare(curves, "fused")
