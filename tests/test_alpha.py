@@ -53,7 +53,9 @@ def test_a_raise_that_made_it_worse_is_taken_back_and_the_next_one_waits():
 
 
 def test_steps_back_end_at_the_first_alpha():
-    assert min(follow("stall", [4.0 + 0.1 * i for i in range(8)])) == 1.0
+    # Half of 1.5 would be below it.
+    losses = [4.0 + 0.1 * i for i in range(6)]
+    assert follow("stall", losses, alpha_max=1.5) == [1, 1.5, 1, 1, 1.5, 1]
 
 
 def test_the_divergence_is_held_where_it_was_at_the_best_loss():
@@ -93,13 +95,13 @@ def test_no_rule_changes_alpha_between_evaluations_or_leaves_its_bounds(rule):
     controller = AlphaController(400, rule=rule, alpha_max=10.0)
     for step in range(400):
         nll, kl, loss = torch.rand(3, generator=generator).tolist()
-        controller.update(step, nll=4 * nll, kl=kl)
         before = controller.alpha
+        controller.update(step, nll=4 * nll, kl=kl)
         assert 0 <= before <= 10
+        if rule != "ramp-from-stall":
+            assert before == controller.alpha
         if step % 20 == 19:
             controller.update(step, validation_loss=4 * loss)
-        elif rule != "ramp-from-stall":
-            assert before == controller.alpha_at(step)
 
 
 def test_a_loss_that_is_no_number_is_no_progress():
@@ -121,6 +123,16 @@ def test_best_weights_are_asked_for_where_alpha_changes_alone():
 def test_alpha_is_0_before_the_start():
     controller = AlphaController(STEPS, rule="stall", start_step=5)
     assert [controller.alpha_at(step) for step in (0, 4, 5)] == [0, 0, 1]
+
+
+def test_evaluations_before_the_start_raise_nothing_and_say_what_is_best():
+    controller = AlphaController(STEPS, rule="stall", start_step=30)
+    alphas = []
+    for step, loss in ((9, 2.0), (19, 2.1), (29, 2.2), (39, 2.05), (49, 2.0), (59, 1.9)):
+        controller.update(step, validation_loss=loss)
+        alphas.append(controller.alpha_at(step + 1))
+    # Each is alpha of the step after; that of step 40 knows that 2.0 was better.
+    assert alphas == [0, 0, 1, 2, 4, 4]
 
 
 # --- state --------------------------------------------------------------------------------------

@@ -141,6 +141,16 @@ def test_a_config_is_frozen_and_hashable():
         ),
         ({"alpha": "auto", "alpha_rule": "best"}, ValueError, "alpha_rule must be one of"),
         ({"alpha_rule": "stall"}, ValueError, "alpha_rule='stall' needs alpha='auto'"),
+        (
+            {"alpha": "auto", "alpha_rule": "kl-target", "method": "fraternal"},
+            ValueError,
+            "reads the KL, which method='fraternal' does not compute",
+        ),
+        (
+            {"alpha": "auto", "alpha_rule": "kl-target", "single_pass_below": 2.0},
+            ValueError,
+            r"single_pass_below=2\.0 needs monitor_steps",
+        ),
         ({"alpha": 2.0, "alpha_max": 8.0}, ValueError, r"alpha_max=8\.0 needs alpha='auto'"),
         ({"alpha": "auto", "alpha_max": 0}, ValueError, "alpha_max must be above 0, got 0"),
         ({"single_pass_below": -1}, ValueError, "single_pass_below must be finite and at least 0"),

@@ -86,7 +86,7 @@ def _stall(state: AlphaState, seen: Observation) -> AlphaState:
         alpha = max(_FIRST_ALPHA, state.alpha / _FACTOR)
         return replace(state, alpha=alpha, stalls=0, patience=state.patience + 1, was_raised=False)
     stalls = state.stalls + 1
-    if stalls <= state.patience or state.alpha == seen.alpha_max:
+    if stalls <= state.patience or state.alpha >= seen.alpha_max:
         return replace(state, stalls=stalls, was_raised=False)
     alpha = min(seen.alpha_max, state.alpha * _FACTOR)
     return replace(state, alpha=alpha, stalls=0, was_raised=True)
@@ -145,7 +145,8 @@ class AlphaController:
         total_steps: Optimiser steps of the whole run.
         rule: One of `RULES`.
         alpha_max: The most that alpha may be; the end of the "ramp".
-        start_step: First step with R-Drop, as in `RDropConfig`; 0 stands before it.
+        start_step: First step with R-Drop, as in `RDropConfig`; alpha is 0 before it, and
+            evaluations before it raise nothing.
 
     Raises:
         TypeError: If a number of steps is no integer.
@@ -211,9 +212,10 @@ class AlphaController:
 
         Args:
             step: The optimiser step, counted from 0; the same on all ranks.
-            nll: Its likelihood, for the rule "gap". Not read back from its device before an
-                evaluation.
-            kl: Its divergence, for the rule "kl-target"; 0 counts as not measured.
+            nll: Its likelihood, for the rule "gap"; on several ranks the mean over all of them,
+                else alpha differs. Not read back from its device before an evaluation.
+            kl: Its divergence, for the rule "kl-target", of all ranks too; 0 counts as not
+                measured.
             validation_loss: Mean loss on validation data after the step, the same on all ranks; in
                 nats for "gap".
 
@@ -240,7 +242,9 @@ class AlphaController:
             self._slope,
         )
         before = self._state
-        after = RULES[self.rule](before, seen)
+        # Without a step of R-Drop a loss says nothing of alpha.
+        has_begun = self._next_step > self.start_step
+        after = RULES[self.rule](before, seen) if has_begun else before
         self.should_restore = self.rule == "restore" and after.alpha != before.alpha
         best = seen.loss if before.best is None else min(before.best, seen.loss)
         self._state = replace(after, best=best, previous=seen.loss)

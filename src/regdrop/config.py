@@ -266,6 +266,17 @@ class RDropConfig:
                     raise ValueError(
                         f"{name}={getattr(self, name)!r} needs alpha='auto', got alpha={self.alpha}"
                     )
+        if self.alpha_rule == "kl-target":
+            # It would leave alpha where it begins, whatever the validation loss does.
+            if self.method == "fraternal":
+                raise ValueError(
+                    "alpha_rule='kl-target' reads the KL, which method='fraternal' does not compute"
+                )
+            if self.single_pass_below is not None and self.monitor_steps is None:
+                raise ValueError(
+                    "alpha_rule='kl-target' reads the KL, which steps with one pass do not have: "
+                    f"single_pass_below={self.single_pass_below} needs monitor_steps beside it"
+                )
         if self.alpha_schedule != "constant" and not ramp:
             raise ValueError(
                 f"alpha_schedule={self.alpha_schedule!r} needs alpha_warmup_steps above 0, or "
