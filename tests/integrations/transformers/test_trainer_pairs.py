@@ -100,7 +100,8 @@ def test_only_the_main_process_takes_up_the_sums_of_a_checkpoint(tmp_path, monke
     for is_main in (True, False):
         trainer = build(tmp_path, key_dropout(tiny_bert()), rows, config, **options)
         monkeypatch.setattr(type(trainer.accelerator), "is_main_process", is_main)
-        trainer._load_from_checkpoint(checkpoint)
+        trainer.create_optimizer_and_scheduler(2)
+        trainer._load_optimizer_and_scheduler(checkpoint)
         trainer.state.global_step = 1
         trainer.begin_training()
         loaded[is_main] = not trainer._parts.is_empty

@@ -65,7 +65,7 @@ class StepPlanner:
             reduce: Sums a tensor over all processes.
 
         Returns:
-            Whether the weights of the lowest loss are to be loaded.
+            Whether the weights of the best checkpoint are to be loaded.
         """
         assert self.controller is not None
         parts = {} if self._seen.is_empty else self._seen.collect(reduce)
@@ -83,13 +83,23 @@ class StepPlanner:
     def load(self, state: Mapping[str, Any], device: torch.device, is_main: bool) -> None:
         """Take up what a checkpoint kept; sums over all processes on the main one alone."""
         self._passes, self._batches = state["passes"]
-        if self.controller is not None and state["rule"] is not None:
+        # The ramp has no state: it is taken up by a run that has no validation loss any more, too.
+        if self.controller is not None and self.reads_validation and state["rule"] is not None:
             self.controller.load_state_dict(state["rule"])
         if is_main:
             self._seen.load(state["seen"], device)
 
 
-def find_validation_loss(metrics: Mapping[str, float]) -> float | None:
-    """Return the loss of an evaluation, of several data sets that of the first; None without."""
-    losses = [value for name, value in metrics.items() if name.endswith("_loss")]
-    return metrics.get("eval_loss", losses[0] if losses else None)
+def find_validation_loss(metrics: Mapping[str, float], data: Any) -> float | None:
+    """Return the loss of an evaluation, of several data sets by name that of the first.
+
+    Args:
+        metrics: What the evaluation gave.
+        data: The validation data, as the Trainer takes it.
+
+    Returns:
+        The loss; None if there is none.
+    """
+    # A DatasetDict and a plain dictionary hold data sets, a Dataset is one.
+    first = next(iter(data), None) if isinstance(data, dict) else None
+    return metrics.get("eval_loss" if first is None else f"eval_{first}_loss")

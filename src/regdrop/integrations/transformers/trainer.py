@@ -94,6 +94,7 @@ class RDropTrainerMixin(HeadSelection):
         max_steps = self.args.max_steps
         self._planner = StepPlanner(self.rdrop, max_steps if max_steps > 0 else None)
         self._resumed_state: dict[str, Any] | None = None
+        self._should_restore = False
         self._is_checked = self._is_dropout_checked = self._has_warned = False
         self._is_fused = self._was_computed = False
         self._has_told_of_passes = False
@@ -334,9 +335,15 @@ class RDropTrainerMixin(HeadSelection):
     ) -> None:
         if not self._load_renamed(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = Path(resume_from_checkpoint) / STATE_NAME
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load these, and R-Drop's state: DeepSpeed does not call `_load_from_checkpoint`."""
+        super()._load_optimizer_and_scheduler(checkpoint)
         self._resumed_state = None
-        if self.accelerator.is_main_process and state.exists():
+        if checkpoint is None or not self.accelerator.is_main_process:
+            return
+        state = Path(checkpoint) / STATE_NAME
+        if state.exists():
             self._resumed_state = json.loads(state.read_text(encoding="utf-8"))
 
     def _state(self) -> dict[str, Any]:
@@ -367,24 +374,42 @@ class RDropTrainerMixin(HeadSelection):
         if self.accelerator.num_processes > 1:
             held = broadcast_object_list(held)
         if held[0] is not None:
+            read_validation = self._planner.reads_validation
             self._planner.load(held[0], self.args.device, is_main)
+            if read_validation and not self._planner.reads_validation:
+                self._follow_ramp("none in the run so far")
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
         """Evaluate in training; a rule of alpha reads the loss that comes out."""
-        metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
-        step = self.state.global_step - 1
-        if not self._planner.reads_validation or step < 0:
+        metrics: dict[str, float] = super()._evaluate(
+            trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler
+        )
+        # An evaluation before the first step, which skips the schedule of the learning rate, would
+        # count a second time where a run goes on.
+        if not self._planner.reads_validation or skip_scheduler:
             return metrics
-        loss = find_validation_loss(metrics)
+        loss = find_validation_loss(metrics, self.eval_dataset)
         if self.accelerator.num_processes > 1:
             [loss] = broadcast_object_list([loss])
         if loss is None:
             self._follow_ramp(f"no loss among {', '.join(metrics)}, which the evaluation gave")
             return metrics
-        should_restore = self._planner.observe(step, loss, self.accelerator.reduce)
-        if should_restore and self.state.best_model_checkpoint is not None:
-            self._load_best_model()
+        step = self.state.global_step - 1
+        self._should_restore = self._planner.observe(step, loss, self.accelerator.reduce)
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Note the best figure; weights that do not have it give way to those of the checkpoint.
+
+        That is before the checkpoint is written: one with the best figure keeps its own weights.
+        """
+        is_best: bool = super()._determine_best_metric(metrics, trial)
+        if self._should_restore and not is_best and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self._should_restore = False
+        return is_best
 
     def _follow_ramp(self, reason: str) -> None:
         assert self._planner.controller is not None

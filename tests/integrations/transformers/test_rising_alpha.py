@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from models import key_dropout, text_rows, tiny_bert
 from regdrop import AlphaController, RDropConfig
@@ -147,7 +147,7 @@ def test_accumulation_gives_a_rule_what_whole_batches_give(tmp_path):
 def test_a_resumed_run_has_the_alphas_of_the_uninterrupted_one(tmp_path, rule, stop):
     """Also where the checkpoint is not at an evaluation, and the next one reads both sides."""
     is_restoring = rule == "restore"
-    rdrop = replace(AUTO, alpha_rule=rule, single_pass_below=0.5)
+    rdrop = replace(AUTO, alpha_rule=rule, single_pass_below=0.5, monitor_steps=2)
     options = {
         "losses": HIGH,
         "save_strategy": "steps",
@@ -191,6 +191,88 @@ def test_the_weights_of_the_best_checkpoint_come_back_where_alpha_changes(tmp_pa
         train(tmp_path, rdrop, **EVALUATED)
 
 
+def test_a_checkpoint_with_the_best_figure_keeps_its_own_weights(tmp_path):
+    """Also where the validation loss, which the rule reads, says nothing good of them."""
+    kept = {}
+
+    class Figures(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, model, **kwargs):
+            step = state.global_step
+            metrics["eval_loss"] = {2: 3.0, 4: 3.1, 6: 3.2, 8: 3.3}[step]
+            metrics["eval_accuracy"] = {2: 0.5, 4: 0.9, 6: 0.8, 8: 0.7}[step]
+            kept[step] = [p.detach().clone() for p in model.parameters()]
+
+    trainer = make(
+        tmp_path,
+        replace(AUTO, alpha_rule="restore"),
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        greater_is_better=True,
+        **EVALUATED,
+    )
+    trainer.add_callback(Figures())
+    trainer.train()
+    assert trainer.state.best_global_step == 4
+    assert all(map(torch.equal, parameters(trainer), kept[4]))
+    assert not all(map(torch.equal, kept[4], kept[2]))
+
+
+class LikeDeepSpeed(RDropTrainer):
+    """Loads the weights of a checkpoint past `_load_from_checkpoint`, as under DeepSpeed."""
+
+    def _load_from_checkpoint(self, *args, **kwargs):
+        Trainer._load_from_checkpoint(self, *args, **kwargs)
+
+
+def resumable(tmp_path, **options):
+    rdrop = replace(AUTO, alpha_rule="stall")
+    options = {"losses": HIGH, "save_strategy": "steps", "save_steps": 4, **EVALUATED, **options}
+    return rdrop, options, str(tmp_path / "checkpoint-4")
+
+
+def test_the_state_of_a_rule_is_read_whoever_loads_the_weights(tmp_path):
+    rdrop, options, checkpoint = resumable(tmp_path)
+    whole = train(tmp_path, rdrop, **options)
+    again = make(tmp_path, rdrop, **options)
+    again.__class__ = LikeDeepSpeed
+    again.train(resume_from_checkpoint=checkpoint)
+    assert logged(again, "alpha") == logged(whole, "alpha")
+    # A run that begins anew begins at 1.
+    again.train()
+    assert logged(again, "alpha") == logged(whole, "alpha")
+    assert logged(whole, "alpha")[4] == 2
+
+
+def test_an_evaluation_where_a_run_goes_on_counts_once(tmp_path):
+    rdrop, options, checkpoint = resumable(tmp_path, eval_on_start=True)
+    options["losses"] = {0: 1.0, **HIGH}
+    whole = train(tmp_path, rdrop, **options)
+    again = train(tmp_path, rdrop, resume=checkpoint, **options)
+    assert logged(again, "alpha") == logged(whole, "alpha")
+    assert logged(whole, "alpha")[2] == 1  # the loss of untrained weights is none to beat
+
+
+def test_a_run_that_lost_its_validation_goes_on_by_the_ramp_and_says_so(tmp_path, caplog):
+    rdrop, options, checkpoint = resumable(tmp_path)
+    begun = train(tmp_path, rdrop, **options)
+    with caplog.at_level(logging.WARNING):
+        again = train(tmp_path, rdrop, resume=checkpoint, validation=False, eval_strategy="no")
+    assert logged(again, "alpha") == [*logged(begun, "alpha")[:4], 8.0, 10.0, 12.0, 14.0]
+    assert "there is no evaluation during training: alpha follows the ramp" in caplog.text
+
+
+def test_a_run_that_had_no_validation_goes_on_by_the_ramp_and_says_so(tmp_path, caplog):
+    rdrop, options, checkpoint = resumable(tmp_path)
+    plain = {"save_strategy": "steps", "save_steps": 4}
+    begun = train(tmp_path, rdrop, validation=False, eval_strategy="no", **plain)
+    with caplog.at_level(logging.WARNING):
+        again = train(tmp_path, rdrop, resume=checkpoint, **options)
+    assert logged(again, "alpha") == logged(begun, "alpha") == [2.0 * step for step in range(8)]
+    assert "there is none in the run so far: alpha follows the ramp" in caplog.text
+
+
 @pytest.mark.parametrize("case", ["no data", "no evaluation", "no loss"])
 def test_without_a_validation_loss_alpha_follows_the_ramp_and_that_is_said_once(
     tmp_path, caplog, case
@@ -225,6 +307,8 @@ def test_without_a_validation_loss_alpha_follows_the_ramp_and_that_is_said_once(
 def test_of_several_validation_sets_the_first_tells(tmp_path):
     trainer = make(tmp_path, replace(AUTO, alpha_rule="gap"), **EVALUATED)
     trainer.eval_dataset = {"near": text_rows(16), "far": text_rows(8)}
+    # A figure of one's own comes before the loss, and is none.
+    trainer.compute_metrics = lambda prediction: {"zero_one_loss": 0.0}
     trainer.train()
     near = logged(trainer, "eval_near_loss")
     nll = logged(trainer, "nll")
