@@ -7,7 +7,7 @@ grid is the one with the best mean validation figure; regret is how much worse a
 figure is, in units of the task's seed interval: the root mean square over the constants of half
 their 95 % intervals. Below 0 an arm is better than every constant that could have been chosen.
 A rule has one setting for all tasks, and so have the constant and the ramp: for each task the one
-whose mean validation regret is lowest over the other tasks.
+whose mean validation regret is lowest over the other tasks. Of one task alone, its own.
 """
 
 import argparse
@@ -43,10 +43,10 @@ class TaskRegrets:
         validation: Regret of each arm by its validation figure.
         test: The same by its test figure.
         against_one: How much worse each arm's test figure is than alpha 1, and half the 95 %
-            interval of that, paired by seeds, in units; empty without that arm.
+            interval of that, paired by seeds, in units.
         gain: Each arm's gain over the baseline in the test figure, in times of the best constant's;
-            empty without a baseline.
-        cost: Single-pass steps of each arm.
+            empty without a baseline, or where that constant gains nothing.
+        cost: Single-pass steps of each arm, the mean over its runs.
     """
 
     task: str
@@ -74,7 +74,8 @@ def task_regrets(records: Sequence[RunRecord], metric: str | None = None) -> Tas
         metric: The figure; None for the one that selects checkpoints.
 
     Raises:
-        ValueError: Without two constants of several seeds, or without the figure.
+        ValueError: Without alpha 1 and another constant, with one seed of an arm, or without the
+            figure.
     """
     name = metric or run_selection_metric(records[0])
     metrics = find_metrics(records)
@@ -85,10 +86,14 @@ def task_regrets(records: Sequence[RunRecord], metric: str | None = None) -> Tas
     for record in records:
         by_arm[record.arm].append(record)
     constants = [arm for arm in by_arm if family_of(arm) == CONSTANT]
-    if len(constants) < 2 or any(len(by_arm[arm]) < 2 for arm in constants):
+    if PAPERS not in constants or len(constants) < 2:
         raise ValueError(
-            f"{records[0].task} must have two constants of two seeds at least, got "
-            f"{ {arm: len(by_arm[arm]) for arm in constants} }"
+            f"{records[0].task} must have {PAPERS} and another constant at least, got {constants}"
+        )
+    if few := sorted(arm for arm, runs in by_arm.items() if len(runs) < 2):
+        raise ValueError(
+            f"{records[0].task} must have two seeds of every arm at least, got one of "
+            f"{', '.join(few)}"
         )
     # Of both splits the lower is the better.
     test = {arm: {r.seed: sign * r.test[name] for r in runs} for arm, runs in by_arm.items()}
@@ -101,15 +106,15 @@ def task_regrets(records: Sequence[RunRecord], metric: str | None = None) -> Tas
     unit = (sum(half**2 for half in halves) / len(halves)) ** 0.5
     means = {arm: estimate(list(values.values())).mean for arm, values in test.items()}
     against_one = {}
-    if PAPERS in test:
-        for arm in test:
-            difference = paired_difference(test[arm], test[PAPERS])
-            against_one[arm] = (difference.mean / unit, difference.half_width / unit)
+    for arm in test:
+        difference = paired_difference(test[arm], test[PAPERS])
+        against_one[arm] = (difference.mean / unit, difference.half_width / unit)
     baseline = by_arm[BASELINE][0] if BASELINE in by_arm else None
     gain = {}
     if baseline is not None:
         whole = means[BASELINE] - means[best]
-        gain = {arm: (means[BASELINE] - value) / whole for arm, value in means.items()}
+        if whole > 0:
+            gain = {arm: (means[BASELINE] - value) / whole for arm, value in means.items()}
     return TaskRegrets(
         task=records[0].task,
         best=best,
@@ -119,7 +124,7 @@ def task_regrets(records: Sequence[RunRecord], metric: str | None = None) -> Tas
         test={arm: (value - means[best]) / unit for arm, value in means.items()},
         against_one=against_one,
         gain=gain,
-        cost={arm: run_cost(runs[0], baseline) for arm, runs in by_arm.items()},
+        cost={arm: mean([run_cost(run, baseline) for run in runs]) for arm, runs in by_arm.items()},
     )
 
 
@@ -179,10 +184,14 @@ class Verdict:
     def is_accepted(self, constant: "Verdict") -> bool:
         """Return whether it may be "auto": at most half of the constant's regret, safe everywhere.
 
+        A constant that the other tasks choose can be better than the best by validation: then the
+        rule has to be as good.
+
         Args:
             constant: The one constant for all tasks.
         """
-        return self.mean <= constant.mean / 2 and not self.worse_than_one
+        limit = min(constant.mean, constant.mean / 2)
+        return self.mean <= limit and not self.worse_than_one
 
 
 def verdicts(regrets: Sequence[TaskRegrets]) -> list[Verdict]:
@@ -192,7 +201,7 @@ def verdicts(regrets: Sequence[TaskRegrets]) -> list[Verdict]:
         pairs = [(one, arms[one.task]) for one in regrets]
         worse = []
         for one, arm in pairs:
-            difference, half = one.against_one.get(arm, (0.0, 0.0))
+            difference, half = one.against_one[arm]
             if difference > half:
                 worse.append(one.task)
         found.append(

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_regret_is_measured_from_the_constant_that_validation_chooses(script):
 
 def test_figures_that_should_be_great_are_turned_round(script):
     module = script("alpha_regret")
-    arms = {"alpha-0": (0.7, 0.7), "alpha-3": (0.8, 0.8), "ramp-16": (0.9, 0.9)}
+    arms = {"alpha-1": (0.7, 0.7), "alpha-3": (0.8, 0.8), "ramp-16": (0.9, 0.9)}
     found = module.task_regrets(records(A, arms, "accuracy"), "accuracy")
     assert found.best == "alpha-3"
     assert found.test["ramp-16"] == pytest.approx(-0.1 / UNIT)
@@ -109,6 +110,11 @@ def test_a_rule_is_accepted_by_its_mean_regret_and_where_it_harms_no_task(three_
     assert ramp.is_accepted(constant)
     assert stall.worse_than_one == (C,)
     assert not stall.is_accepted(constant)
+    # A constant that is better than the best by validation has to be reached.
+    safe = replace(constant, worse_than_one=())
+    good, worse = (replace(safe, regrets={A: regret}) for regret in (-1.0, -0.9))
+    assert good.is_accepted(good)
+    assert not worse.is_accepted(good)
     rows = {row[0]: row for row in module.choices_table(regrets)}
     assert rows["ramp"][1:4] == ["−0.40 (16)", "−0.40 (16)", "+0.00 (16)"]
     assert rows["ramp"][-1] == "yes"
@@ -130,6 +136,24 @@ def test_gains_are_parts_of_the_best_constants(script):
     assert found.gain == pytest.approx(expected)
     rows = {row[0]: row[1:] for row in module.gains_table([found])}
     assert rows["late-start"] == ["−20%", "2.00"]
+    # Where the best constant gains nothing there are no parts of its gain.
+    arms["baseline"] = (1.0, 2.4)
+    lost = module.task_regrets(records(A, arms))
+    assert lost.best == "alpha-6"
+    assert lost.gain == {}
+    assert module.gains_table([found, lost])[1][1:3] == ["0%", ""]
+
+
+def test_costs_are_means_over_runs_that_may_differ(script):
+    module = script("alpha_regret")
+    arms = {"alpha-1": (2.0, 2.0), "alpha-6": (3.0, 3.0), "stall-16": (2.0, 2.0)}
+    found = records(A, arms)
+    for record in found:
+        if record.arm == "stall-16":
+            rdrop = RDropConfig(alpha="auto", alpha_rule="stall", single_pass_below=2.0)
+            record.config["rdrop"] = rdrop.to_dict()
+            record.history.append({"step": 10, "passes": 1 + 0.1 * record.seed})
+    assert module.task_regrets(found).cost["stall-16"] == pytest.approx(1.1)
 
 
 def test_arms_that_a_task_lacks_are_chosen_for_none(script):
@@ -148,8 +172,13 @@ def test_arms_that_a_task_lacks_are_chosen_for_none(script):
 
 def test_records_that_cannot_be_judged_are_named(script):
     module = script("alpha_regret")
-    with pytest.raises(ValueError, match="digits must have two constants of two seeds at least"):
-        module.task_regrets(records(A, {"alpha-1": (1, 1), "ramp-16": (1, 1)}))
+    for arms in ({"alpha-1": (1, 1), "ramp-16": (1, 1)}, {"alpha-3": (1, 1), "alpha-6": (1, 1)}):
+        with pytest.raises(ValueError, match="digits must have alpha-1 and another constant"):
+            module.task_regrets(records(A, arms))
+    # Of one seed no interval says that an arm is worse than alpha 1.
+    runs = records(A, {"alpha-1": (1, 1), "alpha-3": (1, 1), "ramp-16": (1, 1)})[:-2]
+    with pytest.raises(ValueError, match="two seeds of every arm at least, got one of ramp-16"):
+        module.task_regrets(runs)
     with pytest.raises(ValueError, match="metric must be one of nll; got 'bleu'"):
         module.task_regrets(records(A, {"alpha-1": (1, 1), "alpha-3": (1, 1)}), "bleu")
 
@@ -200,4 +229,3 @@ def test_a_held_gradient_is_added_to_every_step_until_the_next(script):
     own = gradients(nn.functional.cross_entropy(model(x), y))
     for a, b, c in zip(found, own, kl, strict=True):
         torch.testing.assert_close(a, b + c)
-    assert isinstance(config, RDropConfig)
