@@ -5,8 +5,6 @@ threads. In the forward each lane keeps sums of its own, so that threads wait fo
 at the end of a row. A number of passes that is no power of 2 is filled up with rows of zeros.
 """
 
-# ruff: noqa: N803 (constants of a kernel are in capitals)
-
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
