@@ -390,15 +390,19 @@ def test_inplace_without_elements(impl, shape):
     assert leaf.grad.shape == shape
 
 
-def test_many_blocks_equal_one(monkeypatch):
+@pytest.mark.parametrize(
+    "choice", [{}, {"inplace": True}, {"reduction": "none"}, {"backward_passes": 1}], ids=str
+)
+def test_many_blocks_equal_one(monkeypatch, choice):
     import regdrop.kernels.chunked as chunked
 
     logits, target = make(batch=13, ignored=[3])
-    options = {"alpha": 1.0, "label_smoothing": 0.1}
+    options = {"alpha": 1.0, "label_smoothing": 0.1, **choice}
     one = rdrop_cross_entropy(logits, target, **options).loss
     one_grad = gradient(logits, target, **options)
     monkeypatch.setattr(chunked, "_SMALLEST_BLOCK", 2 * 7 * 4)
     monkeypatch.setattr(chunked, "_LARGEST_SHARE", 1000)
+    monkeypatch.setattr(chunked, "_LARGEST_KEPT", 0)  # in place the backward computes blocks again
     assert len(chunked.row_blocks(logits.view(2, 13, 7))) == 4
     torch.testing.assert_close(rdrop_cross_entropy(logits, target, **options).loss, one)
     torch.testing.assert_close(gradient(logits, target, **options), one_grad)

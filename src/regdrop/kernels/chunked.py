@@ -23,6 +23,8 @@ _SMALLEST_BLOCK = 2**19
 # On other devices starting an operation costs more, and a quarter of the logits is little.
 _LARGEST_SHARE_ON_DEVICES = 16
 _SMALLEST_BLOCK_ON_DEVICES = 2**22
+# Gradients of as many logits are kept though memory would be saved by computing them again.
+_LARGEST_KEPT = 2**22
 # Above this, a difference of log-probabilities is that of a mask, however it was written.
 _LARGEST_DIFFERENCE = 1e30
 
@@ -126,7 +128,8 @@ def sum_blocks(
     """
     blocks = row_blocks(logits)
     dtype = accumulator(logits.dtype)
-    if len(blocks) > 1 and (inplace or (logits.is_cpu and logits.dtype != dtype)):
+    is_costly = inplace or (logits.is_cpu and logits.dtype != dtype)
+    if is_costly and logits.numel() > _LARGEST_KEPT and len(blocks) > 1:
         return None
     rows = _compiled(_sum_rows) if compiled else _sum_rows
     if len(blocks) == 1:
