@@ -290,7 +290,7 @@ def test_bad_data_is_named(tmp_path):
     with pytest.raises(ValueError, match="must have a split 'train'"):
         small(tmp_path, dataset=str(tmp_path / "test")).prepare()
     write_rows(tmp_path / "number" / "train.jsonl", [{"de": "a", "en": 3}] * 20)
-    with pytest.raises(ValueError, match="columns of text must hold text, got 3"):
+    with pytest.raises(ValueError, match=r"column .* must hold text, got 3 in row 0"):
         small(tmp_path, dataset=str(tmp_path / "number")).prepare()
     write_rows(tmp_path / "long" / "train.jsonl", [{"de": "a " * 30, "en": "b"}] * 20)
     with pytest.raises(ValueError, match="has no pair of 1 to 23 tokens"):

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from regdrop import find_dropout
 from regdrop.experiments import build_arms, run_arm
 from regdrop.experiments.evaluate import evaluate
-from regdrop.experiments.run import RunPaths, train_run
+from regdrop.experiments.record import resolved_config
+from regdrop.experiments.run import RunPaths, check_same_config, train_run
 from regdrop.tasks import PRESETS
 from regdrop.tasks.glue import GLUE
 from regdrop.tasks.understanding import MINILM, regression_statistics
@@ -169,9 +170,33 @@ def test_figures_are_those_of_the_fields_libraries():
     assert found["spearman"] == pytest.approx(spearmanr(scores[:, 0], scores[:, 1])[0])
 
 
+@pytest.mark.parametrize("write", [str, float, bool])
+def test_whole_numbers_are_labels_however_they_are_written(tmp_path, write):
+    rows = [{"sentence": "good", "label": write(i % 2)} for i in range(20)]
+    for i, row in enumerate(rows):
+        row["label"] = str(i % 2) if write is str else row["label"]
+    write_rows(tmp_path / "labels" / "train.jsonl", rows)
+    write_rows(tmp_path / "labels" / "validation.jsonl", rows[:4])
+    prepared = small(tmp_path, dataset=str(tmp_path / "labels")).prepare()
+    labels = [row["labels"] for row in prepared.splits["test"]]
+    assert labels == [0, 1, 0, 1]
+    assert all(type(label) is int for label in labels)
+
+
+def test_data_that_changed_under_finished_records_is_refused_by_name(tmp_path, monkeypatch):
+    task = small(tmp_path)
+    arm = build_arms(task)["baseline"]
+    before = resolved_config(task, arm)
+    assert sorted(before["data"]) == ["train.jsonl", "validation.jsonl"]
+    with (Path(task.dataset) / "validation.jsonl").open("a") as file:
+        file.write('{"sentence": "good", "label": 1}\n')
+    with pytest.raises(ValueError, match=r"made with other settings \(data\.validation\.jsonl\)"):
+        check_same_config(tmp_path / "record.json", before, resolved_config(task, arm))
+
+
 def test_bad_data_is_named_before_work_is_lost(tmp_path):
     good = small(tmp_path)
-    rows = [{"sentence": "good", "label": 0}] * 20
+    rows = [{"sentence": "good", "label": 0}, {"sentence": "bad", "label": 1}] * 10
 
     def prepare(name, train, **changes):
         folder = tmp_path / name
@@ -183,7 +208,11 @@ def test_bad_data_is_named_before_work_is_lost(tmp_path):
 
     with pytest.raises(ValueError, match=r"lacks \['sentence'\] and has \['text', 'label'\]"):
         prepare("columns", [{"text": "good", "label": 0}] * 20)
-    with pytest.raises(ValueError, match="must hold classes from 0 to 1, got 7"):
+    with pytest.raises(ValueError, match="must hold several classes, got 0 in all 20 rows"):
+        prepare("one", rows[:1] * 20)
+    with pytest.raises(ValueError, match=r"'sentence' of split 'train' .* got null in row 20"):
+        prepare("null", [*rows, {"sentence": None, "label": 0}])
+    with pytest.raises(ValueError, match="must hold classes from 0 to 1, got 7 in row 0"):
         prepare("labels", [{"sentence": "good", "label": 7}] * 20)
     with pytest.raises(ValueError, match=r"(?:cannot be read|must hold numbers): .*'yes'"):
         prepare("words", [{"sentence": "good", "label": "yes"}] * 20)

@@ -64,6 +64,10 @@ def holder(path: Path) -> str | None:
 
 def make_folders(folder: Path) -> list[Path]:
     """Make a folder and those above it, and return the new ones, the innermost first."""
+    try:
+        str(folder).encode("utf-8")  # other libraries write there, too
+    except UnicodeEncodeError:
+        raise ValueError(f"a folder's name must be Unicode, got {str(folder)!r}") from None
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return made

@@ -24,6 +24,7 @@ from regdrop.experiments.files import read_object, write_json, write_whole
 from regdrop.experiments.ownership import HeldError, hold
 from regdrop.experiments.processes import num_processes
 from regdrop.tasks import Task
+from regdrop.tasks.folders import data_digests
 
 # The high-water mark just after a reset may be this much above what is in use.
 _RESET_TOLERANCE_MIB = 32
@@ -195,7 +196,7 @@ ARM_SETTINGS = ("training", "rdrop", "dropout_odds", "dropout_rises")
 
 
 def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
-    """Return every setting of a run as JSON holds it."""
+    """Return every setting of a run as JSON holds it, and the digests of its data's files."""
     settings: dict[str, Any] = {
         **asdict(task),
         "family": task.family,
@@ -204,6 +205,8 @@ def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
         "dropout_odds": arm.dropout_odds,
         "dropout_rises": arm.dropout_rises,
     }
+    if digests := data_digests(task.dataset):
+        settings["data"] = digests
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
 
@@ -211,6 +214,7 @@ def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
 def settings_digest(task: Task) -> str:
     """Return a short name for the settings of a task beside those of its optimisation."""
     settings = {k: v for k, v in asdict(task).items() if k not in ("training", "rdrop")}
+    settings["data"] = data_digests(task.dataset)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 

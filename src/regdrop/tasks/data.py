@@ -1,15 +1,16 @@
 """Data sets by folder or hub id, through `datasets.load_dataset`; errors name what is wrong."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from regdrop.tasks.folders import check_files, data_digests, find_folder, plain_path
 
 # The part of a training split held out where a set has no split of its own to select on, and the
 # seed by which it is drawn: the same for every seed of a training.
 HELD_OUT = 0.1
 SPLIT_SEED = 0
-# What comes with the package, by name: folders with a file for each split.
-_SHIPPED = {"alice": Path(__file__).parent / "texts" / "alice"}
 
 
 def load_raw_splits(
@@ -48,20 +49,24 @@ def open_splits(
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
-    folder = _SHIPPED.get(dataset, Path(dataset))
-    if dataset.startswith((".", "/", "~")) and not folder.expanduser().exists():
+    folder = find_folder(dataset)
+    if dataset.startswith((".", "/", "~")) and folder is None:
         raise ValueError(f"data must be a folder or a hub id; there is no folder {dataset!r}")
     options: dict[str, Any] = {"streaming": True} if streaming else {}
     try:
-        if folder.expanduser().exists():
+        if folder is not None:
+            check_files(dataset, folder)
             files = {
                 path.stem: path.name
-                for path in folder.expanduser().iterdir()
+                for path in folder.iterdir()
                 if path.is_file() and path.stem in split_names
             }
-            return dict(
-                datasets.load_dataset(str(folder.expanduser()), data_files=files or None, **options)
-            )
+            if not streaming:
+                # The library tells changed files by their time alone.
+                content = hashlib.sha256(repr(data_digests(dataset)).encode()).hexdigest()[:16]
+                options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE, content))
+            path = str(plain_path(folder))
+            return dict(datasets.load_dataset(path, data_files=files or None, **options))
         return dict(datasets.load_dataset(dataset, config_name, **options))
     except (DatasetNotFoundError, ConnectionError, OSError) as error:
         raise ValueError(f"data {dataset!r} cannot be found: {error}") from error
@@ -83,6 +88,25 @@ def require_columns(dataset: str, splits: Mapping[str, Any], columns: Iterable[s
                 f"split {name!r} of data {dataset!r} must have the columns "
                 f"{sorted(columns)}; it lacks {missing} and has {split.column_names}"
             )
+
+
+def check_texts(dataset: str, splits: Mapping[str, Any], columns: Iterable[str]) -> None:
+    """Check that some columns of splits, as they were loaded, hold a text in every row.
+
+    Raises:
+        ValueError: If one holds anything else, by split, column and row.
+    """
+    for name, split in splits.items():
+        for column in columns:
+            where = f"column {column!r} of split {name!r} of data {dataset!r}"
+            kind = getattr(split.features[column], "dtype", None)
+            if kind not in ("string", "large_string"):
+                shown = split[0][column]
+                raise ValueError(f"{where} must hold text, got {shown!r} in row 0")
+            values = split.data.column(column)
+            if values.null_count:
+                row = values.is_null().index(True).as_py()
+                raise ValueError(f"{where} must hold text, got null in row {row}")
 
 
 def hold_out(train: Any) -> tuple[Any, Any]:

