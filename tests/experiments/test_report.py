@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from regdrop.experiments import write_report
 from regdrop.experiments.manifest import note_command
 from regdrop.experiments.record import merge_records, record_path
+from regdrop.experiments.report import Table, as_markdown, build_report
 from regdrop.experiments.tables import example_cells
 
 
@@ -85,3 +86,16 @@ def test_the_page_needs_no_other_file_and_shows_what_the_markdown_does(tmp_path,
     assert "@media print" in text
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "```bash\nregdrop compare digits --set 'a<b'\n```" in markdown
+
+
+def test_markdown_shows_names_as_they_are(tmp_path, records):
+    names = {"rdrop": "a|b <script>*x*</script> [l](u)\n# `c` _d_ e_f"}
+    odd = [replace(r, arm=names.get(r.arm, r.arm)) for r in records]
+    report = build_report(save(tmp_path, records))
+    table = Table(["arm", "x|y"], [[odd[0].arm, "1"]], "a caption of <b>")
+    text = as_markdown(replace(report, tables=[table], commands=["echo '```'"]))
+    (row,) = [line for line in text.split("\n") if "script" in line]
+    assert row == (r"| a\|b &lt;script&gt;\*x\*&lt;/script&gt; \[l\](u) # \`c\` \_d\_ e_f | 1 |")
+    assert "| arm | x\\|y |" in text
+    assert "a caption of &lt;b&gt;" in text
+    assert "````bash\necho '```'\n````" in text

@@ -1,4 +1,5 @@
 import os
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -235,11 +236,10 @@ def test_a_run_goes_on_from_its_last_whole_checkpoint(
     assert len(checkpoints) == 2
     hurt(checkpoints[-1] / name)
     steps = []
-    with pytest.warns(UserWarning, match=rf"checkpoint-\d+: .*{message}") as warned:
-        again = run_arm(
-            short, arm, 0, tmp_path / "cut", progress=lambda step, _: steps.append(step)
-        )
-    assert len([w for w in warned if "damaged" in str(w.message)]) == 1
+    again = run_arm(short, arm, 0, tmp_path / "cut", progress=lambda *x: steps.append(x[0]))
+    said = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
+    assert len(said) == 1
+    assert re.search(rf"checkpoint-\d+: .*({message})", said[0])
     assert without_times(again) == without_times(whole)
     assert min(steps) <= int(checkpoints[-1].name.split("-")[1])
 
@@ -324,3 +324,20 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_blocks_nothing(tmp_p
     (work.parent / "rdrop-seed0.lock").write_text("process 1 on it, killed")
     run_arm(short, build_arms(short)["rdrop"], 0, tmp_path)
     assert not work.parent.exists()
+
+
+def test_the_first_loss_after_a_resume_is_the_mean_since_the_log_before_the_checkpoint(
+    tmp_path, short, monkeypatch
+):
+    """Checkpoints at 2, 4 and 6, logs at 1, 3 and 6: one that is resumed begins between two."""
+    task = replace(short, training=replace(short.training, logging_steps=3))
+    arm = build_arms(task)["rdrop"]
+    whole = run_arm(task, arm, 0, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "TaskTrainer", interrupt_after_a_step)
+        with pytest.raises(KeyboardInterrupt):
+            run_arm(task, arm, 0, tmp_path / "cut")
+    resumed = run_arm(task, arm, 0, tmp_path / "cut")
+    losses = [[e["loss"] for e in r.history if "loss" in e] for r in (resumed, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert [e["step"] for e in whole.history if "loss" in e] == [1, 3, 6]

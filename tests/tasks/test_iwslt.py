@@ -4,6 +4,7 @@ import tarfile
 
 import pytest
 
+from regdrop.tasks import iwslt
 from regdrop.tasks.data import load_raw_splits
 from regdrop.tasks.iwslt import prepare_iwslt
 
@@ -81,3 +82,45 @@ def test_bad_archives_are_named(tmp_path):
     (tmp_path / "full" / "x").write_text("")
     with pytest.raises(ValueError, match="OUTPUT must be a new or empty folder"):
         prepare_iwslt(archive(tmp_path / "e.tgz"), tmp_path / "full")
+
+
+@pytest.mark.parametrize("part", [0.0, 0.05, 0.5, 0.9, 0.99])
+def test_a_truncated_archive_is_named_and_writes_nothing(tmp_path, part):
+    path = archive(tmp_path / "a.tgz")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(ValueError, match=r"ARCHIVE .*a\.tgz (cannot be read|must hold|gives)"):
+        prepare_iwslt(path, tmp_path / "out")
+    assert [x.name for x in tmp_path.iterdir()] == ["a.tgz"]
+
+
+def test_a_flipped_archive_is_named_and_writes_nothing(tmp_path):
+    path = archive(tmp_path / "a.tgz")
+    content = bytearray(path.read_bytes())
+    for place in range(20, len(content) - 20, len(content) // 7):
+        flipped = bytearray(content)
+        flipped[place] ^= 0xFF
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"ARCHIVE .*a\.tgz (cannot be read|must hold|gives)"):
+            prepare_iwslt(path, tmp_path / "out")
+        assert [x.name for x in tmp_path.iterdir()] == ["a.tgz"]
+
+
+def test_an_archive_that_unpacks_to_too_much_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(iwslt, "_MOST_BYTES", 100_000)
+    for name in ("de-en/train.tags.de-en.de", "notes"):
+        bomb = archive(tmp_path / "bomb.tgz", **{name: "a" * 200_000})
+        with pytest.raises(ValueError, match="it holds more than 100,000 bytes"):
+            prepare_iwslt(bomb, tmp_path / "out")
+
+
+def test_what_cannot_be_written_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def fail(row, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(iwslt.json, "dumps", fail)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OSError, match="No space"):
+        prepare_iwslt(archive(tmp_path / "a.tgz"), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.tgz", "out"]

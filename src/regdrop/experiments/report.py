@@ -1,11 +1,15 @@
 """The report of a folder of results, from its records alone: a page of HTML and one of Markdown."""
 
 import base64
+import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from urllib.parse import quote
 
+from regdrop.experiments.files import write_text
 from regdrop.experiments.manifest import COMPARISON, read_manifest
 from regdrop.experiments.plots import draw_plots
 from regdrop.experiments.record import RunRecord, load_records
@@ -73,9 +77,9 @@ def write_report(folder: Path) -> Path:
         ValueError: If they are of several tasks.
     """
     report = build_report(folder)
-    (folder / "report.md").write_text(as_markdown(report), encoding="utf-8")
+    write_text(folder / "report.md", as_markdown(report))
     target = folder / "report.html"
-    target.write_text(as_html(report), encoding="utf-8")
+    write_text(target, as_html(report))
     return target
 
 
@@ -104,19 +108,33 @@ def build_report(folder: Path) -> Report:
 
 def as_markdown(report: Report) -> str:
     """Return a report as Markdown, with its plots as files beside it."""
-    lines = [f"# {report.title}", ""]
+    lines = [f"# {escape_markdown(report.title)}", ""]
     if report.question:
-        lines += [report.question, ""]
+        lines += [escape_markdown(report.question), ""]
     for table in report.tables:
-        lines += ["| " + " | ".join(table.header) + " |", "|" + " --- |" * len(table.header)]
-        lines += ["| " + " | ".join(row) + " |" for row in table.rows]
-        lines += ["", table.caption, ""]
-    lines += [f"- {fact}" for fact in report.facts] + [""]
+        lines += [_markdown_row(table.header), "|" + " --- |" * len(table.header)]
+        lines += [_markdown_row(row) for row in table.rows]
+        lines += ["", escape_markdown(table.caption), ""]
+    lines += [f"- {escape_markdown(fact)}" for fact in report.facts] + [""]
     if report.commands:
-        lines += ["```bash", *report.commands, "```", ""]
+        # Longer than what a command holds.
+        longest = max(map(len, re.findall("`+", "\n".join(report.commands))), default=0)
+        fence = "`" * max(3, longest + 1)
+        lines += [f"{fence}bash", *report.commands, fence, ""]
     for plot in report.plots:
-        lines += [f"![{plot.title}]({plot.path.name})", ""]
+        lines += [f"![{escape_markdown(plot.title)}]({quote(plot.path.name)})", ""]
     return "\n".join(lines)
+
+
+def escape_markdown(text: str) -> str:
+    """Return a text that Markdown shows as it is, in one line."""
+    line = html.escape(" ".join(text.split()), quote=False)
+    # An underscore within a word means nothing.
+    return re.sub(r"([\\`*\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", line)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(escape_markdown, cells)) + " |"
 
 
 def as_html(report: Report) -> str:

@@ -39,6 +39,7 @@ from regdrop.experiments.record import (
     resolved_config,
 )
 from regdrop.experiments.rising_dropout import RisingDropout
+from regdrop.experiments.running_loss import RunningLoss
 from regdrop.integrations.transformers import RDropTrainer
 from regdrop.integrations.transformers.checkpoints import average_weights
 from regdrop.passes import find_dropout, scale_dropout_odds
@@ -188,7 +189,8 @@ def _train(
         task, arm, seed, paths.work, prepared, model, train=train, validation=validation
     )
     trainer.add_callback(history)
-    trainer.add_callback(SealCallback())
+    trainer.add_callback(RunningLoss(trainer, checkpoint))
+    trainer.add_callback(SealCallback())  # the last to write in a checkpoint
     trainer.add_callback(EpochCallback(train))
     if arm.dropout_rises:
         trainer.add_callback(RisingDropout(model, arm.dropout_odds))

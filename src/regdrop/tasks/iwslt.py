@@ -5,8 +5,11 @@ validation split; dev2010, dev2012 and tst2010 to tst2012 are the test split.
 """
 
 import json
+import lzma
 import re
 import tarfile
+import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from html import unescape
 from pathlib import Path
@@ -17,6 +20,9 @@ _MAX_RATIO = 1.5
 # Moses' tokenizer does not part the words of these: a ratio of lengths would say nothing.
 _WITHOUT_SPACES = {"ja", "th", "zh"}
 _MAX_TOKENS = 175
+# The largest of these archives hold less than a tenth of it.
+_MOST_BYTES = 2**30
+_BLOCK_BYTES = 2**14
 _TESTS = ("dev2010", "dev2012", "tst2010", "tst2011", "tst2012")
 _DROPPED_LINES = ("<url>", "<talkid>", "<keywords>")
 _STRIPPED_TAGS = re.compile(r"</?(?:title|description)>")
@@ -40,19 +46,12 @@ def prepare_iwslt(archive: Path, output: Path) -> dict[str, int]:
         The number of pairs of each split.
 
     Raises:
-        ValueError: If the archive is not of that layout, or the output folder is not empty.
+        ValueError: If the archive is damaged, not of that layout or larger than such a one is, or
+            the output folder is not empty.
     """
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"OUTPUT must be a new or empty folder, got {output}")
-    try:
-        with tarfile.open(archive) as file:
-            texts = {
-                Path(member.name).name: _read(file, member)
-                for member in file.getmembers()
-                if member.isfile() and _is_wanted(member.name)
-            }
-    except (OSError, tarfile.TarError) as error:
-        raise ValueError(f"ARCHIVE {archive} cannot be read: {error}") from error
+    texts = _read_texts(archive)
     source, target = _languages(archive, texts)
     pairs = list(_training_pairs(archive, texts, source, target))
     is_kept = _length_filter(source, target)
@@ -65,11 +64,46 @@ def prepare_iwslt(archive: Path, output: Path) -> dict[str, int]:
     for name, rows in splits.items():
         if not rows:
             raise ValueError(f"ARCHIVE {archive} gives an empty split {name!r}")
-    output.mkdir(parents=True, exist_ok=True)
-    for name, rows in splits.items():
-        lines = (json.dumps({source: a, target: b}, ensure_ascii=False) for a, b in rows)
-        (output / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _write(output, {name: [{source: a, target: b} for a, b in x] for name, x in splits.items()})
     return {name: len(rows) for name, rows in splits.items()}
+
+
+def _read_texts(archive: Path) -> dict[str, str]:
+    """Return the texts of an archive by the names of their files, read in one go through it."""
+    texts = {}
+    try:
+        with tarfile.open(archive) as file:
+            for member in file:
+                if member.offset_data + member.size > _MOST_BYTES:
+                    raise ValueError(f"it holds more than {_MOST_BYTES:,} bytes")
+                if member.isfile() and _is_wanted(member.name):
+                    texts[Path(member.name).name] = _read(file, member)
+            _read_to_the_end(file.fileobj)
+    except (EOFError, OSError, ValueError, lzma.LZMAError, tarfile.TarError, zlib.error) as error:
+        raise ValueError(f"ARCHIVE {archive} cannot be read: {error}") from error
+    return texts
+
+
+def _read_to_the_end(stream: Any) -> None:
+    """Read what follows the last file: the checksum of a compressed archive is there."""
+    for _ in range(_MOST_BYTES // _BLOCK_BYTES):
+        if not stream.read(_BLOCK_BYTES):
+            return
+    raise ValueError(f"more than {_MOST_BYTES:,} bytes follow its last file")
+
+
+def _write(output: Path, splits: dict[str, list[dict[str, str]]]) -> None:
+    """Write a file a split; the folder appears whole or not at all."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="prepare-", dir=output.parent) as name:
+        folder = Path(name, "data")
+        folder.mkdir()
+        for split, rows in splits.items():
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        if output.exists():
+            output.rmdir()
+        folder.rename(output)
 
 
 def _is_wanted(name: str) -> bool:
