@@ -1,0 +1,99 @@
+"""Two processes of the Trainer on a CPU, by whatever distributes them: what it logs and learns."""
+
+import os
+import socket
+
+import torch
+from transformers import TrainingArguments
+
+from models import key_dropout, text_rows, tiny_bert, tiny_gpt2, token_rows
+from regdrop import RDropConfig
+from regdrop.integrations.transformers import RDropTrainer
+
+MODELS = {
+    "bert": (tiny_bert, text_rows, "BertLayer"),
+    "gpt2": (tiny_gpt2, token_rows, "GPT2Block"),
+}
+
+
+def build(folder, name, rdrop=None, **options):
+    """Return a trainer whose update is the gradient, and whose masks are keyed by sample."""
+    model, rows, _ = MODELS[name]
+    arguments = {
+        "learning_rate": 0.03,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        **options,
+    }
+    return RDropTrainer(
+        model=key_dropout(model(3, dropout=0.3)),
+        args=TrainingArguments(output_dir=str(folder), **arguments),
+        rdrop=RDropConfig(alpha=3.0) if rdrop is None else rdrop,
+        train_dataset=rows(16),
+    )
+
+
+def result(trainer):
+    """Train, and return the logged parts of every step and the whole parameters."""
+    trainer.train()
+    logs = [
+        [entry[part] for part in ("loss", "nll", "kl")]
+        for entry in trainer.state.log_history
+        if "kl" in entry
+    ]
+    whole = [
+        (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for p in trainer.model.parameters()
+    ]
+    return logs, whole
+
+
+def _worker(rank, port, folder, run, args):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    found = run(folder, *args)
+    if rank == 0:
+        torch.save(found, folder / "result.pt")
+    torch.distributed.destroy_process_group()
+
+
+def in_two_processes(folder, run, *args):
+    """Return what `run(folder, *args)` returns in the first of two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_worker, (port, folder, run, args), nprocs=2)
+    return torch.load(folder / "result.pt", weights_only=False)
+
+
+def in_one_process(folder, name, rdrop=None):
+    """Run the same items in one process, as DDP in two does (`test_invariance.py`)."""
+    return result(build(folder, name, rdrop, per_device_train_batch_size=4))
+
+
+def assert_same(found, expected, tolerance=1e-5):
+    """Assert that two runs logged and learned the same."""
+    assert len(found[0]) == len(expected[0]) == 3
+    assert all(kl > 1e-3 for *_, kl in expected[0])
+    torch.testing.assert_close(
+        torch.tensor(found[0]), torch.tensor(expected[0]), rtol=tolerance, atol=tolerance
+    )
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
