@@ -17,8 +17,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         find_spec("deepspeed") is None,
-        reason="DeepSpeed is tested apart: make test installs it into .venv/apart, and runs "
-        "PYTHONPATH=.venv/apart pytest tests/integrations/deepspeed",
+        reason="DeepSpeed is tested apart: make test installs it into .venv/apart and runs "
+        "PYTHONPATH=.venv/apart/deepspeed pytest tests/integrations/deepspeed",
     ),
 ]
 

@@ -18,7 +18,7 @@ OPERATORS = (
 )
 
 spec = find_spec("torchvision")
-if spec is not None and Path(str(spec.origin)).parents[1].name == "apart":
+if spec is not None and Path(str(spec.origin)).parents[2].name == "apart":
     library = torch.library.Library("torchvision", "DEF")
     for name in OPERATORS:
         library.define(f"{name}(Tensor x) -> Tensor")

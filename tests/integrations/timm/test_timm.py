@@ -9,8 +9,8 @@ from torch import nn
 
 timm = pytest.importorskip(
     "timm",
-    reason="timm is tested apart: make test installs it into .venv/apart, and runs "
-    "PYTHONPATH=.venv/apart pytest tests/integrations/timm",
+    reason="timm is tested apart: make test installs it into .venv/apart and runs "
+    "PYTHONPATH=.venv/apart/timm pytest tests/integrations/timm",
 )
 
 from timm.data import Mixup  # noqa: E402
