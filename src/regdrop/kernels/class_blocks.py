@@ -231,7 +231,8 @@ def grade_blocks(
 
 
 def _rows_kernel(projection: Projection, device: torch.device) -> ClassRows:
-    return class_rows(closed_form_kernel(projection.impl, device).class_rows)
+    dtype = projection.dtype or torch.float32
+    return class_rows(closed_form_kernel(projection.impl, device, dtype).class_rows)
 
 
 def _multiply(rows: Tensor, projection: Projection, block: slice, out: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def work_in_chunks(
         new(weight.shape, dtype=wide) if wanted[1] else None,
         new(classes, dtype=wide) if wanted[2] else None,
     )
-    kernel = closed_form_kernel(projection.impl, hidden.device)
+    kernel = closed_form_kernel(projection.impl, hidden.device, dtype)
     size = _chunk_size(hidden, projection)
     # Memory that was touched before is cheaper than new memory: all chunks share their buffers.
     buffer = hidden.new_empty(num_passes * size, classes, dtype=dtype)
