@@ -14,8 +14,9 @@ DEEPSPEED := deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 ninja==1.13.2 py-cpuin
 
 .PHONY: demo test check attack bench gpu clean
 
-demo: $(VENV)/.tasks ## train digits with and without R-Drop, over five seeds
-	$(BIN)/regdrop compare digits --output runs/digits
+demo: $(VENV)/.tasks ## train a small language model in five ways, over four seeds
+	OMP_NUM_THREADS=1 $(BIN)/regdrop compare alice --arms baseline,baseline-2x,alpha-0,matched-dropout,rdrop \
+		--tuned results/alice-tuning/tuned.json --seeds 4 --output runs/demo
 
 # One thread a process: two workers that each use all cores hinder each other.
 test: check $(APART)/.installed ## lint, type-check and test

@@ -168,7 +168,7 @@ ALICE = LanguageModelling(
         max_grad_norm=1.0,
         adam_beta2=0.98,
     ),
-    rdrop=RDropConfig(alpha=4.0),
+    rdrop=RDropConfig(alpha=2.0),
     vocabulary_size=735,  # the words that occur twice in the training split
     block_size=32,
     context_window=16,
