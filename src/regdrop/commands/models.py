@@ -8,11 +8,11 @@ from rich.table import Table
 from torch import nn
 
 from regdrop.commands.app import app, console, usage_errors
+from regdrop.commands.loading import load_model, made_up_batches
 from regdrop.config import RDropConfig
 from regdrop.conventions import CONVENTIONS
 from regdrop.conventions import convert_alpha as convert
 from regdrop.diagnostics import dropout_report
-from regdrop.integrations.transformers.loading import load_model, made_up_batches
 from regdrop.passes import find_dropout
 from regdrop.suggestion import suggest_prefix
 from regdrop.tasks.options import parse_value
@@ -21,7 +21,10 @@ from regdrop.tasks.options import parse_value
 @app.command()
 def doctor(
     model: Annotated[
-        str, typer.Argument(help="A saved model's folder, a hub id, or module:callable.")
+        str,
+        typer.Argument(
+            help="A saved model's folder, a hub id, a name of timm, or module:callable."
+        ),
     ],
     options: Annotated[
         str, typer.Option("--rdrop", help="R-Drop's options: alpha=1,backward_passes=1,...")

@@ -1,11 +1,14 @@
 """R-Drop as a task of timm: equal to a loop by hand, with what timm does around it."""
 
+import runpy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from typer.testing import CliRunner
 
 timm = pytest.importorskip(
     "timm",
@@ -32,6 +35,7 @@ from regdrop import (  # noqa: E402
     rdrop_cross_entropy,
     repeat_batch,
 )
+from regdrop.commands import app  # noqa: E402
 from regdrop.integrations.timm import RDropTask  # noqa: E402
 
 ALPHA, CLASSES, ROWS = 1.5, 3, 4
@@ -235,3 +239,18 @@ def test_default_vit_is_warned_about():
         warnings.simplefilter("error")
         RDropTask(vit(), rdrop=RDropConfig(alpha=0, num_passes=1))
         RDropTask(vit(attn_drop_rate=0.1))
+
+
+def test_doctor_knows_the_names_of_timm():
+    result = CliRunner().invoke(app, ["doctor", "resnet18"])
+    assert result.exit_code == 1
+    assert "ResNet: sources of dropout" in result.output
+    assert "Raise a dropout rate" in result.output or "Add dropout to the model" in result.output
+
+
+@pytest.mark.slow
+def test_example_learns(capsys):
+    runpy.run_path(str(Path(__file__).parents[3] / "examples" / "timm_task.py"))
+    printed = capsys.readouterr().out
+    assert float(printed.split("accuracy")[1]) > 0.85
+    assert "kl" in printed
