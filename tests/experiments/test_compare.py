@@ -1,4 +1,8 @@
 import io
+import multiprocessing
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -60,10 +64,59 @@ def test_an_error_in_a_run_reaches_the_caller(tmp_path, short):
 @pytest.mark.slow
 def test_a_run_beside_one_that_fails_is_brought_to_its_end(tmp_path, short):
     good = build_arms(short)["baseline"]
-    bad = replace(good, name="bad", training=replace(good.training, optim="magic"))
-    with pytest.raises(ValueError, match="magic"):
+    bad = replace(good, name="bad", rdrop=replace(good.rdrop, class_weight=(1.0,)))
+    with pytest.raises(ValueError, match="class_weight must have one entry"):
         run_arms(short, [bad, good], seeds=[0], folder=tmp_path, workers=2, threads=1)
     assert [path.name for path in (tmp_path / "records").iterdir()] == ["baseline-seed0.json"]
+
+
+@pytest.mark.slow
+def test_two_commands_share_the_runs_of_a_comparison(tmp_path, short):
+    arms = [build_arms(short)[name] for name in ("baseline", "rdrop", "rdrop-one-backward")]
+    alone = run_arms(short, arms, seeds=[0], folder=tmp_path / "alone")
+    displays = [Noted(), Noted()]
+    with ThreadPoolExecutor() as pool:
+        both = [
+            pool.submit(
+                run_arms,
+                short,
+                arms,
+                seeds=[0],
+                folder=tmp_path / "out",
+                threads=1,
+                display=display,
+            )
+            for display in displays
+        ]
+        found = [future.result() for future in both]
+    assert [r.test for r in found[0]] == [r.test for r in found[1]] == [r.test for r in alone]
+    # Each run was trained by one of them, and told to both.
+    steps = [{u.arm for u in display.updates if u.step > 0} for display in displays]
+    assert not steps[0] & steps[1]
+    assert steps[0] | steps[1] == {arm.name for arm in arms}
+    assert all(len(display.finished) == 3 for display in displays)
+    assert not (tmp_path / "out" / "unfinished").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_process_takes_its_own_run_and_no_other(tmp_path, short):
+    class Kills(Noted):
+        """Kills the process of the first run that has come to a step."""
+
+        def update(self, news):
+            if news.step == 1 and not self.said:
+                self.killed = news.arm
+                for process in multiprocessing.active_children():
+                    os.kill(process.pid, signal.SIGKILL)
+
+    arms = [build_arms(short)[name] for name in ("baseline", "rdrop")]
+    display = Kills()
+    with pytest.raises(ValueError, match=r" seed 0: its process was killed; .* goes on from here"):
+        run_arms(short, arms, seeds=[0], folder=tmp_path, threads=1, display=display)
+    (other,) = {arm.name for arm in arms} - {display.killed}
+    assert [path.name for path in (tmp_path / "records").iterdir()] == [f"{other}-seed0.json"]
+    assert display.finished == [(other, 0)]
+    assert len(run_arms(short, arms, seeds=[0], folder=tmp_path, threads=1)) == 2
 
 
 def test_what_is_asked_for_comes_back_and_no_other_records_of_the_folder(tmp_path, short, record):

@@ -69,11 +69,17 @@ def open_engine(
 def _open_processes(workers: int, threads: int | None) -> Iterator[Engine]:
     # A fresh interpreter a worker: CUDA and thread pools do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    news: Any = context.Queue()
+    news: queue.SimpleQueue[Update] = queue.SimpleQueue()
 
-    def start() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            1, mp_context=context, initializer=_start_worker, initargs=(news, threads)
+    def start() -> _Worker:
+        own: Any = context.Queue()
+        own.cancel_join_thread()
+        threading.Thread(target=_forward, args=(own, news), daemon=True).start()
+        return _Worker(
+            ProcessPoolExecutor(
+                1, mp_context=context, initializer=_start_worker, initargs=(own, threads)
+            ),
+            own,
         )
 
     with _Workers(workers, start) as pool:
@@ -89,17 +95,27 @@ def _open_processes(workers: int, threads: int | None) -> Iterator[Engine]:
         yield Engine(pool, quiet_libraries, _tell, lambda: read_all(news), stop)
 
 
+class _Worker(NamedTuple):
+    """A process and its news.
+
+    They come by a queue of its own: one that is killed while it writes leaves its queue locked.
+    """
+
+    pool: ProcessPoolExecutor
+    news: Any
+
+
 class _Workers(Executor):
     """Processes, of which one that is killed takes its own run with it and no other's.
 
     Args:
         count: Number of processes.
-        start: Starts a pool of one.
+        start: Starts one.
     """
 
-    def __init__(self, count: int, start: Callable[[], ProcessPoolExecutor]) -> None:
+    def __init__(self, count: int, start: Callable[[], _Worker]) -> None:
         self._start = start
-        self._free: queue.SimpleQueue[ProcessPoolExecutor] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(count):
             self._free.put(start())
         self._threads = ThreadPoolExecutor(count)
@@ -112,18 +128,26 @@ class _Workers(Executor):
         """End the processes, what runs before that if it is waited for."""
         self._threads.shutdown(wait, cancel_futures=cancel_futures)
         while not self._free.empty():
-            self._free.get().shutdown(wait)
+            worker = self._free.get()
+            worker.pool.shutdown(wait)
+            worker.news.put(None)
 
     def _run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        process = self._free.get()
+        worker = self._free.get()
         try:
-            return process.submit(fn, *args, **kwargs).result()
+            return worker.pool.submit(fn, *args, **kwargs).result()
         except BrokenProcessPool as error:
-            process.shutdown(wait=False)
-            process = self._start()
+            worker.pool.shutdown(wait=False)
+            worker = self._start()
             raise WorkerLostError("its process was killed; is there enough memory?") from error
         finally:
-            self._free.put(process)
+            self._free.put(worker)
+
+
+def _forward(own: Any, news: "queue.SimpleQueue[Update]") -> None:
+    """Pass the news of a process on, until it says that there are no more."""
+    while (update := own.get()) is not None:
+        news.put(update)
 
 
 def read_all(news: Any) -> list[Update]:

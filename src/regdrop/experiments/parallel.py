@@ -216,6 +216,7 @@ def _run_jobs(
         # Ctrl-C: what has not begun is not begun, what runs has its checkpoint.
         engine.stop()
         raise
+    _show(engine, display)
     if failure is not None:
         raise failure
     if lost:
