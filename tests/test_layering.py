@@ -93,7 +93,8 @@ def test_command_line_entry_needs_nothing_to_be_imported():
 
 def test_import_loads_no_optional_library():
     heavy = (
-        "transformers accelerate datasets sklearn scipy matplotlib rich typer kornia peft triton"
+        "transformers accelerate datasets sklearn scipy matplotlib rich typer kornia peft triton "
+        "lightning timm trl sentence_transformers"
     )
     code = f"import sys, regdrop; print([n for n in {heavy.split()!r} if n in sys.modules])"
     result = subprocess.run(
