@@ -156,3 +156,16 @@ def test_images_and_their_labels_are_checked_in_every_split(tmp_path, image, lab
     options = {"image_size": 8, "num_channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
     with pytest.raises(ValueError, match=message):
         load_image_splits(str(tmp_path / "data"), augmentation=None, **options)
+
+
+def test_images_of_one_class_are_nothing_to_learn_from(tmp_path):
+    rows = {"image": [{"bytes": png(), "path": None}] * 12, "label": [1] * 12}
+    split = datasets.Dataset.from_dict(rows, features=datasets.Features(FEATURES))
+    (tmp_path / "data").mkdir()
+    for name in ("train", "test"):
+        split.to_parquet(tmp_path / "data" / f"{name}.parquet")
+    options = {"image_size": 8, "num_channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
+    with pytest.raises(
+        ValueError, match=r"labels of split 'train' .* several classes, got 1 in al"
+    ):
+        load_image_splits(str(tmp_path / "data"), augmentation=None, **options)

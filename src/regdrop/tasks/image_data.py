@@ -183,6 +183,11 @@ def load_image_splits(
             return None
         where = f"split {name!r} of data {dataset!r}"
         labels = check_labels(where, source[label_column][:], len(own_names))
+        if name == "train" and len(labels.unique()) == 1:
+            raise ValueError(
+                f"the labels of {where} must be of several classes, got {labels[0]} in all "
+                f"{len(labels)} rows"
+            )
         labels = labels if places is None else torch.tensor(places)[labels]
         read = _reader(where, source, image_column, image_size, num_channels)
         return Images(
