@@ -165,7 +165,5 @@ def test_images_of_one_class_are_nothing_to_learn_from(tmp_path):
     for name in ("train", "test"):
         split.to_parquet(tmp_path / "data" / f"{name}.parquet")
     options = {"image_size": 8, "num_channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
-    with pytest.raises(
-        ValueError, match=r"labels of split 'train' .* several classes, got 1"
-    ):
+    with pytest.raises(ValueError, match=r"labels of split 'train' .* several classes, got 1"):
         load_image_splits(str(tmp_path / "data"), augmentation=None, **options)
