@@ -213,3 +213,9 @@ def test_bad_options_are_named(options, error, message):
 def test_unknown_options_are_named():
     with pytest.raises(ValueError, match=r"RDropConfig has no option \['beta'\]; it has"):
         RDropConfig.from_dict({"alpha": 1, "beta": 2})
+
+
+@pytest.mark.parametrize("name", ["rescale", "fused_linear"])
+def test_a_number_is_no_boolean(name):
+    with pytest.raises(ValueError, match=f"{name} must be one of"):
+        RDropConfig(**{name: 0})

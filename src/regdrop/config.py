@@ -186,8 +186,10 @@ class RDropConfig:
             "likelihood": get_args(Likelihood),
         }
         for name, accepted in choices.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} must be one of {accepted}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            # 0 equals False, and is none.
+            if value not in accepted or (isinstance(value, int) and not isinstance(value, bool)):
+                raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
 
     def _check_combinations(self) -> None:
         if self.num_passes == 1 and self.alpha != 0:
