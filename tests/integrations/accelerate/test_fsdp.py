@@ -49,7 +49,7 @@ def all_cases(folder):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fsdp2_is_ddp_and_refuses_to_fuse_a_sharded_layer(tmp_path):
     for found, case in zip(in_two_processes(tmp_path, all_cases), CASES, strict=True):
         assert_same(found, in_one_process(tmp_path, *case))

@@ -197,7 +197,7 @@ class Exact(Classifier):
             torch.save(self.network.state_dict(), f"{self.path}/{self.global_rank}.pt")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_have_the_gradient_of_one_batch(tmp_path):
     config = RDropConfig(alpha=ALPHA)
