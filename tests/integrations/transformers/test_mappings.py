@@ -169,6 +169,7 @@ def terms_of(model: PreTrainedModel, head: Head, num_passes: int) -> ItemTerms:
     return head.terms(head.outputs(model(**inputs)), head.target, num_passes=num_passes)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUN)
 def test_one_pass_is_the_models_own_loss_and_two_have_a_divergence(name):
     model = tiny_model(name)
