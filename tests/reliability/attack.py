@@ -193,6 +193,11 @@ def give_wrong_data(attack: Attack) -> None:
             {"label": 2},
             {"label": -1},
             {"label": 10**6},
+            {"label": "many"},
+            {"label": ["a"]},
+            {"sentence": ["a"]},
+            {"sentence": 3},
+            {"sentence": {"a": "b"}},
         )
     )
     kind = attack.random.choice(

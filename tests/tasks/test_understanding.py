@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -212,6 +213,11 @@ def test_bad_data_is_named_before_work_is_lost(tmp_path):
         prepare("one", rows[:1] * 20)
     with pytest.raises(ValueError, match=r"'sentence' of split 'train' .* got null in row 20"):
         prepare("null", [*rows, {"sentence": None, "label": 0}])
+    for name, other in (("list", ["a"]), ("number", 3), ("mapping", {"a": "b"})):
+        with pytest.raises(ValueError, match=rf"must hold text, got {re.escape(repr(other))} in"):
+            prepare(name, [*rows, {"sentence": other, "label": 0}])
+    with pytest.raises(ValueError, match="label"):
+        prepare("words", [*rows, {"sentence": "good", "label": "many"}])
     with pytest.raises(ValueError, match="must hold classes from 0 to 1, got 7 in row 0"):
         prepare("labels", [{"sentence": "good", "label": 7}] * 20)
     with pytest.raises(ValueError, match=r"(?:cannot be read|must hold numbers): .*'yes'"):

@@ -66,7 +66,13 @@ def open_splits(
                 content = hashlib.sha256(repr(data_digests(dataset)).encode()).hexdigest()[:16]
                 options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE, content))
             path = str(plain_path(folder))
-            return dict(datasets.load_dataset(path, data_files=files or None, **options))
+            if not files:
+                return dict(datasets.load_dataset(path, **options))
+            # Each by itself: read together, all are made what the first one is, lists to text.
+            return {
+                name: datasets.load_dataset(path, data_files={name: file}, split=name, **options)
+                for name, file in sorted(files.items())
+            }
         return dict(datasets.load_dataset(dataset, config_name, **options))
     except (DatasetNotFoundError, ConnectionError, OSError) as error:
         raise ValueError(f"data {dataset!r} cannot be found: {error}") from error
@@ -96,13 +102,19 @@ def check_texts(dataset: str, splits: Mapping[str, Any], columns: Iterable[str])
     Raises:
         ValueError: If one holds anything else, by split, column and row.
     """
+    from datasets import Value
+
     for name, split in splits.items():
         for column in columns:
             where = f"column {column!r} of split {name!r} of data {dataset!r}"
-            kind = getattr(split.features[column], "dtype", None)
-            if kind not in ("string", "large_string"):
-                shown = split[0][column]
-                raise ValueError(f"{where} must hold text, got {shown!r} in row 0")
+            feature = split.features[column]
+            # A column of several kinds has a feature of its own, though its dtype is text.
+            if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string")):
+                numbered = enumerate(split[column])
+                row, shown = next(
+                    ((i, x) for i, x in numbered if not isinstance(x, str)), (0, split[0][column])
+                )
+                raise ValueError(f"{where} must hold text, got {shown!r} in row {row}")
             values = split.data.column(column)
             if values.null_count:
                 row = values.is_null().index(True).as_py()
