@@ -21,12 +21,12 @@ demo: $(VENV)/.tasks ## train a small language model in five ways, over four see
 # One thread a process: two workers that each use all cores hinder each other.
 test: check $(APART)/.timm ## lint, type-check and test
 	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist worksteal -q -m "not long"
-	OMP_NUM_THREADS=1 PYTHONPATH=$(APART)/timm $(RUN) pytest -q tests/integrations/timm
+	OMP_NUM_THREADS=1 PYTHONPATH=$(APART)/timm $(RUN) pytest -q tests/integrations/apart_timm
 
 test-all: test $(APART)/.deepspeed ## and what takes a minute or more: attacks, notebooks, sharded training
 	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist worksteal -q -m long
 	OMP_NUM_THREADS=1 PYTHONPATH=$(APART)/deepspeed PATH="$(CURDIR)/$(APART)/deepspeed/bin:$$PATH" \
-	$(RUN) pytest -q tests/integrations/deepspeed
+	$(RUN) pytest -q tests/integrations/apart_deepspeed
 
 check: $(VENV)/.dev ## lint and type-check
 	$(BIN)/ruff check .

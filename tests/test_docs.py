@@ -166,7 +166,7 @@ def test_examples_are_short(path):
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run_and_learn(path, tmp_path):
     if path.stem == "timm_task" and find_spec("timm") is None:
-        pytest.skip("timm is installed apart: tests/integrations/timm runs its example")
+        pytest.skip("timm is installed apart: tests/integrations/apart_timm runs its example")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, str(path)],

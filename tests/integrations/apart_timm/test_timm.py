@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 timm = pytest.importorskip(
     "timm",
     reason="timm is tested apart: make test installs it into .venv/apart and runs "
-    "PYTHONPATH=.venv/apart/timm pytest tests/integrations/timm",
+    "PYTHONPATH=.venv/apart/timm pytest tests/integrations/apart_timm",
 )
 
 from timm.data import Mixup  # noqa: E402
