@@ -26,8 +26,8 @@ import recording
 from regdrop import RDropConfig
 from regdrop.diagnostics import expected_cost
 from regdrop.experiments import build_arms
+from regdrop.experiments.building import build_trainer
 from regdrop.experiments.progress import quiet_libraries
-from regdrop.experiments.run import build_trainer
 from regdrop.tasks import Task
 from regdrop.tasks.options import change_task, find_task
 

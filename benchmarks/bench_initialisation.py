@@ -19,9 +19,9 @@ from transformers import set_seed
 
 import recording
 from regdrop.experiments import build_arms
+from regdrop.experiments.building import build_trainer
 from regdrop.experiments.plots import COLOURS, new_figure, save_figure
 from regdrop.experiments.progress import quiet_libraries
-from regdrop.experiments.run import build_trainer
 from regdrop.tasks import Task
 from regdrop.tasks.options import change_task, find_task
 

@@ -7,7 +7,7 @@ from regdrop import RDropConfig, find_dropout
 from regdrop.experiments import build_arms, run
 from regdrop.experiments.arms import other_arms
 from regdrop.experiments.record import resolved_config
-from regdrop.experiments.run import check_same_config
+from regdrop.experiments.same_settings import check_same_config
 from regdrop.experiments.tuning import with_settings
 from regdrop.tasks.image_presets import DIGITS
 

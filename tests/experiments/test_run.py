@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from regdrop.experiments import build_arms, run_arm, run_arms
-from regdrop.experiments import run as run_module
+from regdrop.experiments import build_arms, building, run_arm, run_arms
 from regdrop.experiments.history import DivergedError
 from regdrop.experiments.integrity import list_checkpoints
 from regdrop.experiments.ownership import HeldError, hold
@@ -124,7 +123,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_end(
     arm = next(arm for arm in arms if arm.name == name)
     whole = run_arm(short, arm, 0, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "TaskTrainer", trainer)
+        patch.setattr(building, "TaskTrainer", trainer)
         with pytest.raises(KeyboardInterrupt):
             run_arm(short, arm, 0, tmp_path / "cut")
     assert not record_path(tmp_path / "cut", name, 0).exists()
@@ -142,7 +141,7 @@ def test_results_of_other_settings_are_never_mixed_or_overwritten(
 ):
     with monkeypatch.context() as patch:
         if not finished:
-            patch.setattr(run_module, "TaskTrainer", interrupt_after_a_step)
+            patch.setattr(building, "TaskTrainer", interrupt_after_a_step)
         with nullcontext() if finished else pytest.raises(KeyboardInterrupt):
             run_arm(short, build_arms(short)["rdrop"], 0, tmp_path)
     assert record_path(tmp_path, "rdrop", 0).exists() == finished
@@ -228,7 +227,7 @@ def test_a_run_goes_on_from_its_last_whole_checkpoint(
     arm = build_arms(short)["rdrop"]
     whole = run_arm(short, arm, 0, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "TaskTrainer", interrupt_in_the_end)
+        patch.setattr(building, "TaskTrainer", interrupt_in_the_end)
         with pytest.raises(KeyboardInterrupt):
             run_arm(short, arm, 0, tmp_path / "cut")
     work = tmp_path / "cut" / "unfinished" / "rdrop-seed0"
@@ -251,7 +250,7 @@ def test_a_run_in_a_folder_that_was_moved_selects_the_same_checkpoint(tmp_path, 
     whole = run_arm(task, arm, 0, tmp_path / "whole")
     assert whole.best_step == 2
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "TaskTrainer", interrupt_in_the_end)
+        patch.setattr(building, "TaskTrainer", interrupt_in_the_end)
         with pytest.raises(KeyboardInterrupt):
             run_arm(task, arm, 0, tmp_path / "cut")
     (tmp_path / "cut").rename(tmp_path / "moved")
@@ -264,7 +263,7 @@ def test_a_best_checkpoint_that_is_damaged_is_trained_again(tmp_path, short, mon
     arm = build_arms(task)["baseline"]
     whole = run_arm(task, arm, 0, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "TaskTrainer", interrupt_in_the_end)
+        patch.setattr(building, "TaskTrainer", interrupt_in_the_end)
         with pytest.raises(KeyboardInterrupt):
             run_arm(task, arm, 0, tmp_path / "cut")
     work = tmp_path / "cut" / "unfinished" / "baseline-seed0"
@@ -287,7 +286,7 @@ def test_damaged_files_of_an_interrupted_run_are_named(
 ):
     arm = build_arms(short)["rdrop"]
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "TaskTrainer", interrupt_after_a_step)
+        patch.setattr(building, "TaskTrainer", interrupt_after_a_step)
         with pytest.raises(KeyboardInterrupt):
             run_arm(short, arm, 0, tmp_path)
     work = tmp_path / "unfinished" / "rdrop-seed0"
@@ -334,7 +333,7 @@ def test_the_first_loss_after_a_resume_is_the_mean_since_the_log_before_the_chec
     arm = build_arms(task)["rdrop"]
     whole = run_arm(task, arm, 0, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "TaskTrainer", interrupt_after_a_step)
+        patch.setattr(building, "TaskTrainer", interrupt_after_a_step)
         with pytest.raises(KeyboardInterrupt):
             run_arm(task, arm, 0, tmp_path / "cut")
     resumed = run_arm(task, arm, 0, tmp_path / "cut")

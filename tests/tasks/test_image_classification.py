@@ -227,10 +227,10 @@ def test_photographs_are_streamed(tmp_path, monkeypatch):
 def test_an_interrupted_run_goes_on_with_the_same_crops_of_the_same_images(
     tmp_path, monkeypatch, streaming
 ):
-    from regdrop.experiments import run
+    from regdrop.experiments import building
     from regdrop.tasks import image_stream
 
-    class Interrupted(run.TaskTrainer):
+    class Interrupted(building.TaskTrainer):
         def _save_checkpoint(self, *args, **kwargs):
             super()._save_checkpoint(*args, **kwargs)
             raise KeyboardInterrupt
@@ -240,7 +240,7 @@ def test_an_interrupted_run_goes_on_with_the_same_crops_of_the_same_images(
     arm = build_arms(task)["rdrop"]
     whole = run_arm(task, arm, 0, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(run, "TaskTrainer", Interrupted)
+        patch.setattr(building, "TaskTrainer", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_arm(task, arm, 0, tmp_path / "cut")
     resumed = run_arm(task, arm, 0, tmp_path / "cut")

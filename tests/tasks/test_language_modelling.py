@@ -235,7 +235,7 @@ def test_the_papers_models_have_their_size(name, vocabulary, expected):
 
 
 def test_perplexity_does_not_depend_on_label_smoothing(tmp_path):
-    from regdrop.experiments.run import build_trainer
+    from regdrop.experiments.building import build_trainer
 
     figures = []
     for smoothing in (0.0, 0.3):
@@ -307,7 +307,7 @@ def test_presets_have_the_papers_settings():
 
 
 def test_the_adaptive_models_optimiser_is_nesterovs_with_a_cosine(tmp_path):
-    from regdrop.experiments.run import build_trainer
+    from regdrop.experiments.building import build_trainer
 
     chosen = small(tmp_path, "ptb-adaptive", training=PRESETS["wikitext103-adaptive"].training)
     prepared = chosen.prepare()

@@ -17,7 +17,8 @@ from regdrop import find_dropout
 from regdrop.experiments import build_arms, run_arm
 from regdrop.experiments.evaluate import evaluate
 from regdrop.experiments.record import resolved_config
-from regdrop.experiments.run import RunPaths, check_same_config, train_run
+from regdrop.experiments.run import RunPaths, train_run
+from regdrop.experiments.same_settings import check_same_config
 from regdrop.tasks import PRESETS
 from regdrop.tasks.glue import GLUE
 from regdrop.tasks.understanding import MINILM, regression_statistics

@@ -10,10 +10,11 @@ import numpy as np
 
 from regdrop.experiments.arms import baseline_arm
 from regdrop.experiments.bootstrap import Interval, interval, resample
+from regdrop.experiments.building import build_trainer
 from regdrop.experiments.files import write_json
 from regdrop.experiments.progress import quiet_libraries
 from regdrop.experiments.record import RunRecord
-from regdrop.experiments.run import MODEL_FOLDER, RECORD_NAME, build_trainer
+from regdrop.experiments.run import MODEL_FOLDER, RECORD_NAME
 from regdrop.tasks import PreparedTask, Task
 from regdrop.tasks.options import change_task, task_from_config
 

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from regdrop.disagreement import Disagreement, Predictions
 from regdrop.experiments.arms import baseline_arm
+from regdrop.experiments.building import build_trainer
 from regdrop.experiments.evaluate import load_run
 from regdrop.experiments.files import write_json
 from regdrop.experiments.plots import COLOURS, new_figure, save_figure
@@ -21,7 +22,7 @@ from regdrop.experiments.record import (
     describe_hardware,
     library_versions,
 )
-from regdrop.experiments.run import MODEL_FOLDER, build_trainer
+from regdrop.experiments.run import MODEL_FOLDER
 from regdrop.integrations.transformers.disagreement import measure_model
 from regdrop.tasks.generation import EXAMPLE_ID
 from regdrop.tasks.options import change_task

@@ -24,7 +24,8 @@ from regdrop.experiments.record import (
     resolved_config,
     settings_digest,
 )
-from regdrop.experiments.run import UNFINISHED, RunPaths, check_same_config, run_arm
+from regdrop.experiments.run import UNFINISHED, RunPaths, run_arm
+from regdrop.experiments.same_settings import check_same_config
 from regdrop.tasks import Task
 
 _POLL_SECONDS = 0.2

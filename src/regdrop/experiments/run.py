@@ -1,7 +1,6 @@
 """One run: a task trained in one way with one seed, by the Trainer, to one record."""
 
 import logging
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from regdrop.config import RDropConfig
 from regdrop.experiments.arms import Arm
+from regdrop.experiments.building import (
+    build_trainer,
+    check_batch_size,
+    check_dropout,
+    is_greater_better,
+)
 from regdrop.experiments.details import DIGITS
 from regdrop.experiments.epochs import EpochCallback
 from regdrop.experiments.files import disk_error, read_object, write_json
@@ -28,7 +31,7 @@ from regdrop.experiments.integrity import (
 )
 from regdrop.experiments.optimisers import check_optimiser
 from regdrop.experiments.ownership import hold, remove_empty
-from regdrop.experiments.processes import is_main_process, main_process_first, num_processes
+from regdrop.experiments.processes import is_main_process, main_process_first
 from regdrop.experiments.record import (
     RunRecord,
     describe_hardware,
@@ -40,11 +43,11 @@ from regdrop.experiments.record import (
 )
 from regdrop.experiments.rising_dropout import RisingDropout
 from regdrop.experiments.running_loss import RunningLoss
+from regdrop.experiments.same_settings import check_same_config
 from regdrop.integrations.transformers import RDropTrainer
 from regdrop.integrations.transformers.checkpoints import average_weights
-from regdrop.passes import find_dropout, scale_dropout_odds
+from regdrop.passes import scale_dropout_odds
 from regdrop.tasks import PreparedTask, Task
-from regdrop.tasks.full_precision import TaskTrainer
 
 _logger = logging.getLogger(__name__)
 
@@ -234,7 +237,7 @@ def _begin(
         paths.work.mkdir(parents=True, exist_ok=True)
         checkpoint = _find_checkpoint(paths.work, arm, config)
     set_seed(seed)
-    _check_batch_size(arm)
+    check_batch_size(arm)
     try:
         prepared = task.prepare(paths.learned or paths.work / "learned")
         for name in ("train", "validation", "test", *prepared.further_tests):
@@ -245,7 +248,7 @@ def _begin(
         raise ValueError(
             f"the model's settings cannot be: {' '.join(str(error).split())}"
         ) from error
-    _check_dropout(model, arm)
+    check_dropout(model, arm)
     if arm.dropout_odds != 1 and not arm.dropout_rises:
         scale_dropout_odds(model, arm.dropout_odds)
     return checkpoint, prepared, model
@@ -280,133 +283,16 @@ def _test(
     return figures, examples
 
 
-def build_trainer(
-    task: Task,
-    arm: Arm,
-    seed: int,
-    folder: Path,
-    prepared: PreparedTask,
-    model: Any,
-    *,
-    train: Any = None,
-    validation: Any = None,
-) -> RDropTrainer:
-    """Return the trainer of a run; without data it only predicts."""
-    make = prepared.trainer or TaskTrainer
-
-    def compute_metrics(prediction: Any) -> dict[str, float]:
-        return task.figures(prepared.example_statistics(prediction))
-
-    trainer: RDropTrainer = make(
-        model=model,
-        args=training_arguments(task, arm, seed, folder, prepared, with_training=train is not None),
-        rdrop=arm.rdrop,
-        train_dataset=train,
-        eval_dataset=validation,
-        data_collator=prepared.data_collator,
-        processing_class=prepared.processing_class,
-        compute_metrics=compute_metrics,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def training_arguments(
-    task: Task,
-    arm: Arm,
-    seed: int,
-    folder: Path,
-    prepared: PreparedTask,
-    *,
-    with_training: bool = True,
-) -> TrainingArguments:
-    """Return the Trainer's arguments of one run."""
-    settings = arm.training
-    on_gpu = torch.cuda.is_available()
-    make = prepared.arguments or TrainingArguments
-    batch_size = settings.batch_size // (settings.gradient_accumulation_steps * num_processes())
-    selection: dict[str, Any] = {
-        "eval_strategy": "steps",
-        "eval_steps": settings.eval_steps,
-        "save_strategy": "steps",
-        "save_steps": settings.eval_steps,
-        # One more than is needed, for the case that the newest is damaged.
-        "save_total_limit": settings.average_checkpoints + 1,
-    }
-    if settings.average_checkpoints == 1:  # else the best would take the place of a last one
-        selection |= {
-            "load_best_model_at_end": True,
-            "metric_for_best_model": task.selection_metric,
-            "greater_is_better": _is_greater_better(task),
-        }
-    options = {
-        "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": prepared.eval_batch_factor * batch_size,
-        **prepared.options,
-        **({**selection, **prepared.training_options} if with_training else {}),
-    }
-    arguments: TrainingArguments = make(
-        output_dir=str(folder),
-        seed=seed,
-        max_steps=settings.max_steps,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=math.ceil(settings.warmup_ratio * settings.max_steps),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        label_smoothing_factor=settings.label_smoothing,
-        optim=settings.optim,
-        optim_args=settings.optim_args,
-        adam_beta2=settings.adam_beta2,
-        bf16=with_training and settings.mixed_precision == "bf16",
-        fp16=with_training and on_gpu and settings.mixed_precision == "fp16",
-        use_cpu=not on_gpu,
-        logging_steps=settings.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # `HistoryCallback` ends such a run
-        disable_tqdm=True,
-        report_to=[],
-        **options,
-    )
-    return arguments
-
-
 def _select(
     task: Task, arm: Arm, trainer: RDropTrainer, history: HistoryCallback, work: Path
 ) -> tuple[int, dict[str, float]]:
     """Return the step and the validation figures of the selected weights, which are loaded."""
     count = arm.training.average_checkpoints
     if count == 1:
-        return history.best(task.selection_metric, _is_greater_better(task))
+        return history.best(task.selection_metric, is_greater_better(task))
     folders = list_checkpoints(work)[-count:]
     average_weights(trainer.accelerator.unwrap_model(trainer.model), folders)
     return trainer.state.global_step, trainer.evaluate()
-
-
-def _check_batch_size(arm: Arm) -> None:
-    settings, processes = arm.training, num_processes()
-    if settings.batch_size % (settings.gradient_accumulation_steps * processes):
-        raise ValueError(
-            f"training.batch_size must be a multiple of gradient_accumulation_steps times the "
-            f"number of processes, got {settings.batch_size}, "
-            f"{settings.gradient_accumulation_steps} and {processes}"
-        )
-
-
-def _check_dropout(model: Any, arm: Arm) -> None:
-    rates = arm.rdrop.dropout_rates
-    is_noisy = arm.rdrop.method == "r3f" and arm.rdrop.noise > 0
-    wanted = arm.rdrop.num_passes > 1 and not (rates is not None and any(rates)) and not is_noisy
-    if wanted and not any(source.active for source in find_dropout(model.train())):
-        raise ValueError(
-            f"model {type(model).__name__} has no dropout above 0, so several passes cannot "
-            "differ; set dropout above 0"
-        )
-
-
-def _is_greater_better(task: Task) -> bool:
-    return task.metrics[task.selection_metric].greater_is_better
 
 
 def _find_checkpoint(work: Path, arm: Arm, config: dict[str, Any]) -> Path | None:
@@ -434,31 +320,3 @@ def _averaged_steps(arm: Arm) -> list[int]:
         return []
     saved = [*range(settings.eval_steps, settings.max_steps, settings.eval_steps)]
     return [*saved, settings.max_steps][-settings.average_checkpoints :]
-
-
-def check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Check that what was found in a file was made with the settings that are wanted.
-
-    Raises:
-        ValueError: If not, with the names of the settings that differ.
-    """
-    if "rdrop" in found:  # what was not an option then had the value that is its default now
-        found = {**found, "rdrop": {**RDropConfig().to_dict(), **found["rdrop"]}}
-    if names := _differences(found, wanted):
-        raise ValueError(
-            f"{path} was made with other settings ({', '.join(names)}); "
-            "choose another output folder, or remove it to train again"
-        )
-
-
-def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Return the names of settings that differ; what did not exist then cannot differ."""
-    names = []
-    for name in sorted(found.keys() | wanted.keys()):
-        if name in found and name not in wanted:
-            names.append(name)
-        elif isinstance(found.get(name), dict) and isinstance(wanted.get(name), dict):
-            names += [f"{name}.{inner}" for inner in _differences(found[name], wanted[name])]
-        elif name in found and found[name] != wanted[name]:
-            names.append(name)
-    return names
