@@ -23,6 +23,9 @@ pytestmark = [
 ]
 
 
+FUSED = RDropConfig(alpha=3.0, fused_linear=True)
+
+
 def under_deepspeed(folder, name, stage, rdrop=None):
     os.environ.update(DS_ACCELERATOR="cpu", DS_IGNORE_CUDA_DETECTION="1")
     config = {
@@ -53,3 +56,15 @@ def gpt2(folder):
 @pytest.mark.parametrize("run", [bert, gpt2])
 def test_stacked_passes_are_those_of_ddp_and_several_forwards_are_refused(tmp_path, run):
     assert_same(in_two_processes(tmp_path, run), in_one_process(tmp_path, run.__name__))
+
+
+def fused_gpt2(folder):
+    with pytest.raises(ValueError, match=r"fused_linear=True does not work.*over processes"):
+        under_deepspeed(folder, "gpt2", 3, FUSED)
+    return [under_deepspeed(folder, "gpt2", stage, FUSED) for stage in (0, 1, 2)]
+
+
+def test_the_fused_layer_is_the_same_where_each_process_holds_it_whole(tmp_path):
+    expected = in_one_process(tmp_path, "gpt2")
+    for found in in_two_processes(tmp_path, fused_gpt2):
+        assert_same(found, expected)

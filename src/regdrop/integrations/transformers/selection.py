@@ -139,7 +139,7 @@ class HeadSelection(_Base):
             self._tell_own(f"the loss is that of {owner}", source)
             return source
         model = self._bare(self.model)
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        is_sharded = self._splits_parameters()
         if type(self).rdrop_head is not HeadSelection.rdrop_head:
             head = self.rdrop_head(model, inputs)
             return Source() if is_sharded else self._check_own_head(model, head, inputs)
@@ -186,8 +186,12 @@ class HeadSelection(_Base):
 
     def _runnable(self) -> Any:
         """Return what may be called beside training: what holds the whole of its parameters."""
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return self.model_wrapped if is_sharded else self._bare(self.model)
+        return self.model_wrapped if self._splits_parameters() else self._bare(self.model)
+
+    def _splits_parameters(self) -> bool:
+        """Return whether a process holds a part of each parameter: FSDP, or DeepSpeed's ZeRO 3."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     def _check_own_head(self, model: nn.Module, head: Head, inputs: Mapping[str, Any]) -> Source:
         """Hold a head of `rdrop_head` against the model's own loss and its terms' own count."""

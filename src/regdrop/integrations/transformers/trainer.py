@@ -483,7 +483,7 @@ class RDropTrainerMixin(HeadSelection):
         try:
             if head.vocabulary is None:
                 raise ValueError("its head is not one linear layer over a vocabulary")
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
+            if self._splits_parameters() or self.get_tp_size() > 1:
                 raise ValueError("its last layer is spread over processes")
             if self.args.torch_compile or is_compiled_module(model):
                 raise ValueError("it is compiled")
