@@ -146,16 +146,23 @@ def _target_arguments(target: Target, dtype: torch.dtype) -> tuple[Tensor | floa
     )
 
 
-@cache
-def _library() -> Any:
-    """Build the kernel, or find it built, and return its operators."""
-    from torch.utils.cpp_extension import get_default_build_root, is_ninja_available, load
+def missing_tools() -> list[str]:
+    """Return what the build needs and this machine lacks, in words."""
+    from torch.utils.cpp_extension import is_ninja_available
 
     compiler = os.environ.get("CXX", "c++")
     missing = [] if shutil.which(compiler.split()[0]) else [f"C++ compiler ({compiler}, or $CXX)"]
     if not is_ninja_available():
         missing.append("ninja (pip install ninja)")
-    if missing:
+    return missing
+
+
+@cache
+def _library() -> Any:
+    """Build the kernel, or find it built, and return its operators."""
+    from torch.utils.cpp_extension import get_default_build_root, load
+
+    if missing := missing_tools():
         raise ValueError(
             f"impl='cpp' builds a kernel and finds no {' and no '.join(missing)}; "
             f"install it or use impl='auto' or 'chunked'"

@@ -64,12 +64,22 @@ def closed_form_kernel(
 
 @cache
 def _can_run_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether Triton is installed, finds the C compiler it needs, and knows this GPU."""
-    compiler = os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))
+    """Return whether the Triton kernel can run for logits of a dtype on a GPU."""
+    return obstacle_to_triton(device, dtype) is None
+
+
+def obstacle_to_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the Triton kernel cannot run for logits of a dtype on a device; None if it can."""
+    if device.type != "cuda":
+        return "Triton runs on a GPU alone"
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+        return "Triton needs a C compiler (cc, gcc, clang or $CC), and there is none"
     # Turing GPUs, 7.5, have no bfloat16.
     least = (8, 0) if dtype == torch.bfloat16 else (7, 5)
-    return (
-        find_spec("triton") is not None
-        and bool(compiler)
-        and torch.cuda.get_device_capability(device) >= least
-    )
+    found = torch.cuda.get_device_capability(device)
+    if found < least:
+        wanted, has = (".".join(map(str, pair)) for pair in (least, found))
+        return f"it needs compute capability {wanted}, and this GPU has {has}"
+    return None
