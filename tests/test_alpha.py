@@ -192,6 +192,21 @@ def test_negative_steps_are_refused():
         AlphaController(STEPS).update(-1)
 
 
+def test_a_controller_takes_all_of_its_settings_from_a_config():
+    config = RDropConfig(alpha="auto", alpha_rule="stall", alpha_max=3.0, start_step=2)
+    controller = AlphaController.from_config(config, 10)
+    assert [controller.alpha_at(step) for step in (1, 2)] == [0, 1]
+    for _ in range(4):
+        controller.update(3, validation_loss=1.0)
+    assert controller.alpha == 3
+    ramp = AlphaController.from_config(RDropConfig(alpha="auto"), 8)
+    assert [ramp.alpha_at(step) for step in (0, 4, 8)] == [0, 8, 16]
+    with pytest.raises(ValueError, match="config must have alpha='auto', got alpha=1"):
+        AlphaController.from_config(RDropConfig(), 10)
+    with pytest.raises(TypeError, match="config must be an RDropConfig, got int"):
+        AlphaController.from_config(10, RDropConfig(alpha="auto"))
+
+
 # --- a loop of one's own ------------------------------------------------------------------------
 
 
@@ -200,7 +215,7 @@ def test_the_alpha_of_a_controller_is_the_weight_of_a_step():
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
     x, y = torch.randn(6, 4).double(), torch.randint(0, 3, (6,))
     config = RDropConfig(alpha="auto", alpha_rule="stall")
-    controller = AlphaController(4, rule="stall")
+    controller = AlphaController.from_config(config, 4)
     alphas = []
     for step in range(4):
         alphas.append(controller.alpha)

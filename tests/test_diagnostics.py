@@ -135,10 +135,68 @@ def test_a_divergence_of_zero_is_warned_about():
         ({"fraction": 0.25, "backward_passes": 1}, 1 + 1 / 12),
         ({"every_n_steps": 4}, 1.25),
         ({"every_n_steps": 2, "backward_passes": 1}, 7 / 6),
+        ({"alpha": "auto"}, 2),
+        ({"alpha": "auto", "single_pass_below": 8.0}, 1.5),
+        ({"alpha": "auto", "alpha_max": 4.0, "single_pass_below": 1.0}, 1.75),
+        ({"alpha": "auto", "single_pass_below": 8.0, "every_n_steps": 2}, 1.25),
+        ({"alpha": "auto", "single_pass_below": 4.0, "backward_passes": 1}, 1.25),
+        # Nobody knows what a rule that follows the validation loss will do.
+        ({"alpha": "auto", "alpha_rule": "stall", "single_pass_below": 4.0}, 2),
+        # In a long run neither the start nor a ramp of so many steps counts.
+        ({"start_step": 500}, 2),
+        (
+            {
+                "alpha": 4.0,
+                "alpha_schedule": "linear",
+                "alpha_warmup_steps": 700,
+                "single_pass_below": 2.0,
+            },
+            2,
+        ),
+        (
+            {
+                "alpha": 4.0,
+                "alpha_schedule": "linear",
+                "alpha_warmup_ratio": 0.5,
+                "single_pass_below": 2.0,
+            },
+            1.75,
+        ),
     ],
 )
 def test_expected_cost_in_single_pass_steps(options, cost):
-    assert expected_cost(RDropConfig(**options)) == pytest.approx(cost)
+    assert expected_cost(RDropConfig(**options)) == pytest.approx(cost, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "cost"),
+    [
+        ({"start_step": 25}, 1.75),
+        ({"start_step": 50, "every_n_steps": 5}, 1.1),
+        (
+            {
+                "alpha": 4.0,
+                "alpha_schedule": "linear",
+                "alpha_warmup_steps": 40,
+                "single_pass_below": 2.0,
+            },
+            1.8,
+        ),
+        ({"alpha": "auto", "single_pass_below": 8.0, "start_step": 20}, 1.4),
+        ({"start_step": 200}, 1),
+    ],
+)
+def test_expected_cost_of_a_run_counts_its_steps(options, cost):
+    assert expected_cost(RDropConfig(**options), total_steps=100) == pytest.approx(cost)
+
+
+def test_report_names_the_options_that_a_cost_comes_from():
+    config = RDropConfig(alpha="auto", single_pass_below=8.0, every_n_steps=2)
+    cost = next(line for line in dropout_report(noisy_model(), config) if "costs" in line)
+    assert "about 1.25 single-pass" in cost
+    assert "alpha='auto', num_passes=2, every_n_steps=2, single_pass_below=8.0" in cost
+    plain = next(line for line in dropout_report(noisy_model()) if "costs" in line)
+    assert plain.endswith("(num_passes=2).")
 
 
 @pytest.mark.parametrize(

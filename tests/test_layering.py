@@ -14,7 +14,8 @@ PACKAGE = Path(regdrop.__file__).parent
 FLOORS = [
     {"kernels", "passes", "conventions"},
     {"loss", "config", "disagreement"},
-    {"schedule", "alpha", "diagnostics"},
+    {"schedule", "alpha"},
+    {"diagnostics"},
     {"heads", "step", "suggestion"},
     {"integrations"},
     {"tasks"},
@@ -26,7 +27,7 @@ FLOORS = [
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 # The public names are gathered from the lower floors alone.
 PUBLIC = {"alpha", "config", "loss", "passes", "step"}
-CORE_FLOORS = 4
+CORE_FLOORS = 5
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from regdrop.config import AlphaRule
+from regdrop.config import AlphaRule, RDropConfig
 from regdrop.loss.checks import check_integer
 
 # Where the rules that follow the validation loss begin: the paper's usual weight.
@@ -138,6 +138,8 @@ RULES: Mapping[AlphaRule, Rule] = {
 class AlphaController:
     """Alpha of every step of a run, by a rule, for a training loop of your own.
 
+    `from_config` builds the one that a config with alpha="auto" stands for.
+
     With "ramp" it needs no validation. The other rules change alpha where a validation loss is
     given, and stay at 1 without one.
 
@@ -179,6 +181,29 @@ class AlphaController:
         self._state = AlphaState(min(_FIRST_ALPHA, alpha_max))
         if rule == "ramp":
             self.follow_ramp()
+
+    @classmethod
+    def from_config(cls, config: RDropConfig, total_steps: int) -> "AlphaController":
+        """Build the controller of a config's `alpha_rule`, `alpha_max` and `start_step`.
+
+        Args:
+            config: The options, with alpha="auto".
+            total_steps: Optimiser steps of the whole run.
+
+        Raises:
+            TypeError: If `config` is no RDropConfig, or `total_steps` no integer.
+            ValueError: If its alpha is a number, which nothing changes.
+        """
+        if not isinstance(config, RDropConfig):
+            raise TypeError(f"config must be an RDropConfig, got {type(config).__name__}")
+        if config.alpha != "auto":
+            raise ValueError(f"config must have alpha='auto', got alpha={config.alpha}")
+        return cls(
+            total_steps,
+            rule=config.alpha_rule,
+            alpha_max=config.alpha_max,
+            start_step=config.start_step,
+        )
 
     @property
     def alpha(self) -> float:

@@ -4,7 +4,7 @@ import functools
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -16,11 +16,18 @@ from regdrop.disagreement import Disagreement as Disagreement
 from regdrop.disagreement import measure_disagreement as measure_disagreement
 from regdrop.loss import RDropOutput, TermsFunction
 from regdrop.passes import concatenate_outputs, find_dropout, kept_buffers, kept_random_state
+from regdrop.schedule import plan_step
 
 Output = TypeVar("Output")
 
 # One training step without R-Drop is one part forward and two parts backward.
 _FORWARD_SHARE = 1 / 3
+# What an estimated cost comes from, and how many steps with R-Drop a long run has at least.
+_COST_OPTIONS = (
+    *("alpha", "alpha_rule", "alpha_max", "alpha_schedule", "alpha_warmup_ratio"),
+    *("num_passes", "backward_passes", "fraction", "every_n_steps", "single_pass_below"),
+)
+_LONG_RUN = 1000
 # How deep in containers and objects a model is looked for.
 _DEPTH = 3
 # Steps from one look at a divergence to the next.
@@ -175,18 +182,37 @@ def _identity(forward: Any, modules: list[nn.Module]) -> Any:
     return getattr(forward, "__code__", type(forward))
 
 
-def expected_cost(config: RDropConfig) -> float:
+def expected_cost(config: RDropConfig, total_steps: int | None = None) -> float:
     """Return the cost of a step in steps of one pass, the mean over the steps of a run.
 
     A forward counts as one third of a step and a backward as two thirds; loss, optimiser and data
-    count as nothing, so that the figure is an estimate, not a measurement.
+    count as nothing, so that the figure is an estimate, not a measurement. Steps with one pass,
+    by `every_n_steps`, `start_step` or `single_pass_below`, count as 1.
+
+    Args:
+        config: The options. A rule of alpha that follows the validation loss is taken never to be
+            below `single_pass_below`, since nobody knows beforehand.
+        total_steps: Optimiser steps of the run. None: a long one, of which `start_step` and a ramp
+            of so many steps are no part.
     """
     passes = config.num_passes
     graded = passes if config.backward_passes is None else config.backward_passes
     forwards = 1 + (passes - 1) * config.fraction
     backwards = 1 + (graded - 1) * config.fraction
     step = _FORWARD_SHARE * forwards + (1 - _FORWARD_SHARE) * backwards
-    return (step + config.every_n_steps - 1) / config.every_n_steps
+    return 1 + (step - 1) * _share_of_full_steps(config, total_steps)
+
+
+def _share_of_full_steps(config: RDropConfig, total_steps: int | None) -> float:
+    """Return the share of a run's steps that have all passes."""
+    if config.alpha == "auto" and config.alpha_rule != "ramp":
+        config = config.with_alpha(config.alpha_max)
+    if total_steps is None:
+        if config.alpha_warmup_steps:
+            config = replace(config, alpha_schedule="constant", alpha_warmup_steps=0)
+        config, total_steps = replace(config, start_step=0), _LONG_RUN * config.every_n_steps
+    plans = (plan_step(config, step, total_steps=total_steps) for step in range(total_steps))
+    return sum(plan.num_passes == config.num_passes for plan in plans) / total_steps
 
 
 def dropout_report(model: nn.Module, config: RDropConfig | None = None) -> list[str]:
@@ -196,8 +222,8 @@ def dropout_report(model: nn.Module, config: RDropConfig | None = None) -> list[
     config = RDropConfig() if config is None else config
     lines = [
         f"{len(on)} of {len(model_sources)} sources of dropout have a rate above 0.",
-        f"A step costs about {expected_cost(config):.2f} single-pass steps "
-        f"(num_passes={config.num_passes}, backward_passes={config.backward_passes}).",
+        f"A step costs about {expected_cost(config):.2f} single-pass steps, the mean over a long "
+        f"run ({_cost_options(config)}).",
     ]
     if not on:
         lines.append(_advice(model))
@@ -214,6 +240,15 @@ def dropout_report(model: nn.Module, config: RDropConfig | None = None) -> list[
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         lines.append("BatchNorm sees the stacked batch and updates its statistics with every pass.")
     return lines
+
+
+def _cost_options(config: RDropConfig) -> str:
+    """Return the options that the cost of a step comes from, without those left as they are."""
+    names = _COST_OPTIONS if config.single_pass_below is not None else _COST_OPTIONS[5:]
+    given = {one.name: getattr(config, one.name) for one in fields(config) if one.name in names}
+    defaults = {one.name: one.default for one in fields(config)}
+    changed = {n: v for n, v in given.items() if v != defaults[n] or n == "num_passes"}
+    return ", ".join(f"{name}={value!r}" for name, value in changed.items())
 
 
 def measure_divergence(outputs: Any, other: Any, target: Any, terms: TermsFunction) -> Tensor:

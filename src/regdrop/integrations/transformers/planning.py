@@ -25,12 +25,7 @@ class StepPlanner:
         self.total_steps = total_steps
         self.controller: AlphaController | None = None
         if config.alpha == "auto" and total_steps is not None:
-            self.controller = AlphaController(
-                total_steps,
-                rule=config.alpha_rule,
-                alpha_max=config.alpha_max,
-                start_step=config.start_step,
-            )
+            self.controller = AlphaController.from_config(config, total_steps)
         self._seen = LoggedParts()
         self._passes = self._batches = 0
 
