@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from regdrop.experiments.arms import arm_order
-from regdrop.experiments.cost import run_cost
-from regdrop.experiments.record import RunRecord, load_records
+from regdrop.experiments.recording.record import RunRecord, load_records
+from regdrop.experiments.reporting.cost import run_cost
+from regdrop.experiments.reporting.tables import find_metrics, run_selection_metric
 from regdrop.experiments.statistics import estimate, paired_difference
-from regdrop.experiments.tables import find_metrics, run_selection_metric
 
 BASELINE, CONSTANT, PAPERS = "baseline", "alpha", "alpha-1"
 # An arm's name ends in the setting of its family: "stall-16" is of "stall".

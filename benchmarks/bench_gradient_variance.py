@@ -26,10 +26,10 @@ import recording
 from regdrop import RDropConfig
 from regdrop.diagnostics import expected_cost
 from regdrop.experiments import build_arms
-from regdrop.experiments.building import build_trainer
-from regdrop.experiments.progress import quiet_libraries
+from regdrop.experiments.running.building import build_trainer
+from regdrop.experiments.running.progress import quiet_libraries
 from regdrop.tasks import Task
-from regdrop.tasks.options import change_task, find_task
+from regdrop.tasks.configure import change_task, find_task
 
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},

@@ -28,12 +28,12 @@ import recording
 from bench_unlabelled import collate, draw_batches, evaluate
 from regdrop import RDropConfig, rdrop_step
 from regdrop.diagnostics import expected_cost
-from regdrop.experiments.progress import quiet_libraries
-from regdrop.experiments.record import write_json
+from regdrop.experiments.recording.record import write_json
+from regdrop.experiments.running.progress import quiet_libraries
 from regdrop.experiments.statistics import estimate
 from regdrop.loss import ItemTerms, cross_entropy_terms
 from regdrop.tasks import PreparedTask, TrainingSettings
-from regdrop.tasks.options import change_task, find_task
+from regdrop.tasks.configure import change_task, find_task
 
 BASELINE, FULL = "baseline", "every step"
 

@@ -5,7 +5,7 @@
 
 A preset that trains from scratch is made deep and narrow and trained as a baseline, without
 evaluations. "normal" draws every weight from one normal distribution, of the deviation that the
-presets had before; "fairseq" is `regdrop.tasks.initialisation`.
+presets had before; "fairseq" is `regdrop.tasks.common.initialisation`.
 """
 
 import tempfile
@@ -19,11 +19,11 @@ from transformers import set_seed
 
 import recording
 from regdrop.experiments import build_arms
-from regdrop.experiments.building import build_trainer
-from regdrop.experiments.plots import COLOURS, new_figure, save_figure
-from regdrop.experiments.progress import quiet_libraries
+from regdrop.experiments.reporting.plots import COLOURS, new_figure, save_figure
+from regdrop.experiments.running.building import build_trainer
+from regdrop.experiments.running.progress import quiet_libraries
 from regdrop.tasks import Task
-from regdrop.tasks.options import change_task, find_task
+from regdrop.tasks.configure import change_task, find_task
 
 INITIALISATIONS = ("normal", "fairseq")
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from recording import parse, parser, show, write
 from regdrop.experiments import build_arms
-from regdrop.experiments.building import build_trainer
+from regdrop.experiments.running.building import build_trainer
 from regdrop.tasks import PRESETS
 
 _ROWS = 50_000

@@ -30,12 +30,12 @@ from transformers import default_data_collator
 
 import recording
 from regdrop import RDropConfig, rdrop_step
-from regdrop.experiments.plots import COLOURS, new_figure, save_figure
-from regdrop.experiments.progress import quiet_libraries
-from regdrop.experiments.record import describe_hardware, library_versions, write_json
+from regdrop.experiments.recording.record import describe_hardware, library_versions, write_json
+from regdrop.experiments.reporting.plots import COLOURS, new_figure, save_figure
+from regdrop.experiments.running.progress import quiet_libraries
 from regdrop.experiments.statistics import Estimate, estimate, paired_difference
 from regdrop.tasks import PreparedTask
-from regdrop.tasks.options import change_task, find_task
+from regdrop.tasks.configure import change_task, find_task
 
 UNLABELLED = -1
 BASELINE, RDROP, BOTH = "labels", "labels, R-Drop", "labels and unlabelled, R-Drop"

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from recording import Row
-from regdrop.experiments.plots import COLOURS, new_figure, save_figure
+from regdrop.experiments.reporting.plots import COLOURS, new_figure, save_figure
 
 Panel = tuple[Sequence[Row], str, str, str]
 

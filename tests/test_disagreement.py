@@ -279,7 +279,10 @@ def test_numbers_and_several_labels_are_refused_by_name(num_labels, problem):
 
 
 def test_an_adaptive_softmax_is_measured_over_all_words():
-    from regdrop.tasks.adaptive_input import AdaptiveInputConfig, AdaptiveInputForCausalLM
+    from regdrop.tasks.language_modelling.adaptive_input import (
+        AdaptiveInputConfig,
+        AdaptiveInputForCausalLM,
+    )
 
     config = AdaptiveInputConfig(
         vocab_size=50, d_model=16, ffn_dim=16, num_layers=1, attention_heads=2,
@@ -339,8 +342,8 @@ def short(preset, **changes):
 @pytest.mark.slow
 def test_words_are_measured_under_teacher_forcing(tmp_path):
     from regdrop.experiments import build_arms
-    from regdrop.experiments.measure import measure
-    from regdrop.experiments.run import RunPaths, train_run
+    from regdrop.experiments.evaluating.measure import measure
+    from regdrop.experiments.running.run import RunPaths, train_run
 
     preset = PRESETS["multi30k-de-en"]
     sizes = {"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
@@ -364,8 +367,8 @@ def test_words_are_measured_under_teacher_forcing(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_predicts_numbers_is_refused_by_name(tmp_path):
     from regdrop.experiments import build_arms
-    from regdrop.experiments.measure import measure
-    from regdrop.experiments.run import RunPaths, train_run
+    from regdrop.experiments.evaluating.measure import measure
+    from regdrop.experiments.running.run import RunPaths, train_run
 
     task = short(
         PRESETS["bert-base-stsb"],

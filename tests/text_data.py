@@ -7,7 +7,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from regdrop.tasks.glue import GLUE
+from regdrop.tasks.understanding.glue import GLUE
 
 WORDS = ["good", "bad", "the", "film", "was", "a", "dog", "cat", "runs", "sleeps", "very", "not"]
 SIZES = {

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 
 from regdrop.experiments import RunRecord, build_arms
-from regdrop.experiments.record import resolved_config
-from regdrop.tasks.image_presets import DIGITS
+from regdrop.experiments.recording.record import resolved_config
+from regdrop.tasks.images.presets import DIGITS
 
 SHORT = replace(
     DIGITS,

@@ -4,12 +4,13 @@ from pathlib import Path
 import pytest
 
 from regdrop import RDropConfig, find_dropout
-from regdrop.experiments import build_arms, run
+from regdrop.experiments import build_arms
 from regdrop.experiments.arms import other_arms
-from regdrop.experiments.record import resolved_config
-from regdrop.experiments.same_settings import check_same_config
-from regdrop.experiments.tuning import with_settings
-from regdrop.tasks.image_presets import DIGITS
+from regdrop.experiments.recording.record import resolved_config
+from regdrop.experiments.recording.same_settings import check_same_config
+from regdrop.experiments.running import run
+from regdrop.experiments.studies.tuning import with_settings
+from regdrop.tasks.images.presets import DIGITS
 
 
 def test_five_arms_differ_in_what_their_names_say():

@@ -1,6 +1,6 @@
 """Attack the command line: kills, two commands at once, damage, wrong settings and wrong data.
 
-    python tests/reliability/attack.py --seconds 600 --seed 1
+    python tests/reliability/attack.py --seconds 600 --comparisons 3 --seed 1
 
 Each command is a fork of this process, which has imported everything. The last line counts what was
 tried, recovered (the record is that of an undisturbed run) and refused (one clear line), and what
@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import sys
@@ -27,80 +26,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from commands import COMMAND, Attack, comparable
+from comparisons import Comparison, disturb_a_comparison
 from sklearn.datasets import load_digits
 
-from regdrop.commands import app
-from regdrop.experiments.integrity import list_checkpoints
+from regdrop.experiments.running.integrity import list_checkpoints
 from regdrop.integrations.transformers import RDropTrainer
 from regdrop.tasks import PRESETS
-from regdrop.tasks.options import change_task
+from regdrop.tasks.configure import change_task
 from text_data import write_encoder, write_glue, write_rows
-
-STEPS = 8
-SETTINGS = {
-    "training.eval_steps": 2,
-    "training.logging_steps": 3,
-    "model_config": {**PRESETS["digits"].model_config, "num_hidden_layers": 1, "hidden_size": 16},
-}
-COMMAND = ["train", "digits", "--steps", str(STEPS)]
-COMMAND += [x for name, value in SETTINGS.items() for x in ("--set", f"{name}={json.dumps(value)}")]
-
-
-class Attack:
-    """What an attack needs: its random numbers, its folder and its counts."""
-
-    def __init__(self, seed: int, folder: Path) -> None:
-        self.random = random.Random(seed)
-        self.folder = folder
-        self.counts: Counter[str] = Counter()
-        self.number = 0
-        self.right = self.run_alone(folder / "right")
-
-    def note(self, outcome: str, what: str) -> None:
-        """Count an outcome; say what must not be."""
-        self.counts["tried"] += 1
-        self.counts[outcome] += 1
-        if outcome in ("tracebacks", "silent"):
-            print(f"{outcome}: {what}", flush=True)
-
-    def start(self, arguments: list[str]) -> tuple[int, Path]:
-        """Start a command; return its process and the file of its output."""
-        self.number += 1
-        log = self.folder / f"output-{self.number}.txt"
-        sys.stdout.flush()
-        process = os.fork()
-        if process:
-            return process, log
-        code = 99
-        try:
-            os.setsid()
-            file = os.open(log, os.O_WRONLY | os.O_CREAT)
-            for descriptor in (1, 2):
-                os.dup2(file, descriptor)
-            sys.argv = ["regdrop", *arguments]
-            app()
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-
-    def run_alone(self, folder: Path) -> dict:
-        """Train without a disturbance, and return what the record must be."""
-        process, log = self.start([*COMMAND, "--output", str(folder)])
-        _, status = os.waitpid(process, 0)
-        assert status == 0, log.read_text()
-        return comparable(folder)
-
-
-def comparable(folder: Path) -> dict:
-    """Return a record without its times."""
-    record = json.loads((folder / "record.json").read_text())
-    history = [{k: v for k, v in entry.items() if k != "seconds"} for entry in record["history"]]
-    return {k: record[k] for k in ("steps", "best_step", "validation", "test", "examples")} | {
-        "history": history
-    }
 
 
 def disturb_a_run(attack: Attack) -> None:
@@ -241,8 +175,8 @@ def give_wrong_data(attack: Attack) -> None:
     shutil.rmtree(folder)
 
 
-def main(seconds: float, seed: int) -> Counter[str]:
-    """Attack for so long, and return the counts."""
+def main(seconds: float, comparisons: int, seed: int) -> Counter[str]:
+    """Attack for so long, and so many comparisons after that; return the counts."""
     torch.set_num_threads(1)
     load_digits()
     assert RDropTrainer
@@ -261,15 +195,20 @@ def main(seconds: float, seed: int) -> Counter[str]:
                 set_a_wrong_option(attack)
             for _ in range(3):
                 give_wrong_data(attack)
+        if comparisons:
+            comparison = Comparison.undisturbed(attack)
+            for number in range(comparisons):
+                disturb_a_comparison(attack, comparison, number)
     return attack.counts
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--comparisons", type=int, default=0, help="each takes minutes")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    counts = main(options.seconds, options.seed)
+    counts = main(options.seconds, options.comparisons, options.seed)
     names = ("tried", "recovered", "refused", "tracebacks", "silent")
     print(", ".join(f"{counts[name]} {name}" for name in names))
     sys.exit(bool(counts["tracebacks"] or counts["silent"]))

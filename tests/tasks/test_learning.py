@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from regdrop.tasks import PRESETS
-from regdrop.tasks.understanding import _build_model
+from regdrop.tasks.understanding.task import _build_model
 
 WORDS, WIDTH, LENGTH, BATCH, CLASSES = 30, 32, 12, 16, 4
 STEPS, WARMUP, LEARNING_RATE = 80, 20, 2e-3

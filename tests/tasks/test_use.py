@@ -10,18 +10,20 @@ from pathlib import Path
 
 import datasets
 import pytest
-import test_image_classification
-import test_language_modelling
-import test_summarisation
-import test_translation
-import test_understanding
 import torch
 from typer.testing import CliRunner
 
 from regdrop.commands import app
 from regdrop.experiments import build_arms
-from regdrop.experiments.evaluate import evaluate
-from regdrop.experiments.run import RunPaths, train_run
+from regdrop.experiments.evaluating.evaluate import evaluate
+from regdrop.experiments.running.run import RunPaths, train_run
+from tiny_tasks import (
+    tiny_images,
+    tiny_language_modelling,
+    tiny_summarisation,
+    tiny_translation,
+    tiny_understanding,
+)
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "use.md"
 pytestmark = pytest.mark.slow
@@ -49,17 +51,17 @@ def rows(folder):
 
 
 FAMILIES = {
-    "understanding": (test_understanding.small, "Understanding", 0),
-    "translation": (test_translation.small, "Translation and summarisation", 0),
-    "summarisation": (test_summarisation.small, "Translation and summarisation", 1),
+    "understanding": (tiny_understanding, "Understanding", 0),
+    "translation": (tiny_translation, "Translation and summarisation", 0),
+    "summarisation": (tiny_summarisation, "Translation and summarisation", 1),
     "language modelling": (
         lambda folder: replace(
-            test_language_modelling.small(folder, "ptb-adaptive"), block_size=9, context_window=8
+            tiny_language_modelling(folder, "ptb-adaptive"), block_size=9, context_window=8
         ),
         "Language modelling",
         0,
     ),
-    "images": (test_image_classification.photographs, "Images", 0),
+    "images": (tiny_images, "Images", 0),
 }
 
 
@@ -93,7 +95,7 @@ def test_a_lone_test_file_is_evaluated_and_a_fresh_process_agrees(tmp_path, fami
 
 
 def test_text_that_a_model_does_not_know_is_told(tmp_path):
-    task = test_language_modelling.small(tmp_path)
+    task = tiny_language_modelling(tmp_path)
     task = replace(task, training=replace(task.training, max_steps=2, eval_steps=2))
     run = tmp_path / "run"
     train_run(task, build_arms(task)["baseline"], 0, RunPaths.alone(run))
@@ -107,7 +109,7 @@ def test_text_that_a_model_does_not_know_is_told(tmp_path):
 
 
 def test_images_are_matched_to_the_models_classes_by_name(tmp_path):
-    task = test_image_classification.photographs(tmp_path)
+    task = tiny_images(tmp_path)
     run = tmp_path / "run"
     train_run(task, build_arms(task)["baseline"], 0, RunPaths.alone(run))
     whole = evaluate(run, "test").figures["accuracy"]
@@ -131,7 +133,7 @@ def test_images_are_matched_to_the_models_classes_by_name(tmp_path):
 
 
 def test_sets_that_show_their_test_labels_are_tested_on_them(tmp_path):
-    task = test_understanding.small(tmp_path)
+    task = tiny_understanding(tmp_path)
     shutil.copy(tmp_path / "data/train.jsonl", tmp_path / "data/test.jsonl")
     splits = task.prepare().splits
     assert {name: len(splits[name]) for name in splits} == {
@@ -150,7 +152,7 @@ def test_sets_that_show_their_test_labels_are_tested_on_them(tmp_path):
 
 
 def test_a_run_in_half_precision_predicts_in_float32(tmp_path):
-    task = test_understanding.small(tmp_path, "stsb")
+    task = tiny_understanding(tmp_path, "stsb")
     training = replace(task.training, max_steps=3, eval_steps=3, mixed_precision="bf16")
     task = replace(task, training=training)
     run = tmp_path / "run"

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from regdrop.tasks.adaptive_input import AdaptiveEmbedding
+from regdrop.tasks.language_modelling.adaptive_input import AdaptiveEmbedding
 
 
 def layer_options(width, activation, norm_first):

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from regdrop.experiments.processes import is_main_process
+from regdrop.experiments.recording.processes import is_main_process
 
 app = typer.Typer(
     help="Train with R-Drop (Regularized Dropout), compare it with training without it, and "

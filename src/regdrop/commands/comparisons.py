@@ -17,6 +17,7 @@ from regdrop.commands.app import (
     usage_errors,
     workers_and_threads,
 )
+from regdrop.commands.display import FinishedRuns, LiveDisplay, print_table, print_tuned
 from regdrop.commands.options import (
     Alpha,
     Data,
@@ -34,23 +35,27 @@ from regdrop.commands.options import (
 )
 from regdrop.experiments import load_records, run_arms, write_report
 from regdrop.experiments.arms import Arm, choose_arms, compared_arms
-from regdrop.experiments.cluster import parse_address
-from regdrop.experiments.display import FinishedRuns, LiveDisplay, print_table, print_tuned
-from regdrop.experiments.leftovers import clean_up, holds_runs
-from regdrop.experiments.manifest import (
+from regdrop.experiments.recording.manifest import (
     COMPARISON,
     TUNING,
     check_study,
     forget_command,
     note_command,
 )
-from regdrop.experiments.ownership import remove_empty
-from regdrop.experiments.processes import require_one_process
-from regdrop.experiments.record import merge_records
-from regdrop.experiments.studies import STUDIES, study_arms
-from regdrop.experiments.tuning import STORAGE_NAME, apply_tuned, parse_variation, save_tuned
-from regdrop.experiments.tuning import tune as run_tuning
-from regdrop.experiments.verdict import verdict
+from regdrop.experiments.recording.ownership import remove_empty
+from regdrop.experiments.recording.processes import require_one_process
+from regdrop.experiments.recording.record import merge_records
+from regdrop.experiments.reporting.verdict import verdict
+from regdrop.experiments.running.cluster import parse_address
+from regdrop.experiments.running.leftovers import clean_up, holds_runs
+from regdrop.experiments.studies.definitions import STUDIES, study_arms
+from regdrop.experiments.studies.tuning import (
+    STORAGE_NAME,
+    apply_tuned,
+    parse_variation,
+    save_tuned,
+)
+from regdrop.experiments.studies.tuning import tune as run_tuning
 from regdrop.tasks import PRESETS, Task
 
 ArmNames = Annotated[str | None, typer.Option(help="Arms to train, by commas; the five if absent.")]

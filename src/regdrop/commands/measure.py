@@ -8,9 +8,9 @@ from rich.progress import Progress, TaskID
 
 from regdrop.commands.app import app, console, interruptible, usage_errors
 from regdrop.commands.options import Data
-from regdrop.experiments.measure import measure as run_measurement
-from regdrop.experiments.measure import tables
-from regdrop.experiments.processes import require_one_process
+from regdrop.experiments.evaluating.measure import measure as run_measurement
+from regdrop.experiments.evaluating.measure import tables
+from regdrop.experiments.recording.processes import require_one_process
 
 
 @app.command()

@@ -15,7 +15,7 @@ from regdrop.conventions import convert_alpha as convert
 from regdrop.diagnostics import dropout_report
 from regdrop.passes import find_dropout
 from regdrop.suggestion import suggest_prefix
-from regdrop.tasks.options import parse_value
+from regdrop.tasks.configure import parse_value
 
 
 @app.command()

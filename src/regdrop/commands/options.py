@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from regdrop.tasks import Task
-from regdrop.tasks.options import change_task, find_task
+from regdrop.tasks.configure import change_task, find_task
 
 TaskName = Annotated[
     str, typer.Argument(help="A task or one of its presets: see `regdrop tasks`.", metavar="TASK")

@@ -8,6 +8,7 @@ from typing import Annotated, TextIO
 import typer
 
 from regdrop.commands.app import announce, app, console, interruptible, usage_errors
+from regdrop.commands.display import LiveDisplay, print_figures
 from regdrop.commands.options import (
     LAST_SEED,
     Alpha,
@@ -20,20 +21,19 @@ from regdrop.commands.options import (
     chosen_task,
 )
 from regdrop.experiments import build_arms
-from regdrop.experiments.alone import run_alone
 from regdrop.experiments.arms import Arm, other_arms
-from regdrop.experiments.display import LiveDisplay, print_figures
-from regdrop.experiments.evaluate import evaluate as run_evaluation
-from regdrop.experiments.evaluate import load_run
-from regdrop.experiments.ownership import holder
-from regdrop.experiments.processes import is_main_process, require_one_process
-from regdrop.experiments.progress import quiet_libraries
-from regdrop.experiments.record import RunRecord
-from regdrop.experiments.run import MODEL_FOLDER, RunPaths
+from regdrop.experiments.evaluating.evaluate import evaluate as run_evaluation
+from regdrop.experiments.evaluating.evaluate import load_run
+from regdrop.experiments.recording.ownership import holder
+from regdrop.experiments.recording.processes import is_main_process, require_one_process
+from regdrop.experiments.recording.record import RunRecord
+from regdrop.experiments.running.alone import run_alone
+from regdrop.experiments.running.progress import quiet_libraries
+from regdrop.experiments.running.run import MODEL_FOLDER, RunPaths
 from regdrop.tasks import Task
-from regdrop.tasks.accepted import check_choice
-from regdrop.tasks.generate import generate_lines
-from regdrop.tasks.iwslt import prepare_iwslt
+from regdrop.tasks.common.accepted import check_choice
+from regdrop.tasks.generate_lines import generate_lines
+from regdrop.tasks.translation.iwslt import prepare_iwslt
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run of `regdrop train`.")]
 

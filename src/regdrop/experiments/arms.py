@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from regdrop.config import RDropConfig
 from regdrop.tasks import Task, TrainingSettings
-from regdrop.tasks.accepted import nearest
+from regdrop.tasks.common.accepted import nearest
 
 BASELINE = "baseline"
 CONTROL = "alpha-0"

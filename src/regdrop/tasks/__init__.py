@@ -1,50 +1,30 @@
 """The tasks of the paper, data to metric; presets are typed Python."""
 
-from regdrop.tasks import (
-    image_presets,
-    language_modelling_presets,
-    summarisation_presets,
-    translation_presets,
-    understanding,
-)
-from regdrop.tasks.base import LazySplits, Metric, PreparedTask, Task, TrainingSettings
-from regdrop.tasks.image_classification import ImageClassification
+from regdrop.tasks import images, language_modelling, summarisation, translation, understanding
+from regdrop.tasks.common.base import LazySplits, Metric, PreparedTask, Task, TrainingSettings
+from regdrop.tasks.images import ImageClassification
 from regdrop.tasks.language_modelling import LanguageModelling
 from regdrop.tasks.summarisation import Summarisation
 from regdrop.tasks.translation import Translation
 from regdrop.tasks.understanding import LanguageUnderstanding
 
-_ALL: tuple[Task, ...] = (
-    *image_presets.SMALL_PRESETS,
-    *understanding.SMALL_PRESETS,
-    *translation_presets.SMALL_PRESETS,
-    *summarisation_presets.SMALL_PRESETS,
-    *language_modelling_presets.SMALL_PRESETS,
-    *image_presets.PAPER_PRESETS,
-    *understanding.PAPER_PRESETS,
-    *translation_presets.PAPER_PRESETS,
-    *summarisation_presets.PAPER_PRESETS,
-    *language_modelling_presets.PAPER_PRESETS,
+_FAMILIES = (
+    images.FAMILY,
+    understanding.FAMILY,
+    translation.FAMILY,
+    summarisation.FAMILY,
+    language_modelling.FAMILY,
 )
-PRESETS = {preset.name: preset for preset in _ALL}
-# The class of each family, and the preset that stands for it on the command line.
-FAMILIES: dict[str, type[Task]] = {
-    cls.family: cls
-    for cls in (
-        ImageClassification,
-        LanguageUnderstanding,
-        Translation,
-        Summarisation,
-        LanguageModelling,
+FAMILIES: dict[str, type[Task]] = {family.task.family: family.task for family in _FAMILIES}
+PRESETS: dict[str, Task] = {
+    preset.name: preset
+    for presets in (
+        *(family.small_presets for family in _FAMILIES),
+        *(family.paper_presets for family in _FAMILIES),
     )
+    for preset in presets
 }
-DEFAULT_PRESETS = {
-    "images": "vit-base-cifar100",
-    "understanding": "minilm-cola",
-    "translation": "multi30k-de-en",
-    "summarisation": "aeslc",
-    "language-modelling": "ptb",
-}
+DEFAULT_PRESETS = {family.task.family: family.default for family in _FAMILIES}
 
 __all__ = [
     "DEFAULT_PRESETS",

@@ -10,8 +10,8 @@ from transformers import BartConfig, BartForConditionalGeneration, TrainingArgum
 from models import LENGTH, VOCABULARY, Rows, tiny_bert, tiny_gpt2
 from regdrop import RDropConfig
 from regdrop.experiments.arms import compared_arms, other_arms
-from regdrop.experiments.evaluate import evaluate
-from regdrop.experiments.run import RunPaths, train_run
+from regdrop.experiments.evaluating.evaluate import evaluate
+from regdrop.experiments.running.run import RunPaths, train_run
 from regdrop.integrations.transformers import RDropTrainer
 from regdrop.passes import embedding_noise
 from regdrop.tasks import PRESETS

@@ -1,0 +1,159 @@
+"""The live display of a comparison and its table, on the terminal."""
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from regdrop.experiments.arms import Arm
+from regdrop.experiments.evaluating.evaluate import Evaluation
+from regdrop.experiments.recording.record import RunRecord
+from regdrop.experiments.reporting.tables import caption, find_metrics, table_cells
+from regdrop.experiments.running.progress import Update
+from regdrop.experiments.studies.tuning import Tuned, describe
+from regdrop.tasks import Task
+
+
+class LiveDisplay:
+    """One bar an arm, over the steps of all its seeds, with the last figures of the last news."""
+
+    def __init__(self, arms: Sequence[Arm], seeds: Sequence[int], console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description:<20}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}", markup=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._bars: dict[str, TaskID] = {
+            arm.name: self.progress.add_task(
+                arm.name, total=arm.training.max_steps * len(seeds), figures=""
+            )
+            for arm in arms
+        }
+        self._steps: dict[tuple[str, int], int] = {}
+
+    def __enter__(self) -> "LiveDisplay":
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+
+    def update(self, news: Update) -> None:
+        """Show the news of a run."""
+        shown = {
+            name.removeprefix("eval_"): value
+            for name, value in news.figures.items()
+            if name.startswith("eval_") and name != "eval_loss"
+        }
+        text = " ".join(f"{name} {value:.3f}" for name, value in shown.items())
+        self._move(news.arm, news.seed, news.step, f"seed {news.seed}: {text}" if text else None)
+
+    def finish(self, record: RunRecord) -> None:
+        """Show that a run is done; on a terminal without live display, say so in a line."""
+        self._move(record.arm, record.seed, record.steps, None)
+        if not self.console.is_terminal:
+            self.say(_finished(record))
+
+    def say(self, text: str) -> None:
+        """Show a line above the bars."""
+        self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _move(self, arm: str, seed: int, step: int, figures: str | None) -> None:
+        before = self._steps.get((arm, seed), 0)
+        self._steps[arm, seed] = max(before, step)
+        bar = self._bars[arm]
+        self.progress.advance(bar, max(0, step - before))
+        if figures is not None:
+            self.progress.update(bar, figures=figures)
+
+
+class FinishedRuns:
+    """A line for every run that is done; for work whose runs are not known beforehand."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def update(self, news: Update) -> None:
+        """Show nothing of a run that is not done."""
+
+    def finish(self, record: RunRecord) -> None:
+        """Show that a run is done."""
+        self.say(_finished(record))
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _finished(record: RunRecord) -> str:
+    figures = " ".join(f"{name} {value:.3f}" for name, value in record.validation.items())
+    return f"{record.arm} seed {record.seed}: validation {figures}"
+
+
+def print_tuned(task: Task, tuned: Mapping[str, Tuned], console: Console) -> None:
+    """Print what was chosen for every arm."""
+    metric = task.metrics[task.selection_metric]
+    table = Table("arm", "chosen", f"validation {metric.title}", "tried")
+    for name, choice in tuned.items():
+        figure = "" if choice.figure is None else metric.format(choice.figure)
+        table.add_row(name, describe(choice.settings), figure, str(choice.tried))
+    console.print(table)
+
+
+def print_figures(result: RunRecord | Evaluation, console: Console) -> None:
+    """Print the figures of one run on its test splits, or of one evaluation with intervals."""
+    if isinstance(result, RunRecord):
+        title, figures = f"{result.task}: {result.arm}, seed {result.seed}", result.test
+        metrics, intervals = find_metrics([result]), {}
+        heading = "test"
+    else:
+        title, figures = f"{result.task.name}: {result.examples} examples", result.figures
+        metrics, intervals = result.task.metrics, result.intervals
+        heading = result.split
+    table = Table("figure", heading, title=title)
+    if intervals:
+        table.add_column("95 % interval over examples")
+    for name, value in figures.items():
+        row = [metrics[name].title, metrics[name].format(value)]
+        if intervals:
+            row.append(" to ".join(metrics[name].format(x) for x in intervals[name]))
+        table.add_row(*row)
+    console.print(table)
+    for name, signature in result.signatures.items():
+        console.print(f"{metrics[name].title}: {signature}", style="dim", highlight=False)
+
+
+def print_table(records: Sequence[RunRecord], console: Console) -> None:
+    """Print the table of a comparison."""
+    header, rows = table_cells(records)
+    table = Table(title=f"{records[0].task}: {len(rows)} arms")
+    for position, name in enumerate(header):
+        table.add_column(name, justify="left" if position == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # A table wider than the terminal is better scrolled than cut.
+    width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    Console(file=console.file, width=max(console.width, width), markup=False).print(table)
+    console.print(caption(records), style="dim")

@@ -1,0 +1,125 @@
+"""The model of a finished run on a split of its data, or of other data."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regdrop.experiments.arms import baseline_arm
+from regdrop.experiments.bootstrap import Interval, interval, resample
+from regdrop.experiments.recording.files import write_json
+from regdrop.experiments.recording.record import RunRecord
+from regdrop.experiments.running.building import build_trainer
+from regdrop.experiments.running.progress import quiet_libraries
+from regdrop.experiments.running.run import MODEL_FOLDER, RECORD_NAME
+from regdrop.tasks import PreparedTask, Task
+from regdrop.tasks.configure import change_task, task_from_config
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of a saved model on a split.
+
+    Attributes:
+        task: The task.
+        split: Name of the split.
+        examples: Number of its examples.
+        figures: The task's figures.
+        intervals: Their 95 % intervals over the examples.
+        signatures: What a metric's own library says of how it was computed.
+        path: The file that keeps them.
+        unknown_words: Share of the words of other data than the run's that the model does not know.
+    """
+
+    task: Task
+    split: str
+    examples: int
+    figures: dict[str, float]
+    intervals: dict[str, Interval]
+    signatures: dict[str, str]
+    path: Path
+    unknown_words: float = 0.0
+
+
+def load_run(folder: Path) -> tuple[Task, RunRecord]:
+    """Return the task and the record of a finished run of `regdrop train`.
+
+    Raises:
+        ValueError: If the folder holds none.
+    """
+    path = folder / RECORD_NAME
+    if not path.exists() or not (folder / MODEL_FOLDER).exists():
+        raise ValueError(
+            f"{folder} must be the folder of a finished run of `regdrop train`, with "
+            f"{RECORD_NAME} and {MODEL_FOLDER}/"
+        )
+    record = RunRecord.load(path)
+    return task_from_config(record.config), record
+
+
+def evaluate(
+    folder: Path, split: str, *, data: str | None = None, settings: Sequence[str] = ()
+) -> Evaluation:
+    """Evaluate the model of a run and keep the figures beside it.
+
+    Args:
+        folder: Folder of the run.
+        split: Name of the split: "train", "validation", "test" or a further one of the task.
+        data: Folder or hub id of other data than the run's.
+        settings: Changed settings of the task, each "name=value".
+
+    Raises:
+        ValueError: If there is no such run or split.
+    """
+    task, record = load_run(folder)
+    changed = change_task(task, data=data, settings=settings)
+    quiet_libraries()
+    prepared = changed.prepare(folder / MODEL_FOLDER)
+    dataset: Any = prepared.splits[split]
+    model = prepared.load_model(folder / MODEL_FOLDER)
+    trainer = build_trainer(changed, baseline_arm(changed), record.seed, folder, prepared, model)
+    statistics: np.ndarray = prepared.example_statistics(trainer.predict(dataset))
+    name = split if data is None else f"{split}-{Path(data).name}"
+    result = Evaluation(
+        task=changed,
+        split=split,
+        examples=len(statistics),
+        figures=changed.figures(statistics),
+        intervals={
+            name: interval(values)
+            for name, values in resample(changed.figures, [statistics]).items()
+        },
+        signatures=prepared.signatures,
+        path=folder / f"evaluation-{name}.json",
+        unknown_words=0.0 if data is None else _unknown_words(prepared, dataset),
+    )
+    write_json(result.path, _content(result, data, settings))
+    return result
+
+
+def _unknown_words(prepared: PreparedTask, dataset: Any) -> float:
+    """Return the share of a split's words that the tokenizer does not know; 0 for images."""
+    unknown = getattr(prepared.processing_class, "unk_token_id", None)
+    if unknown is None:
+        return 0.0
+    counts = [(row.count(unknown), len(row)) for row in (x["input_ids"] for x in dataset)]
+    found, words = (sum(column) for column in zip(*counts, strict=True))
+    return float(found / max(1, words))
+
+
+def _content(result: Evaluation, data: str | None, settings: Sequence[str]) -> dict[str, Any]:
+    content = {
+        "split": result.split,
+        "data": data,
+        "settings": list(settings),
+        "examples": result.examples,
+        "figures": result.figures,
+        "intervals": {name: list(interval) for name, interval in result.intervals.items()},
+        "signatures": result.signatures,
+        "unknown_words": result.unknown_words,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(content))
+    return plain

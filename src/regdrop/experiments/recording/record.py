@@ -1,0 +1,282 @@
+"""The record of one run: everything that tables and plots need.
+
+A record is one JSON file. In the folder of a study, what is long in the records is then moved into
+one compressed file beside them (details.py).
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from regdrop.experiments.arms import Arm
+from regdrop.experiments.recording.details import DETAILS_NAME, Details, read_details, write_details
+from regdrop.experiments.recording.files import read_object, write_json, write_whole
+from regdrop.experiments.recording.ownership import HeldError, hold
+from regdrop.experiments.recording.processes import num_processes
+from regdrop.tasks import Task
+from regdrop.tasks.common.folders import data_digests
+
+# The high-water mark just after a reset may be this much above what is in use.
+_RESET_TOLERANCE_MIB = 32
+_PACKAGES = (
+    "regdrop",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "scikit-learn",
+    "sacrebleu",
+)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One finished run.
+
+    Attributes:
+        task: Name of the preset.
+        arm: Name of the arm.
+        seed: Seed of weights, order of the data and dropout masks.
+        config: The resolved settings of task, training and R-Drop.
+        steps: Optimiser steps taken.
+        seconds: Time of training alone, evaluation and checkpoints left out.
+        peak_memory_mib: Highest memory of the run: on a GPU what torch allocated, else the
+            resident memory of the process; None where the system does not tell.
+        best_step: Step of the selected checkpoint.
+        validation: Figures of the selected checkpoint on the validation split.
+        test: Figures of the selected checkpoint on the test split.
+        history: One entry a log or evaluation, with its `step` and training `seconds`.
+        versions: Versions of Python and the libraries.
+        hardware: Processor, cores, threads of the run and accelerator.
+        examples: Statistics of each example of every test split, from which `Task.figures` computes
+            the figures of any part of them.
+        signatures: What a metric's own library says of how it was computed, by metric.
+    """
+
+    task: str
+    arm: str
+    seed: int
+    config: dict[str, Any]
+    steps: int
+    seconds: float
+    peak_memory_mib: float | None
+    best_step: int
+    validation: dict[str, float]
+    test: dict[str, float]
+    history: list[dict[str, float]]
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    examples: dict[str, list[list[float]]] = field(default_factory=dict)
+    signatures: dict[str, str] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write the record; the file appears whole or not at all."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "RunRecord":
+        """Read a record.
+
+        Raises:
+            ValueError: If the file is no record.
+        """
+        return _load([path])[0]
+
+
+def record_path(folder: Path, arm: str, seed: int) -> Path:
+    """Return the file of a run's record in the folder of a comparison."""
+    return folder / "records" / f"{arm}-seed{seed}.json"
+
+
+def load_records(folder: Path) -> list[RunRecord]:
+    """Read all records of a comparison, by arm and seed.
+
+    Raises:
+        FileNotFoundError: If there are none.
+        ValueError: If a file is no record.
+    """
+    paths = _record_files(folder)
+    if not paths:
+        raise FileNotFoundError(f"no records in {folder / 'records'}")
+    return _load(paths)
+
+
+def merge_records(folder: Path) -> None:
+    """Move what is long in the records of a study into its one compressed file.
+
+    It can be interrupted, and called by several processes at a time, at any moment: a record is
+    shortened only once the file that holds the rest is in its place. Where another process is
+    merging, what is new is left for the next time.
+
+    Raises:
+        ValueError: If a file is no record, or what is long in it is nowhere.
+    """
+    if not any(_is_whole(_read(path)) for path in _record_files(folder)):
+        return
+    with suppress(HeldError), hold(folder / "details.lock", f"the merging in {folder}", seconds=0):
+        contents = {path: _read(path) for path in _record_files(folder)}
+        details = {
+            path.stem: Details(record.history, record.examples)
+            for path, record in _with_details(contents).items()
+        }
+        write_whole(folder / DETAILS_NAME, lambda partial: _write_details(partial, details))
+        for path, content in contents.items():
+            if _is_whole(content):
+                short = {k: v for k, v in content.items() if k not in Details._fields}
+                write_json(path, short)
+
+
+def _write_details(path: Path, details: Mapping[str, Details]) -> None:
+    with path.open("wb") as file:
+        write_details(file, details)
+
+
+def _record_files(folder: Path) -> list[Path]:
+    return sorted((folder / "records").glob("*.json"))
+
+
+def _load(paths: Sequence[Path]) -> list[RunRecord]:
+    return list(_with_details({path: _read(path) for path in paths}).values())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_object(path, "the record of a run")
+
+
+def _is_whole(content: Mapping[str, Any]) -> bool:
+    return "history" in content
+
+
+def _with_details(contents: Mapping[Path, dict[str, Any]]) -> dict[Path, RunRecord]:
+    """Return records with what is long in them, of one study.
+
+    The contents have been read before: merging writes what is long before it shortens a record.
+    """
+    short = [path for path, content in contents.items() if not _is_whole(content)]
+    details = read_details(short[0].parent.parent / DETAILS_NAME) if short else {}
+    records = {}
+    for path, content in contents.items():
+        if path in short and path.stem in details:
+            content = {**content, **details[path.stem]._asdict()}
+        try:
+            records[path] = RunRecord(**content)
+            _RECORD.validate_python(content)
+        except (TypeError, ValidationError) as error:
+            hint = f"; {DETAILS_NAME} must hold what is long in it" if path in short else ""
+            raise ValueError(
+                f"{path} is not the record of a run: {_one_line(error)}{hint}"
+            ) from error
+    return records
+
+
+def _one_line(error: TypeError | ValidationError) -> str:
+    if isinstance(error, TypeError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+_RECORD = TypeAdapter(RunRecord)
+
+
+# The settings of a run that the arms of a task may have of their own.
+ARM_SETTINGS = ("training", "rdrop", "dropout_odds", "dropout_rises")
+
+
+def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
+    """Return every setting of a run as JSON holds it, and the digests of its data's files."""
+    settings: dict[str, Any] = {
+        **asdict(task),
+        "family": task.family,
+        "training": asdict(arm.training),
+        "rdrop": arm.rdrop.to_dict(),
+        "dropout_odds": arm.dropout_odds,
+        "dropout_rises": arm.dropout_rises,
+    }
+    if digests := data_digests(task.dataset):
+        settings["data"] = digests
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def settings_digest(task: Task) -> str:
+    """Return a short name for the settings of a task beside those of its optimisation."""
+    settings = {k: v for k, v in asdict(task).items() if k not in ("training", "rdrop")}
+    settings["data"] = data_digests(task.dataset)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that are installed."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Return the processor, its cores, the threads and processes of a run and the accelerator."""
+    return {
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": num_processes(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(terse=True),
+    }
+
+
+def reset_peak_memory() -> bool:
+    """Begin a new measurement of the highest memory; return whether the system allows it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:  # Linux alone lets a process reset its own high-water mark, and not in every container.
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    peak, now = _memory_mib("VmHWM"), _memory_mib("VmRSS")
+    return peak is not None and now is not None and peak - now < _RESET_TOLERANCE_MIB
+
+
+def peak_memory_mib() -> float | None:
+    """Return the highest memory since the last reset, in MiB; None where it cannot be read.
+
+    Where no reset is possible, it is the highest since the process began.
+    """
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 2**20
+    return _memory_mib("VmHWM")
+
+
+def _memory_mib(name: str) -> float | None:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    values = [line.split()[1] for line in status.splitlines() if line.startswith(f"{name}:")]
+    return int(values[0]) / 1024 if values else None
+
+
+def _processor_name() -> str:
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if "model name" in line]
+    return names[0] if names else platform.machine()

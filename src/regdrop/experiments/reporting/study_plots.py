@@ -1,0 +1,236 @@
+"""What each study asks, drawn: figures against what is varied, a heat map, figures against cost."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regdrop.experiments.recording.record import RunRecord
+from regdrop.experiments.reporting.plots import COLOURS, draw_curves, new_figure, save_figure
+from regdrop.experiments.reporting.tables import Row, build_rows
+from regdrop.tasks import Metric
+
+Drawer = Callable[[Sequence[RunRecord], Mapping[str, Metric], Path], list[tuple[Path, str]]]
+MARKERS = "osD^vP*X<>hd"
+
+
+def draw_study(
+    study: str, records: Sequence[RunRecord], metrics: Mapping[str, Metric], folder: Path
+) -> list[tuple[Path, str]]:
+    """Draw the figure of a study and return its file and title; nothing for one without."""
+    drawer = DRAWERS.get(study)
+    return [] if drawer is None else drawer(records, metrics, folder)
+
+
+def pareto_front(points: Sequence[tuple[float, float]], greater_is_better: bool) -> list[int]:
+    """Return the positions of the points that none beats in both cost and value, by cost.
+
+    Args:
+        points: Cost and value of each.
+        greater_is_better: The direction of the value.
+    """
+    sign = 1 if greater_is_better else -1
+    order = sorted(range(len(points)), key=lambda i: (points[i][0], -sign * points[i][1]))
+    front: list[int] = []
+    for i in order:
+        if not front or sign * points[i][1] > sign * points[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+def _draw_lines(setting: str, label: str, series: Callable[[RunRecord], Sequence[str]]) -> Drawer:
+    """Return a drawer of test figures against one setting of R-Drop.
+
+    A run is a point of the lines that `series` names; of none, it is a level over all of them.
+    """
+
+    def draw(
+        records: Sequence[RunRecord], metrics: Mapping[str, Metric], folder: Path
+    ) -> list[tuple[Path, str]]:
+        rows = {row.arm: row for row in build_rows(records)}
+        one_of = {record.arm: record for record in records}
+        x_of = {arm: float(record.config["rdrop"][setting]) for arm, record in one_of.items()}
+        places = {x: i for i, x in enumerate(sorted(set(x_of.values())))}
+        lines: dict[str, list[str]] = {}
+        for arm in rows:
+            for title in series(one_of[arm]):
+                lines.setdefault(title, []).append(arm)
+        # A line that shares all of its points with a longer one shows nothing of its own.
+        lines = {
+            title: arms
+            for title, arms in lines.items()
+            if not any(set(arms) < set(others) for others in lines.values())
+        }
+        levels = [arm for arm in rows if not series(one_of[arm])]
+        figure, panels = new_figure(len(metrics))
+        for (name, metric), panel in zip(metrics.items(), panels, strict=False):
+            factor = 100 if metric.percent else 1
+            for arm in levels:
+                level = rows[arm].cells[name].value.mean * factor
+                panel.axhline(level, color=COLOURS[0], linestyle="--", label=arm)
+            for colour, (title, arms) in zip(COLOURS[2:], lines.items(), strict=False):
+                arms = sorted(arms, key=lambda arm: x_of[arm])
+                cells = [rows[arm].cells[name].value for arm in arms]
+                error = [c.half_width if np.isfinite(c.half_width) else 0.0 for c in cells]
+                panel.errorbar(
+                    [places[x_of[arm]] for arm in arms],
+                    [cell.mean * factor for cell in cells],
+                    [half * factor for half in error],
+                    color=colour,
+                    marker="o",
+                    capsize=3,
+                    label=title,
+                )
+            panel.set_xticks(list(places.values()), [f"{x:g}" for x in places])
+            panel.set_xlabel(label)
+            panel.set_title(f"test {metric.title}")
+            panel.grid(alpha=0.3)
+        return [
+            (
+                save_figure(figure, folder / f"{setting}.png"),
+                f"Test figures by {label}: mean over seeds and 95 % interval",
+            )
+        ]
+
+    return draw
+
+
+def _draw_rates(
+    records: Sequence[RunRecord], metrics: Mapping[str, Metric], folder: Path
+) -> list[tuple[Path, str]]:
+    """Draw the mean test figures of every pair of dropout rates as heat maps."""
+    rows = {row.arm: row for row in build_rows(records)}
+    pairs = {record.arm: tuple(record.config["rdrop"]["dropout_rates"] or ()) for record in records}
+    pairs = {arm: pair for arm, pair in pairs.items() if len(pair) == 2}
+    rates = sorted({rate for pair in pairs.values() for rate in pair})
+    figure, panels = new_figure(len(metrics))
+    for (name, metric), panel in zip(metrics.items(), panels, strict=False):
+        grid = np.full((len(rates), len(rates)), np.nan)
+        for arm, (p, q) in pairs.items():
+            i, j = rates.index(p), rates.index(q)
+            grid[i, j] = grid[j, i] = rows[arm].cells[name].value.mean
+        grid = grid * (100 if metric.percent else 1)
+        colours = "viridis" if metric.greater_is_better else "viridis_r"
+        image = panel.imshow(grid, cmap=colours, origin="lower")
+        middle = (np.nanmax(grid) + np.nanmin(grid)) / 2
+        for i, j in np.ndindex(grid.shape):
+            is_light = (grid[i, j] > middle) == metric.greater_is_better
+            text = "" if np.isnan(grid[i, j]) else f"{grid[i, j]:.3g}"
+            panel.text(j, i, text, ha="center", va="center", color="black" if is_light else "white")
+        ticks = list(range(len(rates)))
+        panel.set_xticks(ticks, [f"{rate:g}" for rate in rates])
+        panel.set_yticks(ticks, [f"{rate:g}" for rate in rates])
+        panel.set_xlabel("dropout rate of one pass")
+        panel.set_ylabel("dropout rate of the other")
+        panel.set_title(f"test {metric.title}")
+        figure.colorbar(image, ax=panel)
+    path = save_figure(figure, folder / "dropout_rates.png", legend=False)
+    return [(path, "Mean test figures of every pair of dropout rates, lighter is better")]
+
+
+def _draw_cost(
+    records: Sequence[RunRecord], metrics: Mapping[str, Metric], folder: Path
+) -> list[tuple[Path, str]]:
+    """Draw the test figures against the cost and the time of a run, with their Pareto fronts."""
+    rows = build_rows(records)
+    figure, panels = new_figure(2 * len(metrics))
+    for name, metric in metrics.items():
+        factor = 100 if metric.percent else 1
+        for title, x_of in (
+            ("operations, in single-pass steps of the baseline", _cost_of),
+            ("training time, in times of the baseline's", _time_of),
+        ):
+            panel = next(panels)
+            known = [row for row in rows if x_of(row) is not None]
+            points = [(float(x_of(row) or 0), row.cells[name].value.mean * factor) for row in known]
+            shown = _apart([x for x, _ in points])
+            for i, (row, x, (_, y)) in enumerate(zip(known, shown, points, strict=True)):
+                half = row.cells[name].value.half_width * factor
+                panel.errorbar(
+                    x,
+                    y,
+                    half if np.isfinite(half) else 0.0,
+                    color=COLOURS[i % len(COLOURS)],
+                    marker=MARKERS[i % len(MARKERS)],
+                    markersize=7,
+                    linewidth=1,
+                    linestyle="",
+                    capsize=2,
+                    label=row.arm,
+                )
+            front = pareto_front(points, metric.greater_is_better)
+            panel.plot(
+                [points[i][0] for i in front],
+                [points[i][1] for i in front],
+                color="#888888",
+                linestyle="--",
+                linewidth=1,
+                zorder=0,
+            )
+            panel.set_xlabel(title)
+            panel.set_title(f"test {metric.title}")
+            panel.grid(alpha=0.3)
+    path = save_figure(figure, folder / "cost.png")
+    title = "Test figures against cost and time, and what no arm beats in both (dashed)"
+    return [(path, f"{title}; arms of one cost are drawn a little apart")]
+
+
+def _draw_alpha_schedules(
+    records: Sequence[RunRecord], metrics: Mapping[str, Metric], folder: Path
+) -> list[tuple[Path, str]]:
+    """Draw figures against cost, and what alpha does to the losses by step."""
+    curves = [
+        ("alpha", "alpha of the last step with R-Drop", 1.0, False),
+        ("kl", "KL between passes", 1.0, True),
+        ("nll", "training NLL (with dropout)", 1.0, True),
+        ("eval_loss", "validation loss", 1.0, True),
+    ]
+    # A record made by hand may lack some.
+    curves = [c for c in curves if all(any(c[0] in e for e in r.history) for r in records)]
+    drawn = _draw_cost(records, metrics, folder)
+    path = draw_curves(records, curves, "step", folder / "alpha_schedules.png")
+    title = "Alpha, the KL between passes, and training and validation loss, by step"
+    return [*drawn, (path, title)]
+
+
+def _apart(values: Sequence[float]) -> list[float]:
+    """Return places of points, those that share one a little apart."""
+    step = 0.015 * (max(values) - min(values))
+    result = []
+    for i, value in enumerate(values):
+        same = [j for j, other in enumerate(values) if abs(other - value) <= step]
+        result.append(value + step * (same.index(i) - (len(same) - 1) / 2))
+    return result
+
+
+def _cost_of(row: Row) -> float | None:
+    return row.cost
+
+
+def _time_of(row: Row) -> float | None:
+    return row.time
+
+
+def _every_n_series(record: RunRecord) -> Sequence[str]:
+    rdrop: dict[str, Any] = record.config["rdrop"]
+    paper, rescaled = "alpha, as in the paper", "alpha times k"
+    if rdrop["num_passes"] == 1:
+        return ()
+    if rdrop["every_n_steps"] == 1:
+        return (paper, rescaled)
+    return (rescaled,) if rdrop["rescale"] else (paper,)
+
+
+def _one_series(record: RunRecord) -> Sequence[str]:
+    return ("R-Drop",)
+
+
+DRAWERS: dict[str, Drawer] = {
+    "alpha": _draw_lines("alpha", "alpha", _one_series),
+    "alpha-schedules": _draw_alpha_schedules,
+    "every-n-steps": _draw_lines("every_n_steps", "k, steps for one with R-Drop", _every_n_series),
+    "num-passes": _draw_lines("num_passes", "number of passes", _one_series),
+    "dropout-rates": _draw_rates,
+    "cost": _draw_cost,
+}

@@ -1,0 +1,1 @@
+"""How runs are made: one run, many in parallel, on this machine or on a cluster."""

@@ -1,0 +1,185 @@
+"""Where runs are computed: processes of this machine, or the workers of a cluster."""
+
+import multiprocessing
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from regdrop.experiments.running.progress import Update, quiet_libraries
+
+# How long a process may take to end once it is told to.
+_STOP_SECONDS = 10.0
+
+
+class WorkerLostError(RuntimeError):
+    """The process of a run ended before the run did."""
+
+
+class Engine(NamedTuple):
+    """What computes runs.
+
+    Attributes:
+        pool: Takes the runs.
+        enter: Called where a run is, before it; it can be pickled, as `tell` can.
+        tell: Called where a run is, with its news.
+        read_news: Returns the news that have come since the last call.
+        stop: Ends what runs, once the command is interrupted.
+    """
+
+    pool: Executor
+    enter: Callable[[], None]
+    tell: Callable[[Update], None]
+    read_news: Callable[[], list[Update]]
+    stop: Callable[[], None]
+
+
+@contextmanager
+def open_engine(
+    executor: str | None, *, workers: int, threads: int | None, folder: Path
+) -> Iterator[Engine]:
+    """Open the engine of an address, and close it at the end.
+
+    Args:
+        executor: "dask://HOST:PORT", the scheduler of a Dask cluster; None for processes of this
+            machine.
+        workers: Number of these processes.
+        threads: Threads of each; None leaves torch's own number.
+        folder: Folder of the study, which all workers must see.
+
+    Raises:
+        ValueError: For another address, or a cluster that cannot be used.
+    """
+    if executor is None:
+        with _open_processes(workers, threads) as engine:
+            yield engine
+    else:
+        from regdrop.experiments.running.cluster import open_cluster
+
+        with open_cluster(executor, folder) as engine:
+            yield engine
+
+
+@contextmanager
+def _open_processes(workers: int, threads: int | None) -> Iterator[Engine]:
+    # A fresh interpreter a worker: CUDA and thread pools do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    news: queue.SimpleQueue[Update] = queue.SimpleQueue()
+
+    def start() -> _Worker:
+        own: Any = context.Queue()
+        own.cancel_join_thread()
+        threading.Thread(target=_forward, args=(own, news), daemon=True).start()
+        return _Worker(
+            ProcessPoolExecutor(
+                1, mp_context=context, initializer=_start_worker, initargs=(own, threads)
+            ),
+            own,
+        )
+
+    with _Workers(workers, start) as pool:
+
+        def stop() -> None:
+            pool.shutdown(wait=False, cancel_futures=True)
+            processes = multiprocessing.active_children()
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.join(_STOP_SECONDS)
+
+        yield Engine(pool, quiet_libraries, _tell, lambda: read_all(news), stop)
+
+
+class _Worker(NamedTuple):
+    """A process and its news.
+
+    They come by a queue of its own: one that is killed while it writes leaves its queue locked.
+    """
+
+    pool: ProcessPoolExecutor
+    news: Any
+
+
+class _Workers(Executor):
+    """Processes, of which one that is killed takes its own run with it and no other's.
+
+    Args:
+        count: Number of processes.
+        start: Starts one.
+    """
+
+    def __init__(self, count: int, start: Callable[[], _Worker]) -> None:
+        self._start = start
+        self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for _ in range(count):
+            self._free.put(start())
+        self._threads = ThreadPoolExecutor(count)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Compute a function in the first process that is free."""
+        return self._threads.submit(self._run, fn, *args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the processes, what runs before that if it is waited for."""
+        self._threads.shutdown(wait, cancel_futures=cancel_futures)
+        while not self._free.empty():
+            worker = self._free.get()
+            worker.pool.shutdown(wait)
+            worker.news.put(None)
+
+    def _run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        worker = self._free.get()
+        try:
+            return worker.pool.submit(fn, *args, **kwargs).result()
+        except BrokenProcessPool as error:
+            worker.pool.shutdown(wait=False)
+            worker = self._start()
+            raise WorkerLostError("its process was killed; is there enough memory?") from error
+        finally:
+            self._free.put(worker)
+
+
+def _forward(own: Any, news: "queue.SimpleQueue[Update]") -> None:
+    """Pass the news of a process on, until it says that there are no more."""
+    while (update := own.get()) is not None:
+        news.put(update)
+
+
+def read_all(news: Any) -> list[Update]:
+    """Return what a queue holds."""
+    found = []
+    while True:
+        try:
+            found.append(news.get_nowait())
+        except queue.Empty:
+            return found
+
+
+_news: Any = None
+
+
+def _start_worker(news: Any, threads: int | None) -> None:
+    global _news
+    _news = news
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _tell(update: Update) -> None:
+    _news.put(update)
+
+
+def _exit_with_parent() -> None:
+    """End this process when the command is killed, so that no run goes on unseen."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

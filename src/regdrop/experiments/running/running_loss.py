@@ -1,0 +1,46 @@
+"""The mean loss since the last log, through a checkpoint between two logs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from regdrop.experiments.recording.files import write_json
+
+_NAME = "running_loss.json"
+
+
+class RunningLoss(TrainerCallback):
+    """Keeps in checkpoints what the Trainer (as of 5.24) forgets there.
+
+    Without it the first loss that a resumed run logs is the mean since its checkpoint.
+
+    Args:
+        trainer: The trainer.
+        checkpoint: What the run goes on from; None for its start.
+    """
+
+    def __init__(self, trainer: Any, checkpoint: Path | None) -> None:
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the sum of a checkpoint."""
+        path = None if self.checkpoint is None else self.checkpoint / _NAME
+        if path is not None and path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            self.trainer._tr_loss += kept["sum"]
+            self.trainer._globalstep_last_logged = kept["since"]
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the sum, its mean over processes, as each of them takes it up."""
+        mean = self.trainer.accelerator.gather(self.trainer._tr_loss.detach()).mean().item()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            since = self.trainer._globalstep_last_logged
+            write_json(folder / _NAME, {"sum": mean, "since": since})

@@ -1,0 +1,233 @@
+"""The paper's studies and the question of cost: which arms each sets against each other."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement
+from typing import Any
+
+from regdrop.alpha import RULES
+from regdrop.config import RDropConfig
+from regdrop.experiments.arms import BASELINE, Arm, baseline_arm, build_arms
+from regdrop.tasks import Task
+from regdrop.tasks.common.accepted import check_choice
+
+# The settings of every rule for alpha: the end of a ramp, the most that another may give.
+_ALPHA_ENDS = (8.0, 16.0, 32.0)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question, asked by arms that differ in one thing.
+
+    Attributes:
+        question: What it asks, in one line.
+        grid: Values of what is varied, where none are given; empty where nothing is.
+        build: From a task and a grid to the arms.
+    """
+
+    question: str
+    grid: tuple[float, ...]
+    build: Callable[[Task, Sequence[float]], list[Arm]]
+
+
+def study_arms(name: str, task: Task, grid: Sequence[float] | None = None) -> list[Arm]:
+    """Return the arms of a study, the baseline first where it has one.
+
+    Args:
+        name: One of STUDIES.
+        task: The task.
+        grid: Values of what is varied; None for the study's own.
+
+    Raises:
+        ValueError: For an unknown study, or a grid that it cannot have.
+    """
+    check_choice("STUDY", name, STUDIES)
+    study = STUDIES[name]
+    if grid is not None and not study.grid:
+        raise ValueError(f"study {name!r} varies no number and takes no grid, got {list(grid)}")
+    values = list(study.grid if grid is None else grid)
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"grid must hold finite numbers, got {values}")
+    if len(set(values)) != len(values) or (study.grid and not values):
+        raise ValueError(f"grid must hold different numbers, at least one, got {values}")
+    return study.build(task, values)
+
+
+def _rdrop(task: Task, **changes: Any) -> RDropConfig:
+    # Steps of one pass measure the divergence as the baseline does.
+    monitor = task.training.logging_steps
+    return replace(task.rdrop, scale="mean", monitor_steps=monitor, **changes)
+
+
+def _arm(task: Task, name: str, description: str, **changes: Any) -> Arm:
+    return Arm(name, description, _rdrop(task, **changes), task.training)
+
+
+def _alpha(task: Task, grid: Sequence[float]) -> list[Arm]:
+    return [
+        Arm(f"alpha-{a:g}", f"R-Drop, alpha {a:g}", _rdrop(task).with_alpha(a), task.training)
+        for a in grid
+    ]
+
+
+def _alpha_schedules(task: Task, grid: Sequence[float]) -> list[Arm]:
+    """Return constants, ramps, rules and cheaper ramps; of a ramp to 16 the mean alpha is 8."""
+    plain = replace(task, rdrop=_without_schedule(task.rdrop))
+    baseline = baseline_arm(task)
+    arms = [baseline, *_alpha(plain, grid)]
+    for end in _ALPHA_ENDS:
+        text = f"R-Drop, alpha from 0 to {end:g} over the run"
+        arms.append(_arm(plain, f"ramp-{end:g}", text, alpha="auto", alpha_max=end))
+    for rule in RULES:
+        if rule == "ramp":
+            continue
+        arms += [
+            _arm(
+                plain,
+                f"{rule}-{end:g}",
+                f"R-Drop, alpha by the rule {rule}, at most {end:g}",
+                alpha="auto",
+                alpha_rule=rule,
+                alpha_max=end,
+            )
+            for end in _ALPHA_ENDS
+        ]
+    half = round(task.training.max_steps / 2)
+    cheaper: list[tuple[str, str, dict[str, Any]]] = [
+        ("below-8", "one pass below 8", {"single_pass_below": 8.0}),
+        ("every-2", "on every 2nd step", {"every_n_steps": 2}),
+        (
+            "below-5-every-2",
+            "one pass below 5, then on every 2nd step",
+            {"single_pass_below": 5.0, "every_n_steps": 2},
+        ),
+    ]
+    return [
+        *arms,
+        replace(
+            baseline,
+            name="rising-dropout-4",
+            description="one pass, the odds of its dropout rising to 4 times over the run",
+            dropout_odds=4.0,
+            dropout_rises=True,
+        ),
+        _arm(
+            plain,
+            "late-start",
+            "R-Drop, alpha 16 in the second half of the steps",
+            alpha=16.0,
+            start_step=half,
+        ),
+        *(
+            _arm(plain, f"ramp-16-{name}", f"R-Drop, alpha from 0 to 16, {text}", **ramp)
+            for name, text, changes in cheaper
+            for ramp in [{"alpha": "auto", "alpha_max": 16.0, **changes}]
+        ),
+    ]
+
+
+def _without_schedule(rdrop: RDropConfig) -> RDropConfig:
+    return replace(
+        rdrop.with_alpha(1.0),
+        alpha_schedule="constant",
+        alpha_warmup_steps=0,
+        alpha_warmup_ratio=None,
+        start_step=0,
+        every_n_steps=1,
+    )
+
+
+def _every_n_steps(task: Task, grid: Sequence[float]) -> list[Arm]:
+    arms = [build_arms(task)[BASELINE]]
+    for k in _whole_numbers("every-n-steps", grid):
+        if k == 1:
+            arms.append(build_arms(task)["rdrop"])
+            continue
+        text = f"R-Drop on every {k}th step"
+        arms.append(_arm(task, f"every-{k}", text, every_n_steps=k, rescale=False))
+        arms.append(
+            _arm(task, f"every-{k}-rescaled", f"{text}, its alpha times {k}", every_n_steps=k)
+        )
+    return arms
+
+
+def _num_passes(task: Task, grid: Sequence[float]) -> list[Arm]:
+    arms = []
+    for m in _whole_numbers("num-passes", grid):
+        if m == 1:
+            arms.append(build_arms(task)[BASELINE])
+        else:
+            arms.append(_arm(task, f"passes-{m}", f"R-Drop with {m} passes", num_passes=m))
+    return arms
+
+
+def _dropout_rates(task: Task, grid: Sequence[float]) -> list[Arm]:
+    # Both passes are treated alike, so that a pair and its reverse are one.
+    return [
+        _arm(
+            task,
+            f"rates-{p:g}-{q:g}",
+            f"R-Drop, dropout {p:g} in one pass and {q:g} in the other",
+            dropout_rates=(p, q),
+            passes="sequential",
+        )
+        for p, q in combinations_with_replacement(sorted(grid), 2)
+    ]
+
+
+def _cost(task: Task, grid: Sequence[float]) -> list[Arm]:
+    # Beside the five arms, what else can be had for a third of a step more than the baseline's.
+    steps = task.training.max_steps
+    ways: list[tuple[str, str, dict[str, Any]]] = [
+        ("third-batch", "the second pass on a third of the batch", {"fraction": 1 / 3}),
+        ("every-3", "every 3rd step, as in the paper", {"every_n_steps": 3, "rescale": False}),
+        ("every-3-rescaled", "every 3rd step with alpha times 3", {"every_n_steps": 3}),
+        ("late-start", "in the last third of the steps", {"start_step": round(steps * 2 / 3)}),
+        (
+            "late-start-half-batch",
+            "from a third of the steps on, the second pass on half of the batch",
+            {"start_step": round(steps / 3), "fraction": 0.5},
+        ),
+        (
+            "one-backward-half-batch",
+            "one backward pass, the second pass on half of the batch",
+            {"backward_passes": 1, "fraction": 0.5},
+        ),
+    ]
+    return [
+        *build_arms(task).values(),
+        *(_arm(task, name, f"R-Drop, {text}", **changes) for name, text, changes in ways),
+    ]
+
+
+def _whole_numbers(study: str, grid: Sequence[float]) -> list[int]:
+    wrong = [x for x in grid if x != int(x) or x < 1]
+    if wrong:
+        raise ValueError(f"grid of {study} must hold whole numbers from 1 on, got {wrong[0]:g}")
+    return [int(x) for x in grid]
+
+
+STUDIES = {
+    "alpha": Study("How strongly should the passes agree?", (0, 1, 3, 5, 7, 10), _alpha),
+    "every-n-steps": Study(
+        "Is R-Drop on every k-th step enough, with and without alpha times k?",
+        (1, 2, 5, 10),
+        _every_n_steps,
+    ),
+    "num-passes": Study("Do more passes help?", (1, 2, 3, 4), _num_passes),
+    "dropout-rates": Study(
+        "Which dropout rates of the two passes?", (0.1, 0.2, 0.3, 0.4, 0.5), _dropout_rates
+    ),
+    "cost": Study("What does R-Drop's gain cost at least?", (), _cost),
+    "alpha-schedules": Study(
+        "Can a rule for the whole run take the place of a search for alpha?",
+        (0, 1, 3, 6, 10, 16),
+        _alpha_schedules,
+    ),
+    "curves": Study(
+        "How do the arms learn, by step and by minute?",
+        (),
+        lambda task, _: list(build_arms(task).values()),
+    ),
+}

@@ -1,0 +1,1 @@
+"""What tasks share: settings, data, vocabularies, initial weights, and trainers of text."""

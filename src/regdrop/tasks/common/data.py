@@ -1,0 +1,151 @@
+"""Data sets by folder or hub id, through `datasets.load_dataset`; errors name what is wrong."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from regdrop.tasks.common.folders import check_files, data_digests, find_folder, plain_path
+
+# The part of a training split held out where a set has no split of its own to select on, and the
+# seed by which it is drawn: the same for every seed of a training.
+HELD_OUT = 0.1
+SPLIT_SEED = 0
+
+
+def load_raw_splits(
+    dataset: str, config_name: str | None = None, split_names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Load all splits of a local folder or a hub id.
+
+    Args:
+        dataset: Folder of data files, one or more a split, hub id, or "alice" for the book that
+            comes with the package.
+        config_name: Configuration of the hub's set; a folder has none.
+        split_names: Splits that a folder holds as files of these names; `datasets` would join
+            "validation_matched" and "validation_mismatched".
+
+    Returns:
+        From the names of the splits to `datasets.Dataset`.
+
+    Raises:
+        ValueError: If it cannot be found or read, or a split is empty.
+    """
+    loaded = open_splits(dataset, config_name, split_names)
+    for name, split in loaded.items():
+        if len(split) == 0:
+            raise ValueError(f"split {name!r} of data {dataset!r} is empty")
+    return loaded
+
+
+def open_splits(
+    dataset: str,
+    config_name: str | None = None,
+    split_names: Sequence[str] = (),
+    *,
+    streaming: bool = False,
+) -> dict[str, Any]:
+    """Return the splits as `load_raw_splits` does, with `streaming` to be read while used."""
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    folder = find_folder(dataset)
+    if dataset.startswith((".", "/", "~")) and folder is None:
+        raise ValueError(f"data must be a folder or a hub id; there is no folder {dataset!r}")
+    options: dict[str, Any] = {"streaming": True} if streaming else {}
+    try:
+        if folder is not None:
+            check_files(dataset, folder)
+            files = {
+                path.stem: path.name
+                for path in folder.iterdir()
+                if path.is_file() and path.stem in split_names
+            }
+            if not streaming:
+                # The library tells changed files by their time alone.
+                content = hashlib.sha256(repr(data_digests(dataset)).encode()).hexdigest()[:16]
+                options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE, content))
+            path = str(plain_path(folder))
+            if not files:
+                return dict(datasets.load_dataset(path, **options))
+            # Each by itself: read together, all are made what the first one is, lists to text.
+            return {
+                name: datasets.load_dataset(path, data_files={name: file}, split=name, **options)
+                for name, file in sorted(files.items())
+            }
+        return dict(datasets.load_dataset(dataset, config_name, **options))
+    except (DatasetNotFoundError, ConnectionError, OSError) as error:
+        raise ValueError(f"data {dataset!r} cannot be found: {error}") from error
+    except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"data {dataset!r} cannot be read: {reason}") from error
+
+
+def require_columns(dataset: str, splits: Mapping[str, Any], columns: Iterable[str]) -> None:
+    """Check that every split has some columns.
+
+    Raises:
+        ValueError: If one is missing, by its name.
+    """
+    for name, split in splits.items():
+        missing = sorted(set(columns) - set(split.column_names))
+        if missing:
+            raise ValueError(
+                f"split {name!r} of data {dataset!r} must have the columns "
+                f"{sorted(columns)}; it lacks {missing} and has {split.column_names}"
+            )
+
+
+def check_texts(dataset: str, splits: Mapping[str, Any], columns: Iterable[str]) -> None:
+    """Check that some columns of splits, as they were loaded, hold a text in every row.
+
+    Raises:
+        ValueError: If one holds anything else, by split, column and row.
+    """
+    from datasets import Value
+
+    for name, split in splits.items():
+        for column in columns:
+            where = f"column {column!r} of split {name!r} of data {dataset!r}"
+            feature = split.features[column]
+            # A column of several kinds has a feature of its own, though its dtype is text.
+            if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string")):
+                numbered = enumerate(split[column])
+                row, shown = next(
+                    ((i, x) for i, x in numbered if not isinstance(x, str)), (0, split[0][column])
+                )
+                raise ValueError(f"{where} must hold text, got {shown!r} in row {row}")
+            values = split.data.column(column)
+            if values.null_count:
+                row = values.is_null().index(True).as_py()
+                raise ValueError(f"{where} must hold text, got null in row {row}")
+
+
+def hold_out(train: Any) -> tuple[Any, Any]:
+    """Return nine tenths of a training split and the tenth on which to select.
+
+    Raises:
+        ValueError: If it is too small to be split.
+    """
+    if len(train) < 10:
+        raise ValueError(
+            f"split 'train' must have at least 10 rows to hold out some, got {len(train)}"
+        )
+    parts = train.train_test_split(test_size=HELD_OUT, seed=SPLIT_SEED)
+    return parts["train"], parts["test"]
+
+
+def take_part(train: Any, size: int | None) -> Any:
+    """Return so many rows of a training split, drawn by a fixed seed; all for None.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    if size is None:
+        return train
+    if not 1 <= size <= len(train):
+        raise ValueError(
+            f"train_examples must be between 1 and the {len(train)} of the training split, "
+            f"got {size}"
+        )
+    return train.shuffle(seed=SPLIT_SEED).select(range(size))

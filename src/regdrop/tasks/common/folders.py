@@ -1,0 +1,121 @@
+"""Folders of data: the identity of what they hold, and what is wrong with their files."""
+
+import glob
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+# What comes with the package, by name: folders with a file for each split.
+_SHIPPED = {"alice": Path(__file__).parents[1] / "texts" / "alice"}
+_TEXT_SUFFIXES = {".csv", ".json", ".jsonl", ".tsv", ".txt"}
+_SUFFIXES = {*_TEXT_SUFFIXES, ".arrow", ".parquet"}
+_MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_BLOCK_BYTES = 2**20
+
+
+def find_folder(dataset: str) -> Path | None:
+    """Return the folder of a data set; None for a hub id."""
+    folder = _SHIPPED.get(dataset, Path(dataset)).expanduser()
+    return folder if folder.exists() else None
+
+
+def data_digests(dataset: str) -> dict[str, str]:
+    """Return a digest of every file and folder in the folder of a data set; none for a hub id.
+
+    They are computed once, and kept for files of the same size and time.
+    """
+    folder = find_folder(dataset)
+    if folder is None or not folder.is_dir():
+        return {}
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return {path.name: _digest(path) for path in entries}
+
+
+def check_files(dataset: str, folder: Path) -> None:
+    """Check the data files of a folder before they are read.
+
+    Raises:
+        ValueError: If it is no folder, a file is empty or begins with a byte order mark, there are
+            several for one split, or they are of several kinds.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"data must be a folder or a hub id; {dataset!r} is a file")
+    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _SUFFIXES]
+    by_split: dict[str, list[str]] = defaultdict(list)
+    for path in files:
+        by_split[path.stem].append(path.name)
+        with path.open("rb") as file:
+            start = file.read(3)
+        if not start:
+            raise ValueError(f"{path} is empty")
+        for mark, encoding in _MARKS.items():
+            if path.suffix.lower() in _TEXT_SUFFIXES and start.startswith(mark):
+                raise ValueError(
+                    f"{path} begins with a byte order mark of {encoding}: save it as UTF-8 without"
+                )
+    for split, names in by_split.items():
+        if len(names) > 1:
+            raise ValueError(f"data {dataset!r} must have one file for {split!r}, got {names}")
+    kinds = sorted({path.suffix.lower() for path in files})
+    if len(kinds) > 1:
+        raise ValueError(f"data {dataset!r} must have files of one kind, got {kinds}")
+
+
+def plain_path(folder: Path) -> Path:
+    """Return a path of a folder that is no pattern to `datasets`, such as one with brackets is.
+
+    Where its own is one, it is a folder of links in the cache.
+    """
+    source = folder.resolve()
+    if not glob.has_magic(str(source)):
+        return folder
+    mirror = _cache("folders") / hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
+    wanted = {mirror / file.relative_to(source): file for file in _files(source)}
+    mirror.mkdir(parents=True, exist_ok=True)
+    for old in mirror.rglob("*"):
+        if old.is_symlink() and old not in wanted:
+            old.unlink(missing_ok=True)
+    for link, file in wanted.items():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            link.symlink_to(file)
+    return mirror
+
+
+def _digest(path: Path) -> str:
+    """Return the digest of a file, or of all in a folder with their names."""
+    stats = [(file, file.stat()) for file in _files(path)]
+    state = [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    key = hashlib.sha256(repr((str(path.resolve()), state)).encode("utf-8", "surrogateescape"))
+    kept = _cache("digests") / key.hexdigest()
+    with suppress(OSError):
+        return kept.read_text(encoding="ascii")
+    found = hashlib.sha256()
+    for file, _ in stats:
+        if file != path:
+            found.update(os.fsencode(file.relative_to(path)) + b"\0")
+        with file.open("rb") as content:
+            while block := content.read(_BLOCK_BYTES):
+                found.update(block)
+    digest = found.hexdigest()[:16]
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_name(f"{kept.name}.{os.getpid()}")
+        partial.write_text(digest, encoding="ascii")
+        partial.replace(kept)
+    return digest
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+    else:
+        yield from sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def _cache(kind: str) -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "regdrop" / kind

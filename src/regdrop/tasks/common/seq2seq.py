@@ -1,0 +1,151 @@
+"""What tasks share whose text is generated from text: splits, trainer arguments, outputs.
+
+Splits stay where `datasets` keeps them, in Arrow files on disk, so that a training split may be
+larger than memory; small ones are encoded in memory.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from regdrop.tasks.common.generation_trainer import EXAMPLE_ID, LENGTH
+
+# Examples up to which an encoded split is kept in memory, not in the library's cache on disk.
+_IN_MEMORY_EXAMPLES = 300_000
+_ROWS = 10_000
+
+
+class Outputs(NamedTuple):
+    """What a model gives for the examples of a split.
+
+    Attributes:
+        texts: Its output for each.
+        references: What they are compared with.
+        likelihoods: Summed negative log-likelihood of the labels and their number, (examples, 2).
+    """
+
+    texts: list[str]
+    references: list[Any]
+    likelihoods: np.ndarray
+
+
+class References:
+    """The references of all splits in a row, read from their splits when they are asked for."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._columns: list[Sequence[Any]] = []
+        self._size = 0
+
+    def add(self, column: Sequence[Any]) -> int:
+        """Add those of a split, one an example, and return the place of its first."""
+        first = self._size
+        self._starts.append(first)
+        self._columns.append(column)
+        self._size += len(column)
+        return first
+
+    def __getitem__(self, place: int) -> Any:
+        split = bisect_right(self._starts, place) - 1
+        return self._columns[split][place - self._starts[split]]
+
+
+def column_values(split: Any, column: str) -> Iterator[Any]:
+    """Yield the values of a column, some rows at a time."""
+    for start in range(0, len(split), _ROWS):
+        yield from split[start : start + _ROWS][column]
+
+
+def fits_memory(split: Any) -> bool:
+    """Return whether a split is small enough to be encoded in memory."""
+    return len(split) <= _IN_MEMORY_EXAMPLES
+
+
+def by_length(split: Any, column: str) -> Any:
+    """Return a split ordered by a column's length, so that outputs of a batch end together."""
+    lengths = [len(text) for text in texts_of(split[column][:])]
+    return split.select(np.argsort(lengths, kind="stable"))
+
+
+def encode_split(
+    split: Any,
+    encode: Callable[[Mapping[str, list[Any]]], dict[str, Any]],
+    references: References,
+    own: Sequence[Any],
+    *,
+    with_length: bool = False,
+) -> Any:
+    """Return a split's model inputs; the id of an example is its place among all references.
+
+    Args:
+        split: A `datasets.Dataset`.
+        encode: From columns of a batch to inputs and labels.
+        references: References of all splits so far, to which these are added.
+        own: References of this split, one an example.
+        with_length: Whether the tokens of an example's longer side are a column too, by which
+            batches are made in training.
+    """
+    first = references.add(own)
+
+    def numbered(rows: Mapping[str, list[Any]], positions: list[int]) -> dict[str, Any]:
+        encoded = {**encode(rows), EXAMPLE_ID: [first + i for i in positions]}
+        if with_length:
+            sides = zip(encoded["input_ids"], encoded["labels"], strict=True)
+            encoded[LENGTH] = [max(len(source), len(target)) for source, target in sides]
+        return encoded
+
+    return split.map(
+        numbered,
+        batched=True,
+        with_indices=True,
+        remove_columns=split.column_names,
+        keep_in_memory=fits_memory(split),
+    )
+
+
+def seq2seq_options(num_beams: int, eval_batch_size: int) -> dict[str, Any]:
+    """Return the arguments of a trainer with batches by tokens that scores what it generates.
+
+    Args:
+        num_beams: Beams of the evaluations during training.
+        eval_batch_size: Examples a batch of an evaluation.
+    """
+    return {
+        "predict_with_generate": True,
+        "generation_num_beams": num_beams,
+        "per_device_train_batch_size": 1,  # batches are by tokens
+        "per_device_eval_batch_size": eval_batch_size,
+        "remove_unused_columns": False,
+    }
+
+
+def read_outputs(tokenizer: Any, references: References, prediction: Any) -> Outputs:
+    """Return the texts that `GenerationTrainer` predicted, with their references."""
+    tokens, nll = prediction.predictions
+    labels, example_ids = prediction.label_ids
+    tokens = np.where(tokens < 0, tokenizer.pad_token_id, tokens)
+    counts = np.asarray(labels != -100).sum(1)
+    return Outputs(
+        texts=tokenizer.batch_decode(tokens, skip_special_tokens=True),
+        references=[references[int(i)] for i in example_ids],
+        likelihoods=np.stack([np.asarray(nll, dtype=np.float64).reshape(-1), counts], axis=1),
+    )
+
+
+def texts_of(values: Iterable[Any]) -> list[str]:
+    """Return a column of text.
+
+    Raises:
+        ValueError: If it holds anything else.
+    """
+    return list(checked_texts(values))
+
+
+def checked_texts(values: Iterable[Any]) -> Iterator[str]:
+    """Yield a column of text, and raise where it holds anything else, as `texts_of` does."""
+    for value in values:
+        if not isinstance(value, str):
+            raise ValueError(f"columns of text must hold text, got {value!r}")
+        yield value

@@ -1,0 +1,230 @@
+"""Image classification with vision transformers (section 3.5 of arXiv 2106.14448)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from torch import nn
+
+from regdrop.config import RDropConfig
+from regdrop.tasks.common.accepted import BelowOne, Channels, Count, Name, Text
+from regdrop.tasks.common.base import LazySplits, Metric, PreparedTask, TrainingSettings, check_task
+from regdrop.tasks.common.classification import (
+    accuracy,
+    classification_statistics,
+    nll,
+    set_dropout,
+)
+from regdrop.tasks.images.data import DIGITS, ImageSplits, load_digits_splits, load_image_splits
+from regdrop.tasks.images.models import (
+    EFFICIENTNET_LITE0,
+    load_image_config,
+    load_image_model,
+    register,
+)
+from regdrop.tasks.images.streaming import stream_image_splits
+
+Augmentation = Literal["none", "shift", "flip", "crop"]
+
+
+@dataclass(frozen=True)
+class ImageClassification:
+    """An image classifier trained through the Hugging Face Trainer.
+
+    Attributes:
+        name: Name of the preset.
+        description: One line of what is trained on what.
+        dataset: "digits" for scikit-learn's, else a `datasets` folder or hub id.
+        model: Checkpoint to fine-tune: folder, hub id, or "efficientnet-lite0", whose weights are
+            in a Python package; None to train `model_config`.
+        model_config: Hugging Face configuration of a new model, `model_type` included.
+        dropout: Dropout rate, set wherever the model's configuration has one.
+        image_size: Height and width of the images; None for the checkpoint's own. A vision
+            transformer of another size has its positions resized (arXiv 2010.11929, section 3.2).
+        num_channels: 1 for grey, 3 for RGB.
+        augmentation: "shift" moves and turns slightly (characters), "flip" moves and mirrors
+            (small photographs), "crop" takes a part of 5 % to all and scales it (photographs),
+            "none" does nothing.
+        dataset_config: Configuration of the hub's data set.
+        streaming: Whether the data set is read while it trains, never downloaded or kept as a
+            whole. Selection is then on the first images of the training split.
+        train_examples: Size of the part of the training split that is used; None for all of it.
+        training: Optimisation without R-Drop.
+        rdrop: R-Drop's options.
+        selection_metric: Figure on the validation split that selects the checkpoint.
+    """
+
+    family: ClassVar[str] = "images"
+
+    name: Name
+    description: Text
+    dataset: Text
+    training: TrainingSettings
+    rdrop: RDropConfig
+    model: Text | None = None
+    model_config: Mapping[str, Any] = field(default_factory=dict)
+    dropout: BelowOne = 0.1
+    image_size: Count | None = None
+    num_channels: Channels = 3
+    augmentation: Augmentation = "flip"
+    dataset_config: Text | None = None
+    streaming: bool = False
+    train_examples: Count | None = None
+    selection_metric: Text = "accuracy"
+
+    def __post_init__(self) -> None:
+        check_task(self)
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Return accuracy and negative log-likelihood."""
+        return {
+            "accuracy": Metric("accuracy (%)", greater_is_better=True, percent=True),
+            "nll": Metric("NLL", greater_is_better=False),
+        }
+
+    def figures(self, statistics: np.ndarray) -> dict[str, float]:
+        """Return the figures from rows of label, prediction and likelihood."""
+        return {"accuracy": accuracy(statistics), "nll": nll(statistics)}
+
+    def prepare(self, folder: Path | None = None) -> PreparedTask:
+        """Load the data and return what the trainer needs; nothing is kept in the folder.
+
+        Raises:
+            ValueError: For a model that has no dropout to set, or a data set that does not fit.
+        """
+        if (self.model is None) == (not self.model_config):
+            raise ValueError("exactly one of model and model_config must be given")
+        register()
+        splits = self._load(saved_class_names(folder))
+        from transformers import AutoModelForImageClassification
+
+        names = ("train", "validation", "test")
+        return PreparedTask(
+            splits=LazySplits(
+                {
+                    name: partial(getattr, splits, name)
+                    for name in names
+                    if getattr(splits, name) is not None
+                }
+            ),
+            build_model=partial(self._build_model, splits.class_names),
+            load_model=AutoModelForImageClassification.from_pretrained,
+            example_statistics=classification_statistics,
+            processing_class=self._processor(),
+        )
+
+    def _processor(self) -> Any:
+        """Return what makes a model's input of an image, to be saved with it.
+
+        The library has none for grey images.
+        """
+        if self.num_channels != 3 or self.dataset == DIGITS:
+            return None
+        from PIL.Image import Resampling
+        from transformers import ViTImageProcessor
+
+        size, (mean, std) = self._image_size(), self._normalisation()
+        return ViTImageProcessor(
+            size={"height": size, "width": size},
+            resample=Resampling.BICUBIC,
+            image_mean=list(mean),
+            image_std=list(std),
+            do_convert_rgb=True,
+        )
+
+    def _load(self, class_names: Sequence[str] | None) -> ImageSplits:
+        if self.dataset == DIGITS:
+            if self.streaming or self.train_examples is not None:
+                raise ValueError("digits are a few: neither streaming nor train_examples applies")
+            return load_digits_splits(build_augmentation(self.augmentation, 8))
+        image_size = self._image_size()
+        mean, std = self._normalisation()
+        # A trained model is tested on a folder of files as they are.
+        streaming = self.streaming and (class_names is None or not Path(self.dataset).exists())
+        options: dict[str, Any] = {} if streaming else {"class_names": class_names}
+        load: Callable[..., ImageSplits] = stream_image_splits if streaming else load_image_splits
+        return load(
+            self.dataset,
+            config_name=self.dataset_config,
+            train_examples=self.train_examples,
+            image_size=image_size,
+            num_channels=self.num_channels,
+            mean=mean,
+            std=std,
+            augmentation=build_augmentation(self.augmentation, image_size),
+            **options,
+        )
+
+    def _image_size(self) -> int:
+        if self.image_size is not None:
+            return self.image_size
+        if self.model is None:
+            raise ValueError("image_size must be given where there is no model, got None")
+        size = getattr(load_image_config(self.model), "image_size", None)
+        if not isinstance(size, int):
+            raise ValueError(f"image_size must be given: model {self.model!r} has none of its own")
+        return size
+
+    def _normalisation(self) -> tuple[list[float], list[float]]:
+        """Return the checkpoint's own mean and standard deviation where it has them."""
+        half = [0.5] * self.num_channels
+        if self.model is None or self.model == EFFICIENTNET_LITE0:
+            return half, half
+        from transformers import ImageProcessingMixin
+
+        try:
+            processor, _ = ImageProcessingMixin.get_image_processor_dict(self.model)
+        except OSError:  # a folder without a preprocessor
+            return half, half
+        return processor.get("image_mean", half), processor.get("image_std", half)
+
+    def _build_model(self, class_names: list[str]) -> nn.Module:
+        from transformers import AutoConfig, AutoModelForImageClassification
+
+        labels = {
+            "id2label": dict(enumerate(class_names)),
+            "label2id": {name: i for i, name in enumerate(class_names)},
+        }
+        if self.model is not None:
+            config = load_image_config(self.model, **labels)
+            set_dropout(config, self.dropout)
+            return load_image_model(self.model, config, self._image_size())
+        options = {"image_size": self._image_size(), "num_channels": self.num_channels}
+        config = AutoConfig.for_model(**{**options, **labels, **self.model_config})
+        set_dropout(config, self.dropout)
+        new_model: nn.Module = AutoModelForImageClassification.from_config(config)
+        return new_model
+
+
+def saved_class_names(folder: Path | None) -> list[str] | None:
+    """Return the classes of the model that a folder holds, in their order; None for no model."""
+    if folder is None or not (folder / "config.json").exists():
+        return None
+    from transformers import AutoConfig
+
+    names: dict[int, str] = AutoConfig.from_pretrained(folder).id2label
+    return [names[i] for i in range(len(names))]
+
+
+def build_augmentation(kind: Augmentation, image_size: int) -> nn.Module | None:
+    """Return the augmentation of float images (n, C, H, W) between 0 and 1."""
+    if kind == "none":
+        return None
+    import kornia.augmentation as K
+
+    if kind == "shift":
+        return nn.Sequential(K.RandomAffine(degrees=10.0, translate=(0.1, 0.1), p=1.0))
+    if kind == "flip":
+        padding = max(1, image_size // 8)
+        size = (image_size, image_size)
+        return nn.Sequential(
+            K.RandomCrop(size, padding=padding, padding_mode="reflect"), K.RandomHorizontalFlip()
+        )
+    if kind == "crop":
+        size = (image_size, image_size)
+        return nn.Sequential(K.RandomResizedCrop(size, scale=(0.05, 1.0)))
+    raise ValueError(f"augmentation must be 'none', 'shift', 'flip' or 'crop', got {kind!r}")

@@ -1,0 +1,204 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from regdrop.experiments import build_arms, run_arm
+from regdrop.experiments.studies import tuning
+from regdrop.experiments.studies.tuning import (
+    Variation,
+    apply_tuned,
+    parse_variation,
+    save_tuned,
+    tune,
+    with_settings,
+)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Run in this process, and note what is trained anew."""
+    trained = []
+
+    def run_arms(task, arms, *, seeds, folder, **options):
+        records = []
+        for arm in arms:
+            for seed in seeds:
+                is_new = not (folder / "records" / f"{arm.name}-seed{seed}.json").exists()
+                trained.extend([(arm.name, seed)] if is_new else [])
+                records.append(run_arm(task, arm, seed, folder))
+        return records
+
+    monkeypatch.setattr(tuning, "run_arms", run_arms)
+    return trained
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rdrop.alpha=1,2.5", Variation("rdrop.alpha", values=(1, 2.5))),
+        ("training.optim=sgd", Variation("training.optim", values=("sgd",))),
+        ("rdrop.fraction=0.1:1", Variation("rdrop.fraction", low=0.1, high=1)),
+        ("rdrop.alpha=0.1:10:log", Variation("rdrop.alpha", low=0.1, high=10, log=True)),
+    ],
+)
+def test_variations_as_they_are_typed(text, expected):
+    assert repr(parse_variation(text)) == repr(expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "alpha=1",
+        "rdrop.alpha",
+        "rdrop.alpha=",
+        "task.dropout=1",
+        "rdrop.alpha=2:1",
+        "rdrop.alpha=0:1:log",
+        "rdrop.alpha=a:b",
+        "rdrop.alpha=1:2:linear",
+    ],
+)
+def test_what_is_no_variation_is_named(text):
+    with pytest.raises(ValueError, match=r"a (variation|range) must be .*, got '"):
+        parse_variation(text)
+
+
+def test_every_combination_is_tried_and_the_best_on_validation_is_taken(tmp_path, short, runs):
+    """So small a learning rate learns nothing; the seeds are averaged."""
+    arms = [build_arms(short)[name] for name in ("baseline", "rdrop")]
+    variations = [
+        Variation("training.learning_rate", values=(1e-9, 1e-2)),
+        Variation("rdrop.alpha", values=(1, 2)),
+    ]
+    found = tune(short, arms, variations, seeds=[7, 8], folder=tmp_path)
+    # Alpha means nothing to the baseline.
+    assert found["baseline"].settings == {"training.learning_rate": 1e-2}
+    assert (found["baseline"].tried, found["rdrop"].tried) == (2, 4)
+    assert found["rdrop"].settings["training.learning_rate"] == 1e-2
+    assert len(runs) == 2 * 2 + 4 * 2
+    name = tuning.describe(found["rdrop"].settings)
+    figures = [
+        json.loads((tmp_path / "records" / f"rdrop@{name}-seed{seed}.json").read_text())
+        for seed in (7, 8)
+    ]
+    mean = sum(record["validation"]["nll"] for record in figures) / 2
+    assert found["rdrop"].figure == pytest.approx(mean)
+    runs.clear()
+    assert tune(short, arms, variations, seeds=[7, 8], folder=tmp_path) == found
+    assert runs == []
+
+
+def test_a_search_stays_in_its_range_and_goes_on_where_it_stopped(tmp_path, short, runs):
+    pytest.importorskip("optuna")
+    arms = [build_arms(short)["rdrop"]]
+    variations = [Variation("rdrop.alpha", low=0.1, high=10.0, log=True)]
+
+    def search(trials):
+        return tune(short, arms, variations, seeds=[7], folder=tmp_path, trials=trials)["rdrop"]
+
+    found = search(2)
+    assert (found.tried, len(runs)) == (2, 2)
+    assert 0.1 <= found.settings["rdrop.alpha"] <= 10
+    again = search(3)
+    assert (again.tried, len(runs)) == (3, 3)
+    assert len(set(runs)) == 3
+    assert again.figure <= found.figure
+    assert search(3) == again
+    assert (tmp_path / "optuna.db").exists()
+
+
+def test_a_search_over_whole_numbers_and_of_other_settings_is_another_search(tmp_path, short, runs):
+    pytest.importorskip("optuna")
+    arm = build_arms(short)["rdrop"]
+
+    def search(low, high):
+        variation = Variation("rdrop.every_n_steps", low=low, high=high)
+        return tune(short, [arm], [variation], seeds=[7], folder=tmp_path, trials=1)["rdrop"]
+
+    assert search(2, 3).settings["rdrop.every_n_steps"] in (2, 3)
+    assert search(5, 6).settings["rdrop.every_n_steps"] in (5, 6)
+    assert len(runs) == 2
+
+
+def test_an_interrupted_search_goes_on_with_the_trial_it_was_at(tmp_path, short, monkeypatch):
+    pytest.importorskip("optuna")
+    arm = build_arms(short)["rdrop"]
+    asked = []
+
+    def run_arms(task, arms, **options):
+        asked.append(arms[0].name)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return [run_arm(task, arms[0], 7, tmp_path)]
+
+    monkeypatch.setattr(tuning, "run_arms", run_arms)
+    variation = Variation("rdrop.alpha", low=0.1, high=10.0)
+    options = {"seeds": [7], "folder": tmp_path, "trials": 1}
+    with pytest.raises(KeyboardInterrupt):
+        tune(short, [arm], [variation], **options)
+    assert tune(short, [arm], [variation], **options)["rdrop"].tried == 1
+    assert asked[0] == asked[1]
+
+
+def test_a_run_that_diverged_is_never_chosen(tmp_path, short, record, monkeypatch):
+    arm = build_arms(short)["rdrop"]
+
+    def run_arms(task, arms, **options):
+        figures = {"rdrop@rdrop.alpha=1": float("nan"), "rdrop@rdrop.alpha=2": 0.7}
+        return [
+            record(one.name, validation={"nll": figures.get(one.name, float("nan"))})
+            for one in arms
+        ]
+
+    monkeypatch.setattr(tuning, "run_arms", run_arms)
+    options = {"seeds": [7], "folder": tmp_path}
+    found = tune(short, [arm], [Variation("rdrop.alpha", values=(1, 2, 3))], **options)
+    assert found["rdrop"].settings == {"rdrop.alpha": 2}
+    with pytest.raises(ValueError, match=r"no setting of rdrop .* ends with a finite figure"):
+        tune(short, [arm], [Variation("rdrop.alpha", values=(1, 3))], **options)
+
+
+def test_what_was_chosen_is_taken_for_every_arm_of_its_study(tmp_path, short, runs):
+    baseline, rdrop = arms = [build_arms(short)[name] for name in ("baseline", "rdrop")]
+
+    def choose(alpha, **changes):
+        variation = Variation("rdrop.alpha", values=(alpha,))
+        return tune(short, [rdrop], [variation], seeds=[7], folder=tmp_path, **changes)
+
+    path = save_tuned(tmp_path, "compare", choose(0.5))
+    with pytest.raises(ValueError, match=r"a choice for every arm, .* lacks baseline"):
+        apply_tuned(arms, "compare", path)
+    with pytest.raises(ValueError, match="for the arms of 'compare', not of 'cost'"):
+        apply_tuned([rdrop], "cost", path)
+    # What is chosen later for another arm stands beside it.
+    variations = [Variation("training.learning_rate", values=(1e-2,))]
+    save_tuned(tmp_path, "compare", tune(short, [baseline], variations, seeds=[7], folder=tmp_path))
+    changed = apply_tuned(arms, "compare", path)
+    assert changed[0] == with_settings(baseline, {"training.learning_rate": 1e-2})
+    assert changed[1] == replace(rdrop, rdrop=replace(rdrop.rdrop, alpha=0.5))
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="must be a file of `regdrop tune`"):
+        apply_tuned(arms, "compare", path)
+
+
+def test_settings_that_there_are_not_are_named_before_anything_runs(tmp_path, short, runs):
+    arm = build_arms(short)["rdrop"]
+    with pytest.raises(ValueError, match="rdrop has no setting 'beta'"):
+        with_settings(arm, {"rdrop.beta": 1})
+    for name, values, message in (
+        ("training.max_steps", (8, 0), "max_steps must be at least 1, got 0"),
+        ("training.learning_rate", (1e-3, "x"), "training.learning_rate must be a number, got 'x'"),
+        ("rdrop.every_n_steps", (1.5,), "rdrop.every_n_steps cannot be 1.5|must be an integer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tune(short, [arm], [Variation(name, values)], seeds=[7], folder=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"nothing of what is varied \(rdrop.alpha\) matters"):
+        tune(
+            short,
+            [build_arms(short)["alpha-0"]],
+            [Variation("rdrop.alpha", (1,))],
+            seeds=[7],
+            folder=tmp_path / "out",
+        )
+    assert not (tmp_path / "out").exists()

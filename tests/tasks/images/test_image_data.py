@@ -1,0 +1,170 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from regdrop.tasks.images.data import load_digits_splits, load_image_splits
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Write a folder of one-colour images of several sizes, in the layout of an image folder."""
+    root = tmp_path_factory.mktemp("colours")
+    for split, count in (("train", 10), ("test", 4)):
+        for name, colour in COLOURS.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (6 + i, 8), colour).save(folder / f"{i}.png")
+    return root
+
+
+def load(dataset, **options):
+    defaults = {
+        "image_size": 8,
+        "num_channels": 3,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "augmentation": None,
+    }
+    return load_image_splits(str(dataset), **{**defaults, **options})
+
+
+def test_digits_are_split_by_class_without_overlap():
+    splits = load_digits_splits(None)
+    assert [len(split) for split in splits[:3]] == [300, 300, 1197]
+    assert splits.class_names == [str(i) for i in range(10)]
+    counts = torch.bincount(splits.train.labels)
+    assert counts.min() >= 28
+    assert counts.max() <= 32
+    seen = [
+        {item["pixel_values"].numpy().tobytes() for item in split.__getitems__(range(len(split)))}
+        for split in splits[:3]
+    ]
+    assert sum(map(len, seen)) == len(set.union(*seen)) == 1797
+
+
+def test_digits_are_the_same_for_every_seed():
+    torch.manual_seed(1)
+    np.random.seed(1)
+    a = load_digits_splits(None).train
+    torch.manual_seed(2)
+    np.random.seed(2)
+    b = load_digits_splits(None).train
+    assert torch.equal(a.labels, b.labels)
+    assert torch.equal(a[7]["pixel_values"], b[7]["pixel_values"])
+
+
+def test_digits_are_scikit_learns_between_minus_one_and_one():
+    from sklearn.datasets import load_digits
+
+    item = load_digits_splits(None).test[0]
+    assert item["pixel_values"].shape == (1, 8, 8)
+    original = load_digits().images / 16
+    distances = np.abs(original - (item["pixel_values"][0].numpy() + 1) / 2).max((1, 2))
+    assert distances.min() < 1 / 255
+    assert load_digits().target[distances.argmin()] == item["labels"]
+
+
+def test_augmentation_acts_on_the_training_split_alone():
+    class Black(nn.Module):
+        def forward(self, x):
+            return x * 0
+
+    splits = load_digits_splits(Black())
+    assert (splits.train[0]["pixel_values"] == -1).all()
+    assert not (splits.validation[0]["pixel_values"] == -1).all()
+    assert not (splits.test[0]["pixel_values"] == -1).all()
+
+
+def test_folder_of_images(colours):
+    splits = load(colours)
+    assert sorted(splits.class_names) == sorted(COLOURS)
+    # A tenth of the training split validates where there is no split for it.
+    assert [len(split) for split in splits[:3]] == [27, 3, 12]
+    for split in splits[:3]:
+        for i in range(len(split)):
+            item = split[i]
+            colour = torch.tensor(COLOURS[splits.class_names[item["labels"]]]) / 255
+            assert item["pixel_values"].shape == (3, 8, 8)
+            torch.testing.assert_close(item["pixel_values"].mean((1, 2)), colour * 2 - 1)
+
+
+def test_normalisation_and_grey(colours):
+    split = load(colours, num_channels=1, mean=[0.1], std=[0.2]).test
+    greys = {"red": 76, "green": 150, "blue": 29}  # ITU-R 601, as Pillow converts
+    names = load(colours).class_names
+    item = split[0]
+    expected = (greys[names[item["labels"]]] / 255 - 0.1) / 0.2
+    torch.testing.assert_close(item["pixel_values"], torch.full((1, 8, 8), expected))
+
+
+def test_images_decoded_on_demand_are_those_from_memory(colours, monkeypatch):
+    from regdrop.tasks.images import data as image_data
+
+    kept = load(colours).train[5]
+    monkeypatch.setattr(image_data, "_IN_MEMORY_BYTES", 0)
+    decoded = load(colours).train[5]
+    assert torch.equal(kept["pixel_values"], decoded["pixel_values"])
+
+
+def test_hidden_labels_are_not_tested_and_a_lone_training_split_is_refused(colours, tmp_path):
+    import datasets
+
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    images = [Image.new("RGB", (8, 8), colour) for colour in COLOURS.values()] * 10
+
+    def write(name, labels):
+        rows = {"image": images[: len(labels)], "label": labels}
+        (tmp_path / "data").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(
+            tmp_path / "data" / f"{name}.parquet"
+        )
+
+    write("train", [0, 1] * 15)
+    with pytest.raises(ValueError, match="must have a split 'test' or 'validation' with labels"):
+        load(tmp_path / "data")
+    write("validation", [0, 1] * 2)
+    write("test", [-1] * 6)
+    assert [len(split) for split in load(tmp_path / "data")[:3]] == [27, 3, 4]
+
+
+def test_a_set_without_images_is_refused(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\na,0\nb,1\n")
+    with pytest.raises(ValueError, match="must have a column of images and one of class labels"):
+        load(tmp_path)
+
+
+def test_a_set_without_a_training_split_is_there_to_be_tested_on(tmp_path, colours):
+    import shutil
+
+    whole = load(colours)
+    shutil.copytree(colours / "test", tmp_path / "alone" / "test")
+    alone = load(tmp_path / "alone")
+    assert (alone.train, alone.validation) == (None, None)
+    assert torch.equal(alone.test[0]["pixel_values"], whole.test[0]["pixel_values"])
+    shutil.copytree(colours / "test", tmp_path / "other" / "further")
+    # The library takes a folder of another name for training data.
+    with pytest.raises(ValueError, match=r"'test' or 'validation' with labels, got \['train'\]"):
+        load(tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_real_photographs():
+    folder = Path(os.environ.get("REGDROP_TEST_DATA", "nowhere")) / "cifar10_jpeg"
+    if not folder.is_dir():
+        pytest.skip("REGDROP_TEST_DATA names no folder that holds cifar10_jpeg")
+    splits = load(folder, image_size=32)
+    assert len(splits.train) == 45_000
+    assert len(splits.test) == 10_000
+    assert len(splits.class_names) == 10
+    assert splits.train[0]["pixel_values"].shape == (3, 32, 32)
+    assert splits.test.labels.bincount().tolist() == [1000] * 10
