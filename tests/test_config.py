@@ -2,6 +2,7 @@ import json
 from dataclasses import FrozenInstanceError
 
 import pytest
+import torch
 
 from regdrop import RDropConfig
 
@@ -219,3 +220,14 @@ def test_unknown_options_are_named():
 def test_a_number_is_no_boolean(name):
     with pytest.raises(ValueError, match=f"{name} must be one of"):
         RDropConfig(**{name: 0})
+
+
+@pytest.mark.parametrize("name", ["dropout_rates", "class_weight"])
+@pytest.mark.parametrize("value", ["11", ["0.1", 0.2], [True, 0.2], [None, 0.2], {"1": 0.1}, 0.1])
+def test_several_numbers_are_numbers(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be several numbers, got "):
+        RDropConfig(passes="sequential", **{name: value})
+
+
+def test_several_numbers_may_be_a_tensor():
+    assert RDropConfig(class_weight=torch.tensor([1.0, 0.5])).class_weight == (1.0, 0.5)

@@ -1,8 +1,9 @@
 """The options of training with R-Drop, shared by every integration and the command line."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from regdrop.kernels import Implementation
@@ -98,8 +99,7 @@ class RDropConfig:
         for name in ("dropout_rates", "class_weight"):
             value = getattr(self, name)
             if value is not None:
-                # JSON and the command line give lists.
-                object.__setattr__(self, name, tuple(float(x) for x in value))
+                object.__setattr__(self, name, _as_numbers(name, value))
         self._check_numbers()
         self._check_choices()
         self._check_combinations()
@@ -297,6 +297,18 @@ class RDropConfig:
                     f"single_pass_below must be at most {name}={getattr(self, name)}, else no step "
                     f"has R-Drop, got {self.single_pass_below}"
                 )
+
+
+def _as_numbers(name: str, value: Any) -> tuple[float, ...]:
+    """Return several numbers as a tuple; JSON and the command line give a list."""
+    values = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be several numbers, got {value!r}")
+    values = list(values)
+    for each in values:
+        if isinstance(each, bool) or not isinstance(each, Real):
+            raise TypeError(f"{name} must be several numbers, got {each!r} among them")
+    return tuple(float(each) for each in values)
 
 
 def _check_number(name: str, value: Any, *, low: float, high: float = math.inf) -> None:
