@@ -30,7 +30,8 @@ from transformers import default_data_collator
 
 import recording
 from regdrop import RDropConfig, rdrop_step
-from regdrop.experiments.recording.record import describe_hardware, library_versions, write_json
+from regdrop.experiments.recording.environment import describe_hardware, library_versions
+from regdrop.experiments.recording.record import write_json
 from regdrop.experiments.reporting.plots import COLOURS, new_figure, save_figure
 from regdrop.experiments.running.progress import quiet_libraries
 from regdrop.experiments.statistics import Estimate, estimate, paired_difference

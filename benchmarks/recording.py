@@ -67,7 +67,7 @@ def write(
     **facts: object,
 ) -> None:
     """Write the record: JSON, and its rows as CSV beside it."""
-    from regdrop.experiments.recording.record import describe_hardware, library_versions
+    from regdrop.experiments.recording.environment import describe_hardware, library_versions
 
     record = {
         **{name: value for name, value in vars(arguments).items() if name != "output"},

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from regdrop.experiments import RunRecord, build_arms
-from regdrop.experiments.recording.record import resolved_config
+from regdrop.experiments.recording.settings import resolved_config
 from regdrop.tasks.images.presets import DIGITS
 
 SHORT = replace(

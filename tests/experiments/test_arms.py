@@ -6,8 +6,7 @@ import pytest
 from regdrop import RDropConfig, find_dropout
 from regdrop.experiments import build_arms
 from regdrop.experiments.arms import other_arms
-from regdrop.experiments.recording.record import resolved_config
-from regdrop.experiments.recording.same_settings import check_same_config
+from regdrop.experiments.recording.settings import check_same_config, resolved_config
 from regdrop.experiments.running import run
 from regdrop.experiments.studies.tuning import with_settings
 from regdrop.tasks.images.presets import DIGITS

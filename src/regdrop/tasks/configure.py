@@ -8,7 +8,7 @@ from typing import Any, Literal
 from regdrop.config import RDropConfig
 from regdrop.tasks import DEFAULT_PRESETS, FAMILIES, PRESETS, Task
 from regdrop.tasks.common.accepted import check_choice, nearest
-from regdrop.tasks.images.data import DIGITS
+from regdrop.tasks.images.digits import DIGITS_NAME
 
 
 def find_task(name: str, preset: str | None = None) -> Task:
@@ -52,7 +52,7 @@ def change_task(
     Raises:
         ValueError: For a setting that the task has not, or a value that it refuses.
     """
-    if data is not None and task.dataset == DIGITS:
+    if data is not None and task.dataset == DIGITS_NAME:
         raise ValueError(
             f"{task.name} is of scikit-learn's digits and takes no other data, got {data!r}; "
             "choose a preset for images in a folder: see `regdrop tasks`"

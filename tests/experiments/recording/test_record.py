@@ -12,14 +12,10 @@ import torch
 from regdrop.experiments import RunRecord, build_arms, load_records
 from regdrop.experiments.recording import files
 from regdrop.experiments.recording.details import read_details
+from regdrop.experiments.recording.environment import describe_hardware, library_versions
 from regdrop.experiments.recording.ownership import hold
-from regdrop.experiments.recording.record import (
-    describe_hardware,
-    library_versions,
-    merge_records,
-    record_path,
-    resolved_config,
-)
+from regdrop.experiments.recording.record import merge_records, record_path
+from regdrop.experiments.recording.settings import resolved_config
 
 
 def test_a_record_survives_its_file(tmp_path, record):
@@ -179,7 +175,7 @@ def test_peak_memory_sees_an_allocation_that_is_gone():
     # In a process of its own: in this one an earlier test may have needed more.
     script = """
 import torch
-from regdrop.experiments.recording.record import peak_memory_mib, reset_peak_memory
+from regdrop.experiments.recording.memory import peak_memory_mib, reset_peak_memory
 allowed, before = reset_peak_memory(), peak_memory_mib()
 block = torch.ones(256 * 2**20 // 4)
 del block

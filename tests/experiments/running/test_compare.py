@@ -11,7 +11,8 @@ from rich.console import Console
 from regdrop.commands.display import LiveDisplay, print_table
 from regdrop.experiments import build_arms, compare, run_arm, run_arms
 from regdrop.experiments.arms import other_arms
-from regdrop.experiments.recording.record import record_path, resolved_config
+from regdrop.experiments.recording.record import record_path
+from regdrop.experiments.recording.settings import resolved_config
 from regdrop.experiments.running.parallel import _check_records
 from regdrop.experiments.running.progress import Update
 

@@ -14,7 +14,8 @@ from regdrop.experiments.recording.manifest import (
     note_command,
     read_manifest,
 )
-from regdrop.experiments.recording.record import record_path, resolved_config
+from regdrop.experiments.recording.record import record_path
+from regdrop.experiments.recording.settings import resolved_config
 from regdrop.experiments.reporting.cost import run_cost
 from regdrop.experiments.reporting.report import write_report
 from regdrop.experiments.reporting.study_plots import pareto_front

@@ -11,7 +11,8 @@ from PIL import Image
 from regdrop.tasks.common import folders
 from regdrop.tasks.common.data import check_texts, load_raw_splits
 from regdrop.tasks.common.folders import check_files, data_digests
-from regdrop.tasks.images.data import convert_image, load_image_splits
+from regdrop.tasks.images.decoding import convert_image
+from regdrop.tasks.images.splits import load_image_splits
 from text_data import write_rows
 
 

@@ -11,8 +11,8 @@ from regdrop import find_dropout
 from regdrop.experiments import build_arms, run_arm
 from regdrop.tasks import PRESETS
 from regdrop.tasks.common.classification import classification_statistics, set_dropout
+from regdrop.tasks.images.augmentation import build_augmentation
 from regdrop.tasks.images.presets import DIGITS
-from regdrop.tasks.images.task import build_augmentation
 from tiny_tasks import tiny_images, write_photographs
 
 IMAGES = PRESETS["vit-base-cifar100-224"]

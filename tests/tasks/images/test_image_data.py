@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from regdrop.tasks.images.data import load_digits_splits, load_image_splits
+from regdrop.tasks.images.digits import load_digits_splits
+from regdrop.tasks.images.splits import load_image_splits
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -106,10 +107,10 @@ def test_normalisation_and_grey(colours):
 
 
 def test_images_decoded_on_demand_are_those_from_memory(colours, monkeypatch):
-    from regdrop.tasks.images import data as image_data
+    from regdrop.tasks.images import decoding
 
     kept = load(colours).train[5]
-    monkeypatch.setattr(image_data, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(decoding, "_IN_MEMORY_BYTES", 0)
     decoded = load(colours).train[5]
     assert torch.equal(kept["pixel_values"], decoded["pixel_values"])
 

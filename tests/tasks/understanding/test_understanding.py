@@ -16,8 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from regdrop import find_dropout
 from regdrop.experiments import build_arms, run_arm
 from regdrop.experiments.evaluating.evaluate import evaluate
-from regdrop.experiments.recording.record import resolved_config
-from regdrop.experiments.recording.same_settings import check_same_config
+from regdrop.experiments.recording.settings import check_same_config, resolved_config
 from regdrop.experiments.running.run import RunPaths, train_run
 from regdrop.tasks import PRESETS
 from regdrop.tasks.understanding.glue import GLUE

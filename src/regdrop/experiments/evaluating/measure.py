@@ -13,12 +13,9 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from regdrop.disagreement import Disagreement, Predictions
 from regdrop.experiments.arms import baseline_arm
 from regdrop.experiments.evaluating.evaluate import load_run
+from regdrop.experiments.recording.environment import describe_hardware, library_versions
 from regdrop.experiments.recording.files import write_json
-from regdrop.experiments.recording.record import (
-    RunRecord,
-    describe_hardware,
-    library_versions,
-)
+from regdrop.experiments.recording.record import RunRecord
 from regdrop.experiments.reporting.plots import COLOURS, new_figure, save_figure
 from regdrop.experiments.running.building import build_trainer
 from regdrop.experiments.running.progress import quiet_libraries

@@ -13,7 +13,7 @@ DETAILS_NAME = "details.npz"
 _RUNS = "runs.json"
 _WHOLE = (np.uint8, np.int16, np.int32)
 # Significant digits of the statistics of single examples: more than any figure shows.
-DIGITS = 6
+SIGNIFICANT_DIGITS = 6
 
 
 class Details(NamedTuple):
@@ -100,7 +100,7 @@ def _encode(values: np.ndarray) -> dict[str, np.ndarray]:
             return {"": whole}
     if np.isfinite(values).all():
         size = np.abs(np.where(values == 0, 1.0, values))
-        decimals = (DIGITS - 1 - np.floor(np.log10(size))).clip(0, 22).astype(np.int8)
+        decimals = (SIGNIFICANT_DIGITS - 1 - np.floor(np.log10(size))).clip(0, 22).astype(np.int8)
         rounded = np.rint(values * 10.0**decimals)
         if np.abs(rounded).max() < 2**31:
             digits = rounded.astype(np.int32)

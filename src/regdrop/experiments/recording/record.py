@@ -4,41 +4,17 @@ A record is one JSON file. In the folder of a study, what is long in the records
 one compressed file beside them (details.py).
 """
 
-import hashlib
-import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 
-from regdrop.experiments.arms import Arm
 from regdrop.experiments.recording.details import DETAILS_NAME, Details, read_details, write_details
 from regdrop.experiments.recording.files import read_object, write_json, write_whole
 from regdrop.experiments.recording.ownership import HeldError, hold
-from regdrop.experiments.recording.processes import num_processes
-from regdrop.tasks import Task
-from regdrop.tasks.common.folders import data_digests
-
-# The high-water mark just after a reset may be this much above what is in use.
-_RESET_TOLERANCE_MIB = 32
-_PACKAGES = (
-    "regdrop",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "accelerate",
-    "datasets",
-    "numpy",
-    "scikit-learn",
-    "sacrebleu",
-)
 
 
 @dataclass(frozen=True)
@@ -189,94 +165,3 @@ def _one_line(error: TypeError | ValidationError) -> str:
 
 
 _RECORD = TypeAdapter(RunRecord)
-
-
-# The settings of a run that the arms of a task may have of their own.
-ARM_SETTINGS = ("training", "rdrop", "dropout_odds", "dropout_rises")
-
-
-def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
-    """Return every setting of a run as JSON holds it, and the digests of its data's files."""
-    settings: dict[str, Any] = {
-        **asdict(task),
-        "family": task.family,
-        "training": asdict(arm.training),
-        "rdrop": arm.rdrop.to_dict(),
-        "dropout_odds": arm.dropout_odds,
-        "dropout_rises": arm.dropout_rises,
-    }
-    if digests := data_digests(task.dataset):
-        settings["data"] = digests
-    plain: dict[str, Any] = json.loads(json.dumps(settings))
-    return plain
-
-
-def settings_digest(task: Task) -> str:
-    """Return a short name for the settings of a task beside those of its optimisation."""
-    settings = {k: v for k, v in asdict(task).items() if k not in ("training", "rdrop")}
-    settings["data"] = data_digests(task.dataset)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that are installed."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def describe_hardware() -> dict[str, Any]:
-    """Return the processor, its cores, the threads and processes of a run and the accelerator."""
-    return {
-        "processor": _processor_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "processes": num_processes(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.platform(terse=True),
-    }
-
-
-def reset_peak_memory() -> bool:
-    """Begin a new measurement of the highest memory; return whether the system allows it."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return True
-    try:  # Linux alone lets a process reset its own high-water mark, and not in every container.
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    peak, now = _memory_mib("VmHWM"), _memory_mib("VmRSS")
-    return peak is not None and now is not None and peak - now < _RESET_TOLERANCE_MIB
-
-
-def peak_memory_mib() -> float | None:
-    """Return the highest memory since the last reset, in MiB; None where it cannot be read.
-
-    Where no reset is possible, it is the highest since the process began.
-    """
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated()) / 2**20
-    return _memory_mib("VmHWM")
-
-
-def _memory_mib(name: str) -> float | None:
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    values = [line.split()[1] for line in status.splitlines() if line.startswith(f"{name}:")]
-    return int(values[0]) / 1024 if values else None
-
-
-def _processor_name() -> str:
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if "model name" in line]
-    return names[0] if names else platform.machine()

@@ -12,15 +12,17 @@ from regdrop.experiments.recording.history import DivergedError
 from regdrop.experiments.recording.ownership import HeldError
 from regdrop.experiments.recording.processes import require_one_process
 from regdrop.experiments.recording.record import (
-    ARM_SETTINGS,
     RunRecord,
     load_records,
     merge_records,
     record_path,
+)
+from regdrop.experiments.recording.settings import (
+    ARM_SETTINGS,
+    check_same_config,
     resolved_config,
     settings_digest,
 )
-from regdrop.experiments.recording.same_settings import check_same_config
 from regdrop.experiments.running.engines import Engine, WorkerLostError, open_engine
 from regdrop.experiments.running.leftovers import LEARNED, clean_up
 from regdrop.experiments.running.optimisers import check_optimiser

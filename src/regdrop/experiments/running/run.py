@@ -13,21 +13,15 @@ from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from regdrop.experiments.arms import Arm
-from regdrop.experiments.recording.details import DIGITS
+from regdrop.experiments.recording.details import SIGNIFICANT_DIGITS
+from regdrop.experiments.recording.environment import describe_hardware, library_versions
 from regdrop.experiments.recording.files import disk_error, read_object, write_json
 from regdrop.experiments.recording.history import DivergedError, HistoryCallback, Progress
+from regdrop.experiments.recording.memory import peak_memory_mib, reset_peak_memory
 from regdrop.experiments.recording.ownership import hold, remove_empty
 from regdrop.experiments.recording.processes import is_main_process, main_process_first
-from regdrop.experiments.recording.record import (
-    RunRecord,
-    describe_hardware,
-    library_versions,
-    peak_memory_mib,
-    record_path,
-    reset_peak_memory,
-    resolved_config,
-)
-from regdrop.experiments.recording.same_settings import check_same_config
+from regdrop.experiments.recording.record import RunRecord, record_path
+from regdrop.experiments.recording.settings import check_same_config, resolved_config
 from regdrop.experiments.running.building import (
     build_trainer,
     check_batch_size,
@@ -279,7 +273,7 @@ def _test(
         statistics = prepared.example_statistics(trainer.predict(split))
         prefix = "" if name == "test" else f"{name}_"
         figures.update({prefix + key: value for key, value in task.figures(statistics).items()})
-        examples[name] = [[float(f"{x:.{DIGITS}g}") for x in row] for row in statistics]
+        examples[name] = [[float(f"{x:.{SIGNIFICANT_DIGITS}g}") for x in row] for row in statistics]
     return figures, examples
 
 

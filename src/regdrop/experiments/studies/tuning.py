@@ -16,7 +16,8 @@ import numpy as np
 from regdrop.experiments.arms import Arm
 from regdrop.experiments.recording.files import write_json
 from regdrop.experiments.recording.ownership import hold
-from regdrop.experiments.recording.record import RunRecord, resolved_config
+from regdrop.experiments.recording.record import RunRecord
+from regdrop.experiments.recording.settings import resolved_config
 from regdrop.experiments.running.parallel import run_arms
 from regdrop.experiments.running.progress import Display
 from regdrop.tasks import Task

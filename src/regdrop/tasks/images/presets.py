@@ -5,8 +5,9 @@ from typing import Any
 
 from regdrop.config import RDropConfig
 from regdrop.tasks.common.base import TrainingSettings
+from regdrop.tasks.images.augmentation import Augmentation
 from regdrop.tasks.images.models import EFFICIENTNET_LITE0
-from regdrop.tasks.images.task import Augmentation, ImageClassification
+from regdrop.tasks.images.task import ImageClassification
 
 
 def _vit(width: int, layers: int, heads: int, patch_size: int) -> dict[str, Any]:

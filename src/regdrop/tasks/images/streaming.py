@@ -10,7 +10,10 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from regdrop.tasks.common.data import open_splits
-from regdrop.tasks.images.data import ImageSplits, augment, find_columns, to_tensor
+from regdrop.tasks.images.augmentation import augment
+from regdrop.tasks.images.dataset import ImageSplits
+from regdrop.tasks.images.decoding import to_tensor
+from regdrop.tasks.images.splits import find_columns
 
 # Images of the training split on which checkpoints are selected: its first ones.
 HELD_OUT_IMAGES = 10_000

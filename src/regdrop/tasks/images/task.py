@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import nn
@@ -18,16 +18,17 @@ from regdrop.tasks.common.classification import (
     nll,
     set_dropout,
 )
-from regdrop.tasks.images.data import DIGITS, ImageSplits, load_digits_splits, load_image_splits
+from regdrop.tasks.images.augmentation import Augmentation, build_augmentation
+from regdrop.tasks.images.dataset import ImageSplits
+from regdrop.tasks.images.digits import DIGITS_NAME, load_digits_splits
 from regdrop.tasks.images.models import (
     EFFICIENTNET_LITE0,
     load_image_config,
     load_image_model,
     register,
 )
+from regdrop.tasks.images.splits import load_image_splits
 from regdrop.tasks.images.streaming import stream_image_splits
-
-Augmentation = Literal["none", "shift", "flip", "crop"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class ImageClassification:
 
         The library has none for grey images.
         """
-        if self.num_channels != 3 or self.dataset == DIGITS:
+        if self.num_channels != 3 or self.dataset == DIGITS_NAME:
             return None
         from PIL.Image import Resampling
         from transformers import ViTImageProcessor
@@ -137,7 +138,7 @@ class ImageClassification:
         )
 
     def _load(self, class_names: Sequence[str] | None) -> ImageSplits:
-        if self.dataset == DIGITS:
+        if self.dataset == DIGITS_NAME:
             if self.streaming or self.train_examples is not None:
                 raise ValueError("digits are a few: neither streaming nor train_examples applies")
             return load_digits_splits(build_augmentation(self.augmentation, 8))
@@ -208,23 +209,3 @@ def saved_class_names(folder: Path | None) -> list[str] | None:
 
     names: dict[int, str] = AutoConfig.from_pretrained(folder).id2label
     return [names[i] for i in range(len(names))]
-
-
-def build_augmentation(kind: Augmentation, image_size: int) -> nn.Module | None:
-    """Return the augmentation of float images (n, C, H, W) between 0 and 1."""
-    if kind == "none":
-        return None
-    import kornia.augmentation as K
-
-    if kind == "shift":
-        return nn.Sequential(K.RandomAffine(degrees=10.0, translate=(0.1, 0.1), p=1.0))
-    if kind == "flip":
-        padding = max(1, image_size // 8)
-        size = (image_size, image_size)
-        return nn.Sequential(
-            K.RandomCrop(size, padding=padding, padding_mode="reflect"), K.RandomHorizontalFlip()
-        )
-    if kind == "crop":
-        size = (image_size, image_size)
-        return nn.Sequential(K.RandomResizedCrop(size, scale=(0.05, 1.0)))
-    raise ValueError(f"augmentation must be 'none', 'shift', 'flip' or 'crop', got {kind!r}")

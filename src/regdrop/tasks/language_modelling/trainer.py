@@ -22,7 +22,7 @@ class WordLikelihoodTrainer(FullPrecisionEvaluation, RDropTrainer):
     ) -> Any:
         """Return the mean loss a word; likelihood and number of words of each block; labels."""
         inputs = self._prepare_inputs(inputs)
-        head = find_head(self._bare(model), inputs)  # without smoothing or weights
+        head = find_head(self._unwrapped(model), inputs)  # without smoothing or weights
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = head.outputs(model(**head.inputs))
             nll = head.terms(outputs, head.target, num_passes=1).nll.sum(1)

@@ -23,6 +23,7 @@ from regdrop.tasks.common.data import (
 )
 from regdrop.tasks.common.pretrained import find_checkpoint, load_config, load_tokenizer
 from regdrop.tasks.understanding.glue import GLUE, TITLES, GlueTask
+from regdrop.tasks.understanding.labels import check_classes, check_labels, has_labels
 
 
 @dataclass(frozen=True)
@@ -211,47 +212,3 @@ def regression_statistics(prediction: Any) -> np.ndarray:
     predicted = np.asarray(predicted, dtype=np.float64).reshape(-1)
     labels = np.asarray(prediction.label_ids, dtype=np.float64).reshape(-1)
     return np.stack([labels, predicted, (predicted - labels) ** 2], axis=1)
-
-
-def has_labels(split: Any) -> bool:
-    """Return whether a split shows its labels; GLUE's hidden ones are all -1."""
-    return "label" in split.column_names and any(label != -1 for label in split["label"])
-
-
-def check_labels(where: str, split: Any, task: GlueTask) -> None:
-    """Check that labels are the task's: finite scores, or classes that the task has.
-
-    Raises:
-        ValueError: If they are not, by the place and the label.
-    """
-    values = split["label"][:]
-    try:
-        labels = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"column 'label' of {where} must hold numbers: {error}") from error
-    if labels.ndim != 1:
-        raise ValueError(f"column 'label' of {where} must hold numbers, got {values[0]!r} in row 0")
-    if task.is_regression:
-        good, wanted = np.isfinite(labels), "finite scores"
-    else:
-        good = np.isin(labels, range(task.num_labels))
-        wanted = f"classes from 0 to {task.num_labels - 1}"
-    if not good.all():
-        row = int(np.flatnonzero(~good)[0])
-        raise ValueError(
-            f"column 'label' of {where} must hold {wanted}, got {values[row]!r} in row {row}"
-        )
-
-
-def check_classes(where: str, split: Any) -> None:
-    """Check that a training split has labels of more than one class.
-
-    Raises:
-        ValueError: If all are the same.
-    """
-    found = set(split["label"][:])
-    if len(found) == 1:
-        raise ValueError(
-            f"column 'label' of {where} must hold several classes, got {found.pop()!r} in all "
-            f"{len(split)} rows"
-        )

@@ -1,9 +1,41 @@
-"""Whether what is found was made with the settings that are wanted now."""
+"""Every setting of a run, and whether what is found was made with those that are wanted now."""
 
+import hashlib
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from regdrop.config import RDropConfig
+from regdrop.experiments.arms import Arm
+from regdrop.tasks import Task
+from regdrop.tasks.common.folders import data_digests
+
+# The settings of a run that the arms of a task may have of their own.
+ARM_SETTINGS = ("training", "rdrop", "dropout_odds", "dropout_rises")
+
+
+def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
+    """Return every setting of a run as JSON holds it, and the digests of its data's files."""
+    settings: dict[str, Any] = {
+        **asdict(task),
+        "family": task.family,
+        "training": asdict(arm.training),
+        "rdrop": arm.rdrop.to_dict(),
+        "dropout_odds": arm.dropout_odds,
+        "dropout_rises": arm.dropout_rises,
+    }
+    if digests := data_digests(task.dataset):
+        settings["data"] = digests
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def settings_digest(task: Task) -> str:
+    """Return a short name for the settings of a task beside those of its optimisation."""
+    settings = {k: v for k, v in asdict(task).items() if k not in ("training", "rdrop")}
+    settings["data"] = data_digests(task.dataset)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

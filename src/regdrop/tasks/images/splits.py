@@ -1,0 +1,145 @@
+"""Images from a `datasets` folder or a hub id: splits, labels and classes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regdrop.tasks.common.data import hold_out, load_raw_splits, take_part
+from regdrop.tasks.images.dataset import Images, ImageSplits
+from regdrop.tasks.images.decoding import reader
+
+
+def load_image_splits(
+    dataset: str,
+    *,
+    image_size: int,
+    num_channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    augmentation: nn.Module | None,
+    config_name: str | None = None,
+    train_examples: int | None = None,
+    class_names: Sequence[str] | None = None,
+) -> ImageSplits:
+    """Load a folder or a hub id by `datasets.load_dataset`.
+
+    A set without a validation split gives a tenth of its training split, drawn by a fixed seed;
+    one without a test split, or whose test split hides its labels, is tested on its validation
+    split and validated on that tenth. One without a training split is there to be tested on.
+
+    Args:
+        dataset: Folder or hub id, with one column of images and one of class labels.
+        image_size: Height and width to which images are resized.
+        num_channels: 1 for grey, 3 for RGB.
+        mean: Mean of each channel, between 0 and 1.
+        std: Standard deviation of each channel.
+        augmentation: Applied to the training split.
+        config_name: Configuration of the hub's set.
+        train_examples: Size of the part of the training split that is used; None for all.
+        class_names: Classes in the order of a trained model's outputs; None for the set's own.
+
+    Raises:
+        ValueError: For a set that cannot be found, or without a split that is used, an image
+            column or a label column, or with other classes than a model's.
+    """
+    loaded = load_raw_splits(dataset, config_name)
+    train, held_out, test = (loaded.get(name) for name in ("train", "validation", "test"))
+    known = [x for x in (train, held_out, test) if x is not None]
+    if not known:
+        raise ValueError(
+            f"dataset {dataset!r} must have a split named train, validation or test, "
+            f"got {sorted(loaded)}"
+        )
+    image_column, label_column = find_columns(dataset, known[0])
+    if test is not None and set(test[label_column][:]) == {-1}:  # they are hidden
+        test = None
+    if train is not None:
+        if test is None:
+            test, held_out = held_out, None
+        if test is None:
+            raise ValueError(
+                f"dataset {dataset!r} must have a split 'test' or 'validation' with labels, "
+                f"got {sorted(loaded)}"
+            )
+        if held_out is None:
+            train, held_out = hold_out(train)
+        train = take_part(train, train_examples)
+    own_names = list(known[0].features[label_column].names)
+    places = match_classes(dataset, own_names, class_names)
+
+    def split(name: str, source: Any, augmentation: nn.Module | None = None) -> Images | None:
+        if source is None:
+            return None
+        where = f"split {name!r} of data {dataset!r}"
+        labels = check_labels(where, source[label_column][:], len(own_names))
+        if name == "train" and len(labels.unique()) == 1:
+            raise ValueError(
+                f"the labels of {where} must be of several classes, got {labels[0]} in all "
+                f"{len(labels)} rows"
+            )
+        labels = labels if places is None else torch.tensor(places)[labels]
+        read = reader(where, source, image_column, image_size, num_channels)
+        return Images(
+            read,
+            labels,
+            mean=torch.tensor(list(mean)),
+            std=torch.tensor(list(std)),
+            augmentation=augmentation,
+        )
+
+    splits = split("train", train, augmentation), split("validation", held_out), split("test", test)
+    return ImageSplits(*splits, own_names if class_names is None else list(class_names))
+
+
+def check_labels(where: str, labels: Sequence[Any], num_classes: int) -> Tensor:
+    """Return the labels of a split.
+
+    Raises:
+        ValueError: If one is missing, or no class of the set, by its row.
+    """
+    for row, label in enumerate(labels):
+        if label is None or not 0 <= label < num_classes:
+            raise ValueError(
+                f"the labels of {where} must be classes from 0 to {num_classes - 1}, got "
+                f"{'null' if label is None else label} in row {row}"
+            )
+    return torch.tensor(labels).long()
+
+
+def match_classes(
+    dataset: str, own: Sequence[str], wanted: Sequence[str] | None
+) -> list[int] | None:
+    """Return the place of each of a set's classes among a model's; None where it is its own.
+
+    Raises:
+        ValueError: If the set has a class that the model does not know.
+    """
+    if wanted is None:
+        return None
+    if unknown := sorted(set(own) - set(wanted)):
+        raise ValueError(
+            f"data {dataset!r} must have the classes of the model, {list(wanted)}; "
+            f"got others, {unknown}"
+        )
+    return [list(wanted).index(name) for name in own]
+
+
+def find_columns(dataset: str, split: Any) -> tuple[str, str]:
+    """Return the columns of images and of labels.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    import datasets
+
+    images = [n for n, f in split.features.items() if isinstance(f, datasets.Image)]
+    labels = [n for n, f in split.features.items() if isinstance(f, datasets.ClassLabel)]
+    if not images or not labels:
+        raise ValueError(
+            f"dataset {dataset!r} must have a column of images and one of class labels, "
+            f"got {dict(split.features)}"
+        )
+    preferred = [name for name in ("label", "labels", "fine_label") if name in labels]
+    return images[0], (preferred or labels)[0]
