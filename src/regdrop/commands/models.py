@@ -8,6 +8,7 @@ from rich.table import Table
 from torch import nn
 
 from regdrop.commands.app import app, console, usage_errors
+from regdrop.commands.environment import environment_lines
 from regdrop.commands.loading import load_model, made_up_batches
 from regdrop.config import RDropConfig
 from regdrop.conventions import CONVENTIONS
@@ -21,16 +22,34 @@ from regdrop.tasks.configure import parse_value
 @app.command()
 def doctor(
     model: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="A saved model's folder, a hub id, a name of timm, or module:callable."
         ),
-    ],
+    ] = None,
     options: Annotated[
         str, typer.Option("--rdrop", help="R-Drop's options: alpha=1,backward_passes=1,...")
     ] = "",
+    environment: Annotated[
+        bool,
+        typer.Option(
+            "--environment",
+            help="Print versions, devices, and which kernel impl='auto' takes and why.",
+        ),
+    ] = False,
 ) -> None:
     """Show a model's sources of dropout, the cost of a step, and what to change."""
+    if environment:
+        for line in environment_lines():
+            console.print(line, highlight=False, soft_wrap=True)
+    if model is not None:
+        _examine(model, options)
+    elif not environment:
+        raise typer.BadParameter("give a MODEL, or --environment")
+
+
+def _examine(model: str, options: str) -> None:
+    """Print what `doctor` finds in a model; end with 1 where no dropout is active."""
     with usage_errors(TypeError, OSError):
         config = _parse_rdrop(options)
         try:
