@@ -12,11 +12,13 @@ import regdrop
 PACKAGE = Path(regdrop.__file__).parent
 
 FLOORS = [
+    {"arguments"},
     {"kernels", "passes", "conventions"},
     {"loss", "config", "disagreement"},
     {"schedule", "alpha"},
     {"diagnostics"},
-    {"heads", "step", "suggestion"},
+    {"heads", "meter", "step", "suggestion"},
+    {"reading"},
     {"integrations"},
     {"tasks"},
     {"experiments"},
@@ -27,7 +29,7 @@ FLOORS = [
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 # The public names are gathered from the lower floors alone.
 PUBLIC = {"alpha", "config", "loss", "passes", "step"}
-CORE_FLOORS = 5
+CORE_FLOORS = 7
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

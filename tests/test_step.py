@@ -13,7 +13,7 @@ from regdrop import step as step_module
 from regdrop.kernels import Projection
 from regdrop.loss import cross_entropy_terms, linear_cross_entropy_loss
 from regdrop.schedule import plan_step
-from regdrop.step import compute_step_loss
+from steps import compute_step_loss
 
 SIZE, FEATURES, CLASSES = 3, 2, 4
 

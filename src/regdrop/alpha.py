@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from regdrop.arguments import check_integer
 from regdrop.config import AlphaRule, RDropConfig
-from regdrop.loss.checks import check_integer
 
 # Where the rules that follow the validation loss begin: the paper's usual weight.
 _FIRST_ALPHA = 1.0

@@ -1,11 +1,11 @@
 """The options of training with R-Drop, shared by every integration and the command line."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from typing import Any, Literal, get_args
 
+from regdrop.arguments import IGNORE_INDEX, check_integer, check_range
 from regdrop.kernels import Implementation
 
 AlphaSchedule = Literal["constant", "linear", "cosine"]
@@ -134,19 +134,19 @@ class RDropConfig:
         if self.alpha != "auto":
             if isinstance(self.alpha, str):
                 raise TypeError(f"alpha must be a number, got str {self.alpha!r}; or 'auto'")
-            _check_number("alpha", self.alpha, low=0)
-        _check_number("alpha_max", self.alpha_max, low=0)
+            check_range("alpha", self.alpha, low=0)
+        check_range("alpha_max", self.alpha_max, low=0)
         if self.alpha_warmup_ratio is not None:
-            _check_number("alpha_warmup_ratio", self.alpha_warmup_ratio, low=0, high=1)
+            check_range("alpha_warmup_ratio", self.alpha_warmup_ratio, low=0, high=1)
             if self.alpha_warmup_ratio == 0:
                 raise ValueError(
                     "alpha_warmup_ratio must be above 0 and at most 1, got 0; "
                     "alpha_schedule='constant' has no ramp"
                 )
         if self.single_pass_below is not None:
-            _check_number("single_pass_below", self.single_pass_below, low=0)
-        _check_number("fraction", self.fraction, low=0, high=1)
-        _check_number("noise", self.noise, low=0)
+            check_range("single_pass_below", self.single_pass_below, low=0)
+        check_range("fraction", self.fraction, low=0, high=1)
+        check_range("noise", self.noise, low=0)
         if self.fraction == 0:
             raise ValueError("fraction must be above 0 and at most 1, got 0")
         for name, low in (
@@ -155,14 +155,14 @@ class RDropConfig:
             ("start_step", 0),
             ("alpha_warmup_steps", 0),
         ):
-            _check_integer(name, getattr(self, name), low)
+            check_integer(name, getattr(self, name), low=low)
         if self.monitor_steps is not None:
-            _check_integer("monitor_steps", self.monitor_steps, 1)
+            check_integer("monitor_steps", self.monitor_steps, low=1)
         if self.backward_passes is not None:
-            _check_integer("backward_passes", self.backward_passes, 1)
+            check_integer("backward_passes", self.backward_passes, low=1)
         if self.unlabelled_index is not None:
-            _check_integer("unlabelled_index", self.unlabelled_index, -(2**63))
-            if self.unlabelled_index == -100:
+            check_integer("unlabelled_index", self.unlabelled_index, low=-(2**63))
+            if self.unlabelled_index == IGNORE_INDEX:
                 raise ValueError(
                     "unlabelled_index must differ from -100, the label of items that count in "
                     "neither term, got -100; use -1"
@@ -171,7 +171,7 @@ class RDropConfig:
             if not 0 <= rate < 1:
                 raise ValueError(f"dropout_rates must be from 0 up to 1, got {rate}")
         for weight in self.class_weight or ():
-            _check_number("class_weight", weight, low=0)
+            check_range("class_weight", weight, low=0)
 
     def _check_choices(self) -> None:
         choices = {
@@ -309,18 +309,3 @@ def _as_numbers(name: str, value: Any) -> tuple[float, ...]:
         if isinstance(each, bool) or not isinstance(each, Real):
             raise TypeError(f"{name} must be several numbers, got {each!r} among them")
     return tuple(float(each) for each in values)
-
-
-def _check_number(name: str, value: Any, *, low: float, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and low <= value <= high):
-        bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise ValueError(f"{name} must be finite and {bound}, got {value}")
-
-
-def _check_integer(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")

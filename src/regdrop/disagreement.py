@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regdrop.arguments import IGNORE_INDEX
 from regdrop.passes import kept_buffers, kept_random_state
 
 # A class that is masked has no probability: so large a number times 0 is 0, and stays finite in
@@ -95,7 +96,7 @@ def measure_disagreement(
     num_masks: int = 32,
     *,
     forward: Callable[[Any], Any] | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Disagreement:
     """Measure how far the sub-models of dropout are apart, and from the deployed model.
 

@@ -1,13 +1,14 @@
 """One training step, from the plan over the passes to the loss: shared by every integration."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from regdrop.arguments import check_integer, check_number
 from regdrop.config import RDropConfig
 from regdrop.diagnostics import extra_pass, measure_divergence, reached_modules, watch_divergence
 from regdrop.kernels.gradient import limit_backward
@@ -23,7 +24,7 @@ from regdrop.loss import (
     is_counted,
     mse_terms,
 )
-from regdrop.loss.checks import check_counts, check_integer, check_number
+from regdrop.loss.checks import check_counts
 from regdrop.passes import find_batch_size, find_tensors, run_passes
 from regdrop.schedule import StepPlan, is_monitored, plan_step
 
@@ -97,43 +98,43 @@ def rdrop_step(
     labels = next(find_tensors(target), None)
     terms = _find_terms(loss, config, None if labels is None else labels.device)
     plan = plan_step(config, step, total_steps=total_steps, alpha=alpha)
-    last: list[Any] = []
+    run = partial(_checked_output, forward, is_counted(terms), loss)
+    other = None
+    if plan.num_passes == 1 and is_monitored(config, step):
+        other = extra_pass(_monitored_modules(forward), forward, batch)
+    passes = run_step_passes(run, batch, target, config, plan, batch_size=batch_size, shared=shared)
+    output = compute_passes_loss(
+        passes, target, terms, config, plan, num_items=num_items, num_weight=num_weight
+    )
+    if other is not None:
+        return output._replace(kl=measure_divergence(passes.outputs, other, target, terms))
+    if plan.num_passes > 1:
+        watch_divergence(forward, output)
+    return output
 
-    def noted(inputs: Any) -> Any:
-        last[:] = [forward(inputs)]
-        if is_counted(terms) and not isinstance(last[0], Tensor):
-            raise TypeError(
-                f"forward must return logits, one tensor, for loss={loss!r}, got "
-                f"{type(last[0]).__name__}; for a model of transformers give "
-                "forward=lambda batch: model(**batch).logits"
-            )
-        return last[0]
 
-    is_measured = plan.num_passes == 1 and is_monitored(config, step)
-    modules = nn.ModuleList(reached_modules(forward)) if is_measured else None
-    if modules is not None and not len(modules):
+def _checked_output(
+    forward: Callable[[Any], Any], is_one_tensor: bool, loss: Any, inputs: Any
+) -> Any:
+    """Return what forward does; raise where the loss takes one tensor and it is none."""
+    output = forward(inputs)
+    if is_one_tensor and not isinstance(output, Tensor):
+        raise TypeError(
+            f"forward must return logits, one tensor, for loss={loss!r}, got "
+            f"{type(output).__name__}; for a model of transformers give "
+            "forward=lambda batch: model(**batch).logits"
+        )
+    return output
+
+
+def _monitored_modules(forward: Callable[[Any], Any]) -> nn.ModuleList:
+    modules = nn.ModuleList(reached_modules(forward))
+    if not len(modules):
         raise ValueError(
             "monitor_steps needs the model, whose statistics an extra pass must not change, and "
             "forward names none: give the module itself, or a function that names it"
         )
-    other = None if modules is None else extra_pass(modules, forward, batch)
-    output = compute_step_loss(
-        noted,
-        batch,
-        target,
-        terms,
-        config,
-        plan,
-        num_items=num_items,
-        num_weight=num_weight,
-        batch_size=batch_size,
-        shared=shared,
-    )
-    if other is not None:
-        return output._replace(kl=measure_divergence(last[0], other, target, terms))
-    if plan.num_passes > 1:
-        watch_divergence(forward, output)
-    return output
+    return modules
 
 
 def _find_terms(
@@ -225,9 +226,70 @@ def _map_outputs(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:
     return type(outputs)(*parts) if hasattr(outputs, "_fields") else type(outputs)(parts)
 
 
-def compute_step_loss(
+class StepPasses(NamedTuple):
+    """The passes of a step.
+
+    Attributes:
+        outputs: Those of pass 0, of pass 1 and so on, along the first dimension.
+        items: Positions (n,) of the items whose divergence counts: those that all passes but the
+            first saw. None: all of them.
+    """
+
+    outputs: Any
+    items: Tensor | None = None
+
+
+def run_step_passes(
     forward: Callable[[Any], Any],
     batch: Any,
+    target: Any,
+    config: RDropConfig,
+    plan: StepPlan,
+    *,
+    batch_size: int | None = None,
+    shared: Iterable[str] = (),
+    join: Callable[[Sequence[Any]], Any] | None = None,
+) -> StepPasses:
+    """Run the passes that a step plans.
+
+    Args:
+        forward: Maps a batch without its target to the model's output, (items, ...).
+        batch: The original batch.
+        target: The original target, (batch, ...).
+        config: How the passes are run.
+        plan: What this step does.
+        batch_size: As in `repeat_batch`.
+        shared: As in `repeat_batch`.
+        join: As in `run_passes`.
+
+    Raises:
+        ValueError: For a fraction of a batch whose target is not one row an item.
+    """
+    if plan.num_passes == 1:
+        return StepPasses(forward(batch))
+    size = find_batch_size(batch) if batch_size is None else batch_size
+    items = None
+    if config.fraction < 1:
+        _check_rows_of_fraction(config.fraction, target, size)
+        items = _random_items(size, config.fraction, target.device)
+    outputs = run_passes(
+        forward,
+        batch,
+        num_passes=plan.num_passes,
+        strategy=config.passes,
+        backward_passes=config.backward_passes,
+        items=items,
+        batch_size=size,
+        shared=shared,
+        join=join,
+    )
+    if config.method == "r3f":  # its likelihood is that of the clean pass alone
+        items = torch.arange(size, device=target.device)
+    return StepPasses(outputs, items)
+
+
+def compute_passes_loss(
+    passes: StepPasses,
     target: Any,
     terms: TermsFunction,
     config: RDropConfig,
@@ -235,23 +297,18 @@ def compute_step_loss(
     *,
     num_items: Tensor | float | None = None,
     num_weight: Tensor | float | None = None,
-    batch_size: int | None = None,
-    shared: Iterable[str] = (),
     loss: LossFunction | None = None,
 ) -> RDropOutput:
-    """Run the passes that a step plans and compute their loss.
+    """Compute the loss of the passes of a step.
 
     Args:
-        forward: Maps a batch without its target to the model's output, (items, ...).
-        batch: The original batch.
+        passes: What `run_step_passes` returned.
         target: The original target, (batch, ...).
         terms: The output family's terms of each item, its options bound.
-        config: How the passes are run.
+        config: The options.
         plan: What this step does.
         num_items: Denominator of both terms, as in `rdrop_cross_entropy`.
         num_weight: Denominator of the likelihood, as in `rdrop_cross_entropy`.
-        batch_size: As in `repeat_batch`.
-        shared: As in `repeat_batch`.
         loss: Computes the loss from the outputs where that is cheaper than terms by themselves,
             as behind a fused last layer; by default the terms are computed and combined.
 
@@ -265,43 +322,29 @@ def compute_step_loss(
         "num_weight": num_weight,
     }
     if plan.num_passes == 1:
-        output = compute(forward(batch), target, alpha=0.0, num_passes=1, **options)
+        output = compute(passes.outputs, target, alpha=0.0, num_passes=1, **options)
         return output._replace(loss=output.loss * plan.factor)
-    size = find_batch_size(batch) if batch_size is None else batch_size
-    items = None
-    if config.fraction < 1:
-        if not isinstance(target, Tensor):
-            raise ValueError(
-                f"fraction={config.fraction} needs a target that is one tensor, got "
-                f"{type(target).__name__}"
-            )
-        if target.shape[0] != size:
-            raise ValueError(
-                f"fraction={config.fraction} needs one row an item, got {size} rows for "
-                f"{target.shape[0]} items; use fraction=1.0"
-            )
-        items = _random_items(size, config.fraction, target.device)
-    outputs = run_passes(
-        forward,
-        batch,
-        num_passes=plan.num_passes,
-        strategy=config.passes,
-        backward_passes=config.backward_passes,
-        items=items,
-        batch_size=size,
-        shared=shared,
-    )
-    if config.method == "r3f":  # its likelihood is that of the clean pass alone
-        items = torch.arange(size, device=target.device)
     return compute(
-        outputs,
+        passes.outputs,
         target,
         alpha=plan.alpha,
         num_passes=plan.num_passes,
         backward_passes=config.backward_passes,
-        items=items,
+        items=passes.items,
         **options,
     )
+
+
+def _check_rows_of_fraction(fraction: float, target: Any, size: int) -> None:
+    if not isinstance(target, Tensor):
+        raise ValueError(
+            f"fraction={fraction} needs a target that is one tensor, got {type(target).__name__}"
+        )
+    if target.shape[0] != size:
+        raise ValueError(
+            f"fraction={fraction} needs one row an item, got {size} rows for "
+            f"{target.shape[0]} items; use fraction=1.0"
+        )
 
 
 def _random_items(batch_size: int, fraction: float, device: torch.device) -> Tensor:

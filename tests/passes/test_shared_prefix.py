@@ -13,7 +13,7 @@ from regdrop import RDropConfig, rdrop_cross_entropy, repeat_batch, share_prefix
 from regdrop.loss import cross_entropy_terms
 from regdrop.passes import run_passes
 from regdrop.schedule import plan_step
-from regdrop.step import compute_step_loss
+from steps import compute_step_loss
 
 SIZE, CLASSES = 6, 3
 

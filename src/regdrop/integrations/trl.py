@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regdrop.arguments import IGNORE_INDEX
 from regdrop.config import RDropConfig
 from regdrop.heads import Head, read_logits
 from regdrop.integrations import extra
+from regdrop.kernels import project
 from regdrop.loss import ItemCounts, ItemTerms, binary_cross_entropy_terms
+from regdrop.reading import Reading
 
 with extra("trl"):
     from trl import RewardTrainer, SFTTrainer
 
     from regdrop.integrations.transformers import RDropTrainerMixin
-    from regdrop.integrations.transformers.forward import HeadForward
 
-_IGNORED = -100
 # Tokens whose logits are in memory at once for TRL's metrics.
 _CHUNK = 1024
 
@@ -76,26 +77,13 @@ class RDropSFTTrainer(RDropTrainerMixin, SFTTrainer):
                 "shifts the labels of whole rows"
             )
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Compute the loss; with R-Drop in training, where TRL's metrics are noted too."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if model.training:
-            self._note_metrics(inputs)
-        return result
-
     def _loss_owner(self) -> str | None:
         # R-Drop computes the likelihood of SFTTrainer.compute_loss itself.
         return None
 
     def _own_source(self, inputs: Mapping[str, Any]) -> Any:
         raise ValueError(
-            f"the loss of {type(self._bare(self.model)).__name__} is not known, or "
+            f"the loss of {type(self._unwrapped(self.model)).__name__} is not known, or "
             "likelihood='model' was asked for: SFTTrainer's own loss returns no logits with a "
             "gradient; use regdrop.integrations.transformers.RDropTrainer, or override rdrop_head"
         )
@@ -104,22 +92,17 @@ class RDropSFTTrainer(RDropTrainerMixin, SFTTrainer):
         # With a cache the library's models do not tell packed documents apart.
         return super()._head({**inputs, "use_cache": False})
 
-    def _forward(self, *args: Any) -> Any:
-        self._last_forward = super()._forward(*args)
-        return self._last_forward
-
     @torch.no_grad()
-    def _note_metrics(self, inputs: Mapping[str, Any]) -> None:
-        """Note TRL's metrics of the last forward's first rows, as its own loss does."""
-        forward, gather = self._last_forward, self.accelerator.gather_for_metrics
-        assert isinstance(forward, HeadForward)  # no other passes _own_source
+    def _note_reading(self, inputs: dict[str, Any], head: Head, reading: Reading) -> None:
+        """Note TRL's metrics of pass 0, as its own loss does."""
+        gather = self.accelerator.gather_for_metrics
         metrics = self._metrics["train"]
-        target = forward.head.target
-        counted = target != _IGNORED
-        states, labels = forward.last_read[: forward.head.rows][counted], target[counted]
+        counted = head.target != IGNORE_INDEX
+        states, labels = reading.scores[: head.rows][counted], head.target[counted]
         sums = torch.zeros(2, device=states.device)
         for read, label in zip(states.split(_CHUNK), labels.split(_CHUNK), strict=True):
-            log_p = forward.logits(read).float().log_softmax(-1)
+            logits = read if reading.projection is None else project(read, reading.projection)
+            log_p = logits.float().log_softmax(-1)
             entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum()
             sums += torch.stack([entropy, (log_p.argmax(-1) == label).sum().float()])
         mask = inputs.get("attention_mask")
@@ -131,7 +114,7 @@ class RDropSFTTrainer(RDropTrainerMixin, SFTTrainer):
         metrics["mean_token_accuracy"].append(right / max(1, valid))
         self._total_train_tokens += tokens // self._tp_size
         metrics["num_tokens"] = [self._total_train_tokens]
-        auxiliary = getattr(forward.last_output, "aux_loss", None)
+        auxiliary = getattr(reading.output, "aux_loss", None)
         if auxiliary is not None:
             metrics["aux_loss"].append(gather(auxiliary.detach()).mean().item())
 

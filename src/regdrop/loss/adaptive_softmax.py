@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from regdrop.arguments import IGNORE_INDEX
 from regdrop.kernels.eager import kl_divergence
 from regdrop.kernels.gradient import limit_backward
 from regdrop.loss.checks import check_finite_divergence, check_floating, check_stacked
@@ -48,7 +49,7 @@ def adaptive_softmax_terms(
     softmax: AdaptiveSoftmax,
     *,
     num_passes: int,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     backward_passes: int | None = None,
     chunk_size: int = 512,
 ) -> ItemTerms:

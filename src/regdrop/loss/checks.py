@@ -1,12 +1,12 @@
 """Checks of the arguments that the losses share: errors name the argument and what it was."""
 
 import math
-from numbers import Real
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from regdrop.arguments import check_integer, check_number
 from regdrop.loss.reduction import Reduction, Scale
 
 _REDUCTIONS, _SCALES = get_args(Reduction), get_args(Scale)
@@ -49,20 +49,6 @@ def check_options(
                 f"got {backward_passes}"
             )
     check_label_smoothing(label_smoothing)
-
-
-def check_number(name: str, value: float) -> None:
-    """Raise TypeError unless the argument is a real number."""
-    if type(value) is float:  # nearly always, and cheaper to see
-        return
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-
-
-def check_integer(name: str, value: int) -> None:
-    """Raise TypeError unless the argument is an integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
 
 
 def check_label_smoothing(label_smoothing: float) -> None:

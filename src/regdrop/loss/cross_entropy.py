@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from regdrop.arguments import IGNORE_INDEX
 from regdrop.kernels import Implementation, Target, rdrop_sum, rdrop_terms, whole_loss
 from regdrop.loss.checks import (
     LARGEST_DIVERGENCE,
@@ -38,7 +39,7 @@ def rdrop_cross_entropy(
     alpha: float,
     num_passes: int = 2,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     unlabelled_index: int | None = None,
     class_dim: int = -1,
     label_smoothing: float = 0.0,
@@ -204,7 +205,7 @@ def _whole(
 def count_classes(
     target: Tensor,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     unlabelled_index: int | None = None,
     class_dim: int = -1,
 ) -> ItemCounts:
@@ -232,7 +233,7 @@ def cross_entropy_terms(
     *,
     num_passes: int,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     unlabelled_index: int | None = None,
     class_dim: int = -1,
     label_smoothing: float = 0.0,
@@ -399,7 +400,7 @@ class RDropCrossEntropyLoss(RDropLoss):
         *,
         num_passes: int = 2,
         weight: Tensor | None = None,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         unlabelled_index: int | None = None,
         class_dim: int = -1,
         label_smoothing: float = 0.0,

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regdrop.arguments import IGNORE_INDEX, check_integer
 from regdrop.kernels.gradient import limit_backward
-from regdrop.loss.checks import check_floating, check_integer, check_stacked
+from regdrop.loss.checks import check_floating, check_stacked
 from regdrop.loss.counts import ItemCounts, counted_by
 from regdrop.loss.symmetric_kl import symmetric_kl
 from regdrop.loss.terms import ItemTerms
@@ -30,7 +31,7 @@ def ctc_terms(
     blank: int = 0,
     logit_lengths: Tensor | None = None,
     target_lengths: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     zero_infinity: bool = False,
     reduction: CTCReduction = "mean",
     backward_passes: int | None = None,

@@ -5,6 +5,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from regdrop.arguments import IGNORE_INDEX
 from regdrop.kernels.gradient import limit_backward
 from regdrop.loss.counts import counted_by
 from regdrop.loss.cross_entropy import count_classes, cross_entropy_terms
@@ -18,7 +19,7 @@ def fraternal_terms(
     *,
     num_passes: int,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     unlabelled_index: int | None = None,
     class_dim: int = -1,
     label_smoothing: float = 0.0,

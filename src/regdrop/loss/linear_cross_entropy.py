@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from regdrop.arguments import IGNORE_INDEX, check_number
 from regdrop.kernels import Implementation, Projection, Target, linear_loss, linear_terms
 from regdrop.kernels.closed_form import Weight
 from regdrop.kernels.projection import casts_itself
@@ -15,7 +16,6 @@ from regdrop.loss.checks import (
     check_counts,
     check_finite_divergence,
     check_floating,
-    check_number,
     check_options,
     check_stacked,
     check_unlabelled_index,
@@ -41,7 +41,7 @@ def linear_rdrop_cross_entropy(
     bias: Tensor | None = None,
     num_passes: int = 2,
     class_weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     unlabelled_index: int | None = None,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
@@ -158,7 +158,7 @@ def linear_cross_entropy_terms(
     projection: Projection,
     num_passes: int,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     unlabelled_index: int | None = None,
     label_smoothing: float = 0.0,
     backward_passes: int | None = None,
@@ -199,7 +199,7 @@ def linear_cross_entropy_loss(
     alpha: float,
     num_passes: int,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     unlabelled_index: int | None = None,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",

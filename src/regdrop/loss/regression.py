@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regdrop.loss.checks import check_broadcastable, check_counts, check_number, check_options
+from regdrop.arguments import check_number
+from regdrop.loss.checks import check_broadcastable, check_counts, check_options
 from regdrop.loss.counts import counted_by
 from regdrop.loss.elementwise import count_elements, masked_terms, split_passes, without_masked
 from regdrop.loss.module import RDropLoss

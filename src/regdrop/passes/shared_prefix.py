@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regdrop.arguments import check_integer
 from regdrop.passes.kept_state import kept_buffers, kept_random_state
 from regdrop.passes.obstacles import find_experts, list_obstacles
 from regdrop.passes.stacking import (
@@ -63,8 +64,8 @@ def share_prefix(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    _check_integer("num_passes", num_passes, smallest=1)
-    _check_integer("check_every", check_every, smallest=0)
+    check_integer("num_passes", num_passes, low=1, or_none=True)
+    check_integer("check_every", check_every, low=0, or_none=True)
     if reason := why_not_shared(model, until):
         raise ValueError(f"until={until!r} cannot be shared: {reason}")
     return SharedPrefix(model, until, num_passes, check_every, shared)
@@ -293,12 +294,3 @@ def _precision(tensor: Tensor) -> float:
         precision = max(precision, torch.finfo(torch.get_autocast_dtype(kind)).eps)
     # TensorFloat-32 has the mantissa of half precision.
     return max(precision, 2.0**-10) if kind == "cuda" and precision > 1e-12 else precision
-
-
-def _check_integer(name: str, value: Any, smallest: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer or None, got {type(value).__name__}")
-    if value < smallest:
-        raise ValueError(f"{name} must be None or at least {smallest}, got {value}")

@@ -45,12 +45,13 @@ def run_passes(
     items: Tensor | None = None,
     batch_size: int | None = None,
     shared: Iterable[str] = (),
+    join: Callable[[Sequence[Any]], Any] | None = None,
 ) -> Any:
     """Run a batch several times through a model and return the stacked outputs.
 
     Args:
         forward: Maps a batch to the model's output, (items, ...): a tensor, or a tuple, list or
-            mapping of tensors.
+            mapping of tensors; or whatever `join` takes.
         batch: The original batch; never changed.
         num_passes: Number of passes.
         strategy: "stacked" for one forward of the batch stacked in blocks, "sequential" for one
@@ -60,6 +61,8 @@ def run_passes(
         items: Positions (n,) of the items that all passes but the first see. None: all items.
         batch_size: As in `repeat_batch`.
         shared: As in `repeat_batch`.
+        join: Makes one of the outputs of several forwards, in the order of their passes;
+            `concatenate_outputs` by default.
 
     Returns:
         The outputs of pass 0, of pass 1 and so on, along the first dimension.
@@ -67,13 +70,19 @@ def run_passes(
     size = find_batch_size(batch) if batch_size is None else batch_size
     selections: list[Tensor | None] = [None, *[items] * (num_passes - 1)]
     graded = num_passes if backward_passes is None else backward_passes
-    options: dict[str, Any] = {"strategy": strategy, "batch_size": size, "shared": tuple(shared)}
+    join = concatenate_outputs if join is None else join
+    options: dict[str, Any] = {
+        "strategy": strategy,
+        "batch_size": size,
+        "shared": tuple(shared),
+        "join": join,
+    }
     rest = None
     if graded < num_passes:
         with torch.no_grad():
             rest = _run(forward, batch, selections[graded:], **options)
     outputs = _run(forward, batch, selections[:graded], **options)
-    return outputs if rest is None else concatenate_outputs([outputs, rest])
+    return outputs if rest is None else join([outputs, rest])
 
 
 def concatenate_outputs(outputs: Sequence[Any]) -> Any:
@@ -104,6 +113,7 @@ def _run(
     strategy: Strategy,
     batch_size: int,
     shared: tuple[str, ...],
+    join: Callable[[Sequence[Any]], Any],
 ) -> Any:
     """Run one pass for each selection of items; None selects the whole batch."""
     if strategy == "stacked" and len(selections) > 1:
@@ -118,7 +128,7 @@ def _run(
         forward(batch if s is None else take_items(batch, s, batch_size=batch_size, shared=shared))
         for s in selections
     ]
-    return outputs[0] if len(outputs) == 1 else concatenate_outputs(outputs)
+    return outputs[0] if len(outputs) == 1 else join(outputs)
 
 
 def _stack(

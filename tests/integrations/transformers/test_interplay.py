@@ -9,8 +9,8 @@ from implementations import CPP
 from models import key_dropout, text_rows, tiny_bert
 from regdrop import RDropConfig, find_dropout
 from regdrop.integrations.transformers import RDropTrainer
-from regdrop.integrations.transformers.forward import is_free_to_overwrite
 from regdrop.loss import cross_entropy
+from regdrop.reading import is_free_to_overwrite
 
 
 def run(folder, model=None, rdrop=None, kind=RDropTrainer, **options):

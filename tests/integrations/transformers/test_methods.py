@@ -9,7 +9,7 @@ from transformers import BartConfig, BartForConditionalGeneration, TrainingArgum
 
 from models import LENGTH, VOCABULARY, Rows, tiny_bert, tiny_gpt2
 from regdrop import RDropConfig
-from regdrop.experiments.arms import compared_arms, other_arms
+from regdrop.experiments.arms import compared_arms, optional_arms
 from regdrop.experiments.evaluating.evaluate import evaluate
 from regdrop.experiments.running.run import RunPaths, train_run
 from regdrop.integrations.transformers import RDropTrainer
@@ -189,17 +189,17 @@ def test_a_run_of_another_method_is_evaluated(tmp_path):
     task = PRESETS["digits"]
     training = replace(task.training, max_steps=4, eval_steps=2)
     task = replace(task, training=training, dropout=0.0)  # noise alone makes passes differ
-    arm = other_arms(task)["r3f"]
+    arm = optional_arms(task)["r3f"]
     arm = replace(arm, rdrop=replace(arm.rdrop, noise=0.1))
     record = train_run(task, arm, 0, RunPaths.alone(tmp_path))
-    assert evaluate(tmp_path, "test").figures == pytest.approx(record.test, rel=1e-4)
+    assert evaluate(tmp_path, "test").metrics == pytest.approx(record.test, rel=1e-4)
 
 
 def test_other_methods_are_arms_by_name():
     task = PRESETS["digits"]
     assert {arm.rdrop.method for arm in compared_arms(task)} == {"rdrop"}
     assert [arm.name for arm in compared_arms(task, ["rdrop", "r3f"])] == ["rdrop", "r3f"]
-    assert {name: arm.rdrop.alpha for name, arm in other_arms(task).items()} == {
+    assert {name: arm.rdrop.alpha for name, arm in optional_arms(task).items()} == {
         "matched-dropout": 0.0,
         "two-thirds-batch": task.rdrop.alpha,
         "r3f": 4.0,

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from models import key_dropout, text_rows, tiny_bert
 from regdrop import RDropConfig
-from regdrop.integrations.transformers.parts import LoggedParts
 from regdrop.loss import ItemCounts
+from regdrop.meter import LossMeter
 from regdrop.schedule import StepPlan, plan_step
 from tiny_batches import tiny_batch
 from tiny_models import tiny_model
@@ -66,7 +66,7 @@ def test_alpha_in_the_log_is_that_of_the_last_step_with_several_passes(tmp_path)
 
 def test_sums_of_two_processes_are_those_of_both_after_a_checkpoint_between_two_logs():
     plan = StepPlan(num_passes=2, alpha=2.0, factor=1.0)
-    processes = [LoggedParts(), LoggedParts()]
+    processes = [LossMeter(), LossMeter()]
     items = [[(1.0, 0.1, 4), (2.0, 0.2, 2)], [(5.0, 0.5, 1), (3.0, 0.3, 3)]]
 
     def add(parts, nll, kl, count):
@@ -80,7 +80,7 @@ def test_sums_of_two_processes_are_those_of_both_after_a_checkpoint_between_two_
     for parts, own in zip(processes, items, strict=True):
         add(parts, *own[0])
     state = processes[0].state(over_both)
-    processes = [LoggedParts(), LoggedParts()]
+    processes = [LossMeter(), LossMeter()]
     processes[0].load(state, torch.device("cpu"))
     for parts, own in zip(processes, items, strict=True):
         add(parts, *own[1])

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regdrop.arguments import IGNORE_INDEX
 from regdrop.diagnostics import extra_pass
 from regdrop.heads import Head
 from regdrop.integrations.transformers.evaluation import (
@@ -25,7 +26,6 @@ from regdrop.loss import (
     smooth_l1_terms,
 )
 
-_IGNORED = -100
 # What words are padded with where labels are padded by a word.
 _PADDING = (0, 1)
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2
@@ -100,7 +100,7 @@ class Recipe:
     label: str
     logits: Key
     is_shifted: bool = False
-    ignore_index: int = _IGNORED
+    ignore_index: int = IGNORE_INDEX
     class_dim: int = -1
     is_flat: bool = False
     keeps_label: bool = False
@@ -110,7 +110,7 @@ class Recipe:
         if self.family != "cross entropy":
             return self.family
         shift = ", labels moved by one" if self.is_shifted else ""
-        ignored = "" if self.ignore_index == _IGNORED else f", ignoring {self.ignore_index}"
+        ignored = "" if self.ignore_index == IGNORE_INDEX else f", ignoring {self.ignore_index}"
         return f"{self.family}{shift}{ignored}"
 
     def head(
@@ -200,7 +200,7 @@ def detect_recipe(
                     other = inputs if len(found) > 1 else _with_other_labels(inputs, found[0])
                     found = _look_again(model, run, other, labels, found)
         # Labels that none of the items has may be ignored or not.
-        readings = {replace(recipe, ignore_index=_IGNORED) for recipe in found}
+        readings = {replace(recipe, ignore_index=IGNORE_INDEX) for recipe in found}
         if len(readings) != 1:
             return None
         # A mean of the rows' means is another loss, where rows have other numbers of labels.
@@ -326,7 +326,7 @@ def _ignored(target: Tensor, num_classes: int) -> list[int]:
     strange: list[int] = target[(target < 0) | (target >= num_classes)].unique().tolist()
     if len(strange) == 1:
         return strange
-    return [_IGNORED, *(word for word in _PADDING if bool((target == word).any()))]
+    return [IGNORE_INDEX, *(word for word in _PADDING if bool((target == word).any()))]
 
 
 def _agrees(recipe: Recipe, logits: Tensor, inputs: Mapping[str, Any], own: Tensor) -> bool:

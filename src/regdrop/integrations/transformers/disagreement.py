@@ -6,12 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from regdrop.arguments import IGNORE_INDEX
 from regdrop.diagnostics import Disagreement, measure_disagreement
 from regdrop.heads import Head
 from regdrop.integrations.transformers.heads import base_model, find_head
 from regdrop.loss import adaptive_log_softmax, adaptive_softmax_terms, cross_entropy_terms
-
-_IGNORED = -100
 
 
 def measure_model(
@@ -47,8 +46,8 @@ def _enter(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[t
                 f"{getattr(function, '__name__', function)!r}: several labels an item and numbers "
                 "are no distribution over classes"
             )
-        ignored = options.get("ignore_index", _IGNORED)
-        yield head, head.target.masked_fill(head.target == ignored, _IGNORED)
+        ignored = options.get("ignore_index", IGNORE_INDEX)
+        yield head, head.target.masked_fill(head.target == ignored, IGNORE_INDEX)
 
 
 def _terms(head: Head) -> tuple[Any, Mapping[str, Any]]:

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from regdrop.arguments import IGNORE_INDEX
 
 # How far parameters are moved, in their own deviation and at least.
 _SHAKE, _SMALLEST_SHAKE = 0.5, 0.05
@@ -29,10 +32,9 @@ def shaken(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
     A new head gives all classes alike, and many losses are the same there.
     """
+    parameters = [_own_part(p) for p in model.parameters() if p.is_floating_point()]
     # Copies outside a GPU's memory, of which there may be none left.
-    kept = [
-        (p, p.detach().to("cpu", copy=True)) for p in model.parameters() if p.is_floating_point()
-    ]
+    kept = [(p, p.to("cpu", copy=True)) for p in parameters]
     generator = torch.Generator().manual_seed(seed)
     try:
         with torch.no_grad():
@@ -48,8 +50,14 @@ def shaken(model: nn.Module, seed: int = 0) -> Iterator[None]:
                 parameter.copy_(value)
 
 
+def _own_part(parameter: nn.Parameter) -> Tensor:
+    """Return what this process holds of a parameter, which FSDP spreads over processes."""
+    held = parameter.detach()
+    return held.to_local() if isinstance(held, DTensor) else held
+
+
 def with_other_labels(
-    inputs: Mapping[str, Any], name: str, num_classes: int, ignore_index: int = -100
+    inputs: Mapping[str, Any], name: str, num_classes: int, ignore_index: int = IGNORE_INDEX
 ) -> dict[str, Any]:
     """Return a batch whose items have other labels, of the same kind.
 

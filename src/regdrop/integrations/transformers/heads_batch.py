@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regdrop.arguments import IGNORE_INDEX
 from regdrop.heads import Head, UnknownHeadError, read_logits
 from regdrop.loss import cross_entropy_terms
 
-IGNORED = -100
 WAY_OUT = (
     "RDropConfig(likelihood='model') keeps the model's own loss, and overriding rdrop_head of the "
     "trainer says another"
@@ -110,7 +110,7 @@ class LabelledBatch:
 
     def pad_prompt(self, labels: Tensor) -> Tensor:
         """Return the labels of all positions: those that PEFT has learned are ignored."""
-        return F.pad(labels, (self.virtual_tokens, 0), value=IGNORED)
+        return F.pad(labels, (self.virtual_tokens, 0), value=IGNORE_INDEX)
 
     def classes(
         self,

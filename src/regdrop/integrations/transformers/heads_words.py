@@ -7,8 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from regdrop.arguments import IGNORE_INDEX
 from regdrop.heads import Head, read_output
-from regdrop.integrations.transformers.heads_batch import IGNORED, LabelledBatch
+from regdrop.integrations.transformers.heads_batch import LabelledBatch
 from regdrop.loss import adaptive_softmax_terms
 
 # The other kinds of PEFT's prompts add learned positions to the decoder too.
@@ -74,7 +75,7 @@ def _decoder_words(batch: LabelledBatch, labels: Tensor) -> Tensor:
     start = _token_id(batch, "decoder_start_token_id")
     padding = _token_id(batch, "pad_token_id")
     words = F.pad(labels[..., :-1], (1, 0), value=start)
-    return words.masked_fill(words == IGNORED, padding)
+    return words.masked_fill(words == IGNORE_INDEX, padding)
 
 
 def _token_id(batch: LabelledBatch, name: str) -> int:
@@ -103,4 +104,4 @@ def _pop_next_tokens(batch: LabelledBatch) -> Tensor:
     labels = batch.pad_prompt(batch.pop())
     # Padding the labels leaves the logits as they are; slicing them would copy a vocabulary.
     shifted: Tensor | None = batch.inputs.pop("shift_labels", None)
-    return F.pad(labels[..., 1:], (0, 1), value=IGNORED) if shifted is None else shifted
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX) if shifted is None else shifted

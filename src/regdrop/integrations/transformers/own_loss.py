@@ -7,27 +7,31 @@ it is not known to be, a mean over rows or one that counts items, is tried on th
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regdrop.arguments import IGNORE_INDEX
 from regdrop.diagnostics import extra_pass
 from regdrop.heads import Head
 from regdrop.integrations.transformers.detection import find_tensor, named_tensors
-from regdrop.integrations.transformers.evaluation import evaluation_mode
+from regdrop.integrations.transformers.evaluation import evaluation_mode, shaken
 from regdrop.loss import (
     ItemCounts,
     ItemTerms,
+    TermsFunction,
     binary_cross_entropy_terms,
     mse_terms,
     symmetric_kl,
 )
 from regdrop.passes import find_batch_size, kept_buffers, kept_random_state, repeat_batch
+from regdrop.reading import Reading
 from regdrop.step import cut_outputs_of
 
-_IGNORED = -100
+# A number of items that no batch has.
+_SOME_ITEMS = 37.0
 
 # From a batch with its labels, and the number of items of the window or None, to loss and output.
 ComputeLoss = Callable[[dict[str, Any], Any], tuple[Tensor, Any]]
@@ -102,7 +106,7 @@ class Divergence:
         else:
             counted = batch[self.mask]
             is_attention = self.mask == "attention_mask"
-            counted = counted.bool() if is_attention else counted != _IGNORED
+            counted = counted.bool() if is_attention else counted != IGNORE_INDEX
             if self.is_shifted:
                 counted = _moved(counted)
         terms = partial(_class_terms, class_dim=self.class_dim)
@@ -137,52 +141,41 @@ def _read_shaped(output: Any, *, read: Callable[[Any], Tensor], shape: torch.Siz
     return read(output).reshape(-1, *shape)
 
 
-class LossForward:
-    """A model with its own loss as a function from inputs to what the divergence reads.
+def read_own_loss(
+    compute: ComputeLoss, head: Head, num_items: Tensor | float | None, inputs: dict[str, Any]
+) -> Reading:
+    """Compute the own loss of some passes, and read the logits beside it.
 
     Args:
         compute: The loss of a batch with its labels.
-        head: Reads the logits; its terms hold the divergence.
+        head: Reads the logits.
         num_items: Items of the accumulation window as the loss counts them; None if it does not.
+        inputs: The batch, of one pass or several.
 
-    Attributes:
-        last_output: The model's output of the last call.
-        last_read: Its logits.
-        counts_items: Whether the loss divides by the number of items that it is given.
-        loss: None: terms are computed and combined.
+    Raises:
+        ValueError: If the logits have no gradient where the loss is trained.
     """
+    if num_items is not None:
+        num_items = num_items * (find_batch_size(inputs) / head.rows)
+    loss, output = compute(inputs, num_items)
+    logits = head.outputs(output)
+    if not torch.is_grad_enabled():
+        return Reading(logits, output)
+    if not logits.requires_grad:
+        raise ValueError(
+            "the logits to be compared must carry a gradient, and those beside this loss "
+            "have none, so that their divergence would train nothing (TRL's trainers "
+            "compute losses without logits: use regdrop.integrations.trl.RDropSFTTrainer; "
+            "there is no form for preferences against a reference model, as DPO's)"
+        )
+    return Reading(logits, output, (loss,))
 
-    loss = None
 
-    def __init__(self, compute: ComputeLoss, head: Head, num_items: Tensor | float | None) -> None:
-        self.head = head
-        self.counts_items = num_items is not None
-        self.last_output: Any = None
-        self.last_read: Tensor = head.target
-        self._compute, self._num_items = compute, num_items
-        self._own_terms = cut_outputs_of(head.terms)
-        self._losses: list[Tensor] = []
-
-    def __call__(self, inputs: dict[str, Any]) -> Tensor:
-        """Compute the loss of some passes, and return their logits."""
-        num_items = self._num_items
-        if num_items is not None:
-            num_items = num_items * (find_batch_size(inputs) / self.head.rows)
-        loss, self.last_output = self._compute(inputs, num_items)
-        self.last_read = self.head.outputs(self.last_output)
-        if torch.is_grad_enabled():
-            if not self.last_read.requires_grad:
-                raise ValueError(
-                    "the logits to be compared must carry a gradient, and those beside this loss "
-                    "have none, so that their divergence would train nothing (TRL's trainers "
-                    "compute losses without logits: use regdrop.integrations.trl.RDropSFTTrainer; "
-                    "there is no form for preferences against a reference model, as DPO's)"
-                )
-            self._losses.append(loss)
-        return self.last_read
+def divergence_terms(head: Head) -> TermsFunction:
+    """Return terms that hold the divergence of each item alone; their likelihood is 0."""
+    own_terms = cut_outputs_of(head.terms)
 
     def terms(
-        self,
         outputs: Tensor,
         target: Tensor,
         /,
@@ -190,17 +183,13 @@ class LossForward:
         num_passes: int,
         backward_passes: int | None = None,
     ) -> ItemTerms:
-        """Return the divergence of each item; the likelihood is 0."""
         if num_passes == 1:
             zero, one = outputs.new_zeros(()), outputs.new_ones(())
-            return ItemTerms(zero, zero, one, self.head.counts().kl)
-        options: dict[str, Any] = {"num_passes": num_passes, "backward_passes": backward_passes}
-        own = self._own_terms(outputs, target, **options)
+            return ItemTerms(zero, zero, one, head.counts().kl)
+        own = own_terms(outputs, target, num_passes=num_passes, backward_passes=backward_passes)
         return own._replace(nll=torch.zeros_like(own.kl), nll_count=own.kl_count)
 
-    def likelihood(self, of_first_pass: bool) -> Tensor:
-        """Return the mean loss of the passes with a gradient, or that of the first alone."""
-        return self._losses[0] if of_first_pass else torch.stack(self._losses).mean()
+    return terms
 
 
 def probe_own_loss(
@@ -226,29 +215,52 @@ def probe_own_loss(
         ValueError: If the output holds nothing that could be logits.
     """
     with evaluation_mode(model):
-
-        def look(batch: Mapping[str, Any], num_items: float | None) -> tuple[Tensor, Any]:
-            items = _on_device(num_items, inputs)
-            return extra_pass(model, lambda own: compute(own, items), dict(batch))
-
-        if counts_items is None:
-            # Numbers that no batch has: only a divisor makes twice as many half the loss.
-            counts_items = not _are_close(look(inputs, 37.0)[0], look(inputs, 74.0)[0])
-        some = 37.0 if counts_items else None
-        loss, output = look(inputs, some)
-        try:
-            stacked, _ = look(repeat_batch(dict(inputs)), None if some is None else 2 * some)
-            is_rowwise = _are_close(stacked, loss)
-        except Exception:  # whatever a model raises for rows that do not fit together
-            is_rowwise = False
+        trial = _try_loss(model, compute, inputs, counts_items)
+        # A new head may score all rows alike, and there a loss of pairs is as good as one of rows.
+        with shaken(model):
+            other = _try_loss(model, compute, inputs, counts_items)
+    counts_items = trial.counts_items or other.counts_items
+    is_rowwise = trial.is_rowwise and other.is_rowwise
     divergence = None
     if head is None:
-        divergence = _find_divergence(output, inputs, label_names, find_batch_size(inputs), loss)
+        rows = find_batch_size(inputs)
+        divergence = _find_divergence(other.output, inputs, label_names, rows, other.loss)
         if divergence.mask not in (None, "attention_mask") and divergence.class_dim == -1:
             read = partial(find_tensor, key=divergence.logits)
+            some = _SOME_ITEMS if counts_items else None
             is_shifted = _predicts_next(model, compute, inputs, some, read, divergence.mask)
             divergence = replace(divergence, is_shifted=is_shifted)
     return OwnLoss(counts_items, is_rowwise, divergence)
+
+
+class _Trial(NamedTuple):
+    """What one batch told of a loss, dropout off."""
+
+    counts_items: bool
+    is_rowwise: bool
+    loss: Tensor
+    output: Any
+
+
+def _try_loss(
+    model: nn.Module, compute: ComputeLoss, inputs: Mapping[str, Any], counts_items: bool | None
+) -> _Trial:
+    def look(batch: Mapping[str, Any], num_items: float | None) -> tuple[Tensor, Any]:
+        items = _on_device(num_items, inputs)
+        return extra_pass(model, lambda own: compute(own, items), dict(batch))
+
+    if counts_items is None:
+        # Only a divisor makes twice as many half the loss.
+        losses = [look(inputs, items)[0] for items in (_SOME_ITEMS, 2 * _SOME_ITEMS)]
+        counts_items = not _are_close(*losses)
+    some = _SOME_ITEMS if counts_items else None
+    loss, output = look(inputs, some)
+    try:
+        stacked, _ = look(repeat_batch(dict(inputs)), None if some is None else 2 * some)
+        is_rowwise = _are_close(stacked, loss)
+    except Exception:  # whatever a model raises for rows that do not fit together
+        is_rowwise = False
+    return _Trial(counts_items, is_rowwise, loss, output)
 
 
 def _predicts_next(
@@ -260,7 +272,7 @@ def _predicts_next(
     label: str,
 ) -> bool:
     """Return whether the logits that a loss depends on are those one before the labels."""
-    valid = inputs[label] != _IGNORED
+    valid = inputs[label] != IGNORE_INDEX
     items = _on_device(num_items, inputs)
     with evaluation_mode(model), kept_random_state(), kept_buffers(model), torch.enable_grad():
         loss, output = compute(dict(inputs), items)
@@ -286,7 +298,7 @@ def _moved(counted: Tensor) -> Tensor:
 
 
 def _are_close(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.isclose(a, b.to(a), rtol=1e-3, atol=1e-6))
+    return bool(torch.isclose(a, b.to(a), rtol=1e-3, atol=1e-6, equal_nan=True))
 
 
 def _find_divergence(
@@ -333,7 +345,7 @@ def _find_divergence(
         labels is not None
         and not labels.is_floating_point()
         and labels.shape == items
-        and not (is_attended and bool((labels != _IGNORED).all()))
+        and not (is_attended and bool((labels != IGNORE_INDEX).all()))
     ):
         return Divergence("classes", key, mask=name)
     return Divergence("classes", key, mask="attention_mask" if is_attended else None)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from regdrop.alpha import AlphaController
 from regdrop.config import RDropConfig
-from regdrop.integrations.transformers.parts import LoggedParts
 from regdrop.loss import ItemCounts
+from regdrop.meter import LossMeter
 from regdrop.schedule import StepPlan, plan_step
 
 
@@ -26,7 +26,7 @@ class StepPlanner:
         self.controller: AlphaController | None = None
         if config.alpha == "auto" and total_steps is not None:
             self.controller = AlphaController.from_config(config, total_steps)
-        self._seen = LoggedParts()
+        self._seen = LossMeter()
         self._passes = self._batches = 0
 
     @property
@@ -40,7 +40,7 @@ class StepPlanner:
         return plan_step(config, step, total_steps=self.total_steps, alpha=alpha)
 
     def add(self, plan: StepPlan, nll: Tensor, kl: Tensor | None, counts: ItemCounts) -> None:
-        """Take note of a micro-batch, as `LoggedParts.add` does."""
+        """Take note of a micro-batch, as `LossMeter.add` does."""
         self._passes += plan.num_passes
         self._batches += 1
         if self.reads_validation:

@@ -1,23 +1,22 @@
 """Which likelihood a trainer minimises: by the model's name, its own loss or its first batch."""
 
-import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import Trainer
 
+from regdrop.arguments import IGNORE_INDEX
 from regdrop.config import RDropConfig
 from regdrop.heads import Head, UnknownHeadError
 from regdrop.integrations.transformers.batches import why_not_stacked
 from regdrop.integrations.transformers.detection import Recipe, detect_recipe
-from regdrop.integrations.transformers.forward import require_counts
 from regdrop.integrations.transformers.heads import base_model, find_head
+from regdrop.integrations.transformers.internals import TrainerInternals
 from regdrop.integrations.transformers.own_loss import OwnLoss, probe_own_loss
 from regdrop.integrations.transformers.verify import (
     Comparison,
@@ -32,13 +31,9 @@ from regdrop.loss import (
     mse_terms,
 )
 from regdrop.passes import find_batch_size
+from regdrop.reading import require_counts
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Source:
 
 
 def _count_labels(target: Tensor) -> ItemCounts:
-    count = target.ne(-100).sum()
+    count = target.ne(IGNORE_INDEX).sum()
     return ItemCounts(count, count)
 
 
@@ -76,12 +71,11 @@ def _count_numbers(target: Tensor) -> ItemCounts:
 _COUNTS = {"labels": _count_labels, "rows": _count_rows, "numbers": _count_numbers}
 
 
-class HeadSelection(_Base):
+class HeadSelection(TrainerInternals):
     """The part of `RDropTrainerMixin` that finds the head of a batch."""
 
     rdrop: RDropConfig
     _source: Source | None = None
-    _model_takes_num_items: bool
 
     def rdrop_head(self, model: nn.Module, inputs: Mapping[str, Any]) -> Head:
         """Return how a batch with its labels enters the unwrapped model, and its outputs the loss.
@@ -102,7 +96,7 @@ class HeadSelection(_Base):
         if self._source is None:
             # A window is counted before the Trainer brings its batches to the model's device, to
             # which a loader of one's own may leave it.
-            first = self._prepare_inputs(dict(inputs))
+            first = self._on_device(inputs)
             source = self._find_source(first)
             head = self._head_of(source, first)
             obstacle = why_not_stacked(head.inputs, head.rows)
@@ -123,7 +117,7 @@ class HeadSelection(_Base):
                 unlabelled_index=self.rdrop.unlabelled_index,
             )
         else:
-            head = self.rdrop_head(self._bare(self.model), inputs)
+            head = self.rdrop_head(self._unwrapped(self.model), inputs)
         if source.own is not None:
             return replace(head, inputs=dict(inputs))
         return head if source.count is None else replace(head, count=_COUNTS[source.count])
@@ -138,7 +132,7 @@ class HeadSelection(_Base):
             source = self._own_source(inputs)
             self._tell_own(f"the loss is that of {owner}", source)
             return source
-        model = self._bare(self.model)
+        model = self._unwrapped(self.model)
         is_sharded = self._splits_parameters()
         if type(self).rdrop_head is not HeadSelection.rdrop_head:
             head = self.rdrop_head(model, inputs)
@@ -182,11 +176,13 @@ class HeadSelection(_Base):
         return source
 
     def _detect(self, inputs: Mapping[str, Any]) -> Recipe | None:
-        return detect_recipe(self._bare(self.model), self._runnable(), inputs, self.label_names)
+        return detect_recipe(
+            self._unwrapped(self.model), self._runnable(), inputs, self.label_names
+        )
 
     def _runnable(self) -> Any:
         """Return what may be called beside training: what holds the whole of its parameters."""
-        return self.model_wrapped if self._splits_parameters() else self._bare(self.model)
+        return self.model_wrapped if self._splits_parameters() else self._unwrapped(self.model)
 
     def _splits_parameters(self) -> bool:
         """Return whether a process holds a part of each parameter: FSDP, or DeepSpeed's ZeRO 3."""
@@ -246,7 +242,7 @@ class HeadSelection(_Base):
                     f"{name}={value!r} needs a likelihood that regdrop computes, and here it is "
                     "the model's or the trainer's own loss: leave it out, or override rdrop_head"
                 )
-        model = self._bare(self.model)
+        model = self._unwrapped(self.model)
         try:
             head: Head | None = self.rdrop_head(model, inputs)
         except ValueError:
@@ -279,40 +275,6 @@ class HeadSelection(_Base):
             raise ValueError(f"the loss must be one number, got {got}")
         return loss, outputs
 
-    def _compute_without_rdrop(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Any
-    ) -> Any:
-        """Call the `compute_loss` below the mixin as the Trainer would without it."""
-        compute = super().compute_loss
-        options = {"num_items_in_batch": num_items} if takes(compute, "num_items_in_batch") else {}
-        # R-Drop has the Trainer count items for every model, but not every model takes the count.
-        counts, self.model_accepts_loss_kwargs = (
-            self.model_accepts_loss_kwargs,
-            self._model_takes_num_items,
-        )
-        try:
-            return compute(model, inputs, return_outputs=return_outputs, **options)
-        finally:
-            self.model_accepts_loss_kwargs = counts
-
-    def _own_loss_counts(self) -> bool | None:
-        """Return whether that loss divides by the items it is given; None where that is to try."""
-        if type(self).loss_is_scaled_for_ga is not None:
-            return type(self).loss_is_scaled_for_ga
-        if not takes(super().compute_loss, "num_items_in_batch"):
-            return False
-        is_plain = self._loss_owner() is None
-        return False if is_plain and not self._model_takes_num_items else None
-
-    def _loss_owner(self) -> str | None:
-        """Return who computes the loss without R-Drop, but for the Trainer and its model."""
-        if self.compute_loss_func is not None:
-            return "compute_loss_func"
-        classes = type(self).__mro__
-        below = classes[classes.index(HeadSelection) + 1 : classes.index(Trainer)]
-        owner = next((c for c in below if "compute_loss" in vars(c)), None)
-        return None if owner is None else f"{owner.__name__}.compute_loss"
-
     def _tell_own(self, reason: str, source: Source) -> None:
         assert source.own is not None
         compared = source.own.divergence or "the KL that regdrop has for its head"
@@ -332,10 +294,10 @@ class HeadSelection(_Base):
         if self.is_world_process_zero():
             logger.warning("R-Drop: %s.", line)
 
-    def _bare(self, model: Any) -> nn.Module:
+    def _unwrapped(self, model: Any) -> nn.Module:
         """Return the model without what distribution and compilation wrap around it."""
-        bare: nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        return bare
+        found: nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return found
 
 
 def _is_count(count: Any, head: Head, found: Comparison) -> bool:
@@ -353,11 +315,3 @@ def _is_of_library(model: nn.Module) -> bool:
     """Return whether a model's class and its loss are transformers' (or regdrop's) own."""
     home = type(model).__module__.split(".")[0]
     return home in ("transformers", "regdrop") and "_loss_function" not in vars(model)
-
-
-def takes(function: Any, name: str) -> bool:
-    """Return whether a function may be given an argument by a name."""
-    parameters = inspect.signature(function).parameters
-    return name in parameters or any(
-        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
-    )

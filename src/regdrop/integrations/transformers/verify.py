@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from regdrop.arguments import IGNORE_INDEX
 from regdrop.diagnostics import extra_pass
 from regdrop.heads import Head, strip_options
 from regdrop.integrations.transformers.detection import find_loss
@@ -64,7 +65,7 @@ def agrees_when_shaken(
             head = find(inputs)
             with evaluation_mode(model):
                 logits = extra_pass(model, lambda batch: head.outputs(model(**batch)), head.inputs)
-            ignored = getattr(head.terms, "keywords", {}).get("ignore_index", -100)
+            ignored = getattr(head.terms, "keywords", {}).get("ignore_index", IGNORE_INDEX)
             inputs = with_other_labels(inputs, "labels", logits.shape[-1], ignored)
         return compare_losses(model, find(inputs), inputs).agrees
 
@@ -93,7 +94,7 @@ def without_unlabelled(head: Head, inputs: Mapping[str, Any]) -> dict[str, Any]:
     unlabelled, labels = options.get("unlabelled_index"), inputs.get("labels")
     if unlabelled is None or not isinstance(labels, Tensor):
         return dict(inputs)
-    ignored = options.get("ignore_index", -100)
+    ignored = options.get("ignore_index", IGNORE_INDEX)
     return {**inputs, "labels": labels.masked_fill(labels == unlabelled, ignored)}
 
 

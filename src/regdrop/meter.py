@@ -1,4 +1,4 @@
-"""The parts of the loss between two logs."""
+"""Means of the two terms between two logs, over micro-batches and processes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +10,13 @@ from regdrop.loss import ItemCounts
 from regdrop.schedule import StepPlan
 
 
-class LoggedParts:
-    """Likelihood and divergence since the last log, summed on the device over items.
+class LossMeter:
+    """NLL and divergence since the last log, summed on the device over items.
 
     Nothing is read back from the device before `collect` or `state`.
+
+    Attributes:
+        alpha: That of the last step with more than one pass.
     """
 
     def __init__(self) -> None:
@@ -30,7 +33,7 @@ class LoggedParts:
 
         Args:
             plan: What the step did.
-            nll: Mean likelihood of the micro-batch.
+            nll: Mean NLL of the micro-batch.
             kl: Mean divergence; None where it was not measured.
             counts: What they are means over.
         """
@@ -43,7 +46,11 @@ class LoggedParts:
             self.alpha = plan.alpha
 
     def collect(self, reduce: Callable[..., Any]) -> dict[str, float]:
-        """Return the means over all processes, and begin anew."""
+        """Return the means over all processes, and begin anew.
+
+        Args:
+            reduce: Sums a tensor over all processes, called as `reduce(tensor, reduction="sum")`.
+        """
         nll, weight, kl, count = reduce(self._sums, reduction="sum").tolist()
         self._sums = None
         parts = {"nll": nll / max(weight, 1e-30), "alpha": self.alpha}

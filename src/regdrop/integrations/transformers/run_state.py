@@ -1,0 +1,146 @@
+"""What a Trainer's run keeps beside its weights: the meter, the rule of alpha, the config."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from regdrop.config import RDropConfig
+from regdrop.diagnostics import warn_zero_divergence
+from regdrop.integrations.transformers.checkpoints import load_renamed_weights
+from regdrop.integrations.transformers.planning import StepPlanner, find_validation_loss
+from regdrop.integrations.transformers.recording import add_to_model_card
+from regdrop.integrations.transformers.selection import HeadSelection
+from regdrop.loss import ItemCounts
+from regdrop.meter import LossMeter
+from regdrop.schedule import StepPlan
+
+CONFIG_NAME = "rdrop_config.json"
+STATE_NAME = "rdrop_state.json"
+# Hyperparameters of a search that are R-Drop's begin so: "rdrop.alpha".
+_SEARCH_PREFIX = "rdrop."
+
+
+class RunState(HeadSelection):
+    """The part of `RDropTrainerMixin` that lasts from step to step, and from run to run."""
+
+    _meter: LossMeter
+    _planner: StepPlanner
+    _given_rdrop: RDropConfig
+    _resumed_state: dict[str, Any] | None = None
+    _has_warned = False
+    _is_checked = False
+
+    def begin_training(self) -> None:
+        """Begin the meter and the rule of alpha anew, or as a checkpoint has them.
+
+        An attempt that `auto_find_batch_size` gave up has left its own.
+        """
+        self._meter = LossMeter()
+        self._planner = StepPlanner(self.rdrop, self.state.max_steps)
+        if self.rdrop.alpha_rule == "restore" and not self.args.load_best_model_at_end:
+            raise ValueError(
+                "alpha_rule='restore' goes back to the best checkpoint: it needs "
+                "load_best_model_at_end=True in the Trainer's arguments, got False"
+            )
+        has_validation = self.eval_dataset is not None and self.args.eval_strategy != "no"
+        if self._planner.reads_validation and not has_validation:
+            self._follow_ramp("no evaluation during training")
+        if not self.state.global_step:
+            return
+        is_main = self.accelerator.is_main_process
+        if is_main and self._resumed_state is not None:
+            self._meter.load(self._resumed_state, self.args.device)
+        held = [(self._resumed_state or {}).get("planner")]
+        if self.accelerator.num_processes > 1:
+            held = broadcast_object_list(held)
+        if held[0] is not None:
+            read_validation = self._planner.reads_validation
+            self._planner.load(held[0], self.args.device, is_main)
+            if read_validation and not self._planner.reads_validation:
+                self._follow_ramp("none in the run so far")
+
+    def _note_step(
+        self, plan: StepPlan, nll: Tensor, kl: Tensor | None, counts: ItemCounts
+    ) -> None:
+        self._meter.add(plan, nll, kl, counts)
+        self._planner.add(plan, nll, kl, counts)
+
+    def _note_evaluation(self, metrics: dict[str, float]) -> None:
+        """Let a rule of alpha that reads the validation loss have it."""
+        if not self._planner.reads_validation:
+            return
+        loss = find_validation_loss(metrics, self.eval_dataset)
+        if self.accelerator.num_processes > 1:
+            [loss] = broadcast_object_list([loss])
+        if loss is None:
+            self._follow_ramp(f"no loss among {', '.join(metrics)}, which the evaluation gave")
+            return
+        step = self.state.global_step - 1
+        self._should_restore = self._planner.observe(step, loss, self.accelerator.reduce)
+
+    def _follow_ramp(self, reason: str) -> None:
+        assert self._planner.controller is not None
+        self._planner.controller.follow_ramp()
+        self._tell(
+            f"alpha_rule={self.rdrop.alpha_rule!r} follows the validation loss, and there is "
+            f"{reason}: alpha follows the ramp to {self.rdrop.alpha_max:g}"
+        )
+
+    def _collect_parts(self) -> dict[str, float]:
+        """Return the means since the last log, and begin anew."""
+        parts = self._meter.collect(self.accelerator.reduce)
+        # In its first step a new LoRA adapter is zero, and so is the divergence.
+        if parts.get("kl") == 0.0 and self.state.global_step > 1 and not self._has_warned:
+            warn_zero_divergence()
+            self._has_warned = True
+        if self.rdrop.single_pass_below is not None:
+            parts["passes"] = self._planner.collect_passes()
+        return parts
+
+    def _write_beside(self, folder: Path, is_checkpoint: bool) -> None:
+        """Write the config beside a model, and beside a checkpoint the state."""
+        reduce, state = self.accelerator.reduce, None
+        if is_checkpoint:
+            state = {**self._meter.state(reduce), "planner": self._planner.state(reduce)}
+        if self.args.should_save:
+            _write(folder / CONFIG_NAME, self.rdrop.to_dict())
+            if state is not None:
+                _write(folder / STATE_NAME, state)
+
+    def _read_beside(self, checkpoint: str | None) -> None:
+        """Read the state that a checkpoint has; `begin_training` takes it up."""
+        self._resumed_state = None
+        if checkpoint is None or not self.accelerator.is_main_process:
+            return
+        state = Path(checkpoint) / STATE_NAME
+        if state.exists():
+            self._resumed_state = json.loads(state.read_text(encoding="utf-8"))
+
+    def _load_renamed(self, checkpoint: str | None) -> bool:
+        """Load weights that have other names than the model's; return whether they were such."""
+        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        return self.model is not None and load_renamed_weights(self.model, checkpoint)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the Trainer's model card, with the R-Drop options among its hyperparameters."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_to_model_card(Path(self.args.output_dir or ".") / "README.md", self.rdrop)
+
+    def _take_searched(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Take R-Drop's hyperparameters of a trial, such as "rdrop.alpha"; return the others."""
+        own = {name: value for name, value in params.items() if name.startswith(_SEARCH_PREFIX)}
+        options = {name.removeprefix(_SEARCH_PREFIX): value for name, value in own.items()}
+        # What a trial does not name is as it was given, not as another trial had it; its model may
+        # be another too.
+        self.rdrop = RDropConfig.from_dict({**self._given_rdrop.to_dict(), **options})
+        self._source, self._is_checked = None, False
+        return {name: value for name, value in params.items() if name not in own}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

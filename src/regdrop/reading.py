@@ -1,0 +1,127 @@
+"""What the loss of a step reads of its forwards, and the terms that it computes of that."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from regdrop.heads import Head
+from regdrop.kernels import Implementation, Projection
+from regdrop.loss import ItemTerms, TermsFunction, is_counted
+from regdrop.step import cut_outputs_of
+
+# Backward nodes that do not need what they returned, and views, which are asked further.
+_NEED_NOTHING = frozenset(
+    f"{name}Backward0"
+    for name in ("Add", "Addmm", "Bmm", "Cat", "Clone", "Index", "Mm", "Mul", "Stack", "ToCopy")
+)
+_VIEWS = frozenset({"UnsafeViewBackward0", "ViewBackward0"})
+
+
+class Reading(NamedTuple):
+    """What one forward gave the loss to read, or several, one after the other.
+
+    Attributes:
+        scores: What the loss compares, (items, ...), the rows of pass 0 first: logits, or with
+            `projection` the states before them.
+        output: The model's output of the forward with pass 0.
+        losses: A loss that each forward with a gradient returned beside the scores: the model's
+            own, or that of its experts.
+        projection: The last layer, where it is left to the loss.
+    """
+
+    scores: Tensor
+    output: Any
+    losses: tuple[Tensor, ...] = ()
+    projection: Projection | None = None
+
+
+def join_readings(readings: Sequence[Reading]) -> Reading:
+    """Return the readings of several forwards as one; `run_passes` takes this as `join`."""
+    scores = torch.cat([reading.scores for reading in readings])
+    losses = tuple(loss for reading in readings for loss in reading.losses)
+    return readings[0]._replace(scores=scores, losses=losses)
+
+
+def check_implementation(head: Head, impl: Implementation) -> None:
+    """Refuse a choice of kernels beside a loss that has none.
+
+    Raises:
+        ValueError: For an `impl` beside a head of another loss than a cross entropy.
+    """
+    if impl != "auto" and not head.takes_kernel:
+        raise ValueError(
+            f"impl={impl!r} chooses how a cross entropy is computed, and the terms of this "
+            "head are not those of cross_entropy_terms; use impl='auto'"
+        )
+
+
+def head_terms(head: Head, impl: Implementation, may_overwrite: bool) -> TermsFunction:
+    """Return a head's terms with the options of its kernel.
+
+    Args:
+        head: The head of a micro-batch.
+        impl: How a cross entropy is computed.
+        may_overwrite: Whether nobody but the loss reads the logits, so that the gradient may
+            overwrite them where nothing else needs them.
+    """
+    own_terms = cut_outputs_of(head.terms)
+
+    def terms(
+        outputs: Tensor,
+        target: Tensor,
+        /,
+        *,
+        num_passes: int,
+        backward_passes: int | None = None,
+    ) -> ItemTerms:
+        options: dict[str, Any] = {"num_passes": num_passes, "backward_passes": backward_passes}
+        if head.takes_kernel:
+            options["impl"] = impl
+            is_free = may_overwrite and impl != "eager"
+            options["inplace"] = is_free and is_free_to_overwrite(outputs)
+        found = own_terms(outputs, target, **options)
+        if target is head.target and not is_counted(head.terms):
+            require_counts(head, found)
+        return found
+
+    return terms
+
+
+def require_counts(head: Head, terms: ItemTerms) -> None:
+    """Refuse a head that counts other items than its terms do.
+
+    On a GPU it is an assertion on the device, for which nobody waits.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    counts = head.counts()
+    same = (counts.kl == terms.kl_count) & torch.isclose(
+        counts.nll.to(terms.nll), terms.nll_count.to(terms.nll)
+    )
+    message = (
+        "count of rdrop_head's Head must give what its terms count: the loss of a window would be "
+        "divided by another number of items. Give Head(count=...) a function from the target to "
+        "regdrop.loss.ItemCounts"
+    )
+    if same.device.type == "cuda":
+        torch._assert_async(same, message)
+    elif not bool(same):
+        raise ValueError(
+            f"{message}; it gave {counts.nll.item():g} and {counts.kl.item():g}, the terms "
+            f"{terms.nll_count.item():g} and {terms.kl_count.item():g}"
+        )
+
+
+def is_free_to_overwrite(logits: Tensor) -> bool:
+    """Return whether nothing in the backward needs the values of these logits.
+
+    True behind a linear layer, a copy, a concatenation or a sum, as in nearly all heads; False
+    where that cannot be told, as behind a tanh or in a compiled model.
+    """
+    node = logits.grad_fn
+    while node is not None and type(node).__name__ in _VIEWS:
+        node = node.next_functions[0][0]
+    return node is not None and type(node).__name__ in _NEED_NOTHING
