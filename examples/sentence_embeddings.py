@@ -51,7 +51,8 @@ arguments = SentenceTransformerTrainingArguments(
     use_cpu=not torch.cuda.is_available(),
 )
 data = Dataset.from_dict({"anchor": first, "positive": second})
-SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss).train()
+trainer = SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss)
+trainer.train()
 scores = model.similarity(model.encode(first), model.encode(second))
 right = (scores.argmax(-1) == torch.arange(len(lines))).float().mean()
 print(f"halves found among {len(lines)}: accuracy {right:.3f}")

@@ -1,0 +1,171 @@
+"""The examples of the Trainers and of Lightning take the steps of a plain loop, to 1e-6.
+
+A script is run down to its training; then it takes three steps of SGD, whose update is the
+gradient, and a loop by hand takes them again: two forwards' worth of rows, two cross entropies and
+the KL in both directions as public implementations write them.
+"""
+
+import importlib.util
+import runpy
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.util import cos_sim
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, TensorDataset
+
+from reference import official_loss
+from regdrop import repeat_batch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+STEPS, RATE = 3, 0.05
+TRAINS = "trainer.train()"
+
+
+def seed_forwards(model):
+    """Begin every forward in training with masks of its own number; return the handle."""
+    count = iter(range(1000))
+    model.train()
+    return model.register_forward_pre_hook(
+        lambda module, args: torch.manual_seed(next(count)) if module.training else None
+    )
+
+
+def repeat_steps(model, batches, loss_of):
+    """Take the same steps by hand; return the losses."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    handle, losses = seed_forwards(model), []
+    for batch in batches:
+        loss = loss_of(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    handle.remove()
+    return losses
+
+
+def assert_same_steps(model, start, batches, losses, loss_of):
+    """Hold what a framework did from `start` on against the plain loop."""
+    learned = [p.detach().clone() for p in model.parameters()]
+    model.load_state_dict(start)
+    assert len(batches) == STEPS
+    assert losses == pytest.approx(repeat_steps(model, batches, loss_of), rel=1e-5)
+    for ours, theirs in zip(learned, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert any((p - start[n]).abs().max() > 1e-4 for n, p in model.named_parameters())
+
+
+def trainer_of(name, folder):
+    """Run an example down to its training, and return its trainer, which has three plain steps."""
+    source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    assert source.count(TRAINS) == 1
+    script = folder / f"{name}.py"
+    script.write_text(source[: source.index(TRAINS)], encoding="utf-8")
+    trainer = runpy.run_path(str(script))["trainer"]
+    changes = {
+        "max_steps": STEPS,
+        "learning_rate": RATE,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+    }
+    for option, value in changes.items():
+        assert hasattr(trainer.args, option)
+        setattr(trainer.args, option, value)
+    return trainer
+
+
+def check_trainer(trainer, loss_of):
+    """Train, and hold every step against the plain loop."""
+    batches, model = [], trainer.model
+    step = trainer.training_step
+
+    def note(model, inputs, *rest):
+        batches.append({name: inputs[name] for name in inputs})
+        return step(model, inputs, *rest)
+
+    trainer.training_step = note
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    handle = seed_forwards(model)
+    trainer.train()
+    handle.remove()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert_same_steps(model, start, batches, losses, loss_of)
+
+
+def classes_by_hand(logits, target):
+    """Return the loss of the examples, alpha 1, on the scale of one pass."""
+    return official_loss(logits, target, 1.0) / 2
+
+
+@pytest.mark.slow
+def test_the_trainers_example_is_the_plain_loop(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def loss_of(model, batch):
+        return classes_by_hand(
+            model(pixel_values=batch["pixel_values"].repeat(2, 1, 1, 1)).logits, batch["labels"]
+        )
+
+    check_trainer(trainer_of("transformers_trainer", tmp_path), loss_of)
+
+
+@pytest.mark.slow
+def test_trls_example_is_the_plain_loop(tmp_path):
+    def loss_of(model, batch):
+        words = batch["input_ids"].repeat(2, 1)
+        logits = model(input_ids=words, attention_mask=batch["attention_mask"].repeat(2, 1)).logits
+        target = batch["labels"][:, 1:]
+        counted = (target != -100).repeat(2, 1)
+        return classes_by_hand(logits[:, :-1][counted], target[target != -100])
+
+    check_trainer(trainer_of("trl_finetuning", tmp_path), loss_of)
+
+
+@pytest.mark.slow
+def test_the_example_of_sentences_is_the_plain_loop(tmp_path):
+    trainer = trainer_of("sentence_embeddings", tmp_path)
+
+    def loss_of(model, batch):
+        columns, _ = trainer.collect_features(batch)
+        embeddings = embed_columns(model, [repeat_batch(dict(column)) for column in columns])
+        passes = zip(*(column.chunk(2) for column in embeddings), strict=True)
+        scores = torch.cat([20 * cos_sim(first, second) for first, second in passes])
+        return classes_by_hand(scores, torch.arange(len(scores) // 2))
+
+    check_trainer(trainer, loss_of)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.slow
+def test_lightnings_example_is_the_plain_loop():
+    spec = importlib.util.spec_from_file_location(
+        "lightning_module", EXAMPLES / "lightning_module.py"
+    )
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    module = example.Digits()
+    batches, losses = [], []
+    module.on_train_batch_start = lambda batch, index: batches.append(batch)
+    module.on_train_batch_end = lambda outputs, batch, index: losses.append(float(outputs["loss"]))
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=RATE)
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    x, y = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
+    loader = DataLoader(TensorDataset(x.float() / 16, y), batch_size=32)
+    handle = seed_forwards(module.network)
+    quiet = dict.fromkeys(
+        ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False
+    )
+    pl.Trainer(max_steps=STEPS, accelerator="cpu", **quiet).fit(module, loader)
+    handle.remove()
+
+    def loss_of(model, batch):
+        return classes_by_hand(model(batch[0].repeat(2, 1)), batch[1])
+
+    start = {name.removeprefix("network."): value for name, value in start.items()}
+    assert_same_steps(module.network, start, batches, losses, loss_of)
