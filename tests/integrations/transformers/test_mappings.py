@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from regdrop import repeat_batch
 from regdrop.heads import Head, UnknownHeadError
 from regdrop.integrations.transformers.forward import auxiliary_loss
-from regdrop.integrations.transformers.heads import find_head, known_suffixes
+from regdrop.integrations.transformers.heads import find_head, known_endings
 from regdrop.loss import ItemTerms, combine_terms
 from tiny_batches import tiny_batch
 from tiny_models import class_names, tiny_model
@@ -138,7 +138,7 @@ BALANCED = [
     "Qwen4ExpForCausalLM",
     "Qwen4ExpForConditionalGeneration",
 ]
-NAMES = class_names(known_suffixes())
+NAMES = class_names(known_endings())
 RUN = [name for name in NAMES if not {name} & {*NEEDED, *LEFT_OUT, *REFUSED}]
 
 

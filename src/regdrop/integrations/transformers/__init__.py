@@ -3,11 +3,24 @@
 from regdrop.integrations import extra
 
 with extra("transformers"):
-    from regdrop.integrations.transformers.heads import Head, find_head
+    from regdrop.integrations.transformers.heads import (
+        Head,
+        LabelledBatch,
+        find_head,
+        register_head,
+    )
     from regdrop.integrations.transformers.trainer import (
         RDropSeq2SeqTrainer,
         RDropTrainer,
         RDropTrainerMixin,
     )
 
-__all__ = ["Head", "RDropSeq2SeqTrainer", "RDropTrainer", "RDropTrainerMixin", "find_head"]
+__all__ = [
+    "Head",
+    "LabelledBatch",
+    "RDropSeq2SeqTrainer",
+    "RDropTrainer",
+    "RDropTrainerMixin",
+    "find_head",
+    "register_head",
+]

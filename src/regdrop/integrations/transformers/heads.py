@@ -1,6 +1,7 @@
 """What a model predicts: from a Hugging Face model and its batch to the terms of the loss."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,14 +18,56 @@ from regdrop.integrations.transformers.heads_classes import (
     tokens,
 )
 from regdrop.integrations.transformers.heads_speech import transcription
-from regdrop.integrations.transformers.heads_words import adaptive, aligned, causal, generation
+from regdrop.integrations.transformers.heads_words import aligned, causal, generation
 
-__all__ = ["Head", "base_model", "find_head"]
+__all__ = [
+    "Head",
+    "HeadBuilder",
+    "LabelledBatch",
+    "base_model",
+    "find_head",
+    "has_registered_class",
+    "known_endings",
+    "register_head",
+]
+
+HeadBuilder = Callable[[LabelledBatch], Head]
+
+_OF_CLASS: dict[type, HeadBuilder] = {}
+_OF_ENDING: dict[str, HeadBuilder] = {}
 
 
-def known_suffixes() -> tuple[str, ...]:
+def register_head(kind: type | str, build: HeadBuilder) -> None:
+    """Say what a kind of model predicts, for every trainer of this process.
+
+    Args:
+        kind: A class of models, which counts for its subclasses too; or the end of the names of a
+            family's classes, as "ForTokenClassification". A class comes before an end of its name,
+            a longer end before a shorter one, and what is registered last before what was there.
+        build: From a batch with its labels to its head. It takes the labels out of the batch by
+            `batch.pop()` and returns, for one class an item, `batch.classes(target)`.
+
+    Raises:
+        TypeError: For a kind that is neither.
+    """
+    if isinstance(kind, type):
+        _OF_CLASS[kind] = build
+    elif isinstance(kind, str):
+        _OF_ENDING[kind] = build
+    else:
+        raise TypeError(
+            f"kind must be a class or the end of a class's name, got {type(kind).__name__}"
+        )
+
+
+def has_registered_class(model: nn.Module) -> bool:
+    """Return whether somebody registered a head for a model's class or one that it derives from."""
+    return _find_of_class(base_model(model)) is not None
+
+
+def known_endings() -> tuple[str, ...]:
     """Return the ends of the names of the classes that are known."""
-    return tuple(suffix for suffixes, _ in _HEADS for suffix in suffixes)
+    return tuple(ending for ending, build in _OF_ENDING.items() if not isinstance(build, _OwnLoss))
 
 
 def find_head(
@@ -36,7 +79,7 @@ def find_head(
     unlabelled_index: int | None = None,
     label_names: Sequence[str] | None = None,
 ) -> Head:
-    """Choose the terms of the loss by the model's class and the library's own rules.
+    """Choose the terms of the loss by what is registered for the model's class.
 
     Args:
         model: An unwrapped Hugging Face model; PEFT may have wrapped it.
@@ -59,20 +102,43 @@ def find_head(
         unlabelled_index=unlabelled_index,
         label_names=label_names or (),
     )
-    for suffixes, loss in _OTHER_LOSSES:
-        if batch.name.endswith(suffixes):
-            raise batch.unknown(f"has a loss of its own, {loss}")
-    for suffixes, build in _HEADS:
-        if batch.name.endswith(suffixes):
-            if not getattr(batch.model.config, "return_dict", True):
-                # Heads read outputs by name.
-                batch.inputs["return_dict"] = True
-            return build(batch)
-    known = ", ".join(f"*{suffix}" for suffix in known_suffixes())
-    raise UnknownHeadError(f"model must be one of {known}, got {batch.name}; {WAY_OUT}")
+    build = _find_of_class(batch.model) or _find_of_ending(batch.name)
+    if build is None:
+        known = ", ".join(f"*{ending}" for ending in known_endings())
+        raise UnknownHeadError(
+            f"model must be one of {known}, got {batch.name}; {WAY_OUT}, and register_head says "
+            "it for a class"
+        )
+    config = getattr(batch.model, "config", None)
+    if not getattr(config, "return_dict", True) and not isinstance(build, _OwnLoss):
+        # Heads read outputs by name.
+        batch.inputs["return_dict"] = True
+    return build(batch)
 
 
-# By the end of the class's name; the first that fits.
+def _find_of_class(model: nn.Module) -> HeadBuilder | None:
+    return next((_OF_CLASS[kind] for kind in type(model).__mro__ if kind in _OF_CLASS), None)
+
+
+def _find_of_ending(name: str) -> HeadBuilder | None:
+    fitting = [ending for ending in _OF_ENDING if name.endswith(ending)]
+    return _OF_ENDING[max(fitting, key=len)] if fitting else None
+
+
+@dataclass(frozen=True)
+class _OwnLoss:
+    """Stands for a head that cannot be built: the classes have another loss than their name says.
+
+    Attributes:
+        loss: What it is.
+    """
+
+    loss: str
+
+    def __call__(self, batch: LabelledBatch) -> Head:
+        raise batch.unknown(f"has a loss of its own, {self.loss}")
+
+
 _OTHER_LOSSES: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("XLNetForQuestionAnswering", "XLMForQuestionAnswering", "FlaubertForQuestionAnswering"),
@@ -102,7 +168,7 @@ _ALIGNED = (
     "TrOCRForCausalLM",
     "WhisperForCausalLM",
 )
-_HEADS: tuple[tuple[tuple[str, ...], Callable[[LabelledBatch], Head]], ...] = (
+_HEADS: tuple[tuple[tuple[str, ...], HeadBuilder], ...] = (
     (
         (
             "ForSequenceClassification",
@@ -120,7 +186,6 @@ _HEADS: tuple[tuple[tuple[str, ...], Callable[[LabelledBatch], Head]], ...] = (
     (("ForCTC",), transcription),
     (("ForQuestionAnswering", "ForQuestionAnsweringSimple"), spans),
     (_ALIGNED, aligned),
-    (("AdaptiveInputForCausalLM",), adaptive),
     (("ForCausalLM", "LMHeadModel", "ReformerModelWithLMHead", "BertGenerationDecoder"), causal),
     (
         (
@@ -134,3 +199,10 @@ _HEADS: tuple[tuple[tuple[str, ...], Callable[[LabelledBatch], Head]], ...] = (
         generation,
     ),
 )
+
+for _endings, _build in _HEADS:
+    for _ending in _endings:
+        register_head(_ending, _build)
+for _endings, _loss in _OTHER_LOSSES:
+    for _ending in _endings:
+        register_head(_ending, _OwnLoss(_loss))

@@ -108,6 +108,13 @@ class LabelledBatch:
             f"got {sorted(self.inputs)}{hint}"
         )
 
+    def pop_next_words(self) -> Tensor:
+        """Take the labels out of the inputs, moved by one: position t predicts word t + 1."""
+        labels = self.pad_prompt(self.pop())
+        # Padding the labels leaves the logits as they are; slicing them would copy a vocabulary.
+        moved: Tensor | None = self.inputs.pop("shift_labels", None)
+        return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX) if moved is None else moved
+
     def pad_prompt(self, labels: Tensor) -> Tensor:
         """Return the labels of all positions: those that PEFT has learned are ignored."""
         return F.pad(labels, (self.virtual_tokens, 0), value=IGNORE_INDEX)

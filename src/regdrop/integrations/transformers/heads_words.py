@@ -1,16 +1,14 @@
 """Heads that choose among the words of a vocabulary: masked, next, or generated ones."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX
-from regdrop.heads import Head, read_output
+from regdrop.heads import Head
 from regdrop.integrations.transformers.heads_batch import LabelledBatch
-from regdrop.loss import adaptive_softmax_terms
 
 # The other kinds of PEFT's prompts add learned positions to the decoder too.
 _ENCODER_PROMPTS = frozenset({"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE"})
@@ -25,16 +23,7 @@ def causal(batch: LabelledBatch) -> Head:
     """The next token: the labels move by one, and the last position counts no more."""
     if batch.prompt is not None and batch.prompt.peft_type == "CPT":
         raise batch.unknown("is tuned by PEFT's CPT, which has a loss of its own")
-    return _words(batch, _pop_next_tokens(batch))
-
-
-def adaptive(batch: LabelledBatch) -> Head:
-    """The next token behind an adaptive softmax, whose full logits never exist."""
-    batch.refuse_options("full logits, which an adaptive softmax never has")
-    target = _pop_next_tokens(batch)
-    terms = partial(adaptive_softmax_terms, softmax=batch.model.adaptive_softmax())
-    batch.inputs["return_logits"] = False
-    return Head(batch.inputs, target, terms, lambda output: read_output(output, "softmax_states"))
+    return _words(batch, batch.pop_next_words())
 
 
 def generation(batch: LabelledBatch) -> Head:
@@ -97,11 +86,3 @@ def _words(batch: LabelledBatch, target: Tensor) -> Head:
     # Translation by two vocabularies has one of its own for what it writes.
     size: int = getattr(config, "tgt_vocab_size", None) or config.vocab_size
     return replace(batch.classes(target, size), vocabulary=size)
-
-
-def _pop_next_tokens(batch: LabelledBatch) -> Tensor:
-    """Return the labels moved by one."""
-    labels = batch.pad_prompt(batch.pop())
-    # Padding the labels leaves the logits as they are; slicing them would copy a vocabulary.
-    shifted: Tensor | None = batch.inputs.pop("shift_labels", None)
-    return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX) if shifted is None else shifted

@@ -15,7 +15,11 @@ from regdrop.config import RDropConfig
 from regdrop.heads import Head, UnknownHeadError
 from regdrop.integrations.transformers.batches import why_not_stacked
 from regdrop.integrations.transformers.detection import Recipe, detect_recipe
-from regdrop.integrations.transformers.heads import base_model, find_head
+from regdrop.integrations.transformers.heads import (
+    base_model,
+    find_head,
+    has_registered_class,
+)
 from regdrop.integrations.transformers.internals import TrainerInternals
 from regdrop.integrations.transformers.own_loss import OwnLoss, probe_own_loss
 from regdrop.integrations.transformers.verify import (
@@ -134,7 +138,8 @@ class HeadSelection(TrainerInternals):
             return source
         model = self._unwrapped(self.model)
         is_sharded = self._splits_parameters()
-        if type(self).rdrop_head is not HeadSelection.rdrop_head:
+        is_overridden = type(self).rdrop_head is not HeadSelection.rdrop_head
+        if is_overridden or has_registered_class(model):
             head = self.rdrop_head(model, inputs)
             return Source() if is_sharded else self._check_own_head(model, head, inputs)
         name = type(base_model(model)).__name__

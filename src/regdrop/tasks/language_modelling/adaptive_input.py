@@ -20,6 +20,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from regdrop.arguments import IGNORE_INDEX
+from regdrop.heads import Head, read_output
+from regdrop.integrations.transformers import LabelledBatch, register_head
 from regdrop.loss import adaptive_log_softmax, adaptive_softmax_terms
 from regdrop.tasks.common.initialisation import initialise, initialise_module
 
@@ -223,7 +226,7 @@ class AdaptiveInputForCausalLM(PreTrainedModel, GenerationMixin):
         states = torch.cat([hidden, self.tails(hidden)], dim=-1)
         loss = logits = None
         if labels is not None:
-            target = F.pad(labels[:, 1:], (0, 1), value=-100)
+            target = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
             terms = adaptive_softmax_terms(states, target, self.adaptive_softmax(), num_passes=1)
             count = terms.nll_count if num_items_in_batch is None else num_items_in_batch
             loss = terms.nll.sum() / count
@@ -245,3 +248,15 @@ def register() -> None:
     """Let transformers' auto classes find the configuration and the model; once is enough."""
     AutoConfig.register(AdaptiveInputConfig.model_type, AdaptiveInputConfig, exist_ok=True)
     AutoModelForCausalLM.register(AdaptiveInputConfig, AdaptiveInputForCausalLM, exist_ok=True)
+
+
+def _head(batch: LabelledBatch) -> Head:
+    """The next word behind an adaptive softmax, whose full logits never exist."""
+    batch.refuse_options("full logits, which an adaptive softmax never has")
+    target = batch.pop_next_words()
+    terms = partial(adaptive_softmax_terms, softmax=batch.model.adaptive_softmax())
+    batch.inputs["return_logits"] = False
+    return Head(batch.inputs, target, terms, lambda output: read_output(output, "softmax_states"))
+
+
+register_head(AdaptiveInputForCausalLM, _head)
