@@ -1,0 +1,53 @@
+"""What the pages quote of the records under results/: one place that reads them."""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+RESULTS = Path(__file__).parent.parent / "results"
+_CELL = re.compile(r"(\S+) ± (\S+)(?: \((\S+) ± (\S+)\))?$")
+
+
+class Figure(NamedTuple):
+    """A test figure of an arm: mean over seeds, and the paired difference to the baseline."""
+
+    mean: float
+    mean_interval: float
+    difference: float | None = None
+    difference_interval: float | None = None
+
+
+def figures(study: str) -> dict[str, dict[str, Figure]]:
+    """Return the figures of the first table of a study's report, by arm and by column."""
+    report = (RESULTS / study / "report.md").read_text("utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in report.split("\n\n")[1].splitlines()
+    ]
+    header, _, *arms = rows
+    return {
+        row[0]: {
+            name.removeprefix("test "): Figure(*map(_number, match.groups()))
+            for name, cell in zip(header, row, strict=True)
+            if (match := _CELL.match(cell))
+        }
+        for row in arms
+    }
+
+
+def alpha(study: str, arm: str = "rdrop") -> float:
+    """Return the alpha of an arm of a study, from the record of a seed."""
+    record = min((RESULTS / study / "records").glob(f"{arm}-seed*.json"))
+    return float(json.loads(record.read_text("utf-8"))["config"]["rdrop"]["alpha"])
+
+
+def steps_of_a_gpu() -> list[dict[str, object]]:
+    """Return what whole training steps took on an H100."""
+    record = json.loads((RESULTS / "gpu/2026-11-26-h100/record.json").read_text("utf-8"))
+    rows: list[dict[str, object]] = record["sections"]["step"]["rows"]
+    return rows
+
+
+def _number(text: str | None) -> float | None:
+    return None if text is None else float(text.replace("−", "-").lstrip("+"))
