@@ -29,9 +29,12 @@ def seed_forwards(model):
     """Begin every forward in training with masks of its own number; return the handle."""
     count = iter(range(1000))
     model.train()
-    return model.register_forward_pre_hook(
-        lambda module, args: torch.manual_seed(next(count)) if module.training else None
-    )
+
+    def seed(module, args):
+        if module.training:
+            torch.manual_seed(next(count))
+
+    return model.register_forward_pre_hook(seed)
 
 
 def repeat_steps(model, batches, loss_of):

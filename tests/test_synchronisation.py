@@ -16,7 +16,7 @@ import regdrop
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
 from regdrop.diagnostics import watch_divergence
 from regdrop.kernels import fused_linear
-from regdrop.loss import linear_cross_entropy
+from regdrop.loss import linear_items
 
 # They read a number, or give a tensor whose shape depends on one.
 WAITING = {
@@ -207,7 +207,7 @@ def test_ignored_items_that_are_not_dropped_count_for_nothing(by_classes, option
         )
 
     expected = run()
-    monkeypatch.setattr(linear_cross_entropy, "drops_rows", lambda device: False)
+    monkeypatch.setattr(linear_items, "drops_rows", lambda device: False)
     monkeypatch.setattr(fused_linear, "_goes_by_classes", lambda *arguments: by_classes)
     for x, y in zip(run(), expected, strict=True):
         torch.testing.assert_close(x, y)

@@ -11,7 +11,7 @@ from torch import nn
 
 from regdrop import RDropConfig, rdrop_cross_entropy, repeat_batch, share_prefix
 from regdrop.loss import cross_entropy_terms
-from regdrop.passes import run_passes
+from regdrop.passes import run_passes, why_not_shared
 from regdrop.schedule import plan_step
 from steps import compute_step_loss
 
@@ -406,6 +406,25 @@ def test_parts_that_are_refused_leave_no_hook(part, reason):
         share_prefix(model, "part")
     assert not part._forward_hooks
     assert not part._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("name", "is_mixture"),
+    [
+        ("MoELayer", True),
+        ("OlmoeSparseMoeBlock", True),
+        ("moe_block", True),
+        ("Top2Router", True),
+        ("LocalExperts", True),
+        ("ThermoEncoder", False),
+        ("Thermoelement", False),
+        ("MoEncoder", False),
+    ],
+)
+def test_a_mixture_is_known_by_a_word_of_its_name(name, is_mixture):
+    part = type(name, (nn.Linear,), {})(4, 4)
+    reason = why_not_shared(nn.ModuleDict({"part": part}), "part")
+    assert (reason is not None) is is_mixture
 
 
 def test_checkpointing_around_the_part_is_refused_and_beside_it_is_not():

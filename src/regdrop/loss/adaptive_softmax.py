@@ -12,8 +12,8 @@ from regdrop.arguments import IGNORE_INDEX
 from regdrop.kernels.eager import kl_divergence
 from regdrop.kernels.gradient import limit_backward
 from regdrop.loss.checks import check_finite_divergence, check_floating, check_stacked
+from regdrop.loss.class_items import count_classes
 from regdrop.loss.counts import counted_by
-from regdrop.loss.cross_entropy import count_classes
 from regdrop.loss.terms import ItemTerms
 
 

@@ -1,31 +1,23 @@
 """R-Drop for one class an item: cross entropy and the KL between softmax outputs."""
 
-import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX
-from regdrop.kernels import Implementation, Target, rdrop_sum, rdrop_terms, whole_loss
+from regdrop.kernels import Implementation, rdrop_sum, rdrop_terms, whole_loss
 from regdrop.loss.checks import (
     LARGEST_DIVERGENCE,
-    all_are_classes,
-    check_class_dim,
-    check_classes,
     check_counts,
     check_finite_divergence,
-    check_floating,
     check_label_smoothing,
     check_options,
-    check_own_memory,
-    check_stacked,
-    check_sums,
     check_unlabelled_index,
 )
-from regdrop.loss.counts import ItemCounts, counted_by
+from regdrop.loss.class_items import ClassItems, check_classes_of, count_classes, enter_classes
+from regdrop.loss.counts import counted_by
 from regdrop.loss.module import RDropLoss
 from regdrop.loss.output import RDropOutput
 from regdrop.loss.reduction import Reduction, Scale, combine_terms, reduce_sums, term_weights
@@ -120,7 +112,7 @@ def rdrop_cross_entropy(
         )
         if output is not None:
             return output
-    items = _items(
+    items = enter_classes(
         logits,
         target,
         num_passes=num_passes,
@@ -180,7 +172,7 @@ def _whole(
 
     Small logits then cost little more than the call.
     """
-    _check(logits, target, num_passes, weight, -1)
+    check_classes_of(logits, target, num_passes, weight, -1)
     if reduction == "none" or target.is_floating_point():
         return None
     nll_weight, kl_weight = term_weights(alpha, num_passes, scale)
@@ -202,30 +194,6 @@ def _whole(
     return None if found is None else RDropOutput(*found)
 
 
-def count_classes(
-    target: Tensor,
-    weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    unlabelled_index: int | None = None,
-    class_dim: int = -1,
-) -> ItemCounts:
-    """Return the number of items that count, and their number or class weight in the likelihood."""
-    if target.is_floating_point():
-        count = torch.full((), math.prod(_without(target.shape, class_dim)), device=target.device)
-        return ItemCounts(count, count)
-    check_unlabelled_index(unlabelled_index, ignore_index)
-    classes = target.long()
-    valid = classes != ignore_index
-    count = valid.sum()
-    labelled = valid if unlabelled_index is None else valid & (classes != unlabelled_index)
-    if weight is None:
-        return ItemCounts(count if unlabelled_index is None else labelled.sum(), count)
-    weights = weight.detach()[torch.where(labelled, classes, 0)] * labelled
-    # In double, which not every device has, so that the count is right for logits in double.
-    dtype = torch.float32 if weights.device.type == "mps" else torch.float64
-    return ItemCounts(weights.sum(dtype=dtype), count)
-
-
 @counted_by(count_classes)
 def cross_entropy_terms(
     logits: Tensor,
@@ -242,7 +210,7 @@ def cross_entropy_terms(
     impl: Implementation = "auto",
 ) -> ItemTerms:
     """Return the terms of every item, in the shape of the class indices; see above."""
-    items = _items(
+    items = enter_classes(
         logits,
         target,
         num_passes=num_passes,
@@ -261,83 +229,8 @@ def cross_entropy_terms(
     )
 
 
-class _Items(NamedTuple):
-    """The arguments, checked, in the form that kernels take."""
-
-    logits: Tensor  # (num_passes, N, C)
-    target: Target
-    shape: tuple[int, ...]  # of the items
-    labelled: Tensor | None  # (N,), where they count in the likelihood; None: all that count do
-    num_valid: int | Tensor  # a number wherever it is known without waiting for a device
-    count_all: Callable[[], ItemCounts]
-
-    def counts(self) -> tuple[int | Tensor, int | Tensor]:
-        """Return the denominators of both terms, numbers where they are known."""
-        if self.target.classes is None or (self.target.weight is None and self.labelled is None):
-            return self.num_valid, self.num_valid
-        return self.count_all().nll, self.num_valid
-
-
-def _items(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    num_passes: int,
-    weight: Tensor | None,
-    ignore_index: int,
-    unlabelled_index: int | None,
-    class_dim: int,
-    label_smoothing: float,
-    inplace: bool,
-) -> _Items:
-    """Check the arguments and bring them into the form that kernels take."""
-    shape = _check(logits, target, num_passes, weight, class_dim)
-    if inplace:
-        check_own_memory("logits", logits)
-    if class_dim not in (-1, logits.dim() - 1):
-        logits = logits.movedim(class_dim, -1)
-    num_items, num_classes = math.prod(shape), logits.shape[-1]
-    labelled: Tensor | None = None
-    num_valid: int | Tensor = num_items
-    if target.is_floating_point():
-        if unlabelled_index is not None:
-            raise ValueError(
-                f"unlabelled_index needs class indices, got unlabelled_index={unlabelled_index} "
-                f"and class probabilities; mark items of an indexed target, or leave it out"
-            )
-        check_sums(target, class_dim)
-        probabilities = target.movedim(class_dim, -1).reshape(num_items, num_classes)
-        bundle = Target(None, probabilities, weight, label_smoothing, None)
-    else:
-        check_unlabelled_index(unlabelled_index, ignore_index, num_classes)
-        classes = target if target.dim() == 1 else target.reshape(-1)
-        classes = classes if classes.dtype == torch.int64 else classes.long()
-        valid = None
-        if unlabelled_index is not None or not all_are_classes(classes, num_classes, ignore_index):
-            valid = classes != ignore_index
-            counted = valid
-            if unlabelled_index is not None:
-                labelled = classes != unlabelled_index
-                counted = valid & labelled
-            classes = torch.where(counted, classes, 0)
-            check_classes(classes, num_classes, ignore_index, unlabelled_index)
-            num_valid = valid.sum()
-        bundle = Target(classes, None, weight, label_smoothing, valid)
-    return _Items(
-        # Seldom a copy, and the one operation less where it is none.
-        (logits.view if logits.is_contiguous() else logits.reshape)(
-            num_passes, num_items, num_classes
-        ),
-        bundle,
-        shape,
-        labelled,
-        num_valid,
-        partial(count_classes, target, weight, ignore_index, unlabelled_index, class_dim),
-    )
-
-
 def _terms(
-    items: _Items, *, backward_passes: int, inplace: bool, impl: Implementation
+    items: ClassItems, *, backward_passes: int, inplace: bool, impl: Implementation
 ) -> ItemTerms:
     nll, kl = rdrop_terms(
         items.logits, items.target, backward_passes=backward_passes, inplace=inplace, impl=impl
@@ -348,45 +241,6 @@ def _terms(
         # After the kernel, whose upstream gradient then is 0 there.
         nll = nll.masked_fill(~items.labelled, 0)
     return ItemTerms(nll.view(items.shape), kl.view(items.shape), *items.count_all())
-
-
-def _check(
-    logits: Tensor, target: Tensor, num_passes: int, weight: Tensor | None, class_dim: int
-) -> tuple[int, ...]:
-    """Return the items' shape, that of the target when it holds class indices."""
-    check_floating("logits", logits)
-    check_stacked("logits", logits, target, num_passes)
-    check_class_dim("logits", logits, class_dim)
-    shape = (target.shape[0], *_without(logits.shape, class_dim)[1:])
-    if target.is_floating_point():
-        if target.shape[1:] != logits.shape[1:]:
-            raise ValueError(
-                f"target of class probabilities must have the shape of one pass, "
-                f"{(target.shape[0], *logits.shape[1:])}, got {tuple(target.shape)}"
-            )
-    elif target.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        if target.shape != shape:
-            fitting = [d for d in (1, -1) if _without(logits.shape, d)[1:] == target.shape[1:]]
-            raise ValueError(
-                f"target of class indices must have the shape of one pass without the classes, "
-                f"{shape}, got {tuple(target.shape)} for logits {tuple(logits.shape)} with "
-                f"class_dim={class_dim}" + "".join(f"; class_dim={d} fits" for d in fitting)
-            )
-    else:
-        raise TypeError(f"target must hold integers or probabilities, got {target.dtype}")
-    num_classes = logits.shape[class_dim]
-    if weight is not None and tuple(weight.shape) != (num_classes,):
-        raise ValueError(
-            f"weight must have one entry a class, shape ({num_classes},), got {tuple(weight.shape)}"
-        )
-    return shape
-
-
-def _without(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
-    """Return a shape without one of its dimensions."""
-    sizes = list(shape)
-    del sizes[dim]
-    return tuple(sizes)
 
 
 class RDropCrossEntropyLoss(RDropLoss):

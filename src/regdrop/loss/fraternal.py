@@ -7,8 +7,9 @@ from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.kernels.gradient import limit_backward
+from regdrop.loss.class_items import count_classes
 from regdrop.loss.counts import counted_by
-from regdrop.loss.cross_entropy import count_classes, cross_entropy_terms
+from regdrop.loss.cross_entropy import cross_entropy_terms
 from regdrop.loss.terms import ItemTerms
 
 

@@ -1,34 +1,20 @@
 """R-Drop for one class an item, with the linear layer before it: the full logits never exist."""
 
-import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from regdrop.arguments import IGNORE_INDEX, check_number
-from regdrop.kernels import Implementation, Projection, Target, linear_loss, linear_terms
+from regdrop.arguments import IGNORE_INDEX
+from regdrop.kernels import Implementation, Projection, linear_loss, linear_terms
 from regdrop.kernels.closed_form import Weight
-from regdrop.kernels.projection import casts_itself
-from regdrop.loss.checks import (
-    check_classes,
-    check_counts,
-    check_finite_divergence,
-    check_floating,
-    check_options,
-    check_stacked,
-    check_unlabelled_index,
-)
-from regdrop.loss.counts import ItemCounts, counted_by
-from regdrop.loss.cross_entropy import count_classes
+from regdrop.loss.checks import check_counts, check_finite_divergence, check_options
+from regdrop.loss.class_items import count_classes
+from regdrop.loss.counts import counted_by
+from regdrop.loss.linear_items import ValidRows, find_valid_rows
 from regdrop.loss.output import RDropOutput
-from regdrop.loss.reduction import (
-    Reduction,
-    Scale,
-    combine_terms,
-    reduce_sums,
-)
+from regdrop.loss.reduction import Reduction, Scale, combine_terms, reduce_sums
 from regdrop.loss.terms import ItemTerms
 
 
@@ -164,7 +150,7 @@ def linear_cross_entropy_terms(
     backward_passes: int | None = None,
 ) -> ItemTerms:
     """Return the terms of every item, in the shape of the target; see above."""
-    found = _valid_rows(
+    found = find_valid_rows(
         hidden,
         target,
         projection=projection,
@@ -229,41 +215,26 @@ def linear_cross_entropy_loss(
         items: Positions (n,) of the items that all passes but the first saw: the likelihood is
             that of pass 0, the divergence that of the part, weighted by its inverse share.
     """
-    find_rows = partial(
-        _valid_rows,
-        projection=projection,
-        weight=weight,
-        ignore_index=ignore_index,
-        unlabelled_index=unlabelled_index,
-        label_smoothing=label_smoothing,
-    )
-    first = hidden if items is None else hidden[: target.shape[0]]
-    whole = find_rows(first, target, num_passes=num_passes if items is None else 1)
+    options: dict[str, Any] = {
+        "projection": projection,
+        "weight": weight,
+        "ignore_index": ignore_index,
+        "unlabelled_index": unlabelled_index,
+        "label_smoothing": label_smoothing,
+    }
     graded = num_passes if backward_passes is None else backward_passes
-
-    def compute(
-        found: _ValidRows, backward_passes: int, *, nll_weight: Weight, kl_weight: Weight
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return linear_loss(
-            *(found.hidden, projection, found.target),
-            nll_weight=nll_weight,
-            kl_weight=kl_weight,
-            backward_passes=backward_passes,
-            labelled=found.labelled,
-        )
-
-    def sum_of_a_part(*, nll_weight: Weight, kl_weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
-        assert items is not None
-        likelihood, nll, _ = compute(whole, 1, nll_weight=nll_weight, kl_weight=None)
+    if items is None:
+        whole = find_valid_rows(hidden, target, num_passes=num_passes, **options)
+        compute = partial(_weighted_sum, whole, projection, graded)
+    else:
+        first, others = hidden[: target.shape[0]], hidden[target.shape[0] :]
+        whole = find_valid_rows(first, target, num_passes=1, **options)
+        both = torch.cat([first.index_select(0, items), others])
+        part = find_valid_rows(both, target[items], num_passes=num_passes, **options)
         share = target.shape[0] / items.numel()
-        both = torch.cat([first.index_select(0, items), hidden[target.shape[0] :]])
-        part = find_rows(both, target[items], num_passes=num_passes)
-        kl_weight = None if kl_weight is None else kl_weight * share
-        divergence, _, kl = compute(part, graded, nll_weight=None, kl_weight=kl_weight)
-        return likelihood + divergence, nll, kl * share
-
+        compute = partial(_weighted_sum_of_a_part, whole, part, share, projection, graded)
     output = reduce_sums(
-        partial(compute, whole, graded) if items is None else sum_of_a_part,
+        compute,
         *whole.counts,
         torch.promote_types(hidden.dtype, torch.float32),
         alpha=alpha,
@@ -278,110 +249,48 @@ def linear_cross_entropy_loss(
     return output
 
 
-class _ValidRows(NamedTuple):
-    """The items that count; where none is dropped, all of them and which count."""
-
-    positions: Tensor | None  # (n,), their positions among all items; None: all are there
-    hidden: Tensor  # (num_passes, n, features)
-    target: Target
-    labelled: Tensor | None  # (n,), where they count in the likelihood; None: all do
-    counts: ItemCounts
-
-
-def _valid_rows(
-    hidden: Tensor,
-    target: Tensor,
+def _weighted_sum(
+    rows: ValidRows,
+    projection: Projection,
+    backward_passes: int,
     *,
+    nll_weight: Weight,
+    kl_weight: Weight,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weighted sum of both terms over rows, and the sum of each."""
+    return linear_loss(
+        *(rows.hidden, projection, rows.target),
+        nll_weight=nll_weight,
+        kl_weight=kl_weight,
+        backward_passes=backward_passes,
+        labelled=rows.labelled,
+    )
+
+
+def _weighted_sum_of_a_part(
+    whole: ValidRows,
+    part: ValidRows,
+    share: float,
     projection: Projection,
-    num_passes: int,
-    weight: Tensor | None,
-    ignore_index: int,
-    unlabelled_index: int | None,
-    label_smoothing: float,
-) -> _ValidRows:
-    """Check the arguments and drop, where that is free, the items that do not count."""
-    _check(hidden, target, projection, num_passes, weight)
-    num_items, num_classes = target.numel(), projection.weight.shape[0]
-    check_unlabelled_index(unlabelled_index, ignore_index, num_classes)
-    classes = target.reshape(-1).long()
-    passes = hidden.reshape(num_passes, num_items, hidden.shape[-1])
-    counts_at = classes != ignore_index
-    index = valid = None
-    if drops_rows(hidden.device):
-        index = counts_at.nonzero()[:, 0]
-        if index.numel() < num_items:
-            passes = passes.index_select(1, index)
-        classes = classes[index]
-    else:
-        valid = counts_at
-        classes = classes * valid  # any class, in one operation
-    labelled = None
-    if unlabelled_index is not None:
-        labelled = classes != unlabelled_index
-        classes = torch.where(labelled, classes, 0)
-    check_classes(classes, num_classes, ignore_index, unlabelled_index)
-    bundle = Target(classes, None, weight, label_smoothing, valid)
-    counts = count_classes(target, weight, ignore_index, unlabelled_index)
-    return _ValidRows(index, passes, bundle, labelled, counts)
+    backward_passes: int,
+    *,
+    nll_weight: Weight,
+    kl_weight: Weight,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums of the likelihood of all rows, and of the divergence of a part of them.
 
-
-def drops_rows(device: torch.device) -> bool:
-    """Return whether ignored items are left out: other devices would be waited for to count them.
-
-    A compiled function keeps them too, whose shapes would depend on their number.
+    Args:
+        whole: The rows of pass 0.
+        part: Those of the part in all passes.
+        share: How many times the part makes the whole.
+        projection: The layer.
+        backward_passes: First passes of the part that carry the gradient.
+        nll_weight: Weight of the likelihood.
+        kl_weight: Weight of the divergence.
     """
-    return device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check(
-    hidden: Tensor,
-    target: Tensor,
-    projection: Projection,
-    num_passes: int,
-    class_weight: Tensor | None,
-) -> None:
-    weight, bias, scale, softcap, chunk_size, dtype, _ = projection
-    check_floating("hidden", hidden)
-    check_floating("weight", weight)
-    check_stacked("hidden", hidden, target, num_passes)
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(
-            f"target must hold class indices, got {target.dtype}; class probabilities are taken by "
-            "rdrop_cross_entropy, from explicit logits"
-        )
-    if hidden.dim() < 2 or target.shape[1:] != hidden.shape[1:-1]:
-        raise ValueError(
-            "target must have the shape of one pass of hidden without the features, "
-            f"got {tuple(target.shape)} for hidden {tuple(hidden.shape)}"
-        )
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight must be (classes, features) with {hidden.shape[-1]} features, as hidden has, "
-            f"got {tuple(weight.shape)}"
-        )
-    for name, vector in (("bias", bias), ("class_weight", class_weight)):
-        if vector is None:
-            continue
-        check_floating(name, vector)
-        if tuple(vector.shape) != (weight.shape[0],):
-            raise ValueError(
-                f"{name} must have one entry a class, shape ({weight.shape[0]},), "
-                f"got {tuple(vector.shape)}"
-            )
-    if class_weight is not None and class_weight.requires_grad:
-        raise ValueError("class_weight must not require a gradient, got one that does; detach it")
-    is_cast = dtype is not None or casts_itself(hidden.device)
-    if hidden.dtype != weight.dtype and not is_cast:
-        raise TypeError(
-            f"hidden and weight must have one dtype outside autocast, got {hidden.dtype} and "
-            f"{weight.dtype}"
-        )
-    check_number("logit_scale", scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"logit_scale must be finite, got {scale}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap must be None or above 0, got {softcap}")
-    if chunk_size is not None and (
-        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-    ):
-        raise ValueError(f"chunk_size must be None or at least 1, got {chunk_size!r}")
+    likelihood, nll, _ = _weighted_sum(whole, projection, 1, nll_weight=nll_weight, kl_weight=None)
+    kl_weight = None if kl_weight is None else kl_weight * share
+    divergence, _, kl = _weighted_sum(
+        part, projection, backward_passes, nll_weight=None, kl_weight=kl_weight
+    )
+    return likelihood + divergence, nll, kl * share

@@ -7,7 +7,8 @@ from torch import nn
 
 from regdrop.passes.dropout import rate_attributes
 
-_EXPERTS = re.compile(r"moe|expert|router|mixture", re.IGNORECASE)
+# As words of a name in capitals: a ThermoEncoder has none.
+_EXPERTS = re.compile(r"M[oO][eE](?![a-z])|(?:^|_)moe(?![a-z])|(?i:expert|router|mixture)")
 _CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,20 @@ def why_not_shared(model: nn.Module, until: str) -> str | None:
     return on or find_experts(model, until)
 
 
+class _Call(NamedTuple):
+    """A call of the part that runs now.
+
+    Attributes:
+        rows: How its rows are stacked.
+        versions: The tensors that it was given less rows of, and their versions then.
+        expected: What it gives for all rows; None where that is not looked at.
+    """
+
+    rows: StackedRows
+    versions: list[tuple[Tensor, int]]
+    expected: Any
+
+
 class SharedPrefix:
     """What `share_prefix` returns.
 
@@ -110,10 +124,7 @@ class SharedPrefix:
         self._shared = frozenset((shared,) if isinstance(shared, str) else shared)
         self._obstacles = list_obstacles(model, until)
         self._calls = 0
-        # Of the call that runs now: its rows, its inputs' versions and what it gives plainly.
-        self._rows: StackedRows | None = None
-        self._versions: list[tuple[Tensor, int]] = []
-        self._expected: Any = None
+        self._running: _Call | None = None
         part = model.get_submodule(until)
         # Other hooks of the part see what they see without sharing.
         self._hooks = [
@@ -139,26 +150,60 @@ class SharedPrefix:
 
     def _before(self, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> Inputs | None:
         """Cut the inputs to the rows of the first pass."""
-        self._rows = self._expected = None
-        if not self._model.training:
-            return None
-        inputs: Inputs = args, kwargs
-        rows = self._find_rows(inputs)
+        self._running = None
+        rows = self._find_rows((args, kwargs)) if self._model.training else None
         if rows is None:
             return None
+        self._refuse_obstacles()
+        is_checked = self._is_to_be_checked()
+        inputs: Inputs = args, kwargs
+        first = first_items(inputs, rows.first, batch_size=rows.total, shared=self._shared)
+        cut = _tensors_that_differ(first, inputs)
+        self._require_same_passes(cut, rows, wait=is_checked)
+        expected = self._run_plainly(part, inputs, rows.total) if is_checked else None
+        versions = [(some, some._version) for some, _ in cut if not some.is_inference()]
+        self._running = _Call(rows, versions, expected)
+        return first
+
+    def _after(self, part: nn.Module, args: Any, output: Any) -> Any:
+        """Repeat the output for all passes."""
+        call, self._running = self._running, None
+        if call is None:
+            return None
+        if any(tensor._version != version for tensor, version in call.versions):
+            raise self._error(
+                "it changes its input in place, of which the other passes would know nothing; "
+                "set inplace=False or choose another part"
+            )
+        repeated = self._repeat(output, call.rows)
+        if call.expected is not None:
+            _require_same(
+                repeated,
+                call.expected,
+                self._error(
+                    "it gives something else than in a plain stacked forward. Dropout or other "
+                    "randomness in it makes passes differ, its rows depend on each other, or its "
+                    "output has no batch dimension; choose an earlier part"
+                ),
+                wait=True,
+            )
+        return repeated
+
+    def _refuse_obstacles(self) -> None:
         for obstacle in self._obstacles:
             if obstacle.is_on():
                 raise self._error(obstacle.reason)
-        is_checked = self._calls == 0 or bool(
-            self._check_every and self._calls % self._check_every == 0
-        )
+
+    def _is_to_be_checked(self) -> bool:
+        """Count a call, and return whether it is compared with a plain one."""
+        number, every = self._calls, self._check_every
         self._calls += 1
-        first = first_items(inputs, rows.first, batch_size=rows.total, shared=self._shared)
-        cut = [
-            (a, b)
-            for a, b in zip(find_tensors(first), find_tensors(inputs), strict=True)
-            if a is not b
-        ]
+        return number == 0 or (bool(every) and number % (every or 1) == 0)
+
+    def _require_same_passes(
+        self, cut: list[tuple[Tensor, Tensor]], rows: StackedRows, *, wait: bool
+    ) -> None:
+        """Refuse inputs of which another pass has other values than the first."""
         _require_same(
             self._repeat([some for some, _ in cut], rows),
             [whole for _, whole in cut],
@@ -168,38 +213,8 @@ class SharedPrefix:
                 "handle to 1 for forwards of one pass), or an input has no batch dimension (name "
                 "it in shared)"
             ),
-            wait=is_checked,
+            wait=wait,
         )
-        if is_checked:
-            self._expected = self._run_plainly(part, inputs, rows.total)
-        self._versions = [(some, some._version) for some, _ in cut if not some.is_inference()]
-        self._rows = rows
-        return first
-
-    def _after(self, part: nn.Module, args: Any, output: Any) -> Any:
-        """Repeat the output for all passes."""
-        rows, expected, versions = self._rows, self._expected, self._versions
-        self._rows, self._expected, self._versions = None, None, []
-        if rows is None:
-            return None
-        if any(tensor._version != version for tensor, version in versions):
-            raise self._error(
-                "it changes its input in place, of which the other passes would know nothing; "
-                "set inplace=False or choose another part"
-            )
-        repeated = self._repeat(output, rows)
-        if expected is not None:
-            _require_same(
-                repeated,
-                expected,
-                self._error(
-                    "it gives something else than in a plain stacked forward. Dropout or other "
-                    "randomness in it makes passes differ, its rows depend on each other, or its "
-                    "output has no batch dimension; choose an earlier part"
-                ),
-                wait=True,
-            )
-        return repeated
 
     def _find_rows(self, inputs: Inputs) -> StackedRows | None:
         """Return how the rows of the part are stacked, of which an item may have several."""
@@ -249,6 +264,12 @@ class SharedPrefix:
         # Older autocast would go on with the weights it converted here, without gradient.
         torch.clear_autocast_cache()
         return output
+
+
+def _tensors_that_differ(some: Any, others: Any) -> list[tuple[Tensor, Tensor]]:
+    """Return the tensors of two structures of one kind that are not the same objects."""
+    pairs = zip(find_tensors(some), find_tensors(others), strict=True)
+    return [(a, b) for a, b in pairs if a is not b]
 
 
 @torch.no_grad()

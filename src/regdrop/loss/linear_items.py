@@ -1,0 +1,128 @@
+"""Items whose logits a linear layer would give: checked, and without those that do not count."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from regdrop.arguments import check_number
+from regdrop.kernels import Projection, Target
+from regdrop.kernels.projection import casts_itself
+from regdrop.loss.checks import (
+    check_classes,
+    check_floating,
+    check_stacked,
+    check_unlabelled_index,
+)
+from regdrop.loss.class_items import count_classes
+from regdrop.loss.counts import ItemCounts
+
+
+class ValidRows(NamedTuple):
+    """The items that count; where none is dropped, all of them and which count."""
+
+    positions: Tensor | None  # (n,), their positions among all items; None: all are there
+    hidden: Tensor  # (num_passes, n, features)
+    target: Target
+    labelled: Tensor | None  # (n,), where they count in the likelihood; None: all do
+    counts: ItemCounts
+
+
+def find_valid_rows(
+    hidden: Tensor,
+    target: Tensor,
+    *,
+    projection: Projection,
+    num_passes: int,
+    weight: Tensor | None,
+    ignore_index: int,
+    unlabelled_index: int | None,
+    label_smoothing: float,
+) -> ValidRows:
+    """Check the arguments and drop, where that is free, the items that do not count."""
+    _check(hidden, target, projection, num_passes, weight)
+    num_items, num_classes = target.numel(), projection.weight.shape[0]
+    check_unlabelled_index(unlabelled_index, ignore_index, num_classes)
+    classes = target.reshape(-1).long()
+    passes = hidden.reshape(num_passes, num_items, hidden.shape[-1])
+    counts_at = classes != ignore_index
+    index = valid = None
+    if drops_rows(hidden.device):
+        index = counts_at.nonzero()[:, 0]
+        if index.numel() < num_items:
+            passes = passes.index_select(1, index)
+        classes = classes[index]
+    else:
+        valid = counts_at
+        classes = classes * valid  # any class, in one operation
+    labelled = None
+    if unlabelled_index is not None:
+        labelled = classes != unlabelled_index
+        classes = torch.where(labelled, classes, 0)
+    check_classes(classes, num_classes, ignore_index, unlabelled_index)
+    kernel_target = Target(classes, None, weight, label_smoothing, valid)
+    counts = count_classes(target, weight, ignore_index, unlabelled_index)
+    return ValidRows(index, passes, kernel_target, labelled, counts)
+
+
+def drops_rows(device: torch.device) -> bool:
+    """Return whether ignored items are left out: other devices would be waited for to count them.
+
+    A compiled function keeps them too, whose shapes would depend on their number.
+    """
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check(
+    hidden: Tensor,
+    target: Tensor,
+    projection: Projection,
+    num_passes: int,
+    class_weight: Tensor | None,
+) -> None:
+    weight, bias, scale, softcap, chunk_size, dtype, _ = projection
+    check_floating("hidden", hidden)
+    check_floating("weight", weight)
+    check_stacked("hidden", hidden, target, num_passes)
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(
+            f"target must hold class indices, got {target.dtype}; class probabilities are taken by "
+            "rdrop_cross_entropy, from explicit logits"
+        )
+    if hidden.dim() < 2 or target.shape[1:] != hidden.shape[1:-1]:
+        raise ValueError(
+            "target must have the shape of one pass of hidden without the features, "
+            f"got {tuple(target.shape)} for hidden {tuple(hidden.shape)}"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be (classes, features) with {hidden.shape[-1]} features, as hidden has, "
+            f"got {tuple(weight.shape)}"
+        )
+    for name, vector in (("bias", bias), ("class_weight", class_weight)):
+        if vector is None:
+            continue
+        check_floating(name, vector)
+        if tuple(vector.shape) != (weight.shape[0],):
+            raise ValueError(
+                f"{name} must have one entry a class, shape ({weight.shape[0]},), "
+                f"got {tuple(vector.shape)}"
+            )
+    if class_weight is not None and class_weight.requires_grad:
+        raise ValueError("class_weight must not require a gradient, got one that does; detach it")
+    is_cast = dtype is not None or casts_itself(hidden.device)
+    if hidden.dtype != weight.dtype and not is_cast:
+        raise TypeError(
+            f"hidden and weight must have one dtype outside autocast, got {hidden.dtype} and "
+            f"{weight.dtype}"
+        )
+    check_number("logit_scale", scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"logit_scale must be finite, got {scale}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be None or above 0, got {softcap}")
+    if chunk_size is not None and (
+        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+    ):
+        raise ValueError(f"chunk_size must be None or at least 1, got {chunk_size!r}")
