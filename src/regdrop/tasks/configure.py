@@ -8,7 +8,7 @@ from typing import Any, Literal
 from regdrop.config import RDropConfig
 from regdrop.tasks import DEFAULT_PRESETS, FAMILIES, PRESETS, Task
 from regdrop.tasks.common.accepted import check_choice, nearest
-from regdrop.tasks.images.digits import DIGITS_NAME
+from regdrop.tasks.common.folders import DIGITS_NAME
 
 
 def find_task(name: str, preset: str | None = None) -> Task:

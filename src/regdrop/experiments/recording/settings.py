@@ -16,7 +16,7 @@ ARM_SETTINGS = ("training", "rdrop", "dropout_odds", "dropout_rises")
 
 
 def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
-    """Return every setting of a run as JSON holds it, and the digests of its data's files."""
+    """Return every setting of a run as JSON holds it, and what tells its data from changed data."""
     settings: dict[str, Any] = {
         **asdict(task),
         "family": task.family,
@@ -46,6 +46,8 @@ def check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any])
     """
     if "rdrop" in found:  # what was not an option then had the value that is its default now
         found = {**found, "rdrop": {**RDropConfig().to_dict(), **found["rdrop"]}}
+    if "data" not in wanted:  # it cannot be looked at now
+        found = {name: value for name, value in found.items() if name != "data"}
     if names := _differences(found, wanted):
         raise ValueError(
             f"{path} was made with other settings ({', '.join(names)}); "

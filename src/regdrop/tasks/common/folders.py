@@ -1,4 +1,4 @@
-"""Folders of data: the identity of what they hold, and what is wrong with their files."""
+"""Folders of data, and what the hub has: the identity of their content, and wrong files."""
 
 import glob
 import hashlib
@@ -6,14 +6,18 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
+# scikit-learn's digits among data sets.
+DIGITS_NAME = "digits"
 # What comes with the package, by name: folders with a file for each split.
 _SHIPPED = {"alice": Path(__file__).parents[1] / "texts" / "alice"}
 _TEXT_SUFFIXES = {".csv", ".json", ".jsonl", ".tsv", ".txt"}
 _SUFFIXES = {*_TEXT_SUFFIXES, ".arrow", ".parquet"}
 _MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _BLOCK_BYTES = 2**20
+_HUB_SECONDS = 10.0
 
 
 def find_folder(dataset: str) -> Path | None:
@@ -23,12 +27,16 @@ def find_folder(dataset: str) -> Path | None:
 
 
 def data_digests(dataset: str) -> dict[str, str]:
-    """Return a digest of every file and folder in the folder of a data set; none for a hub id.
+    """Return what changes where the content of a data set does.
 
-    They are computed once, and kept for files of the same size and time.
+    Of a folder it is a digest of every file and folder in it, computed once and kept for files of
+    the same size and time; of a hub id its revision. There is none of what cannot be found.
     """
     folder = find_folder(dataset)
-    if folder is None or not folder.is_dir():
+    if folder is None:
+        revision = None if dataset == DIGITS_NAME else _hub_revision(dataset)
+        return {} if revision is None else {"revision": revision}
+    if not folder.is_dir():
         return {}
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     return {path.name: _digest(path) for path in entries}
@@ -83,6 +91,23 @@ def plain_path(folder: Path) -> Path:
         with suppress(FileExistsError):
             link.symlink_to(file)
     return mirror
+
+
+@cache
+def _hub_revision(dataset: str) -> str | None:
+    """Return the revision of the hub's data set; without a connection, that of the cache."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
+        return None
+    # A hub that cannot be asked fails in as many ways as there are networks.
+    with suppress(Exception):
+        return HfApi().dataset_info(dataset, timeout=_HUB_SECONDS).sha
+    with suppress(ValueError):  # no name that the hub could have
+        readme = try_to_load_from_cache(dataset, "README.md", repo_type="dataset")
+        if isinstance(readme, str):
+            return Path(readme).parent.name
+    return None
 
 
 def _digest(path: Path) -> str:

@@ -8,8 +8,6 @@ from torch import nn
 
 from regdrop.tasks.images.dataset import Images, ImageSplits
 
-# The name of scikit-learn's digits among data sets.
-DIGITS_NAME = "digits"
 _SPLIT_SEED = 0
 
 

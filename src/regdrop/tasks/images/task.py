@@ -18,9 +18,10 @@ from regdrop.tasks.common.classification import (
     nll,
     set_dropout,
 )
+from regdrop.tasks.common.folders import DIGITS_NAME
 from regdrop.tasks.images.augmentation import Augmentation, build_augmentation
 from regdrop.tasks.images.dataset import ImageSplits
-from regdrop.tasks.images.digits import DIGITS_NAME, load_digits_splits
+from regdrop.tasks.images.digits import load_digits_splits
 from regdrop.tasks.images.models import (
     EFFICIENTNET_LITE0,
     load_image_config,
