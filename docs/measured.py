@@ -21,10 +21,8 @@ class Figure(NamedTuple):
 def figures(study: str) -> dict[str, dict[str, Figure]]:
     """Return the figures of the first table of a study's report, by arm and by column."""
     report = (RESULTS / study / "report.md").read_text("utf-8")
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in report.split("\n\n")[1].splitlines()
-    ]
+    table = next(part for part in report.split("\n\n") if part.startswith("| arm"))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     header, _, *arms = rows
     return {
         row[0]: {

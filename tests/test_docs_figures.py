@@ -1,0 +1,135 @@
+"""The figures of README and guide are those of the records; pictures are drawn from them."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
+
+from draw import DRAWINGS, PICTURES
+from measured import alpha, figures, steps_of_a_gpu
+
+ROOT = Path(__file__).parent.parent
+
+# The study of each row of the README's table, in its order.
+README_STUDIES = [
+    ("multi30k-part", "BLEU, lower-cased"),
+    ("ptb-part", "perplexity"),
+    ("alice", "perplexity"),
+    ("fashion-mnist-part", "accuracy (%)"),
+    ("scitldr-part", "ROUGE-1"),
+    ("minilm-cola", "Matthews"),
+    ("minilm-sst2-part-cost", "accuracy (%)"),
+    ("iwslt-size", "BLEU, lower-cased"),
+]
+HELP_STUDIES = [
+    ("multi30k-part", "BLEU, lower-cased"),
+    ("iwslt-size", "BLEU, lower-cased"),
+    ("ptb-part", "perplexity"),
+    ("alice", "perplexity"),
+    ("fashion-mnist-part", "accuracy (%)"),
+    ("digits", "accuracy (%)"),
+    ("scitldr-part", "ROUGE-1"),
+    ("minilm-cola", "Matthews"),
+    ("minilm-sst2-part-cost", "accuracy (%)"),
+]
+
+
+def table(page, header):
+    """Return the rows of the table of a page whose first line begins with a text."""
+    lines = (ROOT / page).read_text("utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(header))
+    rows = []
+    for line in lines[first + 2 :]:
+        if not line.startswith("|"):
+            return rows
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def numbers(text):
+    return [float(n) for n in re.findall(r"[+-]?\d+(?:\.\d+)?", text.replace("−", "-"))]
+
+
+def assert_rounded(text, *values):
+    """Assert that a text holds these values, each rounded to the digits that it shows."""
+    found = re.findall(r"[+-]?\d+(?:\.\d+)?", text.replace("−", "-"))
+    assert len(found) == len(values), text
+    for shown, value in zip(found, values, strict=True):
+        digits = len(shown.partition(".")[2])
+        assert abs(float(shown) - value) <= 0.501 * 10**-digits, (text, value)
+
+
+def test_the_table_of_the_readme():
+    rows = table("README.md", "| task and data")
+    assert len(rows) == len(README_STUDIES) <= 8
+    for (name, _, baseline, change, nll), (study, column) in zip(rows, README_STUDIES, strict=True):
+        found = figures(study)
+        assert_rounded(baseline, *found["baseline"][column][:2])
+        assert_rounded(change, *found["rdrop"][column][2:])
+        assert_rounded(nll, *found["rdrop"]["NLL"][2:])
+        assert name
+
+
+def test_the_decision_table():
+    rows = table("docs/will-it-help.md", "| you train")
+    for row, (study, column) in zip(rows, HELP_STUDIES, strict=True):
+        change = row[3].removeprefix(re.match(r"\D+(?:-1 )?(?=[+−])", row[3])[0])
+        assert_rounded(change, *figures(study)["rdrop"][column][2:])
+
+
+def test_the_run_that_was_lost():
+    found = figures("iwslt-size")
+    rows = table("docs/will-it-help.md", "| arm")
+    for row, arm in zip(rows, ("baseline", "alpha-0", "rdrop"), strict=True):
+        assert_rounded(row[1], *found[arm]["BLEU"][:2])
+        assert_rounded(row[2], *found[arm]["NLL"][:2])
+
+
+def test_what_a_step_costs_on_a_gpu():
+    variants = ["one pass", "exact, stacked", "one backward", "official form, stacked"]
+    measured = {(row["parameters"], row["variant"]): row for row in steps_of_a_gpu()}
+    sizes = sorted({size for size, _ in measured})
+    rows = table("docs/cost.md", "| way | 49 M")
+    for row, variant in zip(rows, variants, strict=True):
+        for i, size in enumerate(sizes):
+            found = measured[size, variant]
+            assert_rounded(row[1 + 2 * i], found["step"]["median"])
+            assert_rounded(row[2 + 2 * i], found["peak_mebibytes"] / 1024)
+
+
+def test_what_a_step_costs_on_a_cpu():
+    record = json.loads((ROOT / "results/bench_step.json").read_text("utf-8"))
+    measured = {(row["dtype"], row["variant"]): row["step"]["median"] for row in record["rows"]}
+    variants = ["exact, stacked", "exact, stacked, C++", "one backward, C++"]
+    rows = table("docs/cost.md", "| way | float32")
+    for row, variant in zip(rows, [*variants, "official form, stacked"], strict=True):
+        assert_rounded(row[1], measured["float32", variant])
+        assert_rounded(row[2], measured["bfloat16 autocast", variant])
+
+
+def test_the_alphas_that_were_chosen_here():
+    rows = {row[0]: row[4] for row in table("docs/alpha.md", "| task | the paper")}
+    assert numbers(rows["translation, from scratch"]) == [alpha("multi30k-part")]
+    assert numbers(rows["summarisation"]) == [alpha("scitldr-part"), alpha("scitldr-part-longer")]
+    assert numbers(rows["language modelling"]) == [alpha("alice"), alpha("ptb-part")]
+    assert numbers(rows["images"]) == [alpha("digits"), alpha("fashion-mnist-part")]
+    glue = [alpha(study) for study in ("minilm-sst2-part-cost", "minilm-mrpc-part")]
+    assert numbers(rows["understanding (GLUE)"]) == glue
+    assert glue[0] < alpha("minilm-cola") < glue[1]
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_pictures_are_drawn_from_the_records(name):
+    drawn = (PICTURES / name).read_text("utf-8")
+    assert drawn == DRAWINGS[name](), "run python docs/draw.py"
+
+
+def test_every_picture_is_shown_and_drawn():
+    assert {path.name for path in PICTURES.glob("*.svg")} == set(DRAWINGS)
+    pages = "".join(path.read_text("utf-8") for path in (ROOT / "docs").rglob("*.md"))
+    for name in DRAWINGS:
+        assert f"pictures/{name}" in pages
