@@ -1,10 +1,14 @@
 """Labels of a GLUE task: whether they are shown, and whether they are the task's."""
 
+import logging
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from regdrop.tasks.understanding.glue import GlueTask
+
+_logger = logging.getLogger(__name__)
 
 
 def has_labels(split: Any) -> bool:
@@ -35,6 +39,25 @@ def check_labels(where: str, split: Any, task: GlueTask) -> None:
         raise ValueError(
             f"column 'label' of {where} must hold {wanted}, got {values[row]!r} in row {row}"
         )
+
+
+def say_converted_labels(where: str, split: Any, task: GlueTask) -> None:
+    """Say that checked labels are not written as the numbers that they are taken as, if so."""
+    from datasets import Value
+
+    feature = split.features["label"]
+    kind = feature.dtype if isinstance(feature, Value) else "int64"
+    wanted = ("int", "uint", "float") if task.is_regression else ("int", "uint")
+    if not kind.startswith(wanted):
+        taken = "scores" if task.is_regression else "classes"
+        first = split["label"][0]
+        _say_once(f"column 'label' of {where} is of {kind}, such as {first!r}: taken as {taken}")
+
+
+@cache
+def _say_once(line: str) -> None:
+    """Say a line once a process, and not in every run of a comparison."""
+    _logger.warning(line)
 
 
 def check_classes(where: str, split: Any) -> None:

@@ -23,7 +23,12 @@ from regdrop.tasks.common.data import (
 )
 from regdrop.tasks.common.pretrained import find_checkpoint, load_config, load_tokenizer
 from regdrop.tasks.understanding.glue import GLUE, TITLES, GlueTask
-from regdrop.tasks.understanding.labels import check_classes, check_labels, has_labels
+from regdrop.tasks.understanding.labels import (
+    check_classes,
+    check_labels,
+    has_labels,
+    say_converted_labels,
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,9 @@ class LanguageUnderstanding:
         require_columns(self.dataset, used, columns)
         check_texts(self.dataset, used, self.glue.sentences)
         for name, split in used.items():
-            check_labels(f"split {name!r} of data {self.dataset!r}", split, self.glue)
+            where = f"split {name!r} of data {self.dataset!r}"
+            check_labels(where, split, self.glue)
+            say_converted_labels(where, split, self.glue)
         if "train" in used and not self.glue.is_regression:
             check_classes(f"split 'train' of data {self.dataset!r}", used["train"])
         splits = {role: used[name] for role, name in roles.items()}
