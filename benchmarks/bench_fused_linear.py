@@ -52,7 +52,9 @@ def variants(device: str) -> dict[str, Loss]:
 
     def fused(**options: object) -> Loss:
         return lambda hidden, weight, target: (
-            linear_rdrop_cross_entropy(hidden, weight, target, alpha=1.0, **options).loss
+            linear_rdrop_cross_entropy(
+                hidden, weight, target, alpha=1.0, scale="sum", **options
+            ).loss
         )
 
     return {
@@ -61,7 +63,7 @@ def variants(device: str) -> dict[str, Loss]:
             lambda x, y: sum(F.cross_entropy(p, y) for p in x.chunk(2))
         ),
         "explicit logits, in place": explicit(
-            lambda x, y: rdrop_cross_entropy(x, y, alpha=1.0, inplace=True).loss
+            lambda x, y: rdrop_cross_entropy(x, y, alpha=1.0, scale="sum", inplace=True).loss
         ),
         "fused": fused(),
         "fused, one backward pass": fused(backward_passes=1),

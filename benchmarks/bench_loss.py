@@ -64,7 +64,9 @@ def variants(device: str, dtype: torch.dtype) -> dict[str, Loss]:
     """Return the measured functions by name."""
 
     def ours(impl: str, inplace: bool = False) -> Loss:
-        return lambda x, y: rdrop_cross_entropy(x, y, alpha=1.0, impl=impl, inplace=inplace).loss
+        return lambda x, y: (
+            rdrop_cross_entropy(x, y, alpha=1.0, scale="sum", impl=impl, inplace=inplace).loss
+        )
 
     compiled = {"compiled": ours("compiled"), "compiled, in place": ours("compiled", True)}
     on_cpu = {"C++": ours("cpp"), "C++, in place": ours("cpp", True)}
@@ -86,7 +88,9 @@ def gpu_variants(dtype: torch.dtype) -> dict[str, Loss]:
     if has_triton("cuda", dtype):
         for name, inplace in (("triton", False), ("triton, in place", True)):
             found[name] = lambda x, y, inplace=inplace: (
-                rdrop_cross_entropy(x, y, alpha=1.0, impl="triton", inplace=inplace).loss
+                rdrop_cross_entropy(
+                    x, y, alpha=1.0, scale="sum", impl="triton", inplace=inplace
+                ).loss
             )
     if find_spec("liger_kernel") is not None:
         from liger_kernel.transformers import LigerCrossEntropyLoss

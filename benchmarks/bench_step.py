@@ -121,11 +121,15 @@ def one_backward_fused(
 def fused_loss(model: Translator, hidden: Tensor, words: Tensor, **options: Any) -> Tensor:
     weight = model.embedding.weight
     hidden = hidden.flatten(0, 1)
-    return linear_rdrop_cross_entropy(hidden, weight, words, alpha=ALPHA, **options).loss
+    return linear_rdrop_cross_entropy(
+        hidden, weight, words, alpha=ALPHA, scale="sum", **options
+    ).loss
 
 
 def ours(logits: Tensor, words: Tensor, **options: Any) -> Tensor:
-    return rdrop_cross_entropy(logits, words, alpha=ALPHA, inplace=True, **options).loss
+    return rdrop_cross_entropy(
+        logits, words, alpha=ALPHA, scale="sum", inplace=True, **options
+    ).loss
 
 
 def official(logits: Tensor, words: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def rdrop_loss(
     alpha: float,
     num_passes: int = 2,
     reduction: str = "mean",
-    scale: str = "sum",
+    scale: str = "mean",
     num_items: float | None = None,
     num_weight: float | None = None,
     **options: object,

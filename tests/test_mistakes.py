@@ -64,7 +64,8 @@ def test_mistake_1_divergence_of_raw_logits_or_of_a_softmax_of_a_softmax(impl):
 def test_mistake_2_likelihood_of_one_pass_only(impl, num_passes):
     logits, target = make(num_passes=num_passes)
     logits.requires_grad_()
-    loss = rdrop_cross_entropy(logits, target, alpha=0.0, num_passes=num_passes, impl=impl).loss
+    options = {"num_passes": num_passes, "scale": "sum", "impl": impl}
+    loss = rdrop_cross_entropy(logits, target, alpha=0.0, **options).loss
     each = [F.cross_entropy(logits[i * 4 : i * 4 + 4], target) for i in range(num_passes)]
     torch.testing.assert_close(loss, sum(each))
     (gradient,) = torch.autograd.grad(loss, logits)

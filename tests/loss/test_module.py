@@ -1,13 +1,30 @@
+import inspect
+
 import pytest
 
 from regdrop import (
     RDropBCEWithLogitsLoss,
+    RDropConfig,
     RDropCrossEntropyLoss,
     RDropL1Loss,
     RDropMSELoss,
     RDropSmoothL1Loss,
+    linear_rdrop_cross_entropy,
+    rdrop_binary_cross_entropy_with_logits,
+    rdrop_cross_entropy,
+    rdrop_l1_loss,
+    rdrop_mse_loss,
+    rdrop_smooth_l1_loss,
 )
 
+FUNCTIONS = [
+    linear_rdrop_cross_entropy,
+    rdrop_binary_cross_entropy_with_logits,
+    rdrop_cross_entropy,
+    rdrop_l1_loss,
+    rdrop_mse_loss,
+    rdrop_smooth_l1_loss,
+]
 MODULES = [
     RDropBCEWithLogitsLoss,
     RDropCrossEntropyLoss,
@@ -38,3 +55,11 @@ def test_label_smoothing_is_checked_by_the_loss_that_has_it():
         RDropCrossEntropyLoss(1.0, label_smoothing=1.5)
     with pytest.raises(TypeError, match="label_smoothing"):
         RDropMSELoss(1.0, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS, *MODULES], ids=lambda function: function.__name__)
+def test_one_default_has_the_same_meaning_everywhere(function):
+    parameters = inspect.signature(function).parameters
+    assert parameters["scale"].default == RDropConfig().scale == "mean"
+    assert parameters["num_passes"].default == RDropConfig().num_passes
+    assert parameters["backward_passes"].default == RDropConfig().backward_passes

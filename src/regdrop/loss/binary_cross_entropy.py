@@ -31,7 +31,7 @@ def rdrop_binary_cross_entropy_with_logits(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
     num_items: Tensor | float | None = None,
-    scale: Scale = "sum",
+    scale: Scale = "mean",
     backward_passes: int | None = None,
 ) -> RDropOutput:
     """Compute the R-Drop loss of a multi-label classifier.
@@ -136,7 +136,7 @@ class RDropBCEWithLogitsLoss(RDropLoss):
         weight: Tensor | None = None,
         pos_weight: Tensor | None = None,
         reduction: Reduction = "mean",
-        scale: Scale = "sum",
+        scale: Scale = "mean",
         backward_passes: int | None = None,
     ) -> None:
         super().__init__(

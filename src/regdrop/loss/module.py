@@ -19,7 +19,7 @@ class RDropLoss(nn.Module):
         *,
         num_passes: int = 2,
         reduction: Reduction = "mean",
-        scale: Scale = "sum",
+        scale: Scale = "mean",
         backward_passes: int | None = None,
     ) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ def combine_terms(
     alpha: float,
     num_passes: int,
     reduction: Reduction = "mean",
-    scale: Scale = "sum",
+    scale: Scale = "mean",
     num_items: Tensor | float | None = None,
     num_weight: Tensor | float | None = None,
 ) -> RDropOutput:
@@ -71,7 +71,7 @@ def reduce_sums(
     alpha: float,
     num_passes: int,
     reduction: Reduction = "mean",
-    scale: Scale = "sum",
+    scale: Scale = "mean",
     num_items: Tensor | float | None = None,
     num_weight: Tensor | float | None = None,
 ) -> RDropOutput:

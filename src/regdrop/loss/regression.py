@@ -33,7 +33,7 @@ def rdrop_mse_loss(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
     num_items: Tensor | float | None = None,
-    scale: Scale = "sum",
+    scale: Scale = "mean",
     backward_passes: int | None = None,
 ) -> RDropOutput:
     """Compute the R-Drop loss of a regression by squared errors (see this file's source).
@@ -82,7 +82,7 @@ def rdrop_l1_loss(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
     num_items: Tensor | float | None = None,
-    scale: Scale = "sum",
+    scale: Scale = "mean",
     backward_passes: int | None = None,
 ) -> RDropOutput:
     """Compute the R-Drop loss of a regression by absolute errors.
@@ -130,7 +130,7 @@ def rdrop_smooth_l1_loss(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
     num_items: Tensor | float | None = None,
-    scale: Scale = "sum",
+    scale: Scale = "mean",
     backward_passes: int | None = None,
 ) -> RDropOutput:
     """Compute the R-Drop loss of a regression by absolute errors that are squared near 0.
@@ -321,7 +321,7 @@ class RDropSmoothL1Loss(_RegressionLoss):
         num_passes: int = 2,
         beta: float = 1.0,
         reduction: Reduction = "mean",
-        scale: Scale = "sum",
+        scale: Scale = "mean",
         backward_passes: int | None = None,
     ) -> None:
         super().__init__(

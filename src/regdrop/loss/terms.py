@@ -55,7 +55,7 @@ class LossFunction(Protocol):
         num_passes: int,
         backward_passes: int | None = None,
         items: Tensor | None = None,
-        scale: Literal["sum", "mean"] = "sum",
+        scale: Literal["sum", "mean"] = "mean",
         num_items: Tensor | float | None = None,
         num_weight: Tensor | float | None = None,
     ) -> RDropOutput:
