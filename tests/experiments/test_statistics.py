@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from regdrop.experiments import estimate, paired_difference
+from regdrop.experiments.statistics import Estimate
 
 
 def test_interval_is_students_by_hand():
@@ -44,3 +45,8 @@ def test_nothing_to_estimate():
         estimate([])
     with pytest.raises(ValueError, match=r"no seed in common: \[0\] and \[1\]"):
         paired_difference({0: 1.0}, {1: 1.0})
+
+
+def test_an_interval_that_ends_at_zero_holds_it():
+    assert not Estimate(1.0, 1.0, 2).excludes_zero
+    assert Estimate(-1.0, 0.5, 2).excludes_zero

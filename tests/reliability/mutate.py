@@ -88,6 +88,10 @@ TESTS = {
         "experiments/recording/test_history.py",
     ],
 }
+# Tried first; interpreted and compiled kernels take long.
+QUICK = ["-m", "not slow and not long", "-k", "not triton and not compiled"]
+REST = ["-m", "not long"]
+NO_TESTS = 5  # pytest's code for a file of which none is chosen
 
 
 class Mutant(NamedTuple):
@@ -210,9 +214,9 @@ def run_tests(folder: Path, files: list[str], seconds: float) -> str | None:
             os.chdir(folder)
             sys.path[:0] = [str(folder / "src")]
             os.environ["PYTHONPATH"] = str(folder / "src")
-            for file in files:
-                options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not long"]
-                if pytest.main([*options, f"tests/{file}"]):
+            for file, chosen in [(file, chosen) for chosen in (QUICK, REST) for file in files]:
+                options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", *chosen]
+                if pytest.main([*options, f"tests/{file}"]) not in (0, NO_TESTS):
                     os.write(writer, file.encode())
                     break
         except BaseException:
