@@ -12,7 +12,7 @@ APART := $(VENV)/apart
 TIMM := timm==1.0.31 torchvision==0.28.0
 DEEPSPEED := deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 ninja==1.13.2 py-cpuinfo==9.0.0
 
-.PHONY: demo test test-all check attack bench gpu clean
+.PHONY: demo test test-all check docs attack bench gpu release-check clean
 
 demo: $(VENV)/.tasks ## train a small language model in five ways, over four seeds
 	OMP_NUM_THREADS=1 $(BIN)/regdrop compare alice --arms baseline,baseline-2x,alpha-0,matched-dropout,rdrop \
@@ -28,10 +28,13 @@ test-all: test $(APART)/.deepspeed ## and what takes a minute or more: attacks, 
 	OMP_NUM_THREADS=1 PYTHONPATH=$(APART)/deepspeed PATH="$(CURDIR)/$(APART)/deepspeed/bin:$$PATH" \
 	$(RUN) pytest -q tests/integrations/apart_deepspeed
 
-check: $(VENV)/.dev ## lint and type-check
+check: $(VENV)/.dev docs ## lint, type-check and build the pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev ## build the pages as a site, in site/; a link that leads nowhere fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 attack: $(VENV)/.dev ## kill runs, damage their files, give them wrong settings and data, for ten minutes
 	$(BIN)/python tests/reliability/attack.py --seconds 600
@@ -48,8 +51,12 @@ gpu: ## check and measure what only a GPU can tell, in five minutes; writes resu
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} \
 	  $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
+release-check: $(VENV)/.dev ## build wheel and sdist, try each in a clean environment, hold versions together
+	$(BIN)/python .github/check_release.py
+	$(RUN) pytest -q tests/test_release.py tests/test_packaging.py
+
 clean: ## remove the virtual environment and everything that was built
-	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) dist site .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/.python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "regdrop needs Python 3.10 or newer")'

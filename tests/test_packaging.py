@@ -1,7 +1,9 @@
-"""The wheel in an environment that holds torch and nothing else of ours."""
+"""Wheel and sdist, each in an environment that holds torch and nothing else of ours."""
 
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -9,6 +11,15 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+SITE = Path(torch.__file__).parent.parent
+# What torch needs itself, by name: nothing else of this environment is visible.
+TORCH = ["torch", "torchgen", "functorch", "sympy", "mpmath", "networkx", "jinja2", "markupsafe"]
+TORCH += ["fsspec", "filelock", "typing_extensions.py", "setuptools", "_distutils_hack"]
+TORCH += [path.name for pattern in ("torch-*.dist-info", "nvidia*") for path in SITE.glob(pattern)]
+# And what builds an sdist without a network.
+BUILDER = ["hatchling", "pathspec", "pluggy", "packaging", "trove_classifiers"]
+pytestmark = pytest.mark.slow
+LONG = pytest.mark.long  # make release-check and make test-all run it
 
 
 def run(*command, **options):
@@ -16,18 +27,63 @@ def run(*command, **options):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def distributions(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", folder, ROOT]
-    built = run(*command)
+    built = run(sys.executable, "-m", "build", "--no-isolation", "-o", folder, ROOT)
     assert built.returncode == 0, built.stderr
-    (path,) = folder.glob("*.whl")
-    return path
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    return {"wheel": wheel, "sdist": sdist}
 
 
-@pytest.mark.slow
-def test_wheel_holds_the_package_its_licence_and_type_marker(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
+def show(target, names):
+    for name in names:
+        if (SITE / name).exists() and not (target / name).exists():
+            (target / name).symlink_to(SITE / name)
+
+
+@pytest.fixture(scope="module", params=["wheel", pytest.param("sdist", marks=LONG)])
+def environment(request, distributions, tmp_path_factory):
+    """Return a folder with an environment in which a distribution is installed."""
+    folder = tmp_path_factory.mktemp(request.param)
+    assert run(sys.executable, "-m", "venv", folder / "clean").returncode == 0
+    python = folder / "clean" / "bin" / "python"
+    (target,) = (folder / "clean" / "lib").glob("python*/site-packages")
+    options = ["--no-deps", "--no-index"]
+    if request.param == "sdist":
+        options.append("--no-build-isolation")
+        show(target, BUILDER)
+    installed = run(python, "-m", "pip", "install", *options, distributions[request.param])
+    assert installed.returncode == 0, installed.stderr
+    for name in BUILDER:
+        if (target / name).is_symlink():
+            (target / name).unlink()
+    show(target, TORCH)
+    return folder
+
+
+def blocks():
+    """Return the Python blocks of the README, as its reader runs them."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
+
+
+SETTING = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).train()
+"""
+TRAINER = """
+from models import image_rows, tiny_vit
+from transformers import TrainingArguments
+model, dataset = tiny_vit(), image_rows()
+args = TrainingArguments("out", use_cpu=True, max_steps=1, report_to=[])
+"""
+
+
+def test_wheel_holds_the_package_its_licence_and_type_marker(distributions):
+    names = zipfile.ZipFile(distributions["wheel"]).namelist()
     assert "regdrop/py.typed" in names
     assert "regdrop/kernels/chunked.py" in names
     assert "regdrop/kernels/rows.cpp" in names
@@ -37,33 +93,36 @@ def test_wheel_holds_the_package_its_licence_and_type_marker(wheel):
     assert not any(name.startswith("tests") for name in names)
 
 
-@pytest.mark.slow
-def test_wheel_works_with_torch_alone(wheel, tmp_path):
-    assert run(sys.executable, "-m", "venv", tmp_path / "clean").returncode == 0
-    python = tmp_path / "clean" / "bin" / "python"
-    installed = run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel)
-    assert installed.returncode == 0, installed.stderr
-    # torch and what it needs itself, by name: nothing else of this environment is visible.
-    site = Path(torch.__file__).parent.parent
-    (target,) = (tmp_path / "clean" / "lib").glob("python*/site-packages")
-    needed = ["torch", "torchgen", "functorch", "sympy", "mpmath", "networkx", "jinja2"]
-    needed += ["markupsafe", "fsspec", "filelock", "typing_extensions.py", "setuptools"]
-    needed += ["_distutils_hack", *(path.name for path in site.glob("torch-*.dist-info"))]
-    needed += [path.name for path in site.glob("nvidia*")]
-    for name in needed:
-        if (site / name).exists() and not (target / name).exists():
-            (target / name).symlink_to(site / name)
-    code = (
-        "import torch, regdrop\n"
-        "logits = torch.randn(4, 3, requires_grad=True)\n"
-        "out = regdrop.rdrop_cross_entropy(logits, torch.tensor([0, 2]), alpha=1.0)\n"
-        "out.loss.backward()\n"
-        "print(regdrop.__file__, logits.grad.isfinite().all().item())"
-    )
-    result = run(python, "-c", code, cwd=tmp_path)
+def test_sdist_holds_the_package_and_its_tests(distributions):
+    with tarfile.open(distributions["sdist"]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"src/regdrop/kernels/rows.cpp", "tests/reference.py", "CHANGELOG.md"} <= names
+    assert not any(name.startswith("results") for name in names)
+
+
+def test_it_works_with_torch_alone_and_runs_the_readme(environment, tmp_path):
+    alone = [block for block in blocks() if "transformers" not in block]
+    assert len(alone) >= 2
+    code = "".join([SETTING, *alone, "import regdrop, sys\n"])
+    code += "assert not {'transformers', 'numpy', 'typer'} & set(sys.modules)\n"
+    code += "print(regdrop.__file__, loss.isfinite().item())"
+    result = run(environment / "clean/bin/python", "-c", code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert str(target) in result.stdout
+    assert str(environment / "clean") in result.stdout
     assert result.stdout.strip().endswith("True")
-    command = run(tmp_path / "clean" / "bin" / "regdrop", "tasks", cwd=tmp_path)
+
+
+def test_the_command_says_what_it_needs(environment, tmp_path):
+    command = run(environment / "clean/bin/regdrop", "tasks", cwd=tmp_path)
     assert command.returncode == 1
     assert "pip install 'regdrop[tasks]'" in command.stderr
+
+
+@LONG
+def test_the_readme_trains_with_transformers(environment, tmp_path):
+    code = f"import sys\nsys.path += [{str(SITE)!r}, {str(ROOT / 'tests')!r}]\n"
+    code += "".join([SETTING, TRAINER, *(b for b in blocks() if "transformers" in b)])
+    code += "trainer.train()\nimport regdrop\nprint(regdrop.__file__)"
+    result = run(environment / "clean/bin/python", "-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert str(environment / "clean") in result.stdout

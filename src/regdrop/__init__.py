@@ -29,7 +29,7 @@ from regdrop.passes import (
 )
 from regdrop.step import rdrop_step
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AlphaController",
