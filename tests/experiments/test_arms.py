@@ -5,10 +5,10 @@ import pytest
 
 from regdrop import RDropConfig, find_dropout
 from regdrop.experiments import build_arms
-from regdrop.experiments.arms import other_arms
+from regdrop.experiments.arms import optional_arms
 from regdrop.experiments.recording.settings import check_same_config, resolved_config
 from regdrop.experiments.running import run
-from regdrop.experiments.studies.tuning import with_settings
+from regdrop.experiments.studies.variations import with_settings
 from regdrop.tasks.images.presets import DIGITS
 
 
@@ -25,7 +25,7 @@ def test_five_arms_differ_in_what_their_names_say():
 
 
 def test_matched_dropout_is_one_pass_with_the_odds_of_alpha():
-    arm = other_arms(DIGITS)["matched-dropout"]
+    arm = optional_arms(DIGITS)["matched-dropout"]
     assert arm.rdrop.num_passes == 1
     assert arm.dropout_odds == 1 + DIGITS.rdrop.alpha
     # The same grid of alphas serves both arms.
@@ -43,7 +43,7 @@ def test_matched_dropout_is_one_pass_with_the_odds_of_alpha():
 
 def test_two_thirds_of_a_batch_hold_whole_micro_batches():
     training = replace(DIGITS.training, batch_size=32, gradient_accumulation_steps=4)
-    arm = other_arms(replace(DIGITS, training=training))["two-thirds-batch"]
+    arm = optional_arms(replace(DIGITS, training=training))["two-thirds-batch"]
     assert (arm.training.batch_size, arm.training.max_steps) == (20, training.max_steps)
     assert arm.rdrop.alpha == DIGITS.rdrop.alpha
 
@@ -52,7 +52,7 @@ def test_two_thirds_of_a_batch_hold_whole_micro_batches():
 def test_a_run_trains_with_the_odds_of_its_arm(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(run, "build_trainer", lambda *args, **_: seen.append(args[5]) or 1 / 0)
-    arm = replace(other_arms(DIGITS)["matched-dropout"], dropout_odds=3.0)
+    arm = replace(optional_arms(DIGITS)["matched-dropout"], dropout_odds=3.0)
     with pytest.raises(ZeroDivisionError):
         run.train_run(DIGITS, arm, 0, run.RunPaths.alone(tmp_path))
     sources = [s for s in find_dropout(seen[0]) if s.rate and not s.name.startswith("config.")]

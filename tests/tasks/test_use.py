@@ -75,7 +75,7 @@ def test_a_lone_test_file_is_evaluated_and_a_fresh_process_agrees(tmp_path, fami
     record = train_run(task, build_arms(task)["rdrop"], 0, RunPaths.alone(run))
     data = lone(tmp_path, family)
     found = evaluate(run, "test", data=str(data))
-    assert found.figures == pytest.approx(record.test, rel=1e-4)
+    assert found.metrics == pytest.approx(record.test, rel=1e-4)
     assert not found.unknown_words
 
     text = DOCUMENT.read_text("utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
@@ -90,7 +90,7 @@ def test_a_lone_test_file_is_evaluated_and_a_fresh_process_agrees(tmp_path, fami
     )
     assert done.returncode == 0, done.stderr
     figures = json.loads(re.search(r"^figures (.*)$", done.stdout, re.M).group(1))
-    expected = {name: found.figures[name] for name in figures}
+    expected = {name: found.metrics[name] for name in figures}
     assert figures == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
@@ -112,7 +112,7 @@ def test_images_are_matched_to_the_models_classes_by_name(tmp_path):
     task = tiny_images(tmp_path)
     run = tmp_path / "run"
     train_run(task, build_arms(task)["baseline"], 0, RunPaths.alone(run))
-    whole = evaluate(run, "test").figures["accuracy"]
+    whole = evaluate(run, "test").metrics["accuracy"]
     assert whole == 1.0
     files = sorted((tmp_path / "data/test").glob("*/*.jpeg"))
 
@@ -127,7 +127,7 @@ def test_images_are_matched_to_the_models_classes_by_name(tmp_path):
         return str(folder)
 
     swapped = write(tmp_path / "swapped", ["light", "dark"])
-    assert evaluate(run, "test", data=swapped).figures["accuracy"] == 1.0
+    assert evaluate(run, "test", data=swapped).metrics["accuracy"] == 1.0
     with pytest.raises(ValueError, match=r"must have the classes of the model.*\['bright'\]"):
         evaluate(run, "test", data=write(tmp_path / "other", ["bright", "dark"]))
 
@@ -157,7 +157,7 @@ def test_a_run_in_half_precision_predicts_in_float32(tmp_path):
     task = replace(task, training=training)
     run = tmp_path / "run"
     record = train_run(task, build_arms(task)["rdrop"], 0, RunPaths.alone(run))
-    assert evaluate(run, "test").figures == pytest.approx(record.test, rel=1e-4)
+    assert evaluate(run, "test").metrics == pytest.approx(record.test, rel=1e-4)
     predicted = torch.tensor(record.examples["test"])[:, 1]
     # bfloat16 has eight bits: what it could hold is not what was predicted.
     assert (predicted != predicted.bfloat16().float()).float().mean() > 0.5

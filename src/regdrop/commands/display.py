@@ -21,12 +21,13 @@ from regdrop.experiments.evaluating.evaluate import Evaluation
 from regdrop.experiments.recording.record import RunRecord
 from regdrop.experiments.reporting.tables import caption, find_metrics, table_cells
 from regdrop.experiments.running.progress import Update
-from regdrop.experiments.studies.tuning import Tuned, describe
+from regdrop.experiments.studies.choices import TunedArm
+from regdrop.experiments.studies.variations import describe_settings
 from regdrop.tasks import Task
 
 
 class LiveDisplay:
-    """One bar an arm, over the steps of all its seeds, with the last figures of the last news."""
+    """One bar an arm, over the steps of all its seeds, with the last metrics of each."""
 
     def __init__(self, arms: Sequence[Arm], seeds: Sequence[int], console: Console) -> None:
         self.console = console
@@ -60,15 +61,16 @@ class LiveDisplay:
     ) -> None:
         self.progress.stop()
 
-    def update(self, news: Update) -> None:
-        """Show the news of a run."""
+    def update(self, update: Update) -> None:
+        """Show the progress of a run."""
         shown = {
             name.removeprefix("eval_"): value
-            for name, value in news.figures.items()
+            for name, value in update.metrics.items()
             if name.startswith("eval_") and name != "eval_loss"
         }
         text = " ".join(f"{name} {value:.3f}" for name, value in shown.items())
-        self._move(news.arm, news.seed, news.step, f"seed {news.seed}: {text}" if text else None)
+        shown_text = f"seed {update.seed}: {text}" if text else None
+        self._move(update.arm, update.seed, update.step, shown_text)
 
     def finish(self, record: RunRecord) -> None:
         """Show that a run is done; on a terminal without live display, say so in a line."""
@@ -95,7 +97,7 @@ class FinishedRuns:
     def __init__(self, console: Console) -> None:
         self.console = console
 
-    def update(self, news: Update) -> None:
+    def update(self, update: Update) -> None:
         """Show nothing of a run that is not done."""
 
     def finish(self, record: RunRecord) -> None:
@@ -112,37 +114,37 @@ def _finished(record: RunRecord) -> str:
     return f"{record.arm} seed {record.seed}: validation {figures}"
 
 
-def print_tuned(task: Task, tuned: Mapping[str, Tuned], console: Console) -> None:
+def print_tuned(task: Task, tuned: Mapping[str, TunedArm], console: Console) -> None:
     """Print what was chosen for every arm."""
     metric = task.metrics[task.selection_metric]
     table = Table("arm", "chosen", f"validation {metric.title}", "tried")
     for name, choice in tuned.items():
-        figure = "" if choice.figure is None else metric.format(choice.figure)
-        table.add_row(name, describe(choice.settings), figure, str(choice.tried))
+        shown = "" if choice.metric is None else metric.format(choice.metric)
+        table.add_row(name, describe_settings(choice.settings), shown, str(choice.tried))
     console.print(table)
 
 
-def print_figures(result: RunRecord | Evaluation, console: Console) -> None:
-    """Print the figures of one run on its test splits, or of one evaluation with intervals."""
+def print_metrics(result: RunRecord | Evaluation, console: Console) -> None:
+    """Print the metrics of one run on its test splits, or of one evaluation with intervals."""
     if isinstance(result, RunRecord):
-        title, figures = f"{result.task}: {result.arm}, seed {result.seed}", result.test
-        metrics, intervals = find_metrics([result]), {}
+        title, values = f"{result.task}: {result.arm}, seed {result.seed}", result.test
+        read, intervals = find_metrics([result]), {}
         heading = "test"
     else:
-        title, figures = f"{result.task.name}: {result.examples} examples", result.figures
-        metrics, intervals = result.task.metrics, result.intervals
+        title, values = f"{result.task.name}: {result.examples} examples", result.metrics
+        read, intervals = result.task.metrics, result.intervals
         heading = result.split
-    table = Table("figure", heading, title=title)
+    table = Table("metric", heading, title=title)
     if intervals:
         table.add_column("95 % interval over examples")
-    for name, value in figures.items():
-        row = [metrics[name].title, metrics[name].format(value)]
+    for name, value in values.items():
+        row = [read[name].title, read[name].format(value)]
         if intervals:
-            row.append(" to ".join(metrics[name].format(x) for x in intervals[name]))
+            row.append(" to ".join(read[name].format(x) for x in intervals[name]))
         table.add_row(*row)
     console.print(table)
     for name, signature in result.signatures.items():
-        console.print(f"{metrics[name].title}: {signature}", style="dim", highlight=False)
+        console.print(f"{read[name].title}: {signature}", style="dim", highlight=False)
 
 
 def print_table(records: Sequence[RunRecord], console: Console) -> None:

@@ -29,7 +29,7 @@ def measure(
 ) -> None:
     """Show how far dropout's sub-models are apart, on training and on held-out items.
 
-    Compared are sub-models, their means, and the deployed model: distances, likelihood, accuracy
+    Compared are sub-models, their means, and the deployed model: distances, NLL, accuracy
     and calibration (docs/theory.md). Items are examples of a class, or words.
     """
     with usage_errors(), interruptible(), Progress(console=console, transient=True) as progress:

@@ -7,15 +7,15 @@ import typer
 from rich.table import Table
 from torch import nn
 
+from regdrop.alpha_conventions import CONVENTIONS
+from regdrop.alpha_conventions import convert_alpha as convert
 from regdrop.commands.app import app, console, usage_errors
 from regdrop.commands.environment import environment_lines
 from regdrop.commands.loading import load_model, made_up_batches
 from regdrop.config import RDropConfig
-from regdrop.conventions import CONVENTIONS
-from regdrop.conventions import convert_alpha as convert
 from regdrop.diagnostics import dropout_report
 from regdrop.passes import find_dropout
-from regdrop.suggestion import suggest_prefix
+from regdrop.prefix_search import suggest_prefix
 from regdrop.tasks.configure import parse_value
 
 
@@ -107,7 +107,7 @@ def _prefix_line(model: nn.Module) -> str:
     if not batches:
         return (
             "What it takes is not known here: give some batches to "
-            "regdrop.suggestion.suggest_prefix to learn what could be computed once."
+            "regdrop.prefix_search.suggest_prefix to learn what could be computed once."
         )
     try:
         suggestion = suggest_prefix(model, batches)

@@ -1,17 +1,23 @@
-"""The options of the commands that train, and the task that they choose."""
+"""The options of the commands that train; those which several share are groups."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from regdrop.commands.app import workers_and_threads
+from regdrop.experiments.running.cluster import parse_address
 from regdrop.tasks import Task
 from regdrop.tasks.configure import change_task, find_task
 
 TaskName = Annotated[
     str, typer.Argument(help="A task or one of its presets: see `regdrop tasks`.", metavar="TASK")
 ]
-Preset = Annotated[str | None, typer.Option(help="A preset of the task; its first if absent.")]
+Preset = Annotated[str | None, typer.Option(help="A preset of the task; if absent, a small one.")]
 Data = Annotated[
     str | None, typer.Option("--data", "--dataset", help="A folder of data, or a hub id.")
 ]
@@ -58,41 +64,105 @@ ExecutorAddress = Annotated[
         help="A Dask cluster whose workers take the runs: see docs/cluster.md.",
     ),
 ]
+Grid = Annotated[str | None, typer.Option(help="Values of what the study varies: 0,1,3.")]
+TunedFile = Annotated[
+    Path | None,
+    typer.Option(help="Settings of the arms that `regdrop tune` chose: its tuned.json."),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Folder of the results; in runs/ if absent."),
+]
 
 
-def chosen_task(
-    task: str,
-    preset: str | None,
-    data: str | None,
-    model: str | None,
-    alpha: float | Literal["auto"] | None,
-    steps: int | None,
-    settings: Sequence[str] | None,
-) -> Task:
-    """Return the task that the options of a command choose.
+@dataclass(frozen=True)
+class TaskOptions:
+    """Which preset of a task, and what is changed of it."""
 
-    Raises:
-        ValueError: For a task, preset or setting that there is not.
-    """
-    return change_task(
-        find_task(task, preset),
-        data=data,
-        model=model,
-        alpha=alpha,
-        steps=steps,
-        settings=settings or (),
-    )
+    preset: Preset = None
+    data: Data = None
+    model: ModelOption = None
+    steps: Steps = None
+    settings: Settings = None
 
+    def choose(self, task: str, alpha: Any = None) -> Task:
+        """Return the task that the options choose.
 
-def seed_range(first: int, count: int) -> range:
-    """Return the seeds of a comparison.
-
-    Raises:
-        ValueError: If the last one is too large.
-    """
-    if first + count - 1 > LAST_SEED:
-        raise ValueError(
-            f"the last seed must be at most {LAST_SEED}, got --first-seed {first} and "
-            f"--seeds {count}"
+        Raises:
+            ValueError: For a task, preset or setting that there is not.
+        """
+        return change_task(
+            find_task(task, self.preset),
+            data=self.data,
+            model=self.model,
+            alpha=alpha,
+            steps=self.steps,
+            settings=self.settings or (),
         )
-    return range(first, first + count)
+
+
+@dataclass(frozen=True)
+class RunsOptions:
+    """Over which seeds, and where many runs are computed and kept."""
+
+    seeds: Seeds = 5
+    first_seed: FirstSeed = 0
+    workers: Workers = None
+    executor: ExecutorAddress = None
+    output: Output = None
+
+    def seed_range(self) -> range:
+        """Return the seeds.
+
+        Raises:
+            ValueError: If the last one is too large.
+        """
+        if self.first_seed + self.seeds - 1 > LAST_SEED:
+            raise ValueError(
+                f"the last seed must be at most {LAST_SEED}, got --first-seed {self.first_seed} "
+                f"and --seeds {self.seeds}"
+            )
+        return range(self.first_seed, self.first_seed + self.seeds)
+
+    def machine(self, runs: int | None) -> dict[str, Any]:
+        """Return the options that say where runs are computed, and how many at a time.
+
+        Args:
+            runs: Number of runs; None if it is not known.
+
+        Raises:
+            ValueError: For an address that is none, or workers of a cluster.
+        """
+        if self.executor is not None:
+            parse_address(self.executor)
+            if self.workers is not None:
+                raise ValueError("--workers is of this machine alone: a cluster has its own")
+            return {"executor": self.executor}
+        count, threads = workers_and_threads(self.workers, runs)
+        return {"workers": count, "threads": threads}
+
+
+def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command for Typer, to which each field of a group is an option of its own.
+
+    Args:
+        command: Its parameters of a dataclass's type are groups of options.
+    """
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, type[Any]] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        own = [parameter]
+        if is_dataclass(kind := parameter.annotation) and isinstance(kind, type):
+            groups[parameter.name] = kind
+            own = list(inspect.signature(kind).parameters.values())
+        parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+
+    @functools.wraps(command)
+    def flat(**values: Any) -> None:
+        for name, group in groups.items():
+            names = [field.name for field in fields(group)]
+            values[name] = group(**{field: values.pop(field) for field in names})
+        command(**values)
+
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return flat

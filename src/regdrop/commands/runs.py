@@ -8,52 +8,46 @@ from typing import Annotated, TextIO
 import typer
 
 from regdrop.commands.app import announce, app, console, interruptible, usage_errors
-from regdrop.commands.display import LiveDisplay, print_figures
+from regdrop.commands.display import LiveDisplay, print_metrics
 from regdrop.commands.options import (
     LAST_SEED,
     Alpha,
     Data,
-    ModelOption,
-    Preset,
     Settings,
-    Steps,
     TaskName,
-    chosen_task,
+    TaskOptions,
+    with_option_groups,
 )
 from regdrop.experiments import build_arms
-from regdrop.experiments.arms import Arm, other_arms
+from regdrop.experiments.arms import Arm, optional_arms
 from regdrop.experiments.evaluating.evaluate import evaluate as run_evaluation
 from regdrop.experiments.evaluating.evaluate import load_run
 from regdrop.experiments.recording.ownership import holder
 from regdrop.experiments.recording.processes import is_main_process, require_one_process
 from regdrop.experiments.recording.record import RunRecord
-from regdrop.experiments.running.alone import run_alone
 from regdrop.experiments.running.progress import quiet_libraries
 from regdrop.experiments.running.run import MODEL_FOLDER, RunPaths
+from regdrop.experiments.running.single import run_single
 from regdrop.tasks import Task
 from regdrop.tasks.common.accepted import check_choice
 from regdrop.tasks.generate_lines import generate_lines
-from regdrop.tasks.translation.iwslt import prepare_iwslt
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run of `regdrop train`.")]
 
 
-# Above this the figures say more of the words than of the model.
+# Above this the metrics say more of the words than of the model.
 MOST_UNKNOWN_WORDS = 0.03
 
 
 @app.command()
+@with_option_groups
 def train(
     task: TaskName,
-    preset: Preset = None,
-    data: Data = None,
-    model: ModelOption = None,
+    options: TaskOptions,
     alpha: Alpha = None,
     seed: Annotated[
         int, typer.Option(min=0, max=LAST_SEED, help="Seed of weights, data order and masks.")
     ] = 0,
-    steps: Steps = None,
-    settings: Settings = None,
     arm: Annotated[str, typer.Option(help="Way of training: see `regdrop compare`.")] = "rdrop",
     output: Annotated[
         Path | None,
@@ -68,8 +62,8 @@ def train(
     torchrun can start it in several processes, which share each batch.
     """
     with usage_errors():
-        chosen = chosen_task(task, preset, data, model, alpha, steps, settings)
-        known = {**build_arms(chosen), **other_arms(chosen)}
+        chosen = options.choose(task, alpha)
+        known = {**build_arms(chosen), **optional_arms(chosen)}
         check_choice("arm", arm, known)
         folder = output or Path("runs") / f"{chosen.name}-{arm}-seed{seed}"
         paths = RunPaths.alone(folder)
@@ -79,7 +73,7 @@ def train(
             _check_free(paths, folder, resume)
         announce(chosen.name, f"{chosen.description}; {known[arm].description}")
         record = _train_shown(chosen, known[arm], seed, folder)
-    print_figures(record, console)
+    print_metrics(record, console)
     console.print(f"{'Finished before' if is_finished else 'Model and record'}: {folder}")
 
 
@@ -96,7 +90,7 @@ def evaluate(
     with usage_errors():
         require_one_process("evaluate")
         result = run_evaluation(run, split, data=data, settings=settings or ())
-    print_figures(result, console)
+    print_metrics(result, console)
     if result.unknown_words > MOST_UNKNOWN_WORDS:
         console.print(
             f"{result.unknown_words:.1%} of the words of {data} are unknown to the model: "
@@ -143,22 +137,6 @@ def generate(
             print(text, file=target, flush=output is None)
 
 
-@app.command()
-def prepare(
-    name: Annotated[str, typer.Argument(metavar="SET", help="iwslt14 (and IWSLT17's pairs).")],
-    archive: Annotated[Path, typer.Argument(help="The official archive, as downloaded.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write.")],
-) -> None:
-    """Turn a downloaded archive into a folder of data, with the paper's cleaning and splits."""
-    with usage_errors():
-        require_one_process("prepare")
-        if name != "iwslt14":
-            raise ValueError(f"SET must be iwslt14, got {name!r}")
-        sizes = prepare_iwslt(archive, output)
-    counts = ", ".join(f"{split} {size:,}" for split, size in sizes.items())
-    console.print(f"{counts} pairs in {output}")
-
-
 def _check_free(paths: RunPaths, folder: Path, resume: bool) -> None:
     """Check that nobody is at work on a run, and that an interrupted one is wanted.
 
@@ -175,4 +153,4 @@ def _check_free(paths: RunPaths, folder: Path, resume: bool) -> None:
 
 def _train_shown(task: Task, arm: Arm, seed: int, folder: Path) -> RunRecord:
     with interruptible(), LiveDisplay([arm], [seed], console) as display:
-        return run_alone(task, arm, seed, folder, display=display)
+        return run_single(task, arm, seed, folder, display=display)

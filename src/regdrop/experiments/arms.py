@@ -9,9 +9,9 @@ from regdrop.tasks import Task, TrainingSettings
 from regdrop.tasks.common.accepted import nearest
 
 BASELINE = "baseline"
-CONTROL = "alpha-0"
+TWO_PASSES = "alpha-0"
 _METHODS = ("r3f", "fraternal")
-_ORDER = (BASELINE, "baseline-2x", CONTROL, "rdrop", "rdrop-one-backward")
+_ORDER = (BASELINE, "baseline-2x", TWO_PASSES, "rdrop", "rdrop-one-backward")
 
 
 def arm_order(name: str) -> tuple[int, list[tuple[bool, float, str]]]:
@@ -25,7 +25,7 @@ def arm_order(name: str) -> tuple[int, list[tuple[bool, float, str]]]:
 
 def reference_arm(names: Collection[str]) -> str | None:
     """Return the arm to which the others are compared: the baseline, else two passes without KL."""
-    return next((name for name in (BASELINE, CONTROL) if name in names), None)
+    return next((name for name in (BASELINE, TWO_PASSES) if name in names), None)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Arm:
 
 
 def baseline_arm(task: Task) -> Arm:
-    """Return training with one pass, the likelihood weighted as in the other arms."""
+    """Return training with one pass, the NLL weighted as in the other arms."""
     rdrop = RDropConfig(
         alpha=0.0,
         num_passes=1,
@@ -85,7 +85,7 @@ def build_arms(task: Task) -> dict[str, Arm]:
             single,
             training.stretched(2),
         ),
-        Arm(CONTROL, "two passes without the KL", rdrop.with_alpha(0.0), training),
+        Arm(TWO_PASSES, "two passes without the KL", rdrop.with_alpha(0.0), training),
         Arm("rdrop", f"R-Drop, {_alpha_text(rdrop)}", rdrop, training),
         Arm(
             "rdrop-one-backward",
@@ -97,7 +97,7 @@ def build_arms(task: Task) -> dict[str, Arm]:
     return {arm.name: arm for arm in arms}
 
 
-def other_arms(task: Task) -> dict[str, Arm]:
+def optional_arms(task: Task) -> dict[str, Arm]:
     """Return further controls, and the regularisers with which the paper compares itself.
 
     One pass with more dropout shows what noise alone does: its odds are multiplied by 1 + alpha, as
@@ -155,7 +155,7 @@ def compared_arms(task: Task, names: Sequence[str] | None = None) -> list[Arm]:
         ValueError: For a name that there is not.
     """
     five = build_arms(task)
-    return choose_arms({**five, **other_arms(task)}, list(five) if names is None else names)
+    return choose_arms({**five, **optional_arms(task)}, list(five) if names is None else names)
 
 
 def choose_arms(arms: Mapping[str, Arm], names: Sequence[str] | None) -> list[Arm]:

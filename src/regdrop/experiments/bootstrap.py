@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-Figures = Callable[[np.ndarray], dict[str, float]]
+ComputeMetrics = Callable[[np.ndarray], dict[str, float]]
 
 SAMPLES = 1000
 _SEED = 0
@@ -19,15 +19,15 @@ class Interval(NamedTuple):
 
 
 def resample(
-    figures: Figures, runs: Sequence[np.ndarray], *, samples: int = SAMPLES
+    compute_metrics: ComputeMetrics, runs: Sequence[np.ndarray], *, samples: int = SAMPLES
 ) -> dict[str, np.ndarray]:
-    """Return the mean figures of several runs on resampled test sets, (samples,) each.
+    """Return the mean metrics of several runs on resampled test sets, (samples,) each.
 
     The same examples are drawn for every run and in every call with test sets of one size, with
     replacement, as many as there are (Koehn 2004): results of two calls are paired.
 
     Args:
-        figures: Computes the figures of some examples from their statistics.
+        compute_metrics: Computes the metrics of some examples from their statistics.
         runs: Statistics of each run, (examples, statistics), of the same examples.
         samples: Number of resampled test sets.
 
@@ -42,13 +42,13 @@ def resample(
     drawn: dict[str, list[float]] = {}
     for _ in range(samples):
         chosen = generator.integers(size, size=size)
-        each = [figures(statistics[chosen]) for statistics in runs]
+        each = [compute_metrics(statistics[chosen]) for statistics in runs]
         for name in each[0]:
             drawn.setdefault(name, []).append(float(np.mean([own[name] for own in each])))
     return {name: np.array(values) for name, values in drawn.items()}
 
 
 def interval(values: np.ndarray) -> Interval:
-    """Return the interval that 95 % of resampled figures, or of their differences, lie in."""
+    """Return the interval that 95 % of resampled metrics, or of their differences, lie in."""
     low, high = np.quantile(values, (0.025, 0.975))
     return Interval(float(low), float(high))

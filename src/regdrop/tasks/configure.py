@@ -90,7 +90,7 @@ def task_from_config(config: dict[str, Any]) -> Task:
     """Return the task of a run from the resolved settings in its record.
 
     Raises:
-        ValueError: If they are of no known task.
+        ValueError: If they are of no known task, or not its settings.
     """
     family = config.get("family")
     if family not in FAMILIES:
@@ -98,9 +98,12 @@ def task_from_config(config: dict[str, Any]) -> Task:
     cls: Any = FAMILIES[family]
     options = {f.name: config[f.name] for f in fields(cls) if f.name in config}
     training = PRESETS[DEFAULT_PRESETS[family]].training
-    options["training"] = replace(training, **config["training"])
-    options["rdrop"] = RDropConfig.from_dict(config["rdrop"])
-    task: Task = cls(**options)
+    try:
+        options["training"] = replace(training, **config["training"])
+        options["rdrop"] = RDropConfig.from_dict(config["rdrop"])
+        task: Task = cls(**options)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the settings of a run of {family!r} cannot be read: {error}") from error
     return task
 
 

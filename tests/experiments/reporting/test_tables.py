@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from regdrop.experiments.reporting.examples import example_intervals
+from regdrop.experiments.reporting.per_example import example_intervals
 from regdrop.experiments.reporting.tables import (
     build_rows,
     find_metrics,

@@ -105,9 +105,9 @@ class Noted:
         self.step, self.act = step, act
         self.steps, self.finished = {}, []
 
-    def update(self, news):
-        self.steps.setdefault(news.arm, []).append(news.step)
-        if self.act is not None and news.step >= self.step:
+    def update(self, update):
+        self.steps.setdefault(update.arm, []).append(update.step)
+        if self.act is not None and update.step >= self.step:
             act, self.act = self.act, None
             act()
 

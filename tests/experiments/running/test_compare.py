@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 
 from regdrop.commands.display import LiveDisplay, print_table
-from regdrop.experiments import build_arms, compare, run_arm, run_arms
-from regdrop.experiments.arms import other_arms
+from regdrop.experiments import build_arms, compared_arms, run_arm, run_arms
+from regdrop.experiments.arms import optional_arms
 from regdrop.experiments.recording.record import record_path
 from regdrop.experiments.recording.settings import resolved_config
-from regdrop.experiments.running.parallel import _check_records
 from regdrop.experiments.running.progress import Update
+from regdrop.experiments.running.runner import _check_records
 
 
 class Noted:
@@ -23,8 +23,8 @@ class Noted:
     def __init__(self):
         self.updates, self.finished, self.said = [], [], []
 
-    def update(self, news):
-        self.updates.append(news)
+    def update(self, update):
+        self.updates.append(update)
 
     def finish(self, record):
         self.finished.append((record.arm, record.seed))
@@ -37,10 +37,11 @@ class Noted:
 def test_arms_and_seeds_in_parallel_and_what_is_missing_later(tmp_path, short):
     display = Noted()
     options = {"folder": tmp_path, "workers": 2, "threads": 1}
-    first = compare(short, seeds=[0, 1], arms=["baseline", "rdrop"], display=display, **options)
+    arms = compared_arms(short, ["baseline", "rdrop"])
+    first = run_arms(short, arms, seeds=[0, 1], display=display, **options)
     runs = {(arm, seed) for arm in ("baseline", "rdrop") for seed in (0, 1)}
     assert {(record.arm, record.seed) for record in first} == runs == set(display.finished)
-    assert {(news.arm, news.seed) for news in display.updates} == runs
+    assert {(update.arm, update.seed) for update in display.updates} == runs
     assert all(record.hardware["threads"] == 1 for record in first)
     # The result of a run does not depend on what runs beside it.
     alone = run_arm(short, build_arms(short)["rdrop"], 1, tmp_path / "alone")
@@ -49,8 +50,8 @@ def test_arms_and_seeds_in_parallel_and_what_is_missing_later(tmp_path, short):
 
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "records").iterdir()}
     display = Noted()
-    compare(short, seeds=[1, 2], arms=["rdrop"], display=display, **options)
-    assert {news.seed for news in display.updates} == {2}
+    run_arms(short, arms[1:], seeds=[1, 2], display=display, **options)
+    assert {update.seed for update in display.updates} == {2}
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
     assert record_path(tmp_path, "rdrop", 2).exists()
 
@@ -59,7 +60,7 @@ def test_arms_and_seeds_in_parallel_and_what_is_missing_later(tmp_path, short):
 def test_an_error_in_a_run_reaches_the_caller(tmp_path, short):
     changed = replace(short, dataset=str(tmp_path / "nowhere"))
     with pytest.raises(Exception, match="nowhere"):
-        compare(changed, seeds=[0], arms=["baseline"], folder=tmp_path)
+        run_arms(changed, compared_arms(changed, ["baseline"]), seeds=[0], folder=tmp_path)
 
 
 @pytest.mark.slow
@@ -104,9 +105,9 @@ def test_a_killed_process_takes_its_own_run_and_no_other(tmp_path, short):
     class Kills(Noted):
         """Kills the process of the first run that has come to a step."""
 
-        def update(self, news):
-            if news.step == 1 and not self.said:
-                self.killed = news.arm
+        def update(self, update):
+            if update.step == 1 and not self.said:
+                self.killed = update.arm
                 for process in multiprocessing.active_children():
                     os.kill(process.pid, signal.SIGKILL)
 
@@ -135,10 +136,12 @@ def test_what_is_asked_for_comes_back_and_no_other_records_of_the_folder(tmp_pat
 
 
 def test_arms_with_dropout_and_batches_of_their_own_share_a_folder(tmp_path, short, record):
-    for name, arm in other_arms(short).items():
+    for name, arm in optional_arms(short).items():
         record(name, config=resolved_config(short, arm)).save(record_path(tmp_path, name, 0))
-    arms = [build_arms(short)["baseline"], other_arms(short)["matched-dropout"]]
-    assert set(_check_records(short, arms, tmp_path)) == {(name, 0) for name in other_arms(short)}
+    arms = [build_arms(short)["baseline"], optional_arms(short)["matched-dropout"]]
+    assert set(_check_records(short, arms, tmp_path)) == {
+        (name, 0) for name in optional_arms(short)
+    }
 
 
 @pytest.mark.parametrize(
@@ -151,18 +154,27 @@ def test_arms_with_dropout_and_batches_of_their_own_share_a_folder(tmp_path, sho
     ],
 )
 def test_bad_arguments_are_named_before_anything_runs(tmp_path, short, options, message):
+    options = dict(options)
+    arms = options.pop("arms", None)
     with pytest.raises(ValueError, match=message):
-        compare(short, folder=tmp_path / "out", **options)
+        run_arms(short, compared_arms(short, arms), folder=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_live_display_shows_every_arm_its_steps_and_its_figures(short, record):
+def test_the_old_name_of_a_comparison_warns(tmp_path, short):
+    with pytest.warns(FutureWarning, match="run_arms"):
+        from regdrop.experiments import compare
+    with pytest.raises(ValueError, match="seeds must be different numbers, at least one"):
+        compare(short, seeds=[], folder=tmp_path)
+
+
+def test_live_display_shows_every_arm_its_steps_and_its_metrics(short, record):
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=140)
     arms = [build_arms(short)[name] for name in ("baseline", "rdrop")]
     with LiveDisplay(arms, [0, 1], console) as display:
         display.update(Update("rdrop", 1, 4, {"eval_accuracy": 0.5, "eval_loss": 1.0, "kl": 2.0}))
-        display.update(Update("rdrop", 1, 2, {}))  # news may come late
+        display.update(Update("rdrop", 1, 2, {}))  # updates may come late
         display.finish(record("baseline", 0, steps=6))
     text = stream.getvalue()
     assert " 4/12" in text

@@ -77,8 +77,8 @@ def test_two_processes_train_one_translation_model_with_the_figures_of_one(tmp_p
     assert record["steps"] == 12
     assert len(record["examples"]["test"]) == 12
     # The gathered figures of two processes are those of one.
-    assert evaluate(run, "test").figures == pytest.approx(record["test"], rel=1e-4)
-    assert evaluate(run, "validation").figures == pytest.approx(record["validation"], rel=1e-4)
+    assert evaluate(run, "test").metrics == pytest.approx(record["test"], rel=1e-4)
+    assert evaluate(run, "validation").metrics == pytest.approx(record["validation"], rel=1e-4)
     again = torchrun("train", *options)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("Finished before") == 1
@@ -94,7 +94,7 @@ def test_two_processes_share_each_batch_and_count_examples_once(tmp_path):
     assert result.returncode == 0, result.stderr
     two = json.loads((tmp_path / "two" / "record.json").read_text())
     assert len(two["examples"]["test"]) == 21
-    assert evaluate(tmp_path / "two", "test").figures == pytest.approx(two["test"], rel=1e-4)
+    assert evaluate(tmp_path / "two", "test").metrics == pytest.approx(two["test"], rel=1e-4)
     # As many steps see as many examples as those of one process do.
     task = change_task(
         find_task("understanding"), data=str(data), model=str(model), settings=UNDERSTANDING
@@ -125,7 +125,7 @@ def test_two_processes_train_one_adaptive_language_model(tmp_path):
     result = torchrun("train", *options, *settings_of(settings))
     assert result.returncode == 0, result.stderr
     record = json.loads((run / "record.json").read_text())
-    assert evaluate(run, "test").figures == pytest.approx(record["test"], rel=1e-4)
+    assert evaluate(run, "test").metrics == pytest.approx(record["test"], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def test_two_processes_go_on_where_they_were_killed_and_average_their_checkpoint
     record = json.loads((run / "record.json").read_text())
     assert record["steps"] == record["best_step"] == 300
     assert json.loads(before[0]) == record["history"][0]
-    assert evaluate(run, "test").figures == pytest.approx(record["test"], rel=1e-4)
+    assert evaluate(run, "test").metrics == pytest.approx(record["test"], rel=1e-4)
 
 
 @pytest.mark.slow

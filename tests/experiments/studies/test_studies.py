@@ -7,7 +7,7 @@ import pytest
 from regdrop import RDropConfig
 from regdrop.config import AlphaRule
 from regdrop.experiments import build_arms
-from regdrop.experiments.arms import arm_order, other_arms, reference_arm
+from regdrop.experiments.arms import arm_order, optional_arms, reference_arm
 from regdrop.experiments.recording.manifest import (
     check_study,
     forget_command,
@@ -109,7 +109,7 @@ def test_schedules_of_a_task_that_has_one_itself_begin_without_it():
     assert settings(study_arms("alpha", task, [0, 2]), "alpha") == [(0,), (2,)]
     assert build_arms(task)["alpha-0"].rdrop == build_arms(DIGITS)["alpha-0"].rdrop
     assert build_arms(task)["rdrop"].description == "R-Drop, alpha by gap up to 4"
-    assert other_arms(task)["matched-dropout"].dropout_odds == 3
+    assert optional_arms(task)["matched-dropout"].dropout_odds == 3
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -179,7 +179,7 @@ def test_cost_of_every_arm_counted_by_hand(record):
         config = resolved_config(DIGITS, arm)
         return record(arm.name, config=config, steps=arm.training.max_steps)
 
-    arms = {arm.name: arm for arm in (*study_arms("cost", DIGITS), *other_arms(DIGITS).values())}
+    arms = {arm.name: arm for arm in (*study_arms("cost", DIGITS), *optional_arms(DIGITS).values())}
     found = {name: run_cost(run(arm), run(arms["baseline"])) for name, arm in arms.items()}
     # A batch of whole images is two thirds but for rounding.
     assert found == pytest.approx(expected, rel=0.02)
@@ -259,7 +259,13 @@ def test_a_line_without_points_of_its_own_is_not_drawn(draw):
     assert panel.get_legend_handles_labels()[1] == ["baseline", "alpha times k"]
 
 
-@pytest.mark.parametrize("study", [name for name in STUDIES if name != "curves"])
+def test_the_old_name_of_the_comparison_as_a_study_warns():
+    with pytest.warns(FutureWarning, match="regdrop compare"):
+        arms = study_arms("curves", DIGITS)
+    assert arms == list(build_arms(DIGITS).values())
+
+
+@pytest.mark.parametrize("study", STUDIES)
 def test_every_study_draws_its_figure(tmp_path, draw, study):
     arms = study_arms(study, DIGITS)
     panel = draw(study, arms)

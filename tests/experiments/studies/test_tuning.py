@@ -5,12 +5,12 @@ import pytest
 
 from regdrop.experiments import build_arms, run_arm
 from regdrop.experiments.studies import tuning
-from regdrop.experiments.studies.tuning import (
+from regdrop.experiments.studies.choices import apply_tuned, save_tuned
+from regdrop.experiments.studies.tuning import tune
+from regdrop.experiments.studies.variations import (
     Variation,
-    apply_tuned,
+    describe_settings,
     parse_variation,
-    save_tuned,
-    tune,
     with_settings,
 )
 
@@ -77,13 +77,13 @@ def test_every_combination_is_tried_and_the_best_on_validation_is_taken(tmp_path
     assert (found["baseline"].tried, found["rdrop"].tried) == (2, 4)
     assert found["rdrop"].settings["training.learning_rate"] == 1e-2
     assert len(runs) == 2 * 2 + 4 * 2
-    name = tuning.describe(found["rdrop"].settings)
+    name = describe_settings(found["rdrop"].settings)
     figures = [
         json.loads((tmp_path / "records" / f"rdrop@{name}-seed{seed}.json").read_text())
         for seed in (7, 8)
     ]
     mean = sum(record["validation"]["nll"] for record in figures) / 2
-    assert found["rdrop"].figure == pytest.approx(mean)
+    assert found["rdrop"].metric == pytest.approx(mean)
     runs.clear()
     assert tune(short, arms, variations, seeds=[7, 8], folder=tmp_path) == found
     assert runs == []
@@ -103,7 +103,7 @@ def test_a_search_stays_in_its_range_and_goes_on_where_it_stopped(tmp_path, shor
     again = search(3)
     assert (again.tried, len(runs)) == (3, 3)
     assert len(set(runs)) == 3
-    assert again.figure <= found.figure
+    assert again.metric <= found.metric
     assert search(3) == again
     assert (tmp_path / "optuna.db").exists()
 

@@ -127,7 +127,7 @@ def test_no_augmentation_and_an_unknown_one():
 
 def test_metrics_by_hand():
     logits = np.log([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.5, 0.3, 0.2]]) + 3
-    found = DIGITS.figures(
+    found = DIGITS.compute_metrics(
         classification_statistics(SimpleNamespace(predictions=logits, label_ids=[0, 1, 2]))
     )
     assert found["accuracy"] == pytest.approx(2 / 3)
@@ -258,7 +258,7 @@ def test_efficientnet_lite_is_fine_tuned_and_saved(tmp_path):
     folder = tmp_path / "run"
     record = train_run(task, build_arms(task)["rdrop"], 1, RunPaths.alone(folder))
     assert record.test["accuracy"] > 0.9
-    assert evaluate(folder, "test").figures == pytest.approx(record.test, rel=1e-4)
+    assert evaluate(folder, "test").metrics == pytest.approx(record.test, rel=1e-4)
 
 
 def test_bad_settings_are_named(tmp_path):

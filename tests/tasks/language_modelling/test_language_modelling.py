@@ -29,7 +29,7 @@ def test_a_run_learns_and_its_perplexity_is_that_of_every_word(tmp_path, kind):
     assert losses[-1] < 0.7 * losses[0]
     assert min(entry["kl"] for entry in record.history if "kl" in entry) > 0
     assert record.test["perplexity"] == pytest.approx(np.exp(record.test["nll"]))
-    assert evaluate(folder, "test").figures == pytest.approx(record.test, rel=1e-4)
+    assert evaluate(folder, "test").metrics == pytest.approx(record.test, rel=1e-4)
 
     # Word by word, each predicted from the eight to eleven before it.
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
@@ -221,7 +221,7 @@ def test_perplexity_does_not_depend_on_label_smoothing(tmp_path):
         model = prepared.build_model()
         trainer = build_trainer(chosen, arm, 0, tmp_path / "out", prepared, model)
         statistics = prepared.example_statistics(trainer.predict(prepared.splits["test"]))
-        figures.append(chosen.figures(statistics)["perplexity"])
+        figures.append(chosen.compute_metrics(statistics)["perplexity"])
     assert figures[0] == figures[1]
 
 

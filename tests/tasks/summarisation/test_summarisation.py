@@ -24,7 +24,7 @@ def test_a_run_learns_and_its_model_summarises(tmp_path):
     losses = [entry["nll"] for entry in record.history if "nll" in entry]
     assert losses[-1] < 0.7 * losses[0]
     assert set(record.test) == {"rouge1", "rouge2", "rougeLsum", "nll"}
-    assert evaluate(folder, "test").figures == pytest.approx(record.test, rel=1e-4)
+    assert evaluate(folder, "test").metrics == pytest.approx(record.test, rel=1e-4)
 
     rows = [json.loads(x) for x in (tmp_path / "data/test.jsonl").open()]
     texts = list(generate_lines(folder / "model", [row["text"] for row in rows]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from regdrop.experiments import build_arms, compare, run_arm
+from regdrop.experiments import build_arms, run_arm, run_arms
 from regdrop.experiments.evaluating.evaluate import evaluate
 from regdrop.experiments.running import run as run_module
 from regdrop.experiments.running.run import RunPaths, train_run
@@ -32,10 +32,10 @@ def test_a_run_learns_and_its_model_translates(tmp_path):
     assert set(record.test) == {"bleu", "bleu_lowercase", "nll"}
     assert "case:lc" in record.signatures["bleu_lowercase"]
     statistics = np.array(record.examples["test"])
-    assert chosen.figures(statistics) == pytest.approx(record.test, rel=1e-4)
+    assert chosen.compute_metrics(statistics) == pytest.approx(record.test, rel=1e-4)
 
     # The saved model and tokenizer give the same figures, and the texts from which they come.
-    assert evaluate(folder, "test").figures == pytest.approx(record.test, rel=1e-4)
+    assert evaluate(folder, "test").metrics == pytest.approx(record.test, rel=1e-4)
     rows = [json.loads(x) for x in (tmp_path / "data/test.jsonl").read_text().split("\n") if x]
     texts = list(generate_lines(folder / "model", [row["de"] for row in rows], batch_size=5))
     from sacrebleu.metrics import BLEU
@@ -76,7 +76,7 @@ def test_case_counts_in_bleu_and_not_in_lower_cased_bleu(tmp_path):
         for lowercase in (False, True)
     ]
     rows = np.concatenate([*both, [[12.0, 9.0]]], axis=1)
-    figures = chosen.figures(rows)
+    figures = chosen.compute_metrics(rows)
     assert figures["bleu_lowercase"] == pytest.approx(1.0)
     assert figures["bleu"] < 0.2
     assert figures["nll"] == pytest.approx(12 / 9)
@@ -185,7 +185,9 @@ def test_a_comparison_learns_one_vocabulary_and_leaves_nothing_unfinished(tmp_pa
     training = replace(tiny_translation(tmp_path).training, max_steps=2, eval_steps=2)
     chosen = tiny_translation(tmp_path, training=training)
     out = tmp_path / "out"
-    records = compare(chosen, seeds=[0, 1], arms=["baseline"], folder=out, threads=1)
+    records = run_arms(
+        chosen, [build_arms(chosen)["baseline"]], seeds=[0, 1], folder=out, threads=1
+    )
     assert len(records) == 2
     assert sorted(path.name for path in out.iterdir()) == ["details.npz", "records"]
 
@@ -201,7 +203,7 @@ def test_tested_sentences_are_ordered_by_length_and_scored_with_their_own_refere
     prediction = SimpleNamespace(
         predictions=(tokens, np.ones(len(split))), label_ids=(labels, split["example_id"])
     )
-    figures = tiny_translation(tmp_path).figures(prepared.example_statistics(prediction))
+    figures = tiny_translation(tmp_path).compute_metrics(prepared.example_statistics(prediction))
     assert figures["bleu_lowercase"] == pytest.approx(1.0)
 
 

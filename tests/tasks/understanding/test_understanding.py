@@ -32,7 +32,7 @@ def test_each_task_learns_and_reports_its_own_figures(tmp_path, task):
     record = run_arm(chosen, build_arms(chosen)["rdrop"], 0, tmp_path / "out")
     losses = [entry["nll"] for entry in record.history if "nll" in entry]
     assert losses[-1] < 0.7 * losses[0]
-    names = list(GLUE[task].figures)
+    names = list(GLUE[task].metrics)
     further = [f"mismatched_{name}" for name in names] if task == "mnli" else []
     assert list(record.test) == [*names, *further]
     assert list(record.validation) == names
@@ -40,7 +40,7 @@ def test_each_task_learns_and_reports_its_own_figures(tmp_path, task):
     assert {name: len(rows) for name, rows in record.examples.items()} == dict.fromkeys(
         GLUE[task].tests, 20
     )
-    again = chosen.figures(np.array(record.examples["test"]))
+    again = chosen.compute_metrics(np.array(record.examples["test"]))
     assert again == pytest.approx({name: record.test[name] for name in names}, rel=1e-4)
 
 
@@ -56,9 +56,9 @@ def test_any_encoder_is_fine_tuned(tmp_path, kind):
 def test_a_run_keeps_a_model_that_evaluates_to_the_same_figures(tmp_path):
     chosen = tiny_understanding(tmp_path)
     record = train_run(chosen, build_arms(chosen)["rdrop"], 1, RunPaths.alone(tmp_path / "run"))
-    assert evaluate(tmp_path / "run", "test").figures == pytest.approx(record.test)
+    assert evaluate(tmp_path / "run", "test").metrics == pytest.approx(record.test)
     validation = evaluate(tmp_path / "run", "validation")
-    assert validation.figures == pytest.approx(record.validation)
+    assert validation.metrics == pytest.approx(record.validation)
     kept = json.loads(validation.path.read_text())
     assert kept["examples"] == 6
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
@@ -80,7 +80,7 @@ def test_examples_stand_in_the_order_of_the_data_whatever_the_seed(tmp_path):
         assert [int(label) for label, *_ in record.examples["test"]] == labels
     run = RunPaths.alone(tmp_path / "run")
     record = train_run(chosen, build_arms(chosen)["baseline"], 0, run)
-    assert evaluate(tmp_path / "run", "test").figures == pytest.approx(record.test)
+    assert evaluate(tmp_path / "run", "test").metrics == pytest.approx(record.test)
 
 
 @pytest.mark.parametrize(
@@ -122,34 +122,34 @@ def test_paper_presets_have_the_papers_settings_and_sizes(name, encoder, expecte
 
 def test_figures_by_hand():
     statistics = np.array([[1, 1, 0.1], [1, 0, 0.9], [0, 0, 0.2], [0, 0, 0.4], [1, 1, 0.4]])
-    found = PRESETS["bert-base-mrpc"].figures(statistics)
+    found = PRESETS["bert-base-mrpc"].compute_metrics(statistics)
     assert found == pytest.approx({"accuracy": 4 / 5, "f1": 2 * 2 / (2 * 2 + 1), "nll": 0.4})
     # (TP TN - FP FN) / sqrt((TP+FP)(TP+FN)(TN+FP)(TN+FN))
-    found = PRESETS["bert-base-cola"].figures(statistics)
+    found = PRESETS["bert-base-cola"].compute_metrics(statistics)
     assert found["matthews_correlation"] == pytest.approx((2 * 2 - 0) / (2 * 3 * 2 * 3) ** 0.5)
     scores = regression_statistics(
         SimpleNamespace(predictions=np.array([[1.0], [2.0], [6.0]]), label_ids=[1.0, 3.0, 5.0])
     )
-    found = PRESETS["bert-base-stsb"].figures(scores)
+    found = PRESETS["bert-base-stsb"].compute_metrics(scores)
     assert found["pearson"] == pytest.approx(10 / (14 * 8) ** 0.5)
     assert found["spearman"] == pytest.approx(1.0)
     assert found["mse"] == pytest.approx(2 / 3)
     same = np.array([[1.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
-    assert PRESETS["bert-base-stsb"].figures(same)["pearson"] == 0.0
+    assert PRESETS["bert-base-stsb"].compute_metrics(same)["pearson"] == 0.0
 
 
 def test_figures_are_those_of_the_fields_libraries():
     generator = np.random.default_rng(0)
     classes = generator.integers(0, 2, (50, 3)).astype(float)
     label, prediction = classes[:, 0], classes[:, 1]
-    f1 = PRESETS["bert-base-qqp"].figures(classes)["f1"]
+    f1 = PRESETS["bert-base-qqp"].compute_metrics(classes)["f1"]
     assert f1 == pytest.approx(f1_score(label, prediction))
-    matthews = PRESETS["bert-base-cola"].figures(classes)["matthews_correlation"]
+    matthews = PRESETS["bert-base-cola"].compute_metrics(classes)["matthews_correlation"]
     assert matthews == pytest.approx(matthews_corrcoef(label, prediction))
     classes[:, :2] = 0
-    assert PRESETS["bert-base-qqp"].figures(classes)["f1"] == 0.0
+    assert PRESETS["bert-base-qqp"].compute_metrics(classes)["f1"] == 0.0
     scores = generator.integers(0, 9, (50, 3)).astype(float)  # with ties
-    found = PRESETS["bert-base-stsb"].figures(scores)
+    found = PRESETS["bert-base-stsb"].compute_metrics(scores)
     assert found["pearson"] == pytest.approx(pearsonr(scores[:, 0], scores[:, 1])[0])
     assert found["spearman"] == pytest.approx(spearmanr(scores[:, 0], scores[:, 1])[0])
 

@@ -4,9 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from torch import nn
 
 from regdrop.experiments.arms import baseline_arm
 from regdrop.experiments.bootstrap import Interval, interval, resample
@@ -21,13 +24,13 @@ from regdrop.tasks.configure import change_task, task_from_config
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of a saved model on a split.
+    """The metrics of a saved model on a split.
 
     Attributes:
         task: The task.
         split: Name of the split.
         examples: Number of its examples.
-        figures: The task's figures.
+        metrics: The task's metrics.
         intervals: Their 95 % intervals over the examples.
         signatures: What a metric's own library says of how it was computed.
         path: The file that keeps them.
@@ -37,7 +40,7 @@ class Evaluation:
     task: Task
     split: str
     examples: int
-    figures: dict[str, float]
+    metrics: dict[str, float]
     intervals: dict[str, Interval]
     signatures: dict[str, str]
     path: Path
@@ -60,10 +63,23 @@ def load_run(folder: Path) -> tuple[Task, RunRecord]:
     return task_from_config(record.config), record
 
 
+def load_saved_model(prepared: PreparedTask, folder: Path) -> nn.Module:
+    """Return the model of a finished run.
+
+    Raises:
+        ValueError: If its weights cannot be read.
+    """
+    saved = folder / MODEL_FOLDER
+    try:
+        return prepared.load_model(saved)
+    except (SafetensorError, UnpicklingError, RuntimeError) as error:
+        raise ValueError(f"the model in {saved} cannot be read: {error}") from error
+
+
 def evaluate(
     folder: Path, split: str, *, data: str | None = None, settings: Sequence[str] = ()
 ) -> Evaluation:
-    """Evaluate the model of a run and keep the figures beside it.
+    """Evaluate the model of a run and keep the metrics beside it.
 
     Args:
         folder: Folder of the run.
@@ -79,7 +95,7 @@ def evaluate(
     quiet_libraries()
     prepared = changed.prepare(folder / MODEL_FOLDER)
     dataset: Any = prepared.splits[split]
-    model = prepared.load_model(folder / MODEL_FOLDER)
+    model = load_saved_model(prepared, folder)
     trainer = build_trainer(changed, baseline_arm(changed), record.seed, folder, prepared, model)
     statistics: np.ndarray = prepared.example_statistics(trainer.predict(dataset))
     name = split if data is None else f"{split}-{Path(data).name}"
@@ -87,10 +103,10 @@ def evaluate(
         task=changed,
         split=split,
         examples=len(statistics),
-        figures=changed.figures(statistics),
+        metrics=changed.compute_metrics(statistics),
         intervals={
             name: interval(values)
-            for name, values in resample(changed.figures, [statistics]).items()
+            for name, values in resample(changed.compute_metrics, [statistics]).items()
         },
         signatures=prepared.signatures,
         path=folder / f"evaluation-{name}.json",
@@ -116,7 +132,7 @@ def _content(result: Evaluation, data: str | None, settings: Sequence[str]) -> d
         "data": data,
         "settings": list(settings),
         "examples": result.examples,
-        "figures": result.figures,
+        "figures": result.metrics,
         "intervals": {name: list(interval) for name, interval in result.intervals.items()},
         "signatures": result.signatures,
         "unknown_words": result.unknown_words,

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from regdrop.disagreement import Disagreement, Predictions
 from regdrop.experiments.arms import baseline_arm
-from regdrop.experiments.evaluating.evaluate import load_run
+from regdrop.experiments.evaluating.evaluate import load_run, load_saved_model
 from regdrop.experiments.recording.environment import describe_hardware, library_versions
 from regdrop.experiments.recording.files import write_json
 from regdrop.experiments.recording.record import RunRecord
@@ -94,7 +94,7 @@ def measure(
     changed = change_task(task, data=data)
     quiet_libraries()
     prepared = changed.prepare(folder / MODEL_FOLDER)
-    model: Any = prepared.load_model(folder / MODEL_FOLDER)
+    model: Any = load_saved_model(prepared, folder)
     trainer = build_trainer(changed, baseline_arm(changed), record.seed, folder, prepared, model)
     trainer.args.per_device_eval_batch_size = min(_BATCH, trainer.args.per_device_eval_batch_size)
     held_out = prepared.splits[split]

@@ -17,7 +17,7 @@ class DivergedError(ValueError):
     """The loss of a run is no finite number any more."""
 
 
-# Called with the step and the figures of every log and evaluation.
+# Called with the step and the metrics of every log and evaluation.
 Progress = Callable[[int, dict[str, float]], None]
 
 
@@ -32,7 +32,7 @@ class HistoryCallback(TrainerCallback):
         self._mark = 0.0
 
     def best(self, metric: str, greater_is_better: bool) -> tuple[int, dict[str, float]]:
-        """Return the step and the figures of the first best evaluation."""
+        """Return the step and the metrics of the first best evaluation."""
         evaluations = [entry for entry in self.entries if f"eval_{metric}" in entry]
         sign = 1 if greater_is_better else -1
         best = max(evaluations, key=lambda entry: sign * entry[f"eval_{metric}"])
@@ -66,7 +66,7 @@ class HistoryCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keep the figures of training; evaluations come by `on_evaluate`."""
+        """Keep the metrics of training; evaluations come by `on_evaluate`."""
         if logs is not None and "loss" in logs:
             self._add(state, logs)
             if not math.isfinite(logs["loss"]):
@@ -84,7 +84,7 @@ class HistoryCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keep the figures of an evaluation, and leave its time out."""
+        """Keep the metrics of an evaluation, and leave its time out."""
         self._add(state, metrics or {})
         self._mark = time.perf_counter()
 
@@ -94,10 +94,10 @@ class HistoryCallback(TrainerCallback):
         """Leave the time of a checkpoint out."""
         self._mark = time.perf_counter()
 
-    def _add(self, state: TrainerState, figures: dict[str, float]) -> None:
+    def _add(self, state: TrainerState, metrics: dict[str, float]) -> None:
         numbers = {
             name: float(value)
-            for name, value in figures.items()
+            for name, value in metrics.items()
             if isinstance(value, (int, float)) and not name.endswith(("per_second", "runtime"))
         }
         entry = {**numbers, "step": state.global_step, "seconds": self.seconds}

@@ -31,13 +31,13 @@ class RunRecord:
         peak_memory_mib: Highest memory of the run: on a GPU what torch allocated, else the
             resident memory of the process; None where the system does not tell.
         best_step: Step of the selected checkpoint.
-        validation: Figures of the selected checkpoint on the validation split.
-        test: Figures of the selected checkpoint on the test split.
+        validation: Metrics of the selected checkpoint on the validation split.
+        test: Metrics of the selected checkpoint on the test split.
         history: One entry a log or evaluation, with its `step` and training `seconds`.
         versions: Versions of Python and the libraries.
         hardware: Processor, cores, threads of the run and accelerator.
-        examples: Statistics of each example of every test split, from which `Task.figures` computes
-            the figures of any part of them.
+        examples: Statistics of each example of every test split, from which
+            `Task.compute_metrics` computes the metrics of any part of them.
         signatures: What a metric's own library says of how it was computed, by metric.
     """
 

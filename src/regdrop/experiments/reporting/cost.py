@@ -5,14 +5,12 @@ from dataclasses import replace
 from regdrop.config import RDropConfig
 from regdrop.diagnostics import expected_cost
 from regdrop.experiments.recording.record import RunRecord
-from regdrop.schedule import scheduled_alpha
 
 
 def run_cost(record: RunRecord, baseline: RunRecord | None = None) -> float:
     """Return the cost of a run in times of one pass a step, over as many steps as the baseline's.
 
-    A count of operations, not a measurement: see `expected_cost`. Steps before `start_step` and
-    those by `single_pass_below` cost one pass, and a smaller batch its share.
+    A count of operations, not a measurement: see `expected_cost`. A smaller batch costs its share.
 
     Args:
         record: The run.
@@ -31,17 +29,7 @@ def _mean_step_cost(config: RDropConfig, record: RunRecord) -> float:
         full = expected_cost(replace(config, every_n_steps=1))
         further = (_logged_passes(record) - 1) / (config.num_passes - 1)
         return 1 + further * (full - 1)
-    single = _single_pass_steps(config, record.steps)
-    return (single + (record.steps - single) * expected_cost(config)) / record.steps
-
-
-def _single_pass_steps(config: RDropConfig, total: int) -> int:
-    """Return how many steps have one pass, those between two of `every_n_steps` left out."""
-    before = min(config.start_step, total)
-    if config.single_pass_below is None:
-        return before
-    alphas = (scheduled_alpha(config, step, total) for step in range(before, total))
-    return before + sum(alpha < config.single_pass_below for alpha in alphas)
+    return expected_cost(config, record.steps)
 
 
 def _logged_passes(record: RunRecord) -> float:

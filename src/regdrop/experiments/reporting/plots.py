@@ -31,7 +31,7 @@ def draw_plots(
 
     Args:
         records: Records of one task.
-        metrics: Its figures.
+        metrics: Its metrics.
         folder: Where the images are written.
 
     Returns:
@@ -131,7 +131,7 @@ def _draw_panel(
 
 
 def _series(records: Sequence[RunRecord], key: str, axis: str) -> tuple[Any, Any]:
-    """Return the common steps (or the mean minutes at them) and the figures, (seeds, steps)."""
+    """Return the common steps (or the mean minutes at them) and the metrics, (seeds, steps)."""
     entries = [
         {entry["step"]: entry for entry in record.history if key in entry} for record in records
     ]

@@ -1,4 +1,4 @@
-"""What each study asks, drawn: figures against what is varied, a heat map, figures against cost."""
+"""What each study asks, drawn: metrics against what is varied, a heat map, metrics against cost."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +40,7 @@ def pareto_front(points: Sequence[tuple[float, float]], greater_is_better: bool)
 
 
 def _draw_lines(setting: str, label: str, series: Callable[[RunRecord], Sequence[str]]) -> Drawer:
-    """Return a drawer of test figures against one setting of R-Drop.
+    """Return a drawer of test metrics against one setting of R-Drop.
 
     A run is a point of the lines that `series` names; of none, it is a level over all of them.
     """
@@ -89,7 +89,7 @@ def _draw_lines(setting: str, label: str, series: Callable[[RunRecord], Sequence
         return [
             (
                 save_figure(figure, folder / f"{setting}.png"),
-                f"Test figures by {label}: mean over seeds and 95 % interval",
+                f"Test metrics by {label}: mean over seeds and 95 % interval",
             )
         ]
 
@@ -99,7 +99,7 @@ def _draw_lines(setting: str, label: str, series: Callable[[RunRecord], Sequence
 def _draw_rates(
     records: Sequence[RunRecord], metrics: Mapping[str, Metric], folder: Path
 ) -> list[tuple[Path, str]]:
-    """Draw the mean test figures of every pair of dropout rates as heat maps."""
+    """Draw the mean test metrics of every pair of dropout rates as heat maps."""
     rows = {row.arm: row for row in build_rows(records)}
     pairs = {record.arm: tuple(record.config["rdrop"]["dropout_rates"] or ()) for record in records}
     pairs = {arm: pair for arm, pair in pairs.items() if len(pair) == 2}
@@ -126,13 +126,13 @@ def _draw_rates(
         panel.set_title(f"test {metric.title}")
         figure.colorbar(image, ax=panel)
     path = save_figure(figure, folder / "dropout_rates.png", legend=False)
-    return [(path, "Mean test figures of every pair of dropout rates, lighter is better")]
+    return [(path, "Mean test metrics of every pair of dropout rates, lighter is better")]
 
 
 def _draw_cost(
     records: Sequence[RunRecord], metrics: Mapping[str, Metric], folder: Path
 ) -> list[tuple[Path, str]]:
-    """Draw the test figures against the cost and the time of a run, with their Pareto fronts."""
+    """Draw the test metrics against the cost and the time of a run, with their Pareto fronts."""
     rows = build_rows(records)
     figure, panels = new_figure(2 * len(metrics))
     for name, metric in metrics.items():
@@ -172,14 +172,14 @@ def _draw_cost(
             panel.set_title(f"test {metric.title}")
             panel.grid(alpha=0.3)
     path = save_figure(figure, folder / "cost.png")
-    title = "Test figures against cost and time, and what no arm beats in both (dashed)"
+    title = "Test metrics against cost and time, and what no arm beats in both (dashed)"
     return [(path, f"{title}; arms of one cost are drawn a little apart")]
 
 
 def _draw_alpha_schedules(
     records: Sequence[RunRecord], metrics: Mapping[str, Metric], folder: Path
 ) -> list[tuple[Path, str]]:
-    """Draw figures against cost, and what alpha does to the losses by step."""
+    """Draw metrics against cost, and what alpha does to the losses by step."""
     curves = [
         ("alpha", "alpha of the last step with R-Drop", 1.0, False),
         ("kl", "KL between passes", 1.0, True),

@@ -1,4 +1,4 @@
-"""Tables from records alone: figures of every arm and its paired difference to the reference."""
+"""Tables from records alone: metrics of every arm and its paired difference to the reference."""
 
 import math
 from collections import defaultdict
@@ -9,7 +9,7 @@ from regdrop.experiments.arms import arm_order, reference_arm
 from regdrop.experiments.bootstrap import SAMPLES, Interval
 from regdrop.experiments.recording.record import RunRecord
 from regdrop.experiments.reporting.cost import run_cost
-from regdrop.experiments.reporting.examples import example_intervals
+from regdrop.experiments.reporting.per_example import example_intervals
 from regdrop.experiments.statistics import Estimate, estimate, paired_difference
 from regdrop.tasks import PRESETS, Metric
 
@@ -28,7 +28,7 @@ class Row:
 
     Attributes:
         arm: Name of the arm.
-        cells: Test figures by metric.
+        cells: Test values by metric.
         cost: Operations, counted in single-pass steps over the steps of the reference.
         time: Training time in times of the reference, mean over seeds.
         best_part: Where the mean validation curve over seeds is best, as a part of the run; None
@@ -106,7 +106,7 @@ def run_selection_metric(record: RunRecord) -> str | None:
 
 
 def find_metrics(records: Sequence[RunRecord]) -> dict[str, Metric]:
-    """Return how the figures of the records are read; unknown ones are shown as they are."""
+    """Return how the metrics of the records are read; unknown ones are shown as they are."""
     preset = PRESETS.get(records[0].task)
     known = {} if preset is None else preset.metrics
     metrics = {}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from regdrop.experiments.arms import BASELINE, CONTROL
+from regdrop.experiments.arms import BASELINE, TWO_PASSES
 from regdrop.experiments.recording.record import RunRecord
 from regdrop.experiments.reporting.tables import build_rows, find_metrics
 from regdrop.experiments.statistics import Estimate, paired_difference
@@ -12,7 +12,7 @@ _METHOD = "rdrop"
 # What else could have gained as much, in plain words.
 _CONTROLS = {
     "baseline-2x": "twice the updates",
-    CONTROL: "two passes without the KL",
+    TWO_PASSES: "two passes without the KL",
     "matched-dropout": "more dropout",
 }
 

@@ -30,7 +30,7 @@ def build_trainer(
     make = prepared.trainer or TaskTrainer
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
-        return task.figures(prepared.example_statistics(prediction))
+        return task.compute_metrics(prepared.example_statistics(prediction))
 
     trainer: RDropTrainer = make(
         model=model,

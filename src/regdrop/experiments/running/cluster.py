@@ -77,16 +77,16 @@ def open_cluster(executor: str, folder: Path) -> Iterator[Engine]:
         ) from error
     with client:
         _check_workers(client, executor, folder)
-        news: queue.Queue[Update] = queue.Queue()
+        updates: queue.Queue[Update] = queue.Queue()
         topic = f"regdrop-{uuid.uuid4().hex}"
-        client.subscribe_topic(topic, lambda event: news.put(_as_update(event)))
+        client.subscribe_topic(topic, lambda event: updates.put(_as_update(event)))
         # Not by their content: a run that failed before is begun again.
         pool = client.get_executor(pure=False)
         yield Engine(
             pool,
             enter=partial(_enter, os.getcwd()),
-            tell=partial(_tell, topic),
-            read_news=lambda: read_all(news),
+            report=partial(_report, topic),
+            read_updates=lambda: read_all(updates),
             stop=lambda: pool.shutdown(wait=False),
         )
 
@@ -144,8 +144,8 @@ def _look(paths: list[str], dask_worker: Any = None) -> _Place:
 
 
 def _as_update(event: tuple[float, Any]) -> Update:
-    _, (arm, seed, step, figures) = event
-    return Update(arm, seed, step, figures)
+    _, (arm, seed, step, metrics) = event
+    return Update(arm, seed, step, metrics)
 
 
 def _enter(directory: str) -> None:
@@ -153,7 +153,7 @@ def _enter(directory: str) -> None:
     quiet_libraries()
 
 
-def _tell(topic: str, update: Update) -> None:
+def _report(topic: str, update: Update) -> None:
     from distributed import get_worker
 
     worker = get_worker()

@@ -26,16 +26,16 @@ class Engine(NamedTuple):
 
     Attributes:
         pool: Takes the runs.
-        enter: Called where a run is, before it; it can be pickled, as `tell` can.
-        tell: Called where a run is, with its news.
-        read_news: Returns the news that have come since the last call.
+        enter: Called where a run is, before it; it can be pickled, as `report` can.
+        report: Called where a run is, with its progress.
+        read_updates: Returns the progress that has come since the last call.
         stop: Ends what runs, once the command is interrupted.
     """
 
     pool: Executor
     enter: Callable[[], None]
-    tell: Callable[[Update], None]
-    read_news: Callable[[], list[Update]]
+    report: Callable[[Update], None]
+    read_updates: Callable[[], list[Update]]
     stop: Callable[[], None]
 
 
@@ -69,12 +69,12 @@ def open_engine(
 def _open_processes(workers: int, threads: int | None) -> Iterator[Engine]:
     # A fresh interpreter a worker: CUDA and thread pools do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    news: queue.SimpleQueue[Update] = queue.SimpleQueue()
+    updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
 
     def start() -> _Worker:
         own: Any = context.Queue()
         own.cancel_join_thread()
-        threading.Thread(target=_forward, args=(own, news), daemon=True).start()
+        threading.Thread(target=_forward, args=(own, updates), daemon=True).start()
         return _Worker(
             ProcessPoolExecutor(
                 1, mp_context=context, initializer=_start_worker, initargs=(own, threads)
@@ -92,17 +92,17 @@ def _open_processes(workers: int, threads: int | None) -> Iterator[Engine]:
             for process in processes:
                 process.join(_STOP_SECONDS)
 
-        yield Engine(pool, quiet_libraries, _tell, lambda: read_all(news), stop)
+        yield Engine(pool, quiet_libraries, _report, lambda: read_all(updates), stop)
 
 
 class _Worker(NamedTuple):
-    """A process and its news.
+    """A process and its updates.
 
     They come by a queue of its own: one that is killed while it writes leaves its queue locked.
     """
 
     pool: ProcessPoolExecutor
-    news: Any
+    updates: Any
 
 
 class _Workers(Executor):
@@ -130,7 +130,7 @@ class _Workers(Executor):
         while not self._free.empty():
             worker = self._free.get()
             worker.pool.shutdown(wait)
-            worker.news.put(None)
+            worker.updates.put(None)
 
     def _run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         worker = self._free.get()
@@ -144,28 +144,28 @@ class _Workers(Executor):
             self._free.put(worker)
 
 
-def _forward(own: Any, news: "queue.SimpleQueue[Update]") -> None:
-    """Pass the news of a process on, until it says that there are no more."""
+def _forward(own: Any, updates: "queue.SimpleQueue[Update]") -> None:
+    """Pass the updates of a process on, until it says that there are no more."""
     while (update := own.get()) is not None:
-        news.put(update)
+        updates.put(update)
 
 
-def read_all(news: Any) -> list[Update]:
+def read_all(updates: Any) -> list[Update]:
     """Return what a queue holds."""
     found = []
     while True:
         try:
-            found.append(news.get_nowait())
+            found.append(updates.get_nowait())
         except queue.Empty:
             return found
 
 
-_news: Any = None
+_updates: Any = None
 
 
-def _start_worker(news: Any, threads: int | None) -> None:
-    global _news
-    _news = news
+def _start_worker(updates: Any, threads: int | None) -> None:
+    global _updates
+    _updates = updates
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     import torch
 
@@ -173,8 +173,8 @@ def _start_worker(news: Any, threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _tell(update: Update) -> None:
-    _news.put(update)
+def _report(update: Update) -> None:
+    _updates.put(update)
 
 
 def _exit_with_parent() -> None:

@@ -6,8 +6,10 @@ import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -42,16 +44,18 @@ def seal(checkpoint: Path) -> None:
 def damage(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint, in words; None if it is whole.
 
-    One without a seal, of an older version or stopped just before it, is whole where its state can
-    be read, which is written after all else.
+    One without a seal, of an older version or stopped just before it, is whole where its state,
+    which is written after all else, and the weights and tensors beside it can be read.
     """
     try:
-        _read_state(checkpoint)
-    except (OSError, ValueError):
+        step = _read_state(checkpoint)["global_step"]
+    except (OSError, ValueError, KeyError):
         return f"{TRAINER_STATE_NAME} cannot be read"
+    if step != step_of(checkpoint):
+        return f"{TRAINER_STATE_NAME} is of step {step}"
     path = checkpoint / SEAL_NAME
     if not path.exists():
-        return None
+        return _damage_inside(checkpoint)
     try:
         sealed = json.loads(path.read_text(encoding="utf-8")).items()
     except (OSError, ValueError, AttributeError):
@@ -64,6 +68,26 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} has {file.stat().st_size:,} of {expected[0]:,} bytes"
         if _fingerprint(file) != expected:
             return f"{name} has other content than was written"
+    return None
+
+
+def _damage_inside(checkpoint: Path) -> str | None:
+    """Return which file of tensors cannot be read, by what these files say of themselves."""
+    for file in sorted(checkpoint.rglob("*")):
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt"):
+                    continue
+            except SafetensorError:
+                return f"{file.name} cannot be read"
+        if file.suffix in (".bin", ".pt", ".pth"):  # torch saves archives with checksums
+            try:
+                with ZipFile(file) as archive:
+                    is_whole = archive.testzip() is None
+            except BadZipFile:
+                is_whole = False
+            if not is_whole:
+                return f"{file.name} cannot be read"
     return None
 
 

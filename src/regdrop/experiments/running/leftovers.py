@@ -6,14 +6,14 @@ from pathlib import Path
 
 from regdrop.experiments.recording.ownership import HeldError, hold, holder, remove_empty
 from regdrop.experiments.running.integrity import list_checkpoints
-from regdrop.experiments.running.run import UNFINISHED
+from regdrop.experiments.running.run import UNFINISHED_FOLDER
 
 LEARNED = "learned"
 
 
 def holds_runs(folder: Path) -> bool:
     """Return whether the folder of a comparison holds records, or runs to go on from."""
-    works = (path for path in (folder / UNFINISHED).glob("*") if path.is_dir())
+    works = (path for path in (folder / UNFINISHED_FOLDER).glob("*") if path.is_dir())
     return any(folder.glob("records/*.json")) or any(list_checkpoints(work) for work in works)
 
 
@@ -22,7 +22,7 @@ def clean_up(folder: Path) -> None:
 
     What another process is at work on is left to it.
     """
-    unfinished = folder / UNFINISHED
+    unfinished = folder / UNFINISHED_FOLDER
     if not unfinished.is_dir():
         return
     for lock in unfinished.glob("*.lock"):

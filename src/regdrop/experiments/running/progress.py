@@ -1,25 +1,26 @@
 """How runs tell of their progress."""
 
 import logging
+import warnings
 from typing import NamedTuple, Protocol
 
 from regdrop.experiments.recording.record import RunRecord
 
 
 class Update(NamedTuple):
-    """News of a run: its last step and the figures logged there."""
+    """Progress of a run: its last step and what was logged there."""
 
     arm: str
     seed: int
     step: int
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
 
 class Display(Protocol):
     """What shows a comparison while it runs."""
 
-    def update(self, news: Update) -> None:
-        """Show the news of a run."""
+    def update(self, update: Update) -> None:
+        """Show the progress of a run."""
 
     def finish(self, record: RunRecord) -> None:
         """Show that a run is done."""
@@ -45,6 +46,8 @@ def quiet_libraries() -> None:
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("transformers.trainer").addFilter(_is_not_about_tied_weights)
+    # transformers looks for pinned memory on machines without an accelerator.
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 
 def _is_not_about_tied_weights(record: logging.LogRecord) -> bool:

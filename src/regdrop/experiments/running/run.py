@@ -47,7 +47,7 @@ _logger = logging.getLogger(__name__)
 
 RECORD_NAME = "record.json"
 MODEL_FOLDER = "model"
-UNFINISHED = "unfinished"
+UNFINISHED_FOLDER = "unfinished"
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ class RunPaths:
     @classmethod
     def alone(cls, folder: Path) -> "RunPaths":
         """Return the paths of a run with a folder of its own, which keeps its model."""
-        return cls(folder / RECORD_NAME, folder / UNFINISHED, folder / MODEL_FOLDER)
+        return cls(folder / RECORD_NAME, folder / UNFINISHED_FOLDER, folder / MODEL_FOLDER)
 
     @classmethod
     def compared(cls, folder: Path, arm: str, seed: int, learned: Path | None = None) -> "RunPaths":
         """Return the paths of a run in the folder of a comparison."""
-        work = folder / UNFINISHED / f"{arm}-seed{seed}"
+        work = folder / UNFINISHED_FOLDER / f"{arm}-seed{seed}"
         return cls(record_path(folder, arm, seed), work, learned=learned)
 
 
@@ -118,7 +118,7 @@ def train_run(
         arm: The way of training.
         seed: Seed of weights, order of the data and dropout masks.
         paths: Where the run writes.
-        progress: Called with the step and the figures of every log and evaluation.
+        progress: Called with the step and the metrics of every log and evaluation.
 
     Raises:
         HeldError: If another process is at work on the run.
@@ -177,7 +177,7 @@ def _train(
     config: dict[str, Any],
     progress: Progress | None,
 ) -> RunRecord:
-    checkpoint, prepared, model = _begin(task, arm, seed, paths, config)
+    checkpoint, prepared, model = _prepare(task, arm, seed, paths, config)
     measures_memory = reset_peak_memory()
     train, validation = prepared.splits["train"], prepared.splits["validation"]
     tests = {name: prepared.splits[name] for name in ("test", *prepared.further_tests)}
@@ -195,8 +195,8 @@ def _train(
         _take_up_end(trainer, history, checkpoint)
     else:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    best_step, figures = _select(task, arm, trainer, history, paths.work)
-    test, examples = _test(task, trainer, prepared, tests)
+    best_step, metrics = _select(task, arm, trainer, history, paths.work)
+    test, examples = _evaluate_tests(task, trainer, prepared, tests)
     record = RunRecord(
         task=task.name,
         arm=arm.name,
@@ -206,7 +206,7 @@ def _train(
         seconds=history.seconds,
         peak_memory_mib=peak_memory_mib() if measures_memory else None,
         best_step=best_step,
-        validation={name: figures[f"eval_{name}"] for name in task.metrics},
+        validation={name: metrics[f"eval_{name}"] for name in task.metrics},
         test=test,
         history=history.entries,
         versions=library_versions(),
@@ -223,7 +223,7 @@ def _train(
     return record
 
 
-def _begin(
+def _prepare(
     task: Task, arm: Arm, seed: int, paths: RunPaths, config: dict[str, Any]
 ) -> tuple[Path | None, PreparedTask, Any]:
     """Return the checkpoint to go on from, the data, all of it loaded, and a new model."""
@@ -261,26 +261,28 @@ def _take_up_end(trainer: RDropTrainer, history: HistoryCallback, checkpoint: Pa
         average_weights(trainer.accelerator.unwrap_model(trainer.model), [best])
 
 
-def _test(
+def _evaluate_tests(
     task: Task, trainer: RDropTrainer, prepared: PreparedTask, splits: Mapping[str, Any]
 ) -> tuple[dict[str, float], dict[str, list[list[float]]]]:
-    """Return the figures of all test splits, and the statistics of their examples by split."""
+    """Return the metrics of all test splits, and the statistics of their examples by split."""
     # The Trainer groups by length what it evaluates, too, in an order of the seed: the records of
     # all seeds hold the examples in the order of the data.
     trainer.args.train_sampling_strategy = "random"
-    figures, examples = {}, {}
+    metrics, examples = {}, {}
     for name, split in splits.items():
         statistics = prepared.example_statistics(trainer.predict(split))
         prefix = "" if name == "test" else f"{name}_"
-        figures.update({prefix + key: value for key, value in task.figures(statistics).items()})
+        metrics.update(
+            {prefix + key: value for key, value in task.compute_metrics(statistics).items()}
+        )
         examples[name] = [[float(f"{x:.{SIGNIFICANT_DIGITS}g}") for x in row] for row in statistics]
-    return figures, examples
+    return metrics, examples
 
 
 def _select(
     task: Task, arm: Arm, trainer: RDropTrainer, history: HistoryCallback, work: Path
 ) -> tuple[int, dict[str, float]]:
-    """Return the step and the validation figures of the selected weights, which are loaded."""
+    """Return the step and the validation metrics of the selected weights, which are loaded."""
     count = arm.training.average_checkpoints
     if count == 1:
         return history.best(task.selection_metric, is_greater_better(task))

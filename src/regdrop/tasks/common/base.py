@@ -38,7 +38,7 @@ class TrainingSettings:
         warmup_ratio: Part of the steps over which the learning rate rises.
         weight_decay: Weight decay of the optimiser.
         max_grad_norm: Gradient clipping; 0 for none.
-        label_smoothing: Smoothing of the likelihood's target.
+        label_smoothing: Smoothing of the target.
         optim: Name of the optimiser.
         optim_args: Its options, "name=value,...".
         adam_beta2: Decay of Adam's second moment.
@@ -88,7 +88,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Metric:
-    """How one figure of a task is read.
+    """How one metric of a task is read.
 
     Attributes:
         title: What tables and plots call it.
@@ -101,7 +101,7 @@ class Metric:
     percent: bool = False
 
     def format(self, value: float) -> str:
-        """Return a figure as tables show it."""
+        """Return a value as tables show it."""
         return f"{value * 100:.2f}" if self.percent else f"{value:.3f}"
 
 
@@ -143,7 +143,7 @@ class PreparedTask:
         build_model: Returns a new model; draws its weights from torch's random state.
         load_model: Returns a model that was saved in a folder.
         example_statistics: From `transformers.EvalPrediction` to an array (examples, statistics)
-            from which `Task.figures` computes the task's figures.
+            from which `Task.compute_metrics` computes the task's metrics.
         further_tests: Names of the splits that are tested beside "test".
         data_collator: Makes a batch of items; None for the Trainer's own.
         processing_class: Tokenizer or image processor, saved with the model.
@@ -209,14 +209,14 @@ class Task(Protocol):
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """The figures, by the names that `figures` gives them."""
+        """How each metric is read, by the names that `compute_metrics` gives them."""
 
     @property
     def selection_metric(self) -> str:
-        """The figure on the validation split by which the checkpoint is selected."""
+        """The metric on the validation split by which the checkpoint is selected."""
 
-    def figures(self, statistics: np.ndarray) -> dict[str, float]:
-        """Return the figures of some examples from their statistics (examples, statistics)."""
+    def compute_metrics(self, statistics: np.ndarray) -> dict[str, float]:
+        """Return the metrics of some examples from their statistics (examples, statistics)."""
 
     def prepare(self, folder: Path | None = None) -> PreparedTask:
         """Load the data and return everything that a trainer needs.

@@ -1,4 +1,4 @@
-"""What classifiers of images and of text share: dropout rates, statistics of examples, figures."""
+"""What classifiers of images and of text share: dropout rates, statistics of examples, metrics."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def set_dropout(config: Any, rate: float) -> None:
 
 
 def classification_statistics(prediction: Any) -> np.ndarray:
-    """Return label, predicted class and negative log-likelihood of each example, (N, 3)."""
+    """Return label, predicted class and NLL of each example, (N, 3)."""
     from scipy.special import log_softmax
 
     logits = prediction.predictions
@@ -44,5 +44,5 @@ def accuracy(statistics: np.ndarray) -> float:
 
 
 def nll(statistics: np.ndarray) -> float:
-    """Return the mean negative log-likelihood, in nats."""
+    """Return the mean NLL, in nats."""
     return float(statistics[:, NLL].mean())

@@ -18,9 +18,9 @@ LENGTH = "longer_side"
 
 
 class GenerationTrainer(FullPrecisionEvaluation, RDropSeq2SeqTrainer):
-    """Trains on batches by tokens and predicts by generation, with the likelihood beside it.
+    """Trains on batches by tokens and predicts by generation, with the NLL beside it.
 
-    Predictions are the generated tokens and, for each example, the summed negative log-likelihood
+    Predictions are the generated tokens and, for each example, the summed NLL
     of its labels; label_ids are the labels and the examples' ids.
 
     Args:
@@ -79,7 +79,7 @@ class GenerationTrainer(FullPrecisionEvaluation, RDropSeq2SeqTrainer):
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
     ) -> Any:
-        """Return the mean loss a token, generated tokens and likelihoods, labels and ids."""
+        """Return the mean loss a token, generated tokens and NLLs, labels and ids."""
         inputs = dict(self._prepare_inputs(inputs))
         example_ids, labels = inputs.pop(EXAMPLE_ID), inputs.pop("labels")
         inputs.pop(LENGTH, None)

@@ -23,12 +23,12 @@ class Outputs(NamedTuple):
     Attributes:
         texts: Its output for each.
         references: What they are compared with.
-        likelihoods: Summed negative log-likelihood of the labels and their number, (examples, 2).
+        nll: Summed NLL of the labels and their number, (examples, 2).
     """
 
     texts: list[str]
     references: list[Any]
-    likelihoods: np.ndarray
+    nll: np.ndarray
 
 
 class References:
@@ -130,7 +130,7 @@ def read_outputs(tokenizer: Any, references: References, prediction: Any) -> Out
     return Outputs(
         texts=tokenizer.batch_decode(tokens, skip_special_tokens=True),
         references=[references[int(i)] for i in example_ids],
-        likelihoods=np.stack([np.asarray(nll, dtype=np.float64).reshape(-1), counts], axis=1),
+        nll=np.stack([np.asarray(nll, dtype=np.float64).reshape(-1), counts], axis=1),
     )
 
 

@@ -56,7 +56,7 @@ class ImageClassification:
         train_examples: Size of the part of the training split that is used; None for all of it.
         training: Optimisation without R-Drop.
         rdrop: R-Drop's options.
-        selection_metric: Figure on the validation split that selects the checkpoint.
+        selection_metric: Metric on the validation split that selects the checkpoint.
     """
 
     family: ClassVar[str] = "images"
@@ -82,14 +82,14 @@ class ImageClassification:
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """Return accuracy and negative log-likelihood."""
+        """Return accuracy and NLL."""
         return {
             "accuracy": Metric("accuracy (%)", greater_is_better=True, percent=True),
             "nll": Metric("NLL", greater_is_better=False),
         }
 
-    def figures(self, statistics: np.ndarray) -> dict[str, float]:
-        """Return the figures from rows of label, prediction and likelihood."""
+    def compute_metrics(self, statistics: np.ndarray) -> dict[str, float]:
+        """Return the metrics from rows of label, prediction and NLL."""
         return {"accuracy": accuracy(statistics), "nll": nll(statistics)}
 
     def prepare(self, folder: Path | None = None) -> PreparedTask:

@@ -45,7 +45,7 @@ class AdaptiveInputConfig(XGLMConfig):
     tie_word_embeddings: bool = False  # tied by construction: there is no other matrix
 
 
-class Softmax(NamedTuple):
+class AdaptiveSoftmaxParts(NamedTuple):
     """The output as `regdrop.loss.AdaptiveSoftmax` has it."""
 
     cutoffs: Sequence[int]
@@ -157,7 +157,7 @@ class AdaptiveInputForCausalLM(PreTrainedModel, GenerationMixin):
         embedding: nn.Module = self.model.embed_tokens
         return embedding
 
-    def adaptive_softmax(self) -> Softmax:
+    def adaptive_softmax(self) -> AdaptiveSoftmaxParts:
         """Return the output: the first band's words and the tails, then each tail's words.
 
         It computes in the autocast dtype of the last forward, which has ended when a trainer asks.
@@ -177,7 +177,7 @@ class AdaptiveInputForCausalLM(PreTrainedModel, GenerationMixin):
         tails = [
             partial(scores, band=band, dropout=dropout) for band in range(1, len(embedding.bands))
         ]
-        return Softmax(embedding.bounds[1:], head, tails)
+        return AdaptiveSoftmaxParts(embedding.bounds[1:], head, tails)
 
     def forward(
         self,

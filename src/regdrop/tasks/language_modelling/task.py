@@ -46,7 +46,7 @@ class LanguageModelling:
             validation have none.
         test_block_size: Words that a model sees at once in a test; None for `block_size`.
         train_words: Words of the training split that are used, its first ones; None for all.
-        selection_metric: Figure on the validation split that selects the checkpoint.
+        selection_metric: Metric on the validation split that selects the checkpoint.
     """
 
     family: ClassVar[str] = "language-modelling"
@@ -70,14 +70,14 @@ class LanguageModelling:
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """Return the perplexity of a word and its likelihood."""
+        """Return the perplexity of a word and its NLL."""
         return {
             "perplexity": Metric("perplexity", greater_is_better=False),
             "nll": Metric("NLL", greater_is_better=False),
         }
 
-    def figures(self, statistics: np.ndarray) -> dict[str, float]:
-        """Return the figures from rows of likelihood and number of words."""
+    def compute_metrics(self, statistics: np.ndarray) -> dict[str, float]:
+        """Return the metrics from rows of NLL and number of words."""
         nll, words = statistics.sum(0)
         mean = float(nll / words)
         return {"perplexity": float(np.exp(mean)), "nll": mean}
@@ -97,7 +97,7 @@ class LanguageModelling:
         from transformers import AutoModelForCausalLM, DataCollatorForTokenClassification
 
         from regdrop.tasks.language_modelling.adaptive_input import register
-        from regdrop.tasks.language_modelling.trainer import WordLikelihoodTrainer
+        from regdrop.tasks.language_modelling.trainer import WordNLLTrainer
 
         register()
         raw = load_raw_splits(self.dataset, self.dataset_config)
@@ -118,7 +118,7 @@ class LanguageModelling:
             example_statistics=lambda prediction: np.stack(prediction.predictions, axis=1),
             data_collator=DataCollatorForTokenClassification(tokenizer),
             processing_class=tokenizer,
-            trainer=WordLikelihoodTrainer,
+            trainer=WordNLLTrainer,
             eval_batch_factor=1,  # as many logits as in training
         )
 

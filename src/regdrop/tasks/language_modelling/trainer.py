@@ -1,4 +1,4 @@
-"""The trainer of language models: in evaluation it keeps sums of likelihoods, never logits."""
+"""The trainer of language models: in evaluation it keeps sums of NLLs, never logits."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from regdrop.integrations.transformers.heads import find_head
 from regdrop.tasks.common.full_precision import FullPrecisionEvaluation
 
 
-class WordLikelihoodTrainer(FullPrecisionEvaluation, RDropTrainer):
-    """Predictions are, for each block, the summed likelihood of its words and their number."""
+class WordNLLTrainer(FullPrecisionEvaluation, RDropTrainer):
+    """Predictions are, for each block, the summed NLL of its words and their number."""
 
     def prediction_step(
         self,
@@ -20,7 +20,7 @@ class WordLikelihoodTrainer(FullPrecisionEvaluation, RDropTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
-        """Return the mean loss a word; likelihood and number of words of each block; labels."""
+        """Return the mean loss a word; NLL and number of words of each block; labels."""
         inputs = self._prepare_inputs(inputs)
         head = find_head(self._unwrapped(model), inputs)  # without smoothing or weights
         with torch.no_grad(), self.compute_loss_context_manager():

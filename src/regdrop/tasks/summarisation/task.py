@@ -65,7 +65,7 @@ class Summarisation:
         max_length: Most tokens of a summary.
         no_repeat_ngram_size: Length of n-grams that may not come twice; 0 for none.
         train_examples: Size of the part of the training split that is used; None for all of it.
-        selection_metric: Figure on the validation split that selects the checkpoint.
+        selection_metric: Metric on the validation split that selects the checkpoint.
     """
 
     family: ClassVar[str] = "summarisation"
@@ -101,15 +101,15 @@ class Summarisation:
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """Return ROUGE-1, -2 and -L and the likelihood of a token."""
+        """Return ROUGE-1, -2 and -L and the NLL of a token."""
         titles = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeLsum": "ROUGE-L"}
         return {
             **{name: Metric(titles[name], greater_is_better=True, percent=True) for name in ROUGE},
             "nll": Metric("NLL", greater_is_better=False),
         }
 
-    def figures(self, statistics: np.ndarray) -> dict[str, float]:
-        """Return the figures from rows of ROUGE's F1, likelihood and tokens."""
+    def compute_metrics(self, statistics: np.ndarray) -> dict[str, float]:
+        """Return the metrics from rows of ROUGE's F1, NLL and tokens."""
         means = statistics[:, : len(ROUGE)].mean(0)
         nll, tokens = statistics[:, len(ROUGE) :].sum(0)
         rouge = {name: float(mean) for name, mean in zip(ROUGE, means, strict=True)}
@@ -280,8 +280,8 @@ class Summarisation:
 
 
 def summary_statistics(tokenizer: Any, references: References, prediction: Any) -> np.ndarray:
-    """Return ROUGE's F1, likelihood and tokens of each example, (examples, 5)."""
+    """Return ROUGE's F1, NLL and tokens of each example, (examples, 5)."""
     outputs = read_outputs(tokenizer, references, prediction)
     return np.concatenate(
-        [rouge_statistics(outputs.texts, outputs.references), outputs.likelihoods], axis=1
+        [rouge_statistics(outputs.texts, outputs.references), outputs.nll], axis=1
     )

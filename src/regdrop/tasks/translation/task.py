@@ -68,7 +68,7 @@ class Translation:
         validation_num_beams: Beams of the evaluations during training.
         length_penalty: Exponent of the length by which a beam's score is divided.
         train_examples: Size of the part of the training split that is used; None for all of it.
-        selection_metric: Figure on the validation split that selects the checkpoint.
+        selection_metric: Metric on the validation split that selects the checkpoint.
     """
 
     family: ClassVar[str] = "translation"
@@ -96,15 +96,15 @@ class Translation:
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """Return BLEU, lower-cased BLEU and the likelihood of a token."""
+        """Return BLEU, lower-cased BLEU and the NLL of a token."""
         return {
             "bleu": Metric("BLEU", greater_is_better=True, percent=True),
             "bleu_lowercase": Metric("BLEU, lower-cased", greater_is_better=True, percent=True),
             "nll": Metric("NLL", greater_is_better=False),
         }
 
-    def figures(self, statistics: np.ndarray) -> dict[str, float]:
-        """Return the figures from rows of BLEU's statistics, likelihood and tokens."""
+    def compute_metrics(self, statistics: np.ndarray) -> dict[str, float]:
+        """Return the metrics from rows of BLEU's statistics, NLL and tokens."""
         cased, lower = np.split(statistics[:, : 2 * BLEU_STATISTICS], 2, axis=1)
         nll, tokens = statistics[:, 2 * BLEU_STATISTICS :].sum(0)
         return {"bleu": bleu(cased), "bleu_lowercase": bleu(lower), "nll": float(nll / tokens)}
@@ -265,13 +265,13 @@ class Translation:
 def generation_statistics(
     tokenizer: Any, references: References, prediction: Any, *, tokenize: str
 ) -> np.ndarray:
-    """Return BLEU's statistics (cased, lower-cased), likelihood and tokens, (sentences, 22)."""
-    texts, chosen, likelihoods = read_outputs(tokenizer, references, prediction)
+    """Return BLEU's statistics (cased, lower-cased), NLL and tokens, (sentences, 22)."""
+    texts, chosen, nll = read_outputs(tokenizer, references, prediction)
     both = [
         sentence_statistics(texts, chosen, tokenize=tokenize, lowercase=lowercase)
         for lowercase in (False, True)
     ]
-    return np.concatenate([*both, likelihoods], axis=1)
+    return np.concatenate([*both, nll], axis=1)
 
 
 def _texts(split: Any) -> Iterator[str]:

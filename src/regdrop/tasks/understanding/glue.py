@@ -8,7 +8,7 @@ import numpy as np
 from regdrop.tasks.common.base import Metric
 from regdrop.tasks.common.classification import LABEL, NLL, PREDICTION, accuracy, nll
 
-Figure = Callable[[np.ndarray], float]
+MetricFunction = Callable[[np.ndarray], float]
 
 
 def matthews_correlation(statistics: np.ndarray) -> float:
@@ -56,7 +56,7 @@ class GlueTask:
         title: Its name as papers write it.
         sentences: Columns of its text: one sentence or a pair.
         labels: Names of the classes, in the order of the hub's numbers; none for a score.
-        figures: How its figures are computed from rows of label, prediction and loss; the first
+        metrics: How its metrics are computed from rows of label, prediction and loss; the first
             selects checkpoints.
         train_size: Examples of its training split.
         batch_size: Batch of the paper.
@@ -66,7 +66,7 @@ class GlueTask:
     title: str
     sentences: tuple[str, ...]
     labels: tuple[str, ...]
-    figures: Mapping[str, Figure]
+    metrics: Mapping[str, MetricFunction]
     train_size: int
     batch_size: int
     tests: Mapping[str, str]
@@ -82,7 +82,7 @@ class GlueTask:
         return max(1, len(self.labels))
 
 
-TITLES = {
+METRICS = {
     "matthews_correlation": Metric("Matthews", greater_is_better=True, percent=True),
     "accuracy": Metric("accuracy (%)", greater_is_better=True, percent=True),
     "f1": Metric("F1", greater_is_better=True, percent=True),

@@ -22,7 +22,7 @@ from regdrop.tasks.common.data import (
     take_part,
 )
 from regdrop.tasks.common.pretrained import find_checkpoint, load_config, load_tokenizer
-from regdrop.tasks.understanding.glue import GLUE, TITLES, GlueTask
+from regdrop.tasks.understanding.glue import GLUE, METRICS, GlueTask
 from regdrop.tasks.understanding.labels import (
     check_classes,
     check_labels,
@@ -74,22 +74,22 @@ class LanguageUnderstanding:
 
     @property
     def glue(self) -> GlueTask:
-        """The task's columns, labels and figures."""
+        """The task's columns, labels and metrics."""
         return GLUE[self.glue_task]
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """Return the task's own figures and its loss."""
-        return {name: TITLES[name] for name in self.glue.figures}
+        """Return the task's own metrics and its loss."""
+        return {name: METRICS[name] for name in self.glue.metrics}
 
     @property
     def selection_metric(self) -> str:
-        """Return the first of the task's own figures."""
-        return next(iter(self.glue.figures))
+        """Return the first of the task's own metrics."""
+        return next(iter(self.glue.metrics))
 
-    def figures(self, statistics: np.ndarray) -> dict[str, float]:
-        """Return the figures from rows of label, prediction and loss."""
-        return {name: figure(statistics) for name, figure in self.glue.figures.items()}
+    def compute_metrics(self, statistics: np.ndarray) -> dict[str, float]:
+        """Return the metrics from rows of label, prediction and loss."""
+        return {name: metric(statistics) for name, metric in self.glue.metrics.items()}
 
     def prepare(self, folder: Path | None = None) -> PreparedTask:
         """Load the data and the tokenizer; nothing is kept in the folder.

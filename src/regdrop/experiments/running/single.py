@@ -1,6 +1,5 @@
 """One run in this process, with a folder of its own that keeps its model."""
 
-import warnings
 from pathlib import Path
 
 from regdrop.experiments.arms import Arm
@@ -11,7 +10,7 @@ from regdrop.experiments.running.run import RunPaths, train_run
 from regdrop.tasks import Task
 
 
-def run_alone(
+def run_single(
     task: Task, arm: Arm, seed: int, folder: Path, *, display: Display | None = None
 ) -> RunRecord:
     """Train once, or return the record if that was done before; keep the model in `model/`.
@@ -28,17 +27,14 @@ def run_alone(
     """
     quiet_libraries()
 
-    def progress(step: int, figures: dict[str, float]) -> None:
+    def progress(step: int, metrics: dict[str, float]) -> None:
         if display is not None:
-            display.update(Update(arm.name, seed, step, figures))
+            display.update(Update(arm.name, seed, step, metrics))
 
-    with warnings.catch_warnings():
-        # transformers looks for pinned memory on machines without an accelerator.
-        warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        try:
-            record = train_run(task, arm, seed, RunPaths.alone(folder), progress=progress)
-        finally:
-            leave_process_group()
+    try:
+        record = train_run(task, arm, seed, RunPaths.alone(folder), progress=progress)
+    finally:
+        leave_process_group()
     if display is not None:
         display.finish(record)
     return record

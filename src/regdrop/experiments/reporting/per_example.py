@@ -1,4 +1,4 @@
-"""What the test examples say beside the seeds: every arm's figures on resampled test sets."""
+"""What the test examples say beside the seeds: every arm's metrics on resampled test sets."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ from regdrop.experiments.bootstrap import Interval, interval, resample
 from regdrop.experiments.recording.record import RunRecord
 from regdrop.tasks.configure import task_from_config
 
-# From the names of figures to the interval of an arm, and to that of its difference.
+# From the names of metrics to the interval of an arm, and to that of its difference.
 ArmIntervals = dict[str, tuple[Interval, Interval | None]]
 
 
@@ -62,11 +62,11 @@ def _check_same_examples(run: RunRecord, other: RunRecord) -> None:
 
 
 def _resample(runs: Sequence[RunRecord]) -> dict[str, np.ndarray]:
-    """Return the resampled figures of all test splits, named as in the records."""
+    """Return the resampled metrics of all test splits, named as in the records."""
     task = task_from_config(runs[0].config)
     result = {}
     for split in runs[0].examples:
         prefix = "" if split == "test" else f"{split}_"
-        drawn = resample(task.figures, [np.asarray(run.examples[split]) for run in runs])
+        drawn = resample(task.compute_metrics, [np.asarray(run.examples[split]) for run in runs])
         result.update({prefix + name: values for name, values in drawn.items()})
     return result

@@ -1,0 +1,93 @@
+"""The command that chooses settings of arms on the validation split."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regdrop.commands.app import announce, app, console, interruptible, usage_errors
+from regdrop.commands.comparisons import StudyArmNames, arms_of
+from regdrop.commands.display import FinishedRuns, print_tuned
+from regdrop.commands.notes import noted
+from regdrop.commands.options import (
+    FirstSeed,
+    Grid,
+    RunsOptions,
+    Seeds,
+    TaskName,
+    TaskOptions,
+    with_option_groups,
+)
+from regdrop.experiments.recording.manifest import COMPARISON, TUNING, check_study
+from regdrop.experiments.recording.processes import require_one_process
+from regdrop.experiments.studies.choices import save_tuned
+from regdrop.experiments.studies.tuning import tune as run_tuning
+from regdrop.experiments.studies.variations import parse_variation
+
+
+@dataclass(frozen=True)
+class TuningRuns(RunsOptions):
+    """Runs over other seeds than a comparison's."""
+
+    seeds: Seeds = 1
+    first_seed: FirstSeed = 100
+
+
+@app.command()
+@with_option_groups
+def tune(
+    task: TaskName,
+    vary: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=...",
+            help="What is chosen: rdrop.alpha=1,2,5 tries values, "
+            "training.learning_rate=1e-4:1e-2:log searches a range. Repeat it for several.",
+        ),
+    ],
+    options: TaskOptions,
+    runs: TuningRuns,
+    study: Annotated[str, typer.Option(help="Whose arms: compare, or a study of `sweep`.")] = (
+        COMPARISON
+    ),
+    grid: Grid = None,
+    arms: StudyArmNames = None,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Settings that a search tries for each arm.")
+    ] = 20,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Address of an Optuna storage, to search from several machines."),
+    ] = None,
+) -> None:
+    """Choose settings of every arm on the validation split, by other seeds than a comparison's.
+
+    Values are tried all; ranges are searched by Optuna. `compare` and `sweep` take the result by
+    --tuned. Finished runs are kept: repeating the command tries only what is missing.
+    """
+    with usage_errors():
+        require_one_process("tune")
+        chosen = options.choose(task)
+        tuned_arms = arms_of(study, chosen, grid, arms)
+        variations = [parse_variation(text) for text in vary]
+        folder = runs.output or Path("runs") / f"{chosen.name}-tuning"
+        check_study(folder, TUNING)
+        is_search = any(not variation.values for variation in variations)
+        machine = runs.machine(runs.seeds if is_search else None)
+        announce(chosen.name, f"{chosen.description}; results in {folder}")
+        with interruptible(), noted(folder, TUNING), console.status("training"):
+            found = run_tuning(
+                chosen,
+                tuned_arms,
+                variations,
+                seeds=runs.seed_range(),
+                folder=folder,
+                trials=trials,
+                storage=storage,
+                display=FinishedRuns(console),
+                **machine,
+            )
+            target = save_tuned(folder, study, found)
+    print_tuned(chosen, found, console)
+    console.print(f"Choice: {target}")

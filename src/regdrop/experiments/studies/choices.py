@@ -1,0 +1,75 @@
+"""What was chosen for the arms of a study: kept in one file, and given to arms again."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regdrop.experiments.arms import Arm
+from regdrop.experiments.recording.files import write_json
+from regdrop.experiments.recording.ownership import hold
+from regdrop.experiments.studies.variations import Setting, with_settings
+
+TUNED_NAME = "tuned.json"
+
+
+# Others hold the file of choices for a moment.
+_PATIENCE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class TunedArm:
+    """What was chosen for an arm.
+
+    Attributes:
+        settings: Value of each setting; none where nothing that was varied matters to the arm.
+        metric: Mean over seeds of the selection metric on the validation split; None where nothing
+            was tried.
+        tried: Number of settings that were tried.
+    """
+
+    settings: dict[str, Setting] = field(default_factory=dict)
+    metric: float | None = None
+    tried: int = 0
+
+
+def save_tuned(folder: Path, study: str, tuned: Mapping[str, TunedArm]) -> Path:
+    """Write what was chosen for the arms of a study, beside what was chosen for others before."""
+    path = folder / TUNED_NAME
+    with hold(folder / "tuned.lock", f"{path}", seconds=_PATIENCE_SECONDS):
+        arms = _load_tuned(path, study) if path.exists() else {}
+        arms |= {
+            name: {"settings": t.settings, "validation": t.metric, "tried": t.tried}
+            for name, t in tuned.items()
+        }
+        write_json(path, {"study": study, "arms": arms})
+    return path
+
+
+def apply_tuned(arms: Sequence[Arm], study: str, path: Path) -> list[Arm]:
+    """Return the arms of a study with the settings that were chosen for each.
+
+    Raises:
+        ValueError: If the file holds no such choice, or not one for every arm.
+    """
+    chosen = _load_tuned(path, study)
+    if missing := [arm.name for arm in arms if arm.name not in chosen]:
+        raise ValueError(
+            f"{path} must hold a choice for every arm, lest some be tuned and others not; it "
+            f"lacks {', '.join(missing)}: `regdrop tune` takes them too, and trains none for which "
+            "nothing of what is varied matters"
+        )
+    return [with_settings(arm, chosen[arm.name]["settings"]) for arm in arms]
+
+
+def _load_tuned(path: Path, study: str) -> dict[str, dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found, arms = content["study"], content["arms"]
+        result = {name: {**own, "settings": dict(own["settings"])} for name, own in arms.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} must be a file of `regdrop tune`: {error}") from error
+    if found != study:
+        raise ValueError(f"{path} holds a choice for the arms of {found!r}, not of {study!r}")
+    return result

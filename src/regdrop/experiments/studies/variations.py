@@ -1,0 +1,109 @@
+"""Settings of arms that are varied: as a user types them, and arms that have them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from regdrop.experiments.arms import Arm
+from regdrop.tasks.common.accepted import nearest
+from regdrop.tasks.configure import parse_value
+
+Setting = float | int | str
+
+
+@dataclass(frozen=True)
+class Variation:
+    """A setting of an arm that is chosen: from values, or from a range.
+
+    Attributes:
+        name: "rdrop.NAME" or "training.NAME".
+        values: The values; empty for a range.
+        low: Lower end of a range; of whole numbers where both ends are.
+        high: Upper end of a range.
+        log: Whether a range is searched by its logarithm.
+    """
+
+    name: str
+    values: tuple[Setting, ...] = ()
+    low: float = math.nan
+    high: float = math.nan
+    log: bool = False
+
+
+def parse_variation(text: str) -> Variation:
+    """Return the variation of "name=value,value,..." or "name=low:high" or "name=low:high:log".
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    name, _, right = text.partition("=")
+    parts = right.split(":")
+    if not right or name.split(".")[0] not in ("rdrop", "training") or "." not in name:
+        raise ValueError(
+            f"a variation must be rdrop.NAME=... or training.NAME=... with values by commas or "
+            f"LOW:HIGH[:log], got {text!r}"
+        )
+    if len(parts) == 1:
+        values = tuple(parse_value(part) for part in right.split(","))
+        if len(set(map(str, values))) != len(values):
+            raise ValueError(f"the values of a variation must differ, got {text!r}")
+        return Variation(name, values=values)
+    numbers = [parse_value(part) for part in parts[:2]]
+    log = parts[2:] == ["log"]
+    is_range = all(_is_number(x) and math.isfinite(x) for x in numbers) and (log or len(parts) == 2)
+    if not is_range or not numbers[0] < numbers[1] or (log and numbers[0] <= 0):
+        raise ValueError(f"a range must be LOW:HIGH or LOW:HIGH:log with LOW < HIGH, got {text!r}")
+    return Variation(name, low=numbers[0], high=numbers[1], log=log)
+
+
+def with_settings(arm: Arm, settings: Mapping[str, Setting]) -> Arm:
+    """Return an arm with other settings of R-Drop and of its training.
+
+    Args:
+        arm: The arm.
+        settings: Values by "rdrop.NAME" and "training.NAME".
+
+    Raises:
+        ValueError: For a setting that there is not, or a value that it refuses.
+    """
+    for name, value in settings.items():
+        if name == "rdrop.alpha" and arm.dropout_odds != 1:
+            # The penalty that R-Drop has by this alpha.
+            arm = replace(arm, dropout_odds=1 + float(value))
+            continue
+        part, _, own = name.partition(".")
+        holder: Any = getattr(arm, part)
+        known = [known.name for known in fields(holder)]
+        if own not in known:
+            raise ValueError(
+                f"{part} has no setting {own!r}; it has {', '.join(known)}{nearest(own, known)}"
+            )
+        if _is_number(getattr(holder, own)) and not _is_number(value):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+        try:
+            arm = replace(arm, **{part: replace(holder, **{own: value})})
+        except TypeError as error:
+            raise ValueError(f"{name} cannot be {value!r}: {error}") from error
+    return arm
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_varied(arm: Arm, variation: Variation) -> bool:
+    """Return whether a setting means anything to an arm: R-Drop's mean nothing to one pass."""
+    if variation.name == "rdrop.alpha":
+        return arm.rdrop.alpha not in (0, "auto") or arm.dropout_odds != 1
+    return not variation.name.startswith("rdrop.") or arm.rdrop.num_passes > 1
+
+
+def describe_settings(settings: Mapping[str, Setting]) -> str:
+    """Return settings as one line."""
+    return ",".join(f"{name}={value}" for name, value in settings.items())
+
+
+def tried_arm(arm: Arm, settings: Mapping[str, Setting]) -> Arm:
+    """Return an arm with other settings, which its name tells."""
+    return replace(with_settings(arm, settings), name=f"{arm.name}@{describe_settings(settings)}")
