@@ -5,8 +5,9 @@ python .github/lower_bounds.py EXTRA...
 
 import re
 import sys
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
