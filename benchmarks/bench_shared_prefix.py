@@ -23,7 +23,7 @@ import recording
 from measuring import ratio
 from recording import Row
 from regdrop import rdrop_cross_entropy, repeat_batch, share_prefix
-from regdrop.suggestion import suggest_prefix
+from regdrop.prefix_search import suggest_prefix
 
 CLASSES = 100
 WAYS = {"one pass": 1, "two passes": 2, "two passes, trunk once": 2}

@@ -305,7 +305,7 @@ def test_doctor_on_the_model_of_a_script(tmp_path, monkeypatch):
     result = run("doctor", "my_script:build")
     assert result.exit_code == 0, result.output
     assert "0.3" in result.output
-    assert "give some batches to regdrop.suggestion.suggest_prefix" in " ".join(
+    assert "give some batches to regdrop.prefix_search.suggest_prefix" in " ".join(
         result.output.split()
     )
     result = run("doctor", "my_script:wrong")

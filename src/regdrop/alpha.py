@@ -53,7 +53,7 @@ class Observation(NamedTuple):
     Attributes:
         step: The step that comes next, counted from 0.
         loss: Validation loss.
-        nll: Mean likelihood in training since the evaluation before; None if it is not known.
+        nll: Mean NLL in training since the evaluation before; None if it is not known.
         kl: Mean divergence in training since then; None if none was measured.
         alpha_max: The most that alpha may be.
         slope: That of the ramp to `alpha_max` over the whole run.
@@ -237,7 +237,7 @@ class AlphaController:
 
         Args:
             step: The optimiser step, counted from 0; the same on all ranks.
-            nll: Its likelihood, for the rule "gap"; on several ranks the mean over all of them,
+            nll: Its NLL, for the rule "gap"; on several ranks the mean over all of them,
                 else alpha differs. Not read back from its device before an evaluation.
             kl: Its divergence, for the rule "kl-target", of all ranks too; 0 counts as not
                 measured.

@@ -40,13 +40,13 @@ class RDropConfig:
             the others act at evaluations, by the validation loss.
         alpha_max: What alpha="auto" reaches at most; the end of the "ramp".
         single_pass_below: Steps whose alpha, as scheduled, is below it have one pass; the weight of
-            the likelihood is that of the other steps. None: no such steps.
+            the NLL is that of the other steps. None: no such steps.
         dropout_rates: One dropout rate for each pass, with passes="sequential".
         passes: "stacked" for one forward of the stacked batch, "sequential" for one a pass.
         scale: "mean" for a loss on the scale of training without R-Drop, "sum" for the paper's.
-        class_weight: Weight of each class in the likelihood.
+        class_weight: Weight of each class in the NLL.
         unlabelled_index: Label of items that have none: they count in the divergence and not in the
-            likelihood, so that labelled and unlabelled data train in one batch.
+            NLL, so that labelled and unlabelled data train in one batch.
         likelihood: What a trainer minimises beside the divergence. "model": the loss that the
             model, or the trainer's own `compute_loss`, returns, whatever it is. "auto": the loss
             that regdrop knows for the model, computed with its divergence at once; where it knows
@@ -60,7 +60,7 @@ class RDropConfig:
             behind a fused last layer too ("eager" has none); "cpp" is the fastest on a CPU and is
             built once for each kind of CPU. Heads of other losses take "auto" alone.
         method: "rdrop", or another regulariser of two passes to compare with it: "r3f" adds noise
-            to the embeddings of the second pass, which carries no likelihood (its lambda is
+            to the embeddings of the second pass, which carries no NLL (its lambda is
             alpha / 4); "fraternal" compares logits by their squared difference, mean over classes
             (its kappa is alpha / 2). Both as in their papers with scale "mean".
         noise: Standard deviation of the noise of "r3f".

@@ -15,7 +15,12 @@ from regdrop.config import RDropConfig
 from regdrop.disagreement import Disagreement as Disagreement
 from regdrop.disagreement import measure_disagreement as measure_disagreement
 from regdrop.loss import RDropOutput, TermsFunction
-from regdrop.passes import concatenate_outputs, find_dropout, kept_buffers, kept_random_state
+from regdrop.passes import (
+    concatenate_outputs,
+    find_dropout,
+    preserve_buffers,
+    preserve_random_state,
+)
 from regdrop.schedule import plan_step
 
 Output = TypeVar("Output")
@@ -125,7 +130,7 @@ def _look(output: RDropOutput) -> Callable[[], bool | None]:
         if arrival is not None and not arrival.query():
             return None
         nll, kl = numbers.tolist()
-        return bool(kl == 0 and nll != 0)  # without a likelihood nothing counts
+        return bool(kl == 0 and nll != 0)  # without a NLL nothing counts
 
     return are_same
 
@@ -261,7 +266,7 @@ def measure_divergence(outputs: Any, other: Any, target: Any, terms: TermsFuncti
         terms: The output family's terms of each item.
     """
     # Terms may draw masks of their own, as an adaptive softmax does.
-    with torch.no_grad(), kept_random_state():
+    with torch.no_grad(), preserve_random_state():
         both = terms(concatenate_outputs([outputs, other]), target, num_passes=2)
         return both.kl.sum() / both.kl_count.clamp(min=1)
 
@@ -277,7 +282,7 @@ def extra_pass(model: nn.Module, forward: Callable[[Any], Output], batch: Any) -
         forward: Maps a batch to the model's output.
         batch: The original batch.
     """
-    with torch.no_grad(), kept_random_state(), kept_buffers(model):
+    with torch.no_grad(), preserve_random_state(), preserve_buffers(model):
         # Without a new seed the pass would draw the very masks of the pass that follows.
         torch.manual_seed(int(torch.randint(2**62, ()).item()))
         return forward(batch)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regdrop.arguments import IGNORE_INDEX
-from regdrop.passes import kept_buffers, kept_random_state
+from regdrop.passes import preserve_buffers, preserve_random_state
 
 # A class that is masked has no probability: so large a number times 0 is 0, and stays finite in
 # sums over masks.
@@ -125,7 +125,7 @@ def measure_disagreement(
     if num_masks < 2:
         raise ValueError(f"num_masks must be at least 2, got {num_masks}")
     total = _Total(num_masks)
-    with torch.no_grad(), kept_random_state(), kept_buffers(model), _kept_modes(model):
+    with torch.no_grad(), preserve_random_state(), preserve_buffers(model), _kept_modes(model):
         for batch in batches:
             predict, target = _enter(model, batch, forward)
             counted = target != ignore_index

@@ -13,7 +13,7 @@ class StepPlan(NamedTuple):
         num_passes: Passes of the batch.
         alpha: Weight of the divergence in this step.
         factor: What the loss of a step with one pass is multiplied by, so that the weight of the
-            likelihood is that of the other steps.
+            NLL is that of the other steps.
     """
 
     num_passes: int

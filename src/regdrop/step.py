@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from regdrop.arguments import check_integer, check_number
 from regdrop.config import RDropConfig
 from regdrop.diagnostics import extra_pass, measure_divergence, reached_modules, watch_divergence
-from regdrop.kernels.gradient import limit_backward
+from regdrop.kernels.backward_passes import limit_backward
 from regdrop.loss import (
     ItemTerms,
     LossFunction,
@@ -71,7 +71,7 @@ def rdrop_step(
             such as `functools.partial(regdrop.loss.cross_entropy_terms, label_smoothing=0.1)`.
         num_items: Denominator of both terms instead of this batch's own count: a total over an
             accumulation window and all ranks.
-        num_weight: Denominator of the likelihood alone: the total class weight, or the number of
+        num_weight: Denominator of the NLL alone: the total class weight, or the number of
             labelled items. Defaults to `num_items`.
         batch_size: As in `repeat_batch`.
         shared: As in `repeat_batch`.
@@ -283,7 +283,7 @@ def run_step_passes(
         shared=shared,
         join=join,
     )
-    if config.method == "r3f":  # its likelihood is that of the clean pass alone
+    if config.method == "r3f":  # its NLL is that of the clean pass alone
         items = torch.arange(size, device=target.device)
     return StepPasses(outputs, items)
 
@@ -308,7 +308,7 @@ def compute_passes_loss(
         config: The options.
         plan: What this step does.
         num_items: Denominator of both terms, as in `rdrop_cross_entropy`.
-        num_weight: Denominator of the likelihood, as in `rdrop_cross_entropy`.
+        num_weight: Denominator of the NLL, as in `rdrop_cross_entropy`.
         loss: Computes the loss from the outputs where that is cheaper than terms by themselves,
             as behind a fused last layer; by default the terms are computed and combined.
 
@@ -375,7 +375,7 @@ def _combined_loss(
 def _partial_terms(
     outputs: Any, target: Tensor, items: Tensor, terms: TermsFunction, **passes: Any
 ) -> ItemTerms:
-    """Return the likelihood of pass 0 and the divergence of a part, weighted by its inverse."""
+    """Return the NLL of pass 0 and the divergence of a part, weighted by its inverse."""
     size = target.shape[0]
     first = _map_outputs(lambda output: output[:size], outputs)
     both = _map_outputs(lambda output: torch.cat([output[:size][items], output[size:]]), outputs)

@@ -205,7 +205,7 @@ def test_auto_takes_it_on_a_gpu_where_it_can_run(monkeypatch):
     monkeypatch.setattr(triton_rows, "triton_kernel", lambda device: "triton")
     monkeypatch.setattr(selection, "chunked_kernel", lambda compiled: "chunked")
     devices = [torch.device(name) for name in ("cuda:0", "cuda:1", "cpu")]
-    chosen = [selection.closed_form_kernel("auto", device) for device in devices]
+    chosen = [selection.select_kernel("auto", device) for device in devices]
     assert chosen == ["triton", "chunked", "chunked"]
 
 

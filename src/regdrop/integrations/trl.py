@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
 class RDropSFTTrainer(RDropTrainerMixin, SFTTrainer):
     """`trl.SFTTrainer` with R-Drop: the same arguments, and `rdrop=RDropConfig(...)`.
 
-    The likelihood is that of the answers' tokens, computed by R-Drop from the logits, or from the
+    The NLL is that of the answers' tokens, computed by R-Drop from the logits, or from the
     states before the last layer (`fused_linear`); TRL's own head returns log-probabilities of the
     labels alone, which cannot be compared. Its metrics are kept: entropy, token accuracy and
     number of tokens, each of one pass. Evaluation is TRL's.
@@ -78,7 +78,7 @@ class RDropSFTTrainer(RDropTrainerMixin, SFTTrainer):
             )
 
     def _loss_owner(self) -> str | None:
-        # R-Drop computes the likelihood of SFTTrainer.compute_loss itself.
+        # R-Drop computes the NLL of SFTTrainer.compute_loss itself.
         return None
 
     def _own_source(self, inputs: Mapping[str, Any]) -> Any:

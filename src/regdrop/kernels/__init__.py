@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regdrop.kernels.backward_passes import has_tangent
 from regdrop.kernels.closed_form import (
     ClosedForm,
     Weight,
@@ -14,9 +15,8 @@ from regdrop.kernels.closed_form import (
 )
 from regdrop.kernels.eager import eager_terms
 from regdrop.kernels.fused_linear import linear_loss, linear_terms
-from regdrop.kernels.gradient import has_tangent
 from regdrop.kernels.projection import Projection, project
-from regdrop.kernels.selection import Implementation, check_implementation, closed_form_kernel
+from regdrop.kernels.selection import Implementation, check_implementation, select_kernel
 from regdrop.kernels.target import Target
 
 __all__ = [
@@ -48,7 +48,7 @@ def rdrop_terms(
         backward_passes: The first passes that carry the gradient, times num_passes / this.
         inplace: Let the gradient overwrite `logits` in the backward.
         impl: "auto" takes the eager form where the target itself requires a gradient, or in
-            forward-mode differentiation, else what `closed_form_kernel` takes.
+            forward-mode differentiation, else what `select_kernel` takes.
 
     Raises:
         ValueError: For an unknown or unavailable `impl`, or one that cannot do what is asked.
@@ -76,7 +76,7 @@ def rdrop_sum(
     Args:
         logits: As in `rdrop_terms`, as are those that are not named here.
         target: See above.
-        nll_weight: Weight of the likelihood, a number; None leaves it out.
+        nll_weight: Weight of the NLL, a number; None leaves it out.
         kl_weight: Weight of the divergence, likewise.
         backward_passes: See above.
         inplace: See above.
@@ -158,4 +158,4 @@ def _choose(
         raise ValueError(
             f"impl={impl!r} has no forward-mode derivative; use impl='auto' or 'eager'"
         )
-    return closed_form_kernel(impl, logits.device, logits.dtype)
+    return select_kernel(impl, logits.device, logits.dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from regdrop.kernels.class_rows import ClassRows, Columns, RowSums, assert_classes, class_rows
-from regdrop.kernels.closed_form import accumulator, scale_gradients
+from regdrop.kernels.closed_form import accumulation_dtype, scale_gradients
 from regdrop.kernels.projection import (
     Gradients,
     Projection,
@@ -25,7 +25,7 @@ from regdrop.kernels.projection import (
     multiply,
     without_autocast,
 )
-from regdrop.kernels.selection import closed_form_kernel
+from regdrop.kernels.selection import select_kernel
 from regdrop.kernels.target import Target
 
 # Bytes above the gradients: of the scratch buffer, and of the sum of the gradient of the hidden
@@ -113,7 +113,7 @@ def make_plan(hidden: Tensor, projection: Projection, *, keeps: bool = True) -> 
     # Bytes a class: of its logits, and of its weight's gradient.
     of_logits = max(1, hidden.shape[0] * hidden.shape[1] * dtype.itemsize)
     of_weight = features * weight.element_size()
-    sums = hidden.numel() * max(0, accumulator(dtype).itemsize - hidden.element_size())
+    sums = hidden.numel() * max(0, accumulation_dtype(dtype).itemsize - hidden.element_size())
     budget = max(BUDGET - sums, BUDGET // 4)
     scratch = min(num_classes, max(1, budget // of_logits // _ALIGNED) * _ALIGNED)
     kept = scratch if keeps else 0
@@ -178,7 +178,7 @@ def grade_blocks(
         projection: The layer, its dtype given.
         target: Class indices of the N items.
         kept: What the forward has left, which is overwritten.
-        grads: The gradient of each item's likelihood and divergence, (N,) or None.
+        grads: The gradient of each item's NLL and divergence, (N,) or None.
         backward_passes: The first passes that carry the gradient.
         wanted: Whether hidden, weight and bias need a gradient.
 
@@ -188,7 +188,7 @@ def grade_blocks(
     num_passes, num_items, features = hidden.shape
     weight, dtype, plan = projection.weight, projection.dtype, kept.plan
     assert dtype is not None
-    wide = accumulator(dtype)
+    wide = accumulation_dtype(dtype)
     memory = weight.new_empty(weight.numel()) if kept.weight is None else kept.weight
     gradients = Gradients(
         hidden.new_zeros(hidden.shape, dtype=wide) if wanted[0] else None,
@@ -232,7 +232,7 @@ def grade_blocks(
 
 def _rows_kernel(projection: Projection, device: torch.device) -> ClassRows:
     dtype = projection.dtype or torch.float32
-    return class_rows(closed_form_kernel(projection.impl, device, dtype).class_rows)
+    return class_rows(select_kernel(projection.impl, device, dtype).class_rows)
 
 
 def _multiply(rows: Tensor, projection: Projection, block: slice, out: Tensor) -> Tensor:

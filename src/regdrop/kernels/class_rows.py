@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regdrop.kernels.chunked import row_blocks
-from regdrop.kernels.closed_form import accumulator
+from regdrop.kernels.closed_form import accumulation_dtype
 from regdrop.kernels.projection import logits_slope, shape_logits
 from regdrop.kernels.target import Target
 
@@ -38,7 +38,7 @@ class RowSums(NamedTuple):
             e = exp(z - maximum), then its sum of e times the difference from the mean over passes;
             the target's mass; the following. After the last block the sum is inverted, and the
             difference is its mean.
-        nll: (n,), the likelihood, after the last block.
+        nll: (n,), the NLL, after the last block.
         kl: (n,), the divergence, after the last block.
         cross: (num_passes, n), the sum of target times (z - maximum).
     """
@@ -54,7 +54,7 @@ class RowSums(NamedTuple):
         num_passes, num_items = like.shape[:2]
         nll = 3 * num_passes + 1
         rows = nll + 2 + (num_passes if carried else 0)
-        memory = like.new_empty(rows, num_items, dtype=accumulator(like.dtype))
+        memory = like.new_empty(rows, num_items, dtype=accumulation_dtype(like.dtype))
         return cls(memory, memory[nll], memory[nll + 1], memory[nll + 2 :])
 
 
@@ -138,7 +138,7 @@ def _split(statistics: Tensor, num_passes: int) -> tuple[Tensor, ...]:
 
 def _sum_up(columns: Columns, target: Target) -> _Sums:
     z = shape_logits(columns.products, columns.scale, columns.softcap)
-    z = z.to(accumulator(columns.products.dtype))
+    z = z.to(accumulation_dtype(columns.products.dtype))
     maximum = z.amax(-1)
     x = z - torch.where(maximum.isneginf(), 0, maximum)[..., None]
     cross, mass = _target_sums(x, columns, target)
@@ -242,7 +242,7 @@ def _gradient(
         x[..., None] for x in _split(statistics, num_passes)
     )
     z = shape_logits(columns.products, columns.scale, columns.softcap)
-    z = z.to(accumulator(columns.products.dtype))
+    z = z.to(accumulation_dtype(columns.products.dtype))
     x = z - maximum
     p = x.exp().mul_(inverse_sum)
     first = p[:backward_passes]

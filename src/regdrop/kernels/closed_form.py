@@ -6,7 +6,7 @@ logarithm nor a log-sum-exp enters it. Its gradient with respect to z_i is
 
     (p_i (1 + d_i - E_i) - mean_j p_j) / (m - 1),
 
-and that of the likelihood is `(mass * p_i - target) / m`. The forward keeps a few numbers a row;
+and that of the NLL is `(mass * p_i - target) / m`. The forward keeps a few numbers a row;
 the backward writes the gradient once, with the upstream gradient folded in in float32.
 """
 
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from regdrop.kernels.gradient import differentiable_once
+from regdrop.kernels.backward_passes import differentiable_once
 from regdrop.kernels.target import Target
 
 
 class ForwardKernel(Protocol):
-    """From (num_passes, N, C) logits to likelihood, divergence, (N,) each, and row statistics."""
+    """From (num_passes, N, C) logits to NLL, divergence, (N,) each, and row statistics."""
 
     def __call__(
         self, logits: Tensor, target: Target, /
@@ -96,7 +96,7 @@ class ClosedForm(NamedTuple):
 def closed_form_terms(
     logits: Tensor, target: Target, kernel: ClosedForm, *, backward_passes: int, inplace: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return each item's likelihood and divergence, with a closed-form gradient.
+    """Return each item's NLL and divergence, with a closed-form gradient.
 
     Args:
         logits: (num_passes, N, C); half precision is read and written once, computed in float32.
@@ -134,7 +134,7 @@ def closed_form_sum(
         logits: As in `closed_form_terms`, as are those that are not named here.
         target: See above.
         kernel: See above.
-        nll_weight: Weight of every item's likelihood, a number; None leaves it out.
+        nll_weight: Weight of every item's NLL, a number; None leaves it out.
         kl_weight: Weight of every item's divergence, likewise.
         backward_passes: See above.
         inplace: See above.
@@ -154,7 +154,7 @@ def closed_form_sum(
     return mix(nll, kl, nll_weight, kl_weight), nll, kl
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which terms of numbers of `dtype` are computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -236,7 +236,10 @@ class _Sum(Function):
 
 
 def mix(nll: Tensor, kl: Tensor, nll_weight: Weight, kl_weight: Weight) -> Tensor:
-    """Return the weighted sum of two numbers."""
+    """Return the weighted sum of two numbers, a tensor of its own.
+
+    Before torch 2.13 the compiler gives a zero gradient to outputs that were written in place.
+    """
     if isinstance(nll_weight, float) and nll_weight == 1 and isinstance(kl_weight, float):
         return torch.add(nll, kl, alpha=kl_weight)
     total = torch.zeros_like(nll) if nll_weight is None else nll * nll_weight
@@ -244,7 +247,7 @@ def mix(nll: Tensor, kl: Tensor, nll_weight: Weight, kl_weight: Weight) -> Tenso
         return total
     if isinstance(kl_weight, Tensor):
         return total + kl * kl_weight
-    return total.add_(kl, alpha=kl_weight)
+    return torch.add(total, kl, alpha=kl_weight)
 
 
 def _filled(shape: tuple[int, ...], value: Tensor | float, like: Tensor) -> Tensor:
@@ -274,7 +277,7 @@ def _save(
 
 
 def _saved(ctx: Any) -> tuple[Tensor, Target, tuple[Tensor, ...]]:
-    saved, *rest = ctx.saved_tensors
+    saved, rest = ctx.saved_tensors[0], list(ctx.saved_tensors[1:])
     classes, probabilities, weight, _, valid = (
         rest.pop(0) if given else None for given in ctx.target_fields
     )

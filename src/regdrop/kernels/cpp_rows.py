@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regdrop.kernels.closed_form import ClosedForm, accumulator
+from regdrop.kernels.closed_form import ClosedForm, accumulation_dtype
 from regdrop.kernels.target import Target
 
 # The vector types of ATen are chosen by these, as torch's own build does for each kind of CPU;
@@ -71,7 +71,7 @@ def whole_loss(
         weight: (C,) or None.
         ignore_index: Index of the items that do not count.
         label_smoothing: As in `Target`.
-        nll_weight: Weight of the likelihood in the loss.
+        nll_weight: Weight of the NLL in the loss.
         kl_weight: Weight of the divergence; None for no gradient of it.
         is_mean: Whether the loss is a mean of the items that count, or a sum.
         num_passes: Number of passes.
@@ -83,7 +83,7 @@ def whole_loss(
         ValueError: For an index that is neither a class nor ignored.
     """
     if weight is not None:
-        weight = weight.detach().resolve_neg().to(accumulator(logits.dtype)).contiguous()
+        weight = weight.detach().resolve_neg().to(accumulation_dtype(logits.dtype)).contiguous()
     found = _library().rows_loss.default(
         logits,
         classes,
@@ -102,7 +102,7 @@ def whole_loss(
 
 
 def _forward(logits: Tensor, target: Target) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    arguments = _target_arguments(target, accumulator(logits.dtype))
+    arguments = _target_arguments(target, accumulation_dtype(logits.dtype))
     memory = _library().rows_forward(_with_rows(logits), *arguments)
     return memory[0], memory[1], (memory,)
 
@@ -120,7 +120,7 @@ def _backward(
     _library().rows_backward(
         rows,
         _with_rows(logits),
-        *_target_arguments(target, accumulator(logits.dtype)),
+        *_target_arguments(target, accumulation_dtype(logits.dtype)),
         *statistics,
         None if grad_nll is None else grad_nll.contiguous(),
         None if grad_kl is None else grad_kl.contiguous(),

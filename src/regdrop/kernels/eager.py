@@ -5,12 +5,12 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from regdrop.kernels.gradient import limit_backward
+from regdrop.kernels.backward_passes import limit_backward
 from regdrop.kernels.target import Target
 
 
 def eager_terms(logits: Tensor, target: Target, *, backward_passes: int) -> tuple[Tensor, Tensor]:
-    """Return each item's likelihood and divergence by autograd through `log_softmax`.
+    """Return each item's NLL and divergence by autograd through `log_softmax`.
 
     Args:
         logits: (num_passes, N, C), computed in float32 at least.

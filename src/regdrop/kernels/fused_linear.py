@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+from regdrop.kernels.backward_passes import differentiable_once, has_tangent
 from regdrop.kernels.class_blocks import BUDGET, collect_blocks, grade_blocks, make_plan
-from regdrop.kernels.closed_form import Weight, accumulator, mix
-from regdrop.kernels.gradient import differentiable_once, has_tangent
-from regdrop.kernels.linear_chunks import work_in_chunks
+from regdrop.kernels.closed_form import Weight, accumulation_dtype, mix
+from regdrop.kernels.linear_chunks import TermGradients, Wanted, chunked_linear_terms
 from regdrop.kernels.projection import Gradients, Projection, with_dtype
 from regdrop.kernels.target import Target
 
@@ -27,7 +27,7 @@ from regdrop.kernels.target import Target
 def linear_terms(
     hidden: Tensor, projection: Projection, target: Target, *, backward_passes: int
 ) -> tuple[Tensor, Tensor]:
-    """Return each item's likelihood and divergence; the backward computes the logits again.
+    """Return each item's NLL and divergence; the backward computes the logits again.
 
     Args:
         hidden: (num_passes, N, features).
@@ -45,7 +45,7 @@ def linear_terms(
     _refuse_forward_mode(hidden, projection)
     projection = with_dtype(hidden, projection)
     if not _needs_gradient(hidden, projection):
-        nll, kl, _ = work_in_chunks(hidden, projection, target)
+        nll, kl, _ = chunked_linear_terms(hidden, projection, target)
     else:
         terms = _BlockTerms if _goes_by_classes(hidden, projection) else _LinearTerms
         nll, kl = terms.apply(
@@ -70,11 +70,11 @@ def linear_loss(
         hidden: As in `linear_terms`.
         projection: As in `linear_terms`.
         target: As in `linear_terms`.
-        nll_weight: Weight of every item's likelihood, near 1 so that half precision holds the
+        nll_weight: Weight of every item's NLL, near 1 so that half precision holds the
             gradient; None leaves it out.
         kl_weight: Weight of every item's divergence, likewise.
         backward_passes: As in `linear_terms`.
-        labelled: Which items count in the likelihood, (N,); None for all.
+        labelled: Which items count in the NLL, (N,); None for all.
 
     Returns:
         The sum, and the sums of both terms without weight and gradient, all scalars.
@@ -86,7 +86,7 @@ def linear_loss(
     projection = with_dtype(hidden, projection)
     weights = (nll_weight, kl_weight)
     if not _needs_gradient(hidden, projection):
-        nll, kl, _ = work_in_chunks(hidden, projection, target)
+        nll, kl, _ = chunked_linear_terms(hidden, projection, target)
         return _sum_up(nll, kl, weights, labelled)
     if _goes_by_classes(hidden, projection):
         nll, kl = _BlockTerms.apply(
@@ -112,7 +112,7 @@ def _goes_by_classes(hidden: Tensor, projection: Projection) -> bool:
         return False
     if not weight.requires_grad:
         return False
-    beside = weight.numel() * accumulator(dtype).itemsize - weight.nbytes
+    beside = weight.numel() * accumulation_dtype(dtype).itemsize - weight.nbytes
     return beside > BUDGET // 2 or make_plan(hidden, projection).keeps_all
 
 
@@ -193,7 +193,7 @@ class _LinearLoss(Function):
         # What autograd follows is kept through save_for_backward alone.
         projection = projection._replace(weight=weight.detach(), bias=_detach(bias))
         options = (target, weights, backward_passes, labelled, ctx.needs_input_grad[:3])
-        nll, kl, ctx.gradients = _work_weighted(hidden, projection, *options)
+        nll, kl, ctx.gradients = _weighted_terms(hidden, projection, *options)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.options, ctx.projection = options, projection
         total, nll, kl = _sum_up(nll, kl, weights, labelled)
@@ -211,7 +211,7 @@ class _LinearLoss(Function):
         if gradients is None:  # a second backward: the first has given its gradients away
             hidden, weight, bias = ctx.saved_tensors
             projection = ctx.projection._replace(weight=weight, bias=bias)
-            gradients = _work_weighted(hidden, projection, *ctx.options)[-1]
+            gradients = _weighted_terms(hidden, projection, *ctx.options)[-1]
         return *_scaled(gradients, grad), *(None,) * 5
 
 
@@ -227,7 +227,7 @@ class _LinearTerms(Function):
         backward_passes: int,
     ) -> tuple[Tensor, Tensor]:
         projection = projection._replace(weight=weight.detach(), bias=_detach(bias))
-        nll, kl, _ = work_in_chunks(hidden, projection, target)
+        nll, kl, _ = chunked_linear_terms(hidden, projection, target)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.projection, ctx.options = projection, (target, backward_passes)
         ctx.set_materialize_grads(False)
@@ -246,18 +246,18 @@ class _LinearTerms(Function):
         factor = torch.cat([*given, given[0].new_zeros(1)]).abs().max()
         factor = torch.where(factor == 0, 1, factor)
         grad_nll, grad_kl = (None if grad is None else grad / factor for grad in grads)
-        gradients = work_in_chunks(
+        gradients = chunked_linear_terms(
             hidden,
             ctx.projection._replace(weight=weight, bias=bias),
             target,
-            (grad_nll, grad_kl),
+            TermGradients(grad_nll, grad_kl),
             backward_passes,
-            ctx.needs_input_grad[:3],
+            Wanted(*ctx.needs_input_grad[:3]),
         )[-1]
         return *_scaled(gradients, factor), None, None, None
 
 
-def _work_weighted(
+def _weighted_terms(
     hidden: Tensor,
     projection: Projection,
     target: Target,
@@ -266,11 +266,12 @@ def _work_weighted(
     labelled: Tensor | None,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Gradients]:
-    ones = hidden.new_ones(hidden.shape[1], dtype=accumulator(hidden.dtype))
+    ones = hidden.new_ones(hidden.shape[1], dtype=accumulation_dtype(hidden.dtype))
     grad_nll, grad_kl = (None if weight is None else ones * weight for weight in weights)
     if grad_nll is not None and labelled is not None:
         grad_nll = grad_nll * labelled
-    return work_in_chunks(hidden, projection, target, (grad_nll, grad_kl), backward_passes, wanted)
+    grads = TermGradients(grad_nll, grad_kl)
+    return chunked_linear_terms(hidden, projection, target, grads, backward_passes, Wanted(*wanted))
 
 
 def _scaled(gradients: Gradients, factor: Tensor) -> tuple[Tensor | None, ...]:
@@ -291,7 +292,7 @@ def _sum_up(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the weighted sum of both terms, and both sums without weight and gradient."""
     if labelled is not None:
-        # An item that is left out may have any likelihood, an infinite one too.
+        # An item that is left out may have any NLL, an infinite one too.
         nll = nll.masked_fill(~labelled, 0)
     nll, kl = nll.sum(), kl.sum()
     return mix(nll, kl, *weights), nll.detach(), kl.detach()

@@ -5,12 +5,14 @@ with their gradient by a kernel of the closed form; two more products turn that 
 of the hidden states and of the weight.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from regdrop.kernels.chunked import row_blocks
 from regdrop.kernels.class_blocks import BUDGET
-from regdrop.kernels.closed_form import ClosedForm, accumulator, scale_gradients
+from regdrop.kernels.closed_form import ClosedForm, accumulation_dtype, scale_gradients
 from regdrop.kernels.projection import (
     Gradients,
     Projection,
@@ -21,7 +23,7 @@ from regdrop.kernels.projection import (
     shape_logits,
     without_autocast,
 )
-from regdrop.kernels.selection import closed_form_kernel
+from regdrop.kernels.selection import select_kernel
 from regdrop.kernels.target import Target
 
 # Rows a chunk, all passes together. Every chunk reads and writes the weight's gradient once: with
@@ -30,24 +32,46 @@ _SMALLEST_CHUNK = 256
 _SMALLEST_CHUNK_ON_DEVICES = 512
 
 
+class TermGradients(NamedTuple):
+    """The gradient of each item's NLL and divergence, (N,); None where there is none."""
+
+    nll: Tensor | None
+    kl: Tensor | None
+
+    def rows(self, items: slice) -> "TermGradients":
+        """Return those of some items."""
+        return TermGradients(*(None if grad is None else grad[items] for grad in self))
+
+
+class Wanted(NamedTuple):
+    """Whether the layer's input and its parameters need a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+NO_GRADIENTS, NOTHING_WANTED = TermGradients(None, None), Wanted(False, False, False)
+
+
 @torch.no_grad()
-def work_in_chunks(
+def chunked_linear_terms(
     hidden: Tensor,
     projection: Projection,
     target: Target,
-    grads: tuple[Tensor | None, Tensor | None] = (None, None),
+    grads: TermGradients = NO_GRADIENTS,
     backward_passes: int = 1,
-    wanted: tuple[bool, bool, bool] = (False, False, False),
+    wanted: Wanted = NOTHING_WANTED,
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """Go through the items in chunks.
+    """Compute the terms of all items, and the gradients that are wanted, a chunk at a time.
 
     Args:
         hidden: (num_passes, N, features).
         projection: The layer, its dtype given.
         target: What the N items are compared with.
-        grads: The gradient of each item's likelihood and divergence, (N,) or None.
+        grads: The gradient of each item's terms, (N,).
         backward_passes: The first passes that carry the gradient.
-        wanted: Whether hidden, weight and bias need a gradient.
+        wanted: What needs a gradient.
 
     Returns:
         The terms of each item, and the gradients: the weight's and the bias's in float32 at least.
@@ -55,7 +79,7 @@ def work_in_chunks(
     num_passes, num_items, features = hidden.shape
     classes, dtype = projection.weight.shape[0], projection.dtype
     assert dtype is not None
-    wide = accumulator(dtype)
+    wide = accumulation_dtype(dtype)
     weight, bias = projection.weight.to(dtype), projection.bias
     bias = None if bias is None else bias.to(dtype)
     terms = hidden.new_zeros(2, num_items, dtype=wide)
@@ -63,16 +87,16 @@ def work_in_chunks(
     # The first chunk writes the parameters' gradients, the others add to them.
     new = hidden.new_empty if is_graded and num_items else hidden.new_zeros
     gradients = Gradients(
-        torch.zeros_like(hidden) if wanted[0] else None,
-        new(weight.shape, dtype=wide) if wanted[1] else None,
-        new(classes, dtype=wide) if wanted[2] else None,
+        torch.zeros_like(hidden) if wanted.hidden else None,
+        new(weight.shape, dtype=wide) if wanted.weight else None,
+        new(classes, dtype=wide) if wanted.bias else None,
     )
-    kernel = closed_form_kernel(projection.impl, hidden.device, dtype)
+    kernel = select_kernel(projection.impl, hidden.device, dtype)
     size = _chunk_size(hidden, projection)
     # Memory that was touched before is cheaper than new memory: all chunks share their buffers.
     buffer = hidden.new_empty(num_passes * size, classes, dtype=dtype)
     is_direct = dtype == wide or adds_in_float32(hidden.device, dtype)
-    scratch = torch.empty_like(weight) if wanted[1] and not is_direct else None
+    scratch = torch.empty_like(weight) if wanted.weight and not is_direct else None
     with without_autocast(hidden.device):
         for start in range(0, num_items, size):
             stop = min(start + size, num_items)
@@ -81,13 +105,12 @@ def work_in_chunks(
             passes = products.view(num_passes, stop - start, classes)
             for low, high in row_blocks(passes, kernel.least_items):
                 items = slice(start + low, start + high)
-                grad_nll, grad_kl = (None if grad is None else grad[items] for grad in grads)
                 terms[:, items] = _compare(
                     passes[:, low:high],
                     kernel,
                     projection,
                     target.rows(items.start, items.stop),
-                    (grad_nll, grad_kl) if is_graded else (None, None),
+                    grads.rows(items) if is_graded else NO_GRADIENTS,
                     backward_passes,
                 )
             if is_graded:
@@ -101,7 +124,7 @@ def _compare(
     kernel: ClosedForm,
     projection: Projection,
     target: Target,
-    grads: tuple[Tensor | None, Tensor | None],
+    grads: TermGradients,
     backward_passes: int,
 ) -> Tensor:
     """Return the terms of a block of items, (2, n), and overwrite its products by their gradient.
@@ -111,8 +134,7 @@ def _compare(
         kernel: What computes the terms and their gradient.
         projection: What makes logits of them.
         target: What the n items are compared with.
-        grads: The gradient of each item's likelihood and divergence; without one the products are
-            of no further use.
+        grads: The gradient of each item's terms; without one the products are of no further use.
         backward_passes: The first passes that carry the gradient.
     """
     logits = shape_logits(products, projection.scale, projection.softcap, inplace=True)
@@ -163,7 +185,7 @@ def _chunk_size(hidden: Tensor, projection: Projection) -> int:
     size, dtype, classes = projection.chunk_size, projection.dtype, len(projection.weight)
     assert dtype is not None
     if size is None:
-        is_half = dtype != accumulator(dtype)
+        is_half = dtype != accumulation_dtype(dtype)
         if hidden.is_cpu:
             # Half precision adds to the weight's gradient by way of a product of its own.
             smallest = _SMALLEST_CHUNK * (2 if is_half else 1)

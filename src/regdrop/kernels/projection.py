@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regdrop.kernels.closed_form import accumulator
+from regdrop.kernels.closed_form import accumulation_dtype
 from regdrop.kernels.selection import Implementation
 
 
@@ -21,7 +21,7 @@ class Projection(NamedTuple):
         softcap: Bound c of the logits, `c * tanh(x / c)`, or None.
         chunk_size: Items a chunk; None chooses.
         dtype: The dtype of the products; None takes autocast's, or that of the tensors.
-        impl: What computes the terms from logits, as in `closed_form_kernel`.
+        impl: What computes the terms from logits, as in `select_kernel`.
     """
 
     weight: Tensor
@@ -122,7 +122,7 @@ def shape_logits(
     """
     if scale == 1 and softcap is None:
         return products
-    logits = products.to(accumulator(products.dtype), copy=not inplace).mul_(scale)
+    logits = products.to(accumulation_dtype(products.dtype), copy=not inplace).mul_(scale)
     if softcap is None:
         return logits
     return logits.div_(softcap).tanh_().mul_(softcap)

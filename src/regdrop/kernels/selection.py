@@ -25,7 +25,7 @@ def check_implementation(impl: str) -> None:
         raise ValueError(f"impl must be one of {_IMPLEMENTATIONS}, got {impl!r}")
 
 
-def closed_form_kernel(
+def select_kernel(
     impl: Implementation, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> ClosedForm:
     """Return the kernel of a name for logits of a dtype on a device.

@@ -1,4 +1,4 @@
-"""The target of the likelihood term, in the form that every kernel reads."""
+"""The target of the NLL term, in the form that every kernel reads."""
 
 from typing import NamedTuple
 

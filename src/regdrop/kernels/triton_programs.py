@@ -329,7 +329,7 @@ def forward_kernel(
     offset = passes * num_items + item
     second = statistics + PASSES * num_items
     third = second + PASSES * num_items
-    shared = third + PASSES * num_items + item  # the target's mass, the likelihood, the divergence
+    shared = third + PASSES * num_items + item  # the target's mass, the NLL, the divergence
     fourth = third + (PASSES + 3) * num_items
     if not FIRST:
         before = tl.load(statistics + offset, mask=is_pass, other=0)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from regdrop.arguments import IGNORE_INDEX
+from regdrop.kernels.backward_passes import limit_backward
 from regdrop.kernels.eager import kl_divergence
-from regdrop.kernels.gradient import limit_backward
 from regdrop.loss.checks import check_finite_divergence, check_floating, check_stacked
 from regdrop.loss.class_items import count_classes
 from regdrop.loss.counts import counted_by
@@ -58,7 +58,7 @@ def adaptive_softmax_terms(
     A class of tail c has the probability P(c) P(class | c), so that the divergence is that of the
     heads plus, for every tail, its divergence weighted by its probability:
     `KL(P||Q) = KL(head) + sum_c P(c) KL(tail_c)`. That is the divergence of the full distributions,
-    exactly. It needs every tail for every item, which the likelihood alone does not; items are
+    exactly. It needs every tail for every item, which the NLL alone does not; items are
     computed in chunks, again in the backward, so that only a chunk's logits exist at a time.
 
     Args:
@@ -66,10 +66,10 @@ def adaptive_softmax_terms(
             first.
         target: The original, unstacked target: class indices (batch, ...), int64.
         softmax: Head and tails.
-        num_passes: Number of passes in `hidden`; with 1 only the likelihood is computed.
+        num_passes: Number of passes in `hidden`; with 1 only the NLL is computed.
         ignore_index: Index that marks an item that counts in neither term.
-        backward_passes: Number of first passes that carry the gradient, as in
-            `rdrop_cross_entropy`.
+        backward_passes: Number of first passes that carry the gradient, scaled so that it stays
+            unbiased; the others may come from a forward without gradient. None: all.
         chunk_size: Items a chunk.
 
     Raises:
@@ -118,7 +118,7 @@ def _likelihood(
     softmax: AdaptiveSoftmax,
     backward_passes: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return the likelihood of one pass, each tail computed for its own items alone."""
+    """Return the NLL of one pass, each tail computed for its own items alone."""
     hidden = passes[0]
     head = _log_softmax(softmax.head(hidden))
     nll = -_pick(head, head_classes)
@@ -138,7 +138,7 @@ def _both_terms(
     softmax: AdaptiveSoftmax,
     backward_passes: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean likelihood over passes and the mean divergence over pairs of them."""
+    """Return the mean NLL over passes and the mean divergence over pairs of them."""
     first = softmax.cutoffs[0]
     head = _log_softmax(limit_backward(softmax.head(passes), backward_passes))
     nll = -_pick(head, head_classes.expand(len(passes), -1))

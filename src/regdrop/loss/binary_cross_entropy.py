@@ -42,15 +42,19 @@ def rdrop_binary_cross_entropy_with_logits(
     Args:
         logits: (num_passes * batch, ...), floating point; pass 0 of the whole batch first.
         target: The original, unstacked target, (batch, ...), between 0 and 1.
-        alpha: Weight of the divergence.
-        num_passes: Number of passes in `logits`; 1 only with alpha 0.
-        weight: Weight of each element's likelihood, broadcastable to target.
-        pos_weight: Weight of positive labels in the likelihood, broadcastable to target.
+        alpha: Weight of the divergence, the paper's.
+        num_passes: Number of passes that are stacked; 1, with alpha 0, is training without R-Drop.
+        weight: Weight of each element's NLL, broadcastable to target.
+        pos_weight: Weight of positive labels in the NLL, broadcastable to target.
         mask: Boolean, True where an element counts in both terms, broadcastable to target.
-        reduction: "mean" over unmasked elements, "sum", or "none" (one number an element).
-        num_items: Denominator of both terms under "mean", in elements.
-        scale: "sum" or "mean", as in `rdrop_cross_entropy`.
-        backward_passes: As in `rdrop_cross_entropy`.
+        reduction: "mean" over what counts, "sum", or "none" (one number an item). An element is an
+            item.
+        num_items: Denominator of both terms under "mean" instead of the number that counts here: a
+            total over an accumulation window and all ranks.
+        scale: "mean" for a loss on the scale of training without R-Drop, "sum" for the paper's,
+            which is `num_passes` times that.
+        backward_passes: Number of first passes that carry the gradient, scaled so that it stays
+            unbiased; the others may come from a forward without gradient. None: all.
 
     Returns:
         The loss and its two parts, float32 for half-precision logits.

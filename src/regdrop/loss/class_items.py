@@ -30,7 +30,7 @@ def count_classes(
     unlabelled_index: int | None = None,
     class_dim: int = -1,
 ) -> ItemCounts:
-    """Return the number of items that count, and their number or class weight in the likelihood."""
+    """Return the number of items that count, and their number or class weight in the NLL."""
     if target.is_floating_point():
         count = torch.full((), math.prod(_without(target.shape, class_dim)), device=target.device)
         return ItemCounts(count, count)
@@ -53,7 +53,7 @@ class ClassItems(NamedTuple):
     logits: Tensor  # (num_passes, N, C)
     target: Target
     shape: tuple[int, ...]  # of the items
-    labelled: Tensor | None  # (N,), where they count in the likelihood; None: all that count do
+    labelled: Tensor | None  # (N,), where they count in the NLL; None: all that count do
     num_valid: int | Tensor  # a number wherever it is known without waiting for a device
     count_all: Callable[[], ItemCounts]
 

@@ -18,7 +18,7 @@ class ItemCounts(NamedTuple):
     """The denominators of the means of both terms.
 
     Attributes:
-        nll: Number (or class weight) of the items whose likelihood counts, a scalar.
+        nll: Number (or class weight) of the items whose NLL counts, a scalar.
         kl: Number of the items whose divergence counts, a scalar.
     """
 

@@ -52,32 +52,31 @@ def rdrop_cross_entropy(
         target: The original, unstacked target: class indices (batch, ...), int64, or class
             probabilities (batch, ..., C), with the classes where those of `logits` are.
         alpha: Weight of the divergence, the paper's.
-        num_passes: Number of passes in `logits`; 1 with alpha 0 is plain cross entropy.
-        weight: (C,) weight of each class in the likelihood, as in torch's cross entropy.
+        num_passes: Number of passes that are stacked; 1, with alpha 0, is training without R-Drop.
+        weight: (C,) weight of each class in the NLL, as in torch's cross entropy.
         ignore_index: Index that marks an item that counts in neither term.
         unlabelled_index: Index that marks an item without a label, which counts in the divergence
-            alone: the likelihood is a mean over the labelled items, the divergence over all that
-            are not ignored. Any number but a class and `ignore_index`. None: no item is.
+            alone. The NLL is a mean over the labelled items, the divergence over all that are not
+            ignored. Any number but a class and `ignore_index`. None: no item is.
         class_dim: Dimension of the classes in `logits`; 1 for torch's own layout, (batch, C, ...).
-            Where other dimensions have as many elements as there are classes, no check can tell
-            a wrong one.
-        label_smoothing: Smoothing of the likelihood's target; the KL compares raw outputs.
-        reduction: "mean" over valid items, "sum", or "none" (one number an item).
-        num_items: Denominator of both terms under "mean" instead of the number of valid items:
-            a total over an accumulation window and all ranks. Above 0; a tensor may be 0, the
-            count of a window in which nothing counts.
-        num_weight: Denominator of the likelihood alone under "mean", for class weights or
-            unlabelled items: the total weight, or number, of the labelled ones. Defaults to
-            `num_items`.
-        scale: "sum" for the paper's `num_passes * nll + alpha * kl`, "mean" for that over
-            num_passes, on the scale of training without R-Drop.
+            Where other dimensions have as many elements as there are classes, no check can tell a
+            wrong one.
+        label_smoothing: Smoothing of the NLL's target; the divergence compares raw outputs.
+        reduction: "mean" over what counts, "sum", or "none" (one number an item).
+        num_items: Denominator of both terms under "mean" instead of the number that counts here: a
+            total over an accumulation window and all ranks. Above 0; a tensor may be 0, the count
+            of a window in which nothing counts.
+        num_weight: Denominator of the NLL alone under "mean": the total class weight, or number, of
+            the labelled items. Defaults to `num_items`.
+        scale: "mean" for a loss on the scale of training without R-Drop, "sum" for the paper's,
+            which is `num_passes` times that.
         backward_passes: Number of first passes that carry the gradient, scaled so that it stays
             unbiased; the others may come from a forward without gradient. None: all.
         inplace: Let the gradient overwrite `logits` in the backward, which saves their memory. A
-            layer whose own backward needs its output raises. Logits that have to be copied to
-            have their classes last, as (batch, C, ...) have, are overwritten in the copy.
-        impl: "auto", or how to compute it: "eager", "chunked", "compiled", "cpp" or "triton"
-            (docs/performance.md).
+            layer whose own backward needs its output raises. Logits that have to be copied to have
+            their classes last, as (batch, C, ...) have, are overwritten in the copy.
+        impl: "auto", or how to compute it: "chunked", "compiled", "cpp" or "triton"
+            (docs/performance.md), and "eager", the definition.
 
     Returns:
         The loss and its two parts, float32 for half-precision logits.

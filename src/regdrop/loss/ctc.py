@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX, check_integer
-from regdrop.kernels.gradient import limit_backward
+from regdrop.kernels.backward_passes import limit_backward
 from regdrop.loss.checks import check_floating, check_stacked
 from regdrop.loss.counts import ItemCounts, counted_by
 from regdrop.loss.symmetric_kl import symmetric_kl
@@ -38,7 +38,7 @@ def ctc_terms(
 ) -> ItemTerms:
     """Return the terms of every sequence, as in CR-CTC (arXiv 2410.05101), no gradient stopped.
 
-    The divergence of a sequence is the sum of that of its frames, as its likelihood is a sum over
+    The divergence of a sequence is the sum of that of its frames, as its NLL is a sum over
     them. `reduction` weighs both alike, so that alpha has one meaning: with the scale "mean", twice
     the weight of CR-CTC's regularisation.
 
@@ -47,13 +47,13 @@ def ctc_terms(
             batch first. Half precision is computed in float32.
         target: The original, unstacked target: class indices (batch, symbols). Negative numbers,
             `ignore_index` and `blank` are padding, wherever they are.
-        num_passes: Number of passes in `logits`; with 1 only the likelihood is computed.
+        num_passes: Number of passes in `logits`; with 1 only the NLL is computed.
         blank: Index of the class that stands for no symbol.
         logit_lengths: (batch,), the first frames of each sequence that count. None: all.
         target_lengths: (batch,), the first positions of each target that count. None: all but the
             padding.
         ignore_index: Index that marks padding of the target.
-        zero_infinity: Count an infinite likelihood, of a target that is longer than its frames, and
+        zero_infinity: Count an infinite NLL, of a target that is longer than its frames, and
             its gradient as 0.
         reduction: What a mean over the terms is, as in `torch.nn.functional.ctc_loss`. "mean":
             sequences are divided by the length of their target, and the mean is over sequences.

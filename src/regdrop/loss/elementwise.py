@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from regdrop.kernels.gradient import limit_backward
+from regdrop.kernels.backward_passes import limit_backward
 from regdrop.loss.checks import check_floating, check_mask, check_stacked
 from regdrop.loss.counts import ItemCounts
 from regdrop.loss.terms import ItemTerms

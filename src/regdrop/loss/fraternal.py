@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX
-from regdrop.kernels.gradient import limit_backward
+from regdrop.kernels.backward_passes import limit_backward
 from regdrop.loss.class_items import count_classes
 from regdrop.loss.counts import counted_by
 from regdrop.loss.cross_entropy import cross_entropy_terms
@@ -26,7 +26,7 @@ def fraternal_terms(
     label_smoothing: float = 0.0,
     backward_passes: int | None = None,
 ) -> ItemTerms:
-    """Return the likelihood, and the squared difference of two passes' logits, mean over classes.
+    """Return the NLL, and the squared difference of two passes' logits, mean over classes.
 
     With num_passes 2 and the scale "mean" the loss is the paper's (equation 3 of arXiv 1711.00066),
     its kappa half of our alpha.

@@ -57,24 +57,29 @@ def linear_rdrop_cross_entropy(
         target: The original, unstacked target: class indices (batch, ...), int64.
         alpha: Weight of the divergence, the paper's.
         bias: (C,).
-        num_passes: Number of passes in `hidden`; 1 with alpha 0 is plain cross entropy.
-        class_weight: (C,) weight of each class in the likelihood.
+        num_passes: Number of passes that are stacked; 1, with alpha 0, is training without R-Drop.
+        class_weight: (C,) weight of each class in the NLL.
         ignore_index: Index that marks an item that counts in neither term.
-        unlabelled_index: Index that marks an item that counts in the divergence alone, as in
-            `rdrop_cross_entropy`.
-        label_smoothing: Smoothing of the likelihood's target.
-        reduction: As in `rdrop_cross_entropy`, as are the following three.
-        num_items: Denominator of both terms under "mean".
-        scale: "sum" or "mean".
-        logit_scale: A number that multiplies the logits, as in Cohere's models; or a scalar
-            tensor, which gets its gradient and multiplies `hidden` (and `bias`) in their dtype.
+        unlabelled_index: Index that marks an item without a label, which counts in the divergence
+            alone.
+        label_smoothing: Smoothing of the NLL's target; the divergence compares raw outputs.
+        reduction: "mean" over what counts, "sum", or "none" (one number an item).
+        num_items: Denominator of both terms under "mean" instead of the number that counts here: a
+            total over an accumulation window and all ranks.
+        scale: "mean" for a loss on the scale of training without R-Drop, "sum" for the paper's,
+            which is `num_passes` times that.
+        logit_scale: A number that multiplies the logits, as in Cohere's models; or a scalar tensor,
+            which gets its gradient and multiplies `hidden` (and `bias`) in their dtype.
         softcap: Bound c of the logits, `c * tanh(logits / c)`, as in Gemma 2.
         chunk_size: Items a chunk; by default as many on a CPU as take no more memory than `hidden`,
             and at least 256 rows of all passes, more in half precision. On a GPU a number asks for
             chunks of items.
-        backward_passes: As in `rdrop_cross_entropy`.
-        num_weight: As in `rdrop_cross_entropy`.
-        impl: As in `rdrop_cross_entropy`, but for "eager": what compares the logits of a chunk.
+        backward_passes: Number of first passes that carry the gradient, scaled so that it stays
+            unbiased; the others may come from a forward without gradient. None: all.
+        num_weight: Denominator of the NLL alone under "mean": the total class weight, or number, of
+            the labelled items. Defaults to `num_items`.
+        impl: "auto", or how to compute it: "chunked", "compiled", "cpp" or "triton"
+            (docs/performance.md); what compares the logits of a chunk. There is no "eager".
 
     Returns:
         The loss and its two parts, float32 for half precision.
@@ -198,22 +203,27 @@ def linear_cross_entropy_loss(
     """Return the loss, its gradient computed at once since the weights of both terms are known.
 
     Args:
-        hidden: As in `linear_rdrop_cross_entropy`.
-        target: As there.
+        hidden: (num_passes * batch, ..., features), as in `linear_rdrop_cross_entropy`.
+        target: The original, unstacked target: class indices (batch, ...), int64.
         projection: The layer.
-        alpha: As there, as are the following but the last; "none" is no reduction of this one.
-        num_passes: See above.
-        weight: Its class_weight.
-        ignore_index: See above.
-        unlabelled_index: See above.
-        label_smoothing: See above.
-        reduction: "mean" or "sum".
-        scale: See above.
-        num_items: See above.
-        num_weight: See above.
-        backward_passes: See above.
-        items: Positions (n,) of the items that all passes but the first saw: the likelihood is
-            that of pass 0, the divergence that of the part, weighted by its inverse share.
+        alpha: Weight of the divergence, the paper's.
+        num_passes: Number of passes that are stacked; 1, with alpha 0, is training without R-Drop.
+        weight: (C,) weight of each class in the NLL.
+        ignore_index: Index that marks an item that counts in neither term.
+        unlabelled_index: Index that marks an item without a label, which counts in the divergence
+            alone.
+        label_smoothing: Smoothing of the NLL's target; the divergence compares raw outputs.
+        reduction: "mean" over what counts, "sum", or "none" (one number an item).
+        scale: "mean" for a loss on the scale of training without R-Drop, "sum" for the paper's,
+            which is `num_passes` times that.
+        num_items: Denominator of both terms under "mean" instead of the number that counts here: a
+            total over an accumulation window and all ranks.
+        num_weight: Denominator of the NLL alone under "mean": the total class weight, or number, of
+            the labelled items. Defaults to `num_items`.
+        backward_passes: Number of first passes that carry the gradient, scaled so that it stays
+            unbiased; the others may come from a forward without gradient. None: all.
+        items: Positions (n,) of the items that all passes but the first saw: the NLL is that of
+            pass 0, the divergence that of the part, weighted by its inverse share.
     """
     options: dict[str, Any] = {
         "projection": projection,
@@ -277,7 +287,7 @@ def _weighted_sum_of_a_part(
     nll_weight: Weight,
     kl_weight: Weight,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sums of the likelihood of all rows, and of the divergence of a part of them.
+    """Return the sums of the NLL of all rows, and of the divergence of a part of them.
 
     Args:
         whole: The rows of pass 0.
@@ -285,7 +295,7 @@ def _weighted_sum_of_a_part(
         share: How many times the part makes the whole.
         projection: The layer.
         backward_passes: First passes of the part that carry the gradient.
-        nll_weight: Weight of the likelihood.
+        nll_weight: Weight of the NLL.
         kl_weight: Weight of the divergence.
     """
     likelihood, nll, _ = _weighted_sum(whole, projection, 1, nll_weight=nll_weight, kl_weight=None)

@@ -25,7 +25,7 @@ class ValidRows(NamedTuple):
     positions: Tensor | None  # (n,), their positions among all items; None: all are there
     hidden: Tensor  # (num_passes, n, features)
     target: Target
-    labelled: Tensor | None  # (n,), where they count in the likelihood; None: all do
+    labelled: Tensor | None  # (n,), where they count in the NLL; None: all do
     counts: ItemCounts
 
 

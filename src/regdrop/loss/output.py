@@ -11,7 +11,7 @@ class RDropOutput(NamedTuple):
     Attributes:
         loss: The objective; carries the gradient. A scalar, or one number an item under
             `reduction="none"`.
-        nll: The likelihood term of one pass (mean over passes), comparable with the loss of
+        nll: The NLL term of one pass (mean over passes), comparable with the loss of
             training without R-Drop.
         kl: The symmetric KL divergence (or its counterpart for the output), mean over pairs of
             passes.

@@ -25,11 +25,11 @@ def combine_terms(
     """Combine the terms of every item into the loss.
 
     Args:
-        terms: Likelihood and divergence of the items, of any shape, and their counts.
+        terms: NLL and divergence of the items, of any shape, and their counts.
         alpha: Weight of the divergence.
         num_passes: Number of passes.
         reduction: "mean", "sum" or "none".
-        scale: "sum" for num_passes likelihoods plus alpha times the divergence, "mean" for
+        scale: "sum" for num_passes NLLs plus alpha times the divergence, "mean" for
             that over num_passes.
         num_items: Replaces both denominators under "mean".
         num_weight: Replaces the likelihood's denominator under "mean"; defaults to num_items.
@@ -43,7 +43,7 @@ def combine_terms(
     mean_nll, mean_kl = total_nll.detach() / nll_count, total_kl.detach() / kl_count
 
     if reduction == "mean":
-        nll_count, kl_count = denominators(nll_count, kl_count, num_items, num_weight)
+        nll_count, kl_count = resolve_denominators(nll_count, kl_count, num_items, num_weight)
         nll, kl = total_nll / nll_count, total_kl / kl_count
     elif reduction == "sum":
         nll, kl = total_nll, total_kl
@@ -135,7 +135,7 @@ def _as_tensor(number: Tensor | float, like: Tensor) -> Tensor:
 
 
 def term_weights(alpha: float, num_passes: int, scale: Scale) -> tuple[float, float]:
-    """Return the weights of the likelihood and of the divergence in the loss."""
+    """Return the weights of the NLL and of the divergence in the loss."""
     factor = float(num_passes if scale == "sum" else 1)
     return factor, alpha * factor / num_passes
 
@@ -150,7 +150,7 @@ def positive_counts(
     )
 
 
-def denominators(
+def resolve_denominators(
     nll_count: Tensor,
     kl_count: Tensor,
     num_items: Tensor | float | None,

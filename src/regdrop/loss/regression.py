@@ -42,15 +42,18 @@ def rdrop_mse_loss(
         input: (num_passes * batch, ...), the predictions; pass 0 of the whole batch first.
         target: The original, unstacked target, (batch, ...). Every number is one: -100 marks
             nothing.
-        alpha: Weight of the distance between passes.
-        num_passes: Number of passes in `input`; 1 only with alpha 0.
-        weight: Weight of each element's likelihood, broadcastable to target.
+        alpha: Weight of the divergence, the paper's.
+        num_passes: Number of passes that are stacked; 1, with alpha 0, is training without R-Drop.
+        weight: Weight of each element's NLL, broadcastable to target.
         mask: Boolean, True where an element counts in both terms, broadcastable to target.
-        reduction: "mean" over unmasked elements, whatever their weights, "sum", or "none" (one
-            number an element).
-        num_items: Denominator of both terms under "mean", in elements.
-        scale: "sum" or "mean", as in `rdrop_cross_entropy`.
-        backward_passes: As in `rdrop_cross_entropy`.
+        reduction: "mean" over what counts, "sum", or "none" (one number an item). An element is an
+            item, whatever its weight.
+        num_items: Denominator of both terms under "mean" instead of the number that counts here: a
+            total over an accumulation window and all ranks.
+        scale: "mean" for a loss on the scale of training without R-Drop, "sum" for the paper's,
+            which is `num_passes` times that.
+        backward_passes: Number of first passes that carry the gradient, scaled so that it stays
+            unbiased; the others may come from a forward without gradient. None: all.
 
     Returns:
         The loss and its two parts; `nll` is the error, `kl` the distance between passes.
@@ -88,16 +91,21 @@ def rdrop_l1_loss(
     """Compute the R-Drop loss of a regression by absolute errors.
 
     Args:
-        input: As in `rdrop_mse_loss`, as are the others.
-        target: See above.
-        alpha: See above.
-        num_passes: See above.
-        weight: See above.
-        mask: See above.
-        reduction: See above.
-        num_items: See above.
-        scale: See above.
-        backward_passes: See above.
+        input: (num_passes * batch, ...), the predictions; pass 0 of the whole batch first.
+        target: The original, unstacked target, (batch, ...). Every number is one: -100 marks
+            nothing.
+        alpha: Weight of the divergence, the paper's.
+        num_passes: Number of passes that are stacked; 1, with alpha 0, is training without R-Drop.
+        weight: Weight of each element's NLL, broadcastable to target.
+        mask: Boolean, True where an element counts in both terms, broadcastable to target.
+        reduction: "mean" over what counts, "sum", or "none" (one number an item). An element is an
+            item, whatever its weight.
+        num_items: Denominator of both terms under "mean" instead of the number that counts here: a
+            total over an accumulation window and all ranks.
+        scale: "mean" for a loss on the scale of training without R-Drop, "sum" for the paper's,
+            which is `num_passes` times that.
+        backward_passes: Number of first passes that carry the gradient, scaled so that it stays
+            unbiased; the others may come from a forward without gradient. None: all.
 
     Returns:
         As `rdrop_mse_loss`.
@@ -136,18 +144,23 @@ def rdrop_smooth_l1_loss(
     """Compute the R-Drop loss of a regression by absolute errors that are squared near 0.
 
     Args:
-        input: As in `rdrop_mse_loss`, as are the others but beta.
-        target: See above.
-        alpha: See above.
-        num_passes: See above.
+        input: (num_passes * batch, ...), the predictions; pass 0 of the whole batch first.
+        target: The original, unstacked target, (batch, ...). Every number is one: -100 marks
+            nothing.
+        alpha: Weight of the divergence, the paper's.
+        num_passes: Number of passes that are stacked; 1, with alpha 0, is training without R-Drop.
         beta: Distance from which on it counts as such, less beta / 2; a smaller one d counts as
             `d^2 / (2 beta)`, as in `torch.nn.functional.smooth_l1_loss`. At least 0.
-        weight: See above.
-        mask: See above.
-        reduction: See above.
-        num_items: See above.
-        scale: See above.
-        backward_passes: See above.
+        weight: Weight of each element's NLL, broadcastable to target.
+        mask: Boolean, True where an element counts in both terms, broadcastable to target.
+        reduction: "mean" over what counts, "sum", or "none" (one number an item). An element is an
+            item, whatever its weight.
+        num_items: Denominator of both terms under "mean" instead of the number that counts here: a
+            total over an accumulation window and all ranks.
+        scale: "mean" for a loss on the scale of training without R-Drop, "sum" for the paper's,
+            which is `num_passes` times that.
+        backward_passes: Number of first passes that carry the gradient, scaled so that it stays
+            unbiased; the others may come from a forward without gradient. None: all.
 
     Returns:
         As `rdrop_mse_loss`.

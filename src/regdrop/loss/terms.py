@@ -11,7 +11,7 @@ class ItemTerms(NamedTuple):
     """Likelihood and divergence of every item, and the denominators of their means.
 
     Attributes:
-        nll: Likelihood of one pass, mean over passes; 0 where an item does not count.
+        nll: NLL of one pass, mean over passes; 0 where an item does not count.
         kl: Divergence, mean over pairs of passes, of the shape of `nll`.
         nll_count: Number (or class weight) of the items that count, a scalar.
         kl_count: Number of the items that count, a scalar.
@@ -61,6 +61,6 @@ class LossFunction(Protocol):
     ) -> RDropOutput:
         """Return the mean over items.
 
-        With `items`, (n,), all passes but the first hold those items alone: the likelihood is that
+        With `items`, (n,), all passes but the first hold those items alone: the NLL is that
         of pass 0, the divergence that of the part, weighted by its inverse share of the batch.
         """

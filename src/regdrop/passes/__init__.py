@@ -1,8 +1,8 @@
 """How a batch goes through a model several times, and where the passes differ."""
 
 from regdrop.passes.dropout import DropoutSource, find_dropout
-from regdrop.passes.kept_state import kept_buffers, kept_random_state
 from regdrop.passes.noise import embedding_noise
+from regdrop.passes.preserved_state import preserve_buffers, preserve_random_state
 from regdrop.passes.rates import (
     DropoutOdds,
     dropout_rates,
@@ -24,8 +24,8 @@ __all__ = [
     "find_batch_size",
     "find_dropout",
     "find_tensors",
-    "kept_buffers",
-    "kept_random_state",
+    "preserve_buffers",
+    "preserve_random_state",
     "repeat_batch",
     "run_passes",
     "scale_dropout_odds",

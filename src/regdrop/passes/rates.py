@@ -42,7 +42,7 @@ def dropout_rates(model: nn.Module, rates: float | Sequence[float]) -> Iterator[
     sources = _settable(model)
     if not sources:
         raise ValueError("model must have a dropout rate above 0 to be changed, found none")
-    state = _Rates(sources, sequence)
+    state = _RateSwitcher(sources, sequence)
     hooks = [
         model.register_forward_pre_hook(state.before_forward),
         model.register_forward_hook(state.after_forward),
@@ -106,7 +106,7 @@ def uses_gradient_checkpointing(model: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-class _Rates:
+class _RateSwitcher:
     """The rate in force, forward by forward and backward by backward."""
 
     def __init__(self, sources: list[RateAttribute], sequence: tuple[float, ...]) -> None:

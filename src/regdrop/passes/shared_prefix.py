@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from regdrop.arguments import check_integer
-from regdrop.passes.kept_state import kept_buffers, kept_random_state
 from regdrop.passes.obstacles import find_experts, list_obstacles
+from regdrop.passes.preserved_state import preserve_buffers, preserve_random_state
 from regdrop.passes.stacking import (
     find_batch_size,
     find_tensors,
@@ -258,7 +258,7 @@ class SharedPrefix:
         """Return the part's output of all rows, and leave the run as it was."""
         # It may change its inputs.
         args, kwargs = repeat_items(inputs, 1, batch_size=rows, shared=self._shared)
-        with torch.no_grad(), kept_random_state(), kept_buffers(part):
+        with torch.no_grad(), preserve_random_state(), preserve_buffers(part):
             # Without the part's own hooks, which come after `_after`.
             output = part.forward(*args, **kwargs)
         # Older autocast would go on with the weights it converted here, without gradient.

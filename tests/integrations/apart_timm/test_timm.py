@@ -249,6 +249,35 @@ def test_doctor_knows_the_names_of_timm():
 
 
 @pytest.mark.slow
+def test_example_is_the_plain_loop():
+    """Run the example down to its training; three steps by hand have its losses and gradients."""
+    source = (Path(__file__).parents[3] / "examples" / "timm_task.py").read_text(encoding="utf-8")
+    names = {}
+    exec(compile(source[: source.index("\nfor _ in range")], "timm_task", "exec"), names)
+    task, model = names["task"], names["model"]
+    task.train()
+
+    def gradients(loss):
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    for number, (x, y) in zip(range(3), names["loader"], strict=False):
+        torch.manual_seed(number)
+        result = task(x, y)
+        torch.manual_seed(number)
+        first, second = model(x.repeat(2, 1, 1, 1)).chunk(2)
+        nll = sum(F.cross_entropy(z, y, label_smoothing=0.1) for z in (first, second)) / 2
+        log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
+        kl = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean() / 2
+        assert kl > 1e-4
+        found, expected = gradients(result["loss"]), gradients(nll + kl / 2)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        with torch.no_grad():
+            for parameter, slope in zip(model.parameters(), found[1:], strict=True):
+                parameter.sub_(0.05 * slope)
+
+
+@pytest.mark.slow
 def test_example_learns(capsys):
     runpy.run_path(str(Path(__file__).parents[3] / "examples" / "timm_task.py"))
     printed = capsys.readouterr().out

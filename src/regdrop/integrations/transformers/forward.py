@@ -60,7 +60,7 @@ def weigh_expert_loss(
 
 
 def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | None:
-    """Return the loss that a mixture of experts adds to the likelihood, with its coefficient."""
+    """Return the loss that a mixture of experts adds to the NLL, with its coefficient."""
     loss: Tensor | None = getattr(output, "aux_loss", None)
     if loss is None:
         return None

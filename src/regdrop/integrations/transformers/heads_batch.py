@@ -30,13 +30,13 @@ def base_model(model: nn.Module) -> nn.Module:
 
 @dataclass
 class LabelledBatch:
-    """A batch with its labels, the model that it enters, and the options of the likelihood.
+    """A batch with its labels, the model that it enters, and the options of the NLL.
 
     Attributes:
         model: The model, without what PEFT wraps around it.
         inputs: The batch, a dictionary of its own; a head takes the labels out of it.
         label_smoothing: Smoothing of the likelihood's target.
-        class_weight: Weight of each class in the likelihood.
+        class_weight: Weight of each class in the NLL.
         unlabelled_index: Label of items that count in the divergence alone.
         label_names: What the batch calls its labels, where somebody said so.
         prompt: PEFT's config of the tokens that it learns for every sequence, if it does.
@@ -80,7 +80,7 @@ class LabelledBatch:
         return UnknownHeadError(f"{self.name} {found}; {WAY_OUT}")
 
     def refuse_options(self, needed: str) -> None:
-        """Raise where the likelihood has options and the head is not what they need."""
+        """Raise where the NLL has options and the head is not what they need."""
         given = (self.class_weight, self.label_smoothing or None, self.unlabelled_index)
         if any(option is not None for option in given):
             raise ValueError(

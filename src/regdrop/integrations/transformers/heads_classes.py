@@ -140,7 +140,7 @@ def _binary_pixels(
 
 
 def _count_binary_pixels(target: Tensor, ignore_index: int) -> ItemCounts:
-    """Return all pixels, by which transformers divides the likelihood, and those that count."""
+    """Return all pixels, by which transformers divides the NLL, and those that count."""
     every = torch.full((), target.numel(), device=target.device)
     return ItemCounts(every, _counted_pixels(target, ignore_index).sum())
 

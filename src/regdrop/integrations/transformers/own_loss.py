@@ -26,7 +26,7 @@ from regdrop.loss import (
     mse_terms,
     symmetric_kl,
 )
-from regdrop.passes import find_batch_size, kept_buffers, kept_random_state, repeat_batch
+from regdrop.passes import find_batch_size, preserve_buffers, preserve_random_state, repeat_batch
 from regdrop.reading import Reading
 from regdrop.step import cut_outputs_of
 
@@ -87,7 +87,7 @@ class Divergence:
         return f"the KL of {name}, read as scores of classes (items: {items})"
 
     def head(self, inputs: Mapping[str, Any], rows: int) -> Head:
-        """Return a head whose terms hold the divergence; its likelihood is not used."""
+        """Return a head whose terms hold the divergence; its NLL is not used."""
         batch = dict(inputs)
         read = partial(find_tensor, key=self.logits)
         if self.kind == "margins":
@@ -172,7 +172,7 @@ def read_own_loss(
 
 
 def divergence_terms(head: Head) -> TermsFunction:
-    """Return terms that hold the divergence of each item alone; their likelihood is 0."""
+    """Return terms that hold the divergence of each item alone; their NLL is 0."""
     own_terms = cut_outputs_of(head.terms)
 
     def terms(
@@ -274,7 +274,12 @@ def _predicts_next(
     """Return whether the logits that a loss depends on are those one before the labels."""
     valid = inputs[label] != IGNORE_INDEX
     items = _on_device(num_items, inputs)
-    with evaluation_mode(model), kept_random_state(), kept_buffers(model), torch.enable_grad():
+    with (
+        evaluation_mode(model),
+        preserve_random_state(),
+        preserve_buffers(model),
+        torch.enable_grad(),
+    ):
         loss, output = compute(dict(inputs), items)
         logits = read(output)
         if valid.dim() < 2 or not (loss.requires_grad and logits.requires_grad):

@@ -10,7 +10,7 @@ from torch import nn
 
 
 @contextmanager
-def kept_random_state() -> Iterator[None]:
+def preserve_random_state() -> Iterator[None]:
     """Put the random states of torch, Python and NumPy back on exit."""
     numpy_random = getattr(sys.modules.get("numpy"), "random", None)
     python_state = random.getstate()
@@ -26,7 +26,7 @@ def kept_random_state() -> Iterator[None]:
 
 
 @contextmanager
-def kept_buffers(model: nn.Module) -> Iterator[None]:
+def preserve_buffers(model: nn.Module) -> Iterator[None]:
     """Put the values of a model's buffers back on exit, BatchNorm statistics among them."""
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:

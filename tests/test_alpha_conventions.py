@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from regdrop import rdrop_cross_entropy
-from regdrop.conventions import CONVENTIONS, convert_alpha
+from regdrop.alpha_conventions import CONVENTIONS, convert_alpha
 
 N, CLASSES, VALUE = 6, 9, 0.3
 

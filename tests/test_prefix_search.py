@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from models import image_rows, tiny_bert, tiny_vit
 from regdrop import share_prefix
-from regdrop.suggestion import PrefixSuggestion, suggest_prefix
+from regdrop.prefix_search import PrefixSuggestion, suggest_prefix
 
 
 def linear(inputs, outputs):

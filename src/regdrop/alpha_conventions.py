@@ -1,0 +1,91 @@
+"""What other implementations call alpha, in the paper's terms (docs/method.md)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Convention(NamedTuple):
+    """How one implementation weighs the KL.
+
+    Attributes:
+        loss: Its loss; CE are means over the batch where nothing else is said.
+        needs: What the conversion depends on: "items" (batch size, or target tokens of the
+            batch), "num_classes", or nothing.
+        to_paper: From its coefficient and that number to the paper's alpha.
+        layout: How its rows are stacked, where that is not in blocks, one a pass.
+    """
+
+    loss: str
+    needs: str | None
+    to_paper: Callable[[float, float], float]
+    layout: str | None = None
+
+
+CONVENTIONS = {
+    "paper": Convention("CE1 + CE2 + a (KL1 + KL2)/2", None, lambda a, n: a),
+    "official-translation": Convention(
+        "CE1 + CE2 + a (KL1 + KL2)/2, summed, over the tokens", None, lambda a, n: a
+    ),
+    "official-readme": Convention(
+        "(CE1 + CE2)/2 + a (KL1 + KL2)/2 summed over the batch", "items", lambda a, n: 2 * a * n
+    ),
+    "official-bert": Convention(
+        "CE1 + CE2 + a (KL1 + KL2)/2 summed over the batch", "items", lambda a, n: a * n
+    ),
+    "official-vit": Convention(
+        "CE1 + CE2 + a (KL1 + KL2) summed over the batch", "items", lambda a, n: 2 * a * n
+    ),
+    "bert4torch": Convention(
+        "(CE1 + CE2)/2 + a/4 (KL1 + KL2) as a mean over batch and classes",
+        "num_classes",
+        lambda a, n: a / n,
+        "rows x0 x0 x1 x1: give the losses here torch.cat([logits[::2], logits[1::2]])",
+    ),
+}
+_WITHOUT_EQUIVALENT = {
+    "official-roberta": "its loss holds half of one likelihood only: no alpha gives the same loss"
+}
+
+
+def convert_alpha(
+    value: float,
+    convention: str,
+    *,
+    batch_size: int | None = None,
+    tokens: int | None = None,
+    num_classes: int | None = None,
+) -> float:
+    """Return the paper's alpha for another implementation's coefficient.
+
+    Args:
+        value: The coefficient in the other implementation.
+        convention: Its name, one of `CONVENTIONS`.
+        batch_size: Samples of its micro-batch, before they are doubled.
+        tokens: Target tokens of its micro-batch, for token tasks, instead of batch_size.
+        num_classes: Number of classes or vocabulary size.
+
+    Raises:
+        ValueError: For an unknown convention, one without equivalent, or a number that is
+            missing or below 1.
+    """
+    if convention in _WITHOUT_EQUIVALENT:
+        raise ValueError(f"{convention} has no equivalent: {_WITHOUT_EQUIVALENT[convention]}")
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention must be one of {sorted(CONVENTIONS)}, got {convention!r}")
+    if value < 0:
+        raise ValueError(f"value must be at least 0, got {value}")
+    for name, number in (
+        ("batch_size", batch_size),
+        ("tokens", tokens),
+        ("num_classes", num_classes),
+    ):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    found = CONVENTIONS[convention]
+    if found.needs is None:
+        return value
+    number = num_classes if found.needs == "num_classes" else (tokens or batch_size)
+    if number is None:
+        wanted = "num_classes" if found.needs == "num_classes" else "batch_size (or tokens)"
+        raise ValueError(f"{convention} needs {wanted}: {found.loss}")
+    return found.to_paper(value, number)
