@@ -104,5 +104,5 @@ def test_only_the_main_process_takes_up_the_sums_of_a_checkpoint(tmp_path, monke
         trainer._load_optimizer_and_scheduler(checkpoint)
         trainer.state.global_step = 1
         trainer.begin_training()
-        loaded[is_main] = not trainer._parts.is_empty
+        loaded[is_main] = not trainer._meter.is_empty
     assert loaded == {True: True, False: False}
