@@ -15,8 +15,9 @@ from regdrop.kernels.closed_form import (
 )
 from regdrop.kernels.eager import eager_terms
 from regdrop.kernels.fused_linear import linear_loss, linear_terms
+from regdrop.kernels.implementation import Implementation, check_implementation
 from regdrop.kernels.projection import Projection, project
-from regdrop.kernels.selection import Implementation, check_implementation, select_kernel
+from regdrop.kernels.selection import select_kernel
 from regdrop.kernels.target import Target
 
 __all__ = [

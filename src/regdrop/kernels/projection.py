@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regdrop.kernels.closed_form import accumulation_dtype
-from regdrop.kernels.selection import Implementation
+from regdrop.kernels.implementation import Implementation
 
 
 class Projection(NamedTuple):

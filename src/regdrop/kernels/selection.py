@@ -4,25 +4,12 @@ import os
 import shutil
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, get_args
 
 import torch
 
 from regdrop.kernels.chunked import chunked_kernel
 from regdrop.kernels.closed_form import ClosedForm
-
-Implementation = Literal["auto", "eager", "chunked", "compiled", "cpp", "triton"]
-_IMPLEMENTATIONS = get_args(Implementation)
-
-
-def check_implementation(impl: str) -> None:
-    """Check a name.
-
-    Raises:
-        ValueError: If there is no such implementation.
-    """
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {_IMPLEMENTATIONS}, got {impl!r}")
+from regdrop.kernels.implementation import Implementation, check_implementation
 
 
 def select_kernel(

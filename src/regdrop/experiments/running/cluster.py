@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from regdrop.experiments.running.engines import Engine, read_all
+from regdrop.experiments.running.engine import Engine, read_all
 from regdrop.experiments.running.progress import Update, quiet_libraries
 
 _ADDRESS = re.compile(r"dask://(?P<host>\[[\da-fA-F:]+\]|[^\s/:\[\]]+):(?P<port>\d+)/?")

@@ -10,7 +10,7 @@ from regdrop.experiments.arms import Arm
 from regdrop.experiments.recording.history import DivergedError
 from regdrop.experiments.recording.ownership import HeldError
 from regdrop.experiments.recording.record import RunRecord
-from regdrop.experiments.running.engines import Engine, WorkerLostError
+from regdrop.experiments.running.engine import Engine, WorkerLostError
 from regdrop.experiments.running.progress import Display, Update
 from regdrop.experiments.running.run import run_arm
 from regdrop.tasks import Task

@@ -1,6 +1,7 @@
 """Arms over seeds, in parallel, continued where they stopped."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from regdrop.experiments.recording.settings import (
     resolved_config,
     settings_digest,
 )
-from regdrop.experiments.running.engines import open_engine
+from regdrop.experiments.running.cluster import open_cluster
+from regdrop.experiments.running.engine import Engine
 from regdrop.experiments.running.jobs import Job, JobRunner, run_jobs
 from regdrop.experiments.running.leftovers import LEARNED, clean_up
+from regdrop.experiments.running.local_engine import open_processes
 from regdrop.experiments.running.optimisers import check_optimiser
 from regdrop.experiments.running.progress import Display
 from regdrop.experiments.running.run import UNFINISHED_FOLDER, RunPaths
@@ -87,7 +90,7 @@ def run_arms(
     # Named by its settings, so that what an interrupted comparison learned is never another's.
     learned = folder / UNFINISHED_FOLDER / LEARNED
     if jobs:
-        with open_engine(
+        with _open_engine(
             executor, workers=min(workers, len(jobs)), threads=threads, folder=folder
         ) as engine:
             runner = JobRunner(
@@ -98,6 +101,19 @@ def run_arms(
     merge_records(folder)
     wanted = {(name, seed) for name in names for seed in seeds}
     return [record for record in _load(folder) if (record.arm, record.seed) in wanted]
+
+
+@contextmanager
+def _open_engine(
+    executor: str | None, *, workers: int, threads: int | None, folder: Path
+) -> Iterator[Engine]:
+    """Open the engine of an address, or of this machine; close it at the end."""
+    if executor is None:
+        with open_processes(workers, threads) as engine:
+            yield engine
+    else:
+        with open_cluster(executor, folder) as engine:
+            yield engine
 
 
 def _check_records(

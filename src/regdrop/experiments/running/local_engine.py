@@ -1,4 +1,4 @@
-"""Where runs are computed: processes of this machine, or the workers of a cluster."""
+"""Runs in processes of this machine, of which one that is killed loses its own run alone."""
 
 import multiprocessing
 import os
@@ -8,65 +8,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from regdrop.experiments.running.engine import Engine, WorkerLostError, read_all
 from regdrop.experiments.running.progress import Update, quiet_libraries
 
 # How long a process may take to end once it is told to.
 _STOP_SECONDS = 10.0
 
 
-class WorkerLostError(RuntimeError):
-    """The process of a run ended before the run did."""
-
-
-class Engine(NamedTuple):
-    """What computes runs.
-
-    Attributes:
-        pool: Takes the runs.
-        enter: Called where a run is, before it; it can be pickled, as `report` can.
-        report: Called where a run is, with its progress.
-        read_updates: Returns the progress that has come since the last call.
-        stop: Ends what runs, once the command is interrupted.
-    """
-
-    pool: Executor
-    enter: Callable[[], None]
-    report: Callable[[Update], None]
-    read_updates: Callable[[], list[Update]]
-    stop: Callable[[], None]
-
-
 @contextmanager
-def open_engine(
-    executor: str | None, *, workers: int, threads: int | None, folder: Path
-) -> Iterator[Engine]:
-    """Open the engine of an address, and close it at the end.
-
-    Args:
-        executor: "dask://HOST:PORT", the scheduler of a Dask cluster; None for processes of this
-            machine.
-        workers: Number of these processes.
-        threads: Threads of each; None leaves torch's own number.
-        folder: Folder of the study, which all workers must see.
-
-    Raises:
-        ValueError: For another address, or a cluster that cannot be used.
-    """
-    if executor is None:
-        with _open_processes(workers, threads) as engine:
-            yield engine
-    else:
-        from regdrop.experiments.running.cluster import open_cluster
-
-        with open_cluster(executor, folder) as engine:
-            yield engine
-
-
-@contextmanager
-def _open_processes(workers: int, threads: int | None) -> Iterator[Engine]:
+def open_processes(workers: int, threads: int | None) -> Iterator[Engine]:
+    """Open the engine of so many processes, of so many threads each; None leaves torch's own."""
     # A fresh interpreter a worker: CUDA and thread pools do not survive a fork.
     context = multiprocessing.get_context("spawn")
     updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
@@ -148,16 +101,6 @@ def _forward(own: Any, updates: "queue.SimpleQueue[Update]") -> None:
     """Pass the updates of a process on, until it says that there are no more."""
     while (update := own.get()) is not None:
         updates.put(update)
-
-
-def read_all(updates: Any) -> list[Update]:
-    """Return what a queue holds."""
-    found = []
-    while True:
-        try:
-            found.append(updates.get_nowait())
-        except queue.Empty:
-            return found
 
 
 _updates: Any = None
