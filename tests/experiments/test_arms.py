@@ -5,9 +5,10 @@ import pytest
 
 from regdrop import RDropConfig, find_dropout
 from regdrop.experiments import build_arms
-from regdrop.experiments.arms import optional_arms
+from regdrop.experiments.arms import Arm, optional_arms
 from regdrop.experiments.recording.settings import check_same_config, resolved_config
 from regdrop.experiments.running import run
+from regdrop.experiments.studies.definitions import study_arms
 from regdrop.experiments.studies.variations import with_settings
 from regdrop.tasks.images.presets import DIGITS
 
@@ -67,3 +68,17 @@ def test_equal_compute_means_twice_the_updates_and_nothing_else():
     assert twice.pop("max_steps") == 2 * once.pop("max_steps")
     assert once == twice
     assert all(arms[name].training == DIGITS.training for name in ("alpha-0", "rdrop"))
+
+
+def test_a_rule_that_goes_back_to_the_best_checkpoint_needs_one():
+    task = DIGITS
+    restoring = RDropConfig(alpha="auto", alpha_rule="restore")
+    averaging = replace(task.training, average_checkpoints=2)
+    Arm("one", "", restoring, task.training)
+    Arm("averaged", "", RDropConfig(alpha="auto", alpha_rule="stall"), averaging)
+    with pytest.raises(ValueError, match=r"goes back.*average_checkpoints=2 keeps"):
+        Arm("both", "", restoring, averaging)
+    for averaged, has_rule in ((replace(task, training=averaging), False), (task, True)):
+        arms = study_arms("alpha-schedules", averaged)
+        assert any(arm.rdrop.alpha_rule == "restore" for arm in arms) is has_rule
+        assert any(arm.rdrop.alpha_rule == "stall" for arm in arms)

@@ -48,6 +48,15 @@ class Arm:
     dropout_odds: float = 1.0
     dropout_rises: bool = False
 
+    def __post_init__(self) -> None:
+        averaged = self.training.average_checkpoints
+        if self.rdrop.alpha_rule == "restore" and averaged > 1:
+            raise ValueError(
+                "alpha_rule='restore' goes back to the best checkpoint, and "
+                f"average_checkpoints={averaged} keeps the last ones in its place: use "
+                "average_checkpoints=1, or another rule"
+            )
+
 
 def baseline_arm(task: Task) -> Arm:
     """Return training with one pass, the NLL weighted as in the other arms."""

@@ -89,7 +89,8 @@ def _alpha_schedules(task: Task, grid: Sequence[float]) -> list[Arm]:
         text = f"R-Drop, alpha from 0 to {end:g} over the run"
         arms.append(_arm(plain, f"ramp-{end:g}", text, alpha="auto", alpha_max=end))
     for rule in RULES:
-        if rule == "ramp":
+        # To go back to the best checkpoint it has to be kept.
+        if rule == "ramp" or (rule == "restore" and task.training.average_checkpoints > 1):
             continue
         arms += [
             _arm(
