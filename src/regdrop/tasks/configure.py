@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal
 
 from regdrop.config import RDropConfig
-from regdrop.tasks import DEFAULT_PRESETS, FAMILIES, PRESETS, Task
+from regdrop.tasks import DEFAULT_PRESETS, FAMILIES, PRESETS, Task, TrainingSettings
 from regdrop.tasks.common.accepted import check_choice, nearest
 from regdrop.tasks.common.folders import DIGITS_NAME
 
@@ -97,9 +97,8 @@ def task_from_config(config: dict[str, Any]) -> Task:
         raise ValueError(f"family must be one of {sorted(FAMILIES)}, got {family!r}")
     cls: Any = FAMILIES[family]
     options = {f.name: config[f.name] for f in fields(cls) if f.name in config}
-    training = PRESETS[DEFAULT_PRESETS[family]].training
     try:
-        options["training"] = replace(training, **config["training"])
+        options["training"] = TrainingSettings(**config["training"])
         options["rdrop"] = RDropConfig.from_dict(config["rdrop"])
         task: Task = cls(**options)
     except (KeyError, TypeError) as error:

@@ -1,6 +1,7 @@
 """What every task is made of: settings as typed Python, and data, model and metrics from them."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -168,6 +169,16 @@ class PreparedTask:
     options: dict[str, Any] = field(default_factory=dict)
     training_options: dict[str, Any] = field(default_factory=dict)
     signatures: dict[str, str] = field(default_factory=dict)
+
+
+class OldNames:
+    """Names that a task had in 0.1, kept for two minor releases."""
+
+    def figures(self: Any, statistics: np.ndarray) -> dict[str, float]:
+        """Return what `compute_metrics` returns, with a warning."""
+        warnings.warn("figures is now compute_metrics", FutureWarning, stacklevel=2)
+        metrics: dict[str, float] = self.compute_metrics(statistics)
+        return metrics
 
 
 def check_task(task: "Task") -> None:

@@ -11,7 +11,14 @@ from torch import nn
 
 from regdrop.config import RDropConfig
 from regdrop.tasks.common.accepted import BelowOne, Channels, Count, Name, Text
-from regdrop.tasks.common.base import LazySplits, Metric, PreparedTask, TrainingSettings, check_task
+from regdrop.tasks.common.base import (
+    LazySplits,
+    Metric,
+    OldNames,
+    PreparedTask,
+    TrainingSettings,
+    check_task,
+)
 from regdrop.tasks.common.classification import (
     accuracy,
     classification_statistics,
@@ -33,7 +40,7 @@ from regdrop.tasks.images.streaming import stream_image_splits
 
 
 @dataclass(frozen=True)
-class ImageClassification:
+class ImageClassification(OldNames):
     """An image classifier trained through the Hugging Face Trainer.
 
     Attributes:

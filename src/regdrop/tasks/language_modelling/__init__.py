@@ -4,6 +4,6 @@ from regdrop.tasks.common.base import Family
 from regdrop.tasks.language_modelling.presets import PAPER_PRESETS, SMALL_PRESETS
 from regdrop.tasks.language_modelling.task import LanguageModelling
 
-FAMILY = Family(LanguageModelling, SMALL_PRESETS, PAPER_PRESETS, default="ptb")
+FAMILY = Family(LanguageModelling, SMALL_PRESETS, PAPER_PRESETS, default="alice")
 
 __all__ = ["FAMILY", "LanguageModelling"]

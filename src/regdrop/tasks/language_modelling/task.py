@@ -15,7 +15,14 @@ from torch.utils.data import Dataset
 
 from regdrop.config import RDropConfig
 from regdrop.tasks.common.accepted import Count, Name, Text, WholeNumber
-from regdrop.tasks.common.base import LazySplits, Metric, PreparedTask, TrainingSettings, check_task
+from regdrop.tasks.common.base import (
+    LazySplits,
+    Metric,
+    OldNames,
+    PreparedTask,
+    TrainingSettings,
+    check_task,
+)
 from regdrop.tasks.common.data import check_texts, load_raw_splits, require_columns
 from regdrop.tasks.common.vocabulary import find_vocabulary, learn_words
 
@@ -25,7 +32,7 @@ _LINES = 10_000
 
 
 @dataclass(frozen=True)
-class LanguageModelling:
+class LanguageModelling(OldNames):
     """A Transformer decoder on running text, a word a token.
 
     The lines of a split, each with the end-of-sentence word, are one stream, which is cut into

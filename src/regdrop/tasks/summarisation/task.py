@@ -12,7 +12,14 @@ from torch import nn
 
 from regdrop.config import RDropConfig
 from regdrop.tasks.common.accepted import Count, Name, Text, WholeNumber
-from regdrop.tasks.common.base import LazySplits, Metric, PreparedTask, TrainingSettings, check_task
+from regdrop.tasks.common.base import (
+    LazySplits,
+    Metric,
+    OldNames,
+    PreparedTask,
+    TrainingSettings,
+    check_task,
+)
 from regdrop.tasks.common.data import (
     check_texts,
     hold_out,
@@ -37,7 +44,7 @@ from regdrop.tasks.summarisation.rouge import ROUGE, rouge_statistics
 
 
 @dataclass(frozen=True)
-class Summarisation:
+class Summarisation(OldNames):
     """An encoder-decoder that is fine-tuned, or trained from scratch.
 
     Attributes:

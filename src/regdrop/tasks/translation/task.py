@@ -12,7 +12,14 @@ from torch import nn
 
 from regdrop.config import RDropConfig
 from regdrop.tasks.common.accepted import Count, Name, Text
-from regdrop.tasks.common.base import LazySplits, Metric, PreparedTask, TrainingSettings, check_task
+from regdrop.tasks.common.base import (
+    LazySplits,
+    Metric,
+    OldNames,
+    PreparedTask,
+    TrainingSettings,
+    check_task,
+)
 from regdrop.tasks.common.data import (
     check_texts,
     hold_out,
@@ -46,7 +53,7 @@ _TRANSLATION = "translation"
 
 
 @dataclass(frozen=True)
-class Translation:
+class Translation(OldNames):
     """A Transformer (Marian's class: post-norm, sinusoidal positions, shared embeddings).
 
     Attributes:

@@ -12,7 +12,14 @@ from torch import nn
 
 from regdrop.config import RDropConfig
 from regdrop.tasks.common.accepted import BelowOne, Count, Name, Text, check_choice
-from regdrop.tasks.common.base import LazySplits, Metric, PreparedTask, TrainingSettings, check_task
+from regdrop.tasks.common.base import (
+    LazySplits,
+    Metric,
+    OldNames,
+    PreparedTask,
+    TrainingSettings,
+    check_task,
+)
 from regdrop.tasks.common.classification import classification_statistics, set_dropout
 from regdrop.tasks.common.data import (
     check_texts,
@@ -32,7 +39,7 @@ from regdrop.tasks.understanding.labels import (
 
 
 @dataclass(frozen=True)
-class LanguageUnderstanding:
+class LanguageUnderstanding(OldNames):
     """An encoder fine-tuned on one task of GLUE.
 
     GLUE keeps the labels of its test splits. So a tenth of the training split, drawn by a fixed
