@@ -106,7 +106,7 @@ def method() -> str:
         box(480, 44, 118, 54, "logits 1", "mask 1", fill="#ffffff"),
         box(480, 122, 118, 54, "logits 2", "mask 2", fill="#ffffff"),
         box(652, 20, 128, 46, "NLL 1", "with labels y", fill=WARM),
-        box(648, 87, 136, 46, "KL", "mean of both ways", fill=GREEN),
+        box(640, 87, 148, 46, "KL", "mean of both ways", fill=GREEN),
         box(652, 154, 128, 46, "NLL 2", "with labels y", fill=WARM),
     ]
     arrows = [
@@ -115,8 +115,8 @@ def method() -> str:
         (430, 84, 478, 71),
         (430, 136, 478, 149),
         (598, 60, 650, 43),
-        (598, 78, 646, 103),
-        (598, 142, 646, 117),
+        (598, 78, 638, 103),
+        (598, 142, 638, 117),
         (598, 160, 650, 177),
     ]
     parts += [line(*ends, colour=QUIET, width=1.5, arrow=True) for ends in arrows]
