@@ -297,8 +297,8 @@ def test_an_adaptive_softmax_is_measured_over_all_words():
     assert result.epkl > 1e-4
 
 
-def test_the_lines_of_the_page_on_theory_run(capsys):
-    page = (Path(__file__).parent.parent / "docs/theory.md").read_text("utf-8")
+def test_the_lines_of_the_page_run(capsys):
+    page = (Path(__file__).parent.parent / "docs/disagreement.md").read_text("utf-8")
     block = page.split("```python\n")[1].split("```")[0]
     x, y = items()
     exec(block, {"model": network(), "x": x, "y": y})

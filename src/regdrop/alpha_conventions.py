@@ -1,4 +1,4 @@
-"""What other implementations call alpha, in the paper's terms (docs/method.md)."""
+"""What other implementations call alpha, in the paper's terms (docs/other-implementations.md)."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -33,7 +33,7 @@ BIG = {
     "activation_dropout": 0.1,
 }
 # On 2,000 pairs a second layer a side translated no better on the validation split, at 1.7 times
-# the time (docs/tasks.md, "Small presets, chosen").
+# the time (docs/experiments-tasks.md, "Small presets, chosen").
 SMALL = _transformer(256, 1024, 4, 1, 0.1)
 
 # The four language pairs with English of IWSLT, by the year of the set. IWSLT17 has no Spanish.
