@@ -82,3 +82,14 @@ def test_a_rule_that_goes_back_to_the_best_checkpoint_needs_one():
         arms = study_arms("alpha-schedules", averaged)
         assert any(arm.rdrop.alpha_rule == "restore" for arm in arms) is has_rule
         assert any(arm.rdrop.alpha_rule == "stall" for arm in arms)
+
+
+def test_every_arm_computes_the_loss_as_the_task_says():
+    rdrop = RDropConfig(alpha=1.0, impl="chunked", fused_linear=True, class_weight=(1.0, 2.0))
+    task = replace(DIGITS, rdrop=rdrop)
+    for name, arm in {**build_arms(task), **optional_arms(task)}.items():
+        assert arm.rdrop.class_weight == (1.0, 2.0)
+        if name != "fraternal":  # it compares logits
+            assert (arm.rdrop.impl, arm.rdrop.fused_linear) == ("chunked", True)
+    own = replace(DIGITS, rdrop=RDropConfig(alpha=1.0, likelihood="model"))
+    assert {arm.rdrop.likelihood for arm in build_arms(own).values()} == {"model"}

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from regdrop.config import RDropConfig
 from regdrop.tasks import Task, TrainingSettings
@@ -64,11 +65,15 @@ def baseline_arm(task: Task) -> Arm:
         alpha=0.0,
         num_passes=1,
         monitor_steps=task.training.logging_steps,
-        class_weight=task.rdrop.class_weight,
-        fused_linear=task.rdrop.fused_linear,
-        impl=task.rdrop.impl,
+        likelihood=task.rdrop.likelihood,
+        **_loss_options(task),
     )
     return Arm(BASELINE, "one pass, no R-Drop", rdrop, task.training)
+
+
+def _loss_options(task: Task) -> dict[str, Any]:
+    """Return how the loss is computed, which is the same in all arms of a task."""
+    return {name: getattr(task.rdrop, name) for name in ("class_weight", "fused_linear", "impl")}
 
 
 def build_arms(task: Task) -> dict[str, Arm]:
@@ -115,15 +120,10 @@ def optional_arms(task: Task) -> dict[str, Arm]:
     and fraternal dropout's kappa 0.15 (arXiv 1711.00066), whatever the task's alpha, which is
     R-Drop's; `regdrop tune` chooses others.
     """
-    base = RDropConfig(class_weight=task.rdrop.class_weight, noise=task.rdrop.noise)
-    r3f = replace(
-        base,
-        alpha=4.0,
-        method="r3f",
-        fused_linear=task.rdrop.fused_linear,
-        impl=task.rdrop.impl,
-    )
-    fraternal = replace(base, alpha=0.3, method="fraternal")
+    base = RDropConfig(noise=task.rdrop.noise, **_loss_options(task))
+    r3f = replace(base, alpha=4.0, method="r3f")
+    # It compares logits, which no kernel of the loss does.
+    fraternal = replace(base, alpha=0.3, method="fraternal", fused_linear="auto", impl="auto")
     # Of an alpha that rises, the mean over the run.
     alpha = task.rdrop.alpha_max / 2 if task.rdrop.alpha == "auto" else task.rdrop.alpha
     arms = (

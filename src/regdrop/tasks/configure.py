@@ -43,7 +43,7 @@ def change_task(
     Args:
         task: The preset.
         data: Folder or hub id of other data.
-        model: Checkpoint to fine-tune.
+        model: Checkpoint to fine-tune, in place of the preset's `model_config`.
         alpha: Weight of the KL; "auto" for one that rises in the run.
         steps: Optimiser steps.
         settings: Further ones, each "name=value" with a JSON value; "training.NAME" and
