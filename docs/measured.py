@@ -41,10 +41,10 @@ def alpha(study: str, arm: str = "rdrop") -> float:
 
 
 def steps_of_a_gpu() -> list[dict[str, object]]:
-    """Return what whole training steps took on an H100."""
-    record = json.loads((RESULTS / "gpu/2026-11-26-h100/record.json").read_text("utf-8"))
+    """Return what whole training steps took on an H100 in bfloat16."""
+    record = json.loads((RESULTS / "gpu/2026-11-26-h100-2/record.json").read_text("utf-8"))
     rows: list[dict[str, object]] = record["sections"]["step"]["rows"]
-    return rows
+    return [row for row in rows if row["dtype"] == "bfloat16 autocast"]
 
 
 def _number(text: str | None) -> float | None:
