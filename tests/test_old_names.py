@@ -11,6 +11,11 @@ import pytest
     [
         ("regdrop.suggestion", "regdrop.prefix_search", "suggest_prefix"),
         ("regdrop.conventions", "regdrop.alpha_conventions", "convert_alpha"),
+        (
+            "regdrop.tasks.adaptive_input",
+            "regdrop.tasks.language_modelling.adaptive_input",
+            "AdaptiveInputForCausalLM",
+        ),
     ],
 )
 def test_a_module_under_its_old_name_warns_and_is_the_new_one(old, new, name, monkeypatch):

@@ -52,5 +52,5 @@ def test_the_default_preset_is_small_and_known_to_learn(family):
 def test_the_old_name_of_the_metrics_warns(family):
     task = PRESETS[DEFAULT_PRESETS[family]]
     statistics = np.ones((4, WIDTHS[family]))
-    with pytest.warns(FutureWarning, match="compute_metrics"):
+    with pytest.warns(DeprecationWarning, match="compute_metrics"):
         assert task.figures(statistics) == task.compute_metrics(statistics)

@@ -79,8 +79,8 @@ def sweep(
         require_one_process("sweep")
         chosen = options.choose(task, alpha)
         compared = arms_of(study, chosen, grid, arms)
-        if study in STUDIES:
-            announce(study, STUDIES[study].question)
+        known = STUDIES.get(study)
+        announce(study, "is now `regdrop compare`" if known is None else known.question)
         folder = runs.output or Path("runs") / f"{chosen.name}-{study}"
         _train_and_report(study, chosen, compared, runs, tuned, folder)
 

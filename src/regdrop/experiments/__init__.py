@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
         warnings.warn(
             "compare(task, ...) is now run_arms(task, compared_arms(task), ...)",
-            FutureWarning,
+            DeprecationWarning,
             stacklevel=2,
         )
         return _compare

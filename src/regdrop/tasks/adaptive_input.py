@@ -10,7 +10,7 @@ from regdrop.tasks.language_modelling.adaptive_input import (
 
 warnings.warn(
     "regdrop.tasks.adaptive_input is now regdrop.tasks.language_modelling.adaptive_input",
-    FutureWarning,
+    DeprecationWarning,
     stacklevel=2,
 )
 

@@ -162,7 +162,7 @@ def test_bad_arguments_are_named_before_anything_runs(tmp_path, short, options, 
 
 
 def test_the_old_name_of_a_comparison_warns(tmp_path, short):
-    with pytest.warns(FutureWarning, match="run_arms"):
+    with pytest.warns(DeprecationWarning, match="run_arms"):
         from regdrop.experiments import compare
     with pytest.raises(ValueError, match="seeds must be different numbers, at least one"):
         compare(short, seeds=[], folder=tmp_path)

@@ -260,7 +260,7 @@ def test_a_line_without_points_of_its_own_is_not_drawn(draw):
 
 
 def test_the_old_name_of_the_comparison_as_a_study_warns():
-    with pytest.warns(FutureWarning, match="regdrop compare"):
+    with pytest.warns(DeprecationWarning, match="regdrop compare"):
         arms = study_arms("curves", DIGITS)
     assert arms == list(build_arms(DIGITS).values())
 

@@ -45,9 +45,8 @@ def study_arms(name: str, task: Task, grid: Sequence[float] | None = None) -> li
     """
     if name == "curves":
         warnings.warn(
-            "the study curves is what `regdrop compare` trains and draws; name that, for curves "
-            "goes with 0.4",
-            FutureWarning,
+            "the study curves is now the comparison that `regdrop compare` makes",
+            DeprecationWarning,
             stacklevel=2,
         )
         return list(build_arms(task).values())

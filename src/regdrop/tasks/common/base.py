@@ -176,7 +176,7 @@ class OldNames:
 
     def figures(self: Any, statistics: np.ndarray) -> dict[str, float]:
         """Return what `compute_metrics` returns, with a warning."""
-        warnings.warn("figures is now compute_metrics", FutureWarning, stacklevel=2)
+        warnings.warn("figures is now compute_metrics", DeprecationWarning, stacklevel=2)
         metrics: dict[str, float] = self.compute_metrics(statistics)
         return metrics
 

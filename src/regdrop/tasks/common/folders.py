@@ -113,7 +113,8 @@ def _hub_revision(dataset: str) -> str | None:
 def _digest(path: Path) -> str:
     """Return the digest of a file, or of all in a folder with their names."""
     stats = [(file, file.stat()) for file in _files(path)]
-    state = [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    # The time of the last change may be set to any other; that of this setting may not.
+    state = [(str(file), x.st_size, x.st_mtime_ns, x.st_ctime_ns) for file, x in stats]
     key = hashlib.sha256(repr((str(path.resolve()), state)).encode("utf-8", "surrogateescape"))
     kept = _cache("digests") / key.hexdigest()
     with suppress(OSError):
