@@ -15,11 +15,11 @@ from transformers import TrainingArguments
 from implementations import CPP
 from models import Rows
 from regdrop import RDropConfig
-from regdrop.integrations.transformers import RDropTrainer, find_head
-from regdrop.integrations.transformers import trainer as trainer_module
+from regdrop.integrations.transformers import RDropTrainer, find_head, fusing
 from regdrop.integrations.transformers.fused import find_fused_head
 from regdrop.integrations.transformers.verify import check_fused_head
 from regdrop.loss import cross_entropy_terms
+from training import arguments
 
 WORDS = 90
 LLAMA = {
@@ -103,22 +103,10 @@ def rows(name, size=8):
 
 
 def trainer_for(folder, name, rdrop, model=None, kind=RDropTrainer, **options):
-    defaults = {
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "optim": "sgd",
-        "learning_rate": 0.05,
-        "max_grad_norm": 0.0,
-        "train_sampling_strategy": "sequential",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-    }
+    defaults = {"per_device_train_batch_size": 4, "learning_rate": 0.05}
     return kind(
         model=build(name) if model is None else model,
-        args=TrainingArguments(str(folder), **{**defaults, **options}),
+        args=arguments(folder, **{**defaults, **options}),
         train_dataset=rows(name),
         eval_dataset=rows(name),
         rdrop=rdrop,
@@ -257,7 +245,7 @@ def test_no_tensor_holds_all_logits(tmp_path, fused):
 
 @pytest.mark.parametrize(("limit", "positions"), [(WORDS, 1), (WORDS + 1, 7)])
 def test_auto_leaves_small_vocabularies_alone(tmp_path, monkeypatch, limit, positions):
-    monkeypatch.setattr(trainer_module, "SMALLEST_FUSED_VOCABULARY", limit)
+    monkeypatch.setattr(fusing, "SMALLEST_FUSED_VOCABULARY", limit)
     assert set(run(tmp_path, "gpt2", RDropConfig(alpha=2.0))[2]) == {positions}
 
 
@@ -341,7 +329,7 @@ UNKNOWN = {
 def test_a_head_that_is_not_understood_is_trained_with_its_logits_and_told_once(
     tmp_path, monkeypatch, kind
 ):
-    monkeypatch.setattr(trainer_module, "SMALLEST_FUSED_VOCABULARY", WORDS)
+    monkeypatch.setattr(fusing, "SMALLEST_FUSED_VOCABULARY", WORDS)
 
     def train(fused):
         torch.manual_seed(4)
