@@ -304,3 +304,24 @@ def test_what_is_kept_at_the_sizes_of_models(rows, features, classes, kept):
     plan = make_plan(hidden, Projection(weight, dtype=torch.bfloat16))
     assert plan.kept / classes == pytest.approx(kept, abs=0.02)
     assert plan.scratch * rows * 2 + hidden.nbytes <= class_blocks.BUDGET
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_passes", [2, 3])
+def test_a_bias_of_the_least_finite_number_masks_a_class(num_passes, dtype, by_classes):
+    """The sum of the passes' least finite numbers is infinite."""
+    (hidden, weight, bias), target = make(num_passes, dtype=dtype)
+    target[target == 0] = 1
+    bias = bias.detach().clone()
+    bias[0] = torch.finfo(dtype).min
+    by_classes(4, 5 * num_passes, dtype)
+    arguments = [(weight, bias, target), (weight[1:], bias[1:], target - 1)]
+    masked, without = (
+        linear_rdrop_cross_entropy(hidden, w, t, bias=b, alpha=30.0, num_passes=num_passes)
+        for w, b, t in arguments
+    )
+    torch.testing.assert_close(masked, without, rtol=1e-2, atol=1e-4)
+    gradients = [torch.autograd.grad(x.loss, (hidden, weight)) for x in (masked, without)]
+    for found, expected in zip(*gradients, strict=True):
+        assert (found - expected).norm() < 0.02 * expected.norm()
+    assert (gradients[0][1][0] == 0).all()

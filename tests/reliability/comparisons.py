@@ -6,7 +6,7 @@ import signal
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from commands import Attack, comparable_fields, small
 
@@ -45,6 +45,17 @@ def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+def differences(right: Any, found: Any, place: str = "") -> list[str]:
+    """Return where nested values differ, and how."""
+    if isinstance(right, dict) and isinstance(found, dict) and right.keys() == found.keys():
+        pairs = [(f"{place}.{name}", right[name], found[name]) for name in right]
+    elif isinstance(right, list) and isinstance(found, list) and len(right) == len(found):
+        pairs = [(f"{place}[{i}]", x, y) for i, (x, y) in enumerate(zip(right, found, strict=True))]
+    else:
+        return [] if right == found else [f"{place}: {found!r:.300}, not {right!r:.300}"]
+    return [text for name, x, y in pairs for text in differences(x, y, name)]
+
+
 def disturb_a_comparison(attack: Attack, right: Comparison, number: int) -> None:
     """Start two commands at once, kill some with or without their workers, until one is through."""
     folder = attack.folder / f"comparison-{number}"
@@ -67,8 +78,13 @@ def disturb_a_comparison(attack: Attack, right: Comparison, number: int) -> None
     what = f"{folder} after {len(said)} commands: {said[-1][-2000:]}"
     if any("Traceback (most recent" in text for text in said):
         attack.note("tracebacks", what)
-    elif is_done and records_of(folder) == right.records and files_of(folder) == right.files:
-        attack.note("recovered", "")
+    elif not is_done:
+        attack.note("silent", f"never done: {what}")
+    elif wrong := [
+        *differences(right.records, records_of(folder)),
+        *files_of(folder) ^ right.files,
+    ]:
+        attack.note("silent", f"{wrong[:5]} in {what}")
     else:
-        attack.note("silent", f"done {is_done}, {files_of(folder) ^ right.files}; {what}")
+        attack.note("recovered", "")
     shutil.rmtree(folder, ignore_errors=True)
