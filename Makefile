@@ -12,7 +12,7 @@ APART := $(VENV)/apart
 TIMM := timm==1.0.31 torchvision==0.28.0
 DEEPSPEED := deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 ninja==1.13.2 py-cpuinfo==9.0.0
 
-.PHONY: demo test test-all check docs attack bench gpu release-check clean
+.PHONY: demo test test-all check docs attack mutants bench gpu release-check clean
 
 demo: $(VENV)/.tasks ## train a small language model in five ways, over four seeds
 	OMP_NUM_THREADS=1 $(BIN)/regdrop compare alice --arms baseline,baseline-2x,alpha-0,matched-dropout,rdrop \
@@ -37,7 +37,10 @@ docs: $(VENV)/.dev ## build the pages as a site, in site/; a link that leads now
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 attack: $(VENV)/.dev ## kill runs, damage their files, give them wrong settings and data, for ten minutes
-	$(BIN)/python tests/reliability/attack.py --seconds 600
+	$(BIN)/python tests/reliability/attack.py --seconds 500 --comparisons 3
+
+mutants: $(VENV)/.dev ## give the core hundreds of small faults, one at a time, and count those that its tests catch; hours
+	$(BIN)/python tests/reliability/mutate.py --sample 12
 
 bench: $(VENV)/.dev ## measure the loss, whole steps, the Trainer and a shared trunk; writes results/bench_*
 	$(BIN)/python benchmarks/bench_loss.py

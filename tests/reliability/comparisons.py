@@ -12,7 +12,7 @@ from commands import Attack, comparable_fields, small
 
 from regdrop.experiments import load_records
 
-COMMAND = ["compare", "digits", "--arms", "alpha-0,rdrop", "--seeds", "1", "--workers", "1"]
+COMMAND = ["compare", "digits", "--arms", "alpha-0,rdrop", "--seeds", "1", "--workers", "2"]
 COMMAND += small(steps=6)
 _ROUNDS_WITH_KILLS = 3
 _ROUNDS = 8

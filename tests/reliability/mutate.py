@@ -37,8 +37,9 @@ PACKAGE = Path("src/regdrop")
 LIBRARIES = datasets, numpy, scipy.stats, torch, transformers.Trainer, transformers.AutoModel
 
 LOSS = ["loss/test_cross_entropy.py", "loss/test_loss_pairs.py", "loss/test_counts.py"]
-LINEAR = ["loss/test_linear_cross_entropy.py"]
-ROWS = ["kernels/test_class_blocks.py", *LOSS, "loss/test_linear_cross_entropy.py"]
+ELEMENTS = ["loss/test_elementwise.py", "loss/test_loss_pairs.py", "loss/test_every_reduction.py"]
+LINEAR = ["loss/test_linear_cross_entropy.py", "loss/test_every_reduction.py"]
+ROWS = ["kernels/test_class_blocks.py", *LOSS, *LINEAR]
 HEADS = [
     "integrations/transformers/test_heads.py",
     "integrations/transformers/test_own_loss.py",
@@ -63,14 +64,15 @@ TESTS = {
     "kernels/selection.py": ["kernels/test_kernel_choice.py", *LOSS, *LINEAR],
     "kernels/triton_programs.py": ["kernels/test_triton_rows.py"],
     "kernels/triton_rows.py": ["kernels/test_triton_rows.py"],
-    "kernels": [*LOSS, "loss/test_forward_mode.py", *LINEAR, "kernels/test_cpp_rows.py"],
+    "kernels": [*LOSS, "loss/test_forward_mode.py", "loss/test_every_reduction.py", *LINEAR],
     "loss/adaptive_softmax.py": ["loss/test_adaptive_softmax.py"],
-    "loss/binary_cross_entropy.py": ["loss/test_elementwise.py", "loss/test_operations.py"],
+    "loss/binary_cross_entropy.py": ELEMENTS,
     "loss/elementwise.py": ["loss/test_elementwise.py"],
-    "loss/regression.py": ["loss/test_elementwise.py", "loss/test_operations.py"],
+    "loss/regression.py": ELEMENTS,
     "loss/ctc.py": ["loss/test_ctc.py"],
     "loss/fraternal.py": ["loss/test_cross_entropy.py", "test_rdrop_step.py"],
     "loss/linear_cross_entropy.py": LINEAR,
+    "loss/linear_items.py": LINEAR,
     "loss/module.py": ["loss/test_module.py", "loss/test_elementwise.py"],
     "loss/terms.py": ["loss/test_ctc.py", *LOSS, "loss/test_operations.py"],
     "loss": [*LOSS, "loss/test_class_dim.py", "loss/test_unlabelled.py", "test_mistakes.py"],
@@ -88,9 +90,10 @@ TESTS = {
         "experiments/recording/test_history.py",
     ],
 }
-# Tried first; interpreted and compiled kernels take long.
+# Interpreted and compiled kernels take long, and have files of their own.
 QUICK = ["-m", "not slow and not long", "-k", "not triton and not compiled"]
-REST = ["-m", "not long"]
+WHOLE = ["-m", "not long"]
+OWN_FILES = ("kernels/test_cpp_rows.py", "kernels/test_triton_rows.py")
 NO_TESTS = 5  # pytest's code for a file of which none is chosen
 
 
@@ -201,7 +204,7 @@ def tests_of(module: str) -> list[str]:
     return list(dict.fromkeys(TESTS.get(module) or TESTS[module.split("/")[0]]))
 
 
-def run_tests(folder: Path, files: list[str], seconds: float) -> str | None:
+def run_tests(folder: Path, files: list[str], seconds: float, is_thorough: bool) -> str | None:
     """Return the first test file that fails in a fork, "time" if it takes too long, or None."""
     reader, writer = os.pipe()
     process = os.fork()
@@ -214,7 +217,8 @@ def run_tests(folder: Path, files: list[str], seconds: float) -> str | None:
             os.chdir(folder)
             sys.path[:0] = [str(folder / "src")]
             os.environ["PYTHONPATH"] = str(folder / "src")
-            for file, chosen in [(file, chosen) for chosen in (QUICK, REST) for file in files]:
+            for file in files:
+                chosen = WHOLE if is_thorough or file in OWN_FILES else QUICK
                 options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", *chosen]
                 if pytest.main([*options, f"tests/{file}"]) not in (0, NO_TESTS):
                     os.write(writer, file.encode())
@@ -236,13 +240,14 @@ def run_tests(folder: Path, files: list[str], seconds: float) -> str | None:
     return failed or (None if done else "time")
 
 
-def main(modules: list[str], sample: int, seed: int, output: Path) -> None:
+def main(modules: list[str], sample: int, seed: int, is_thorough: bool, output: Path) -> None:
     """Try a sample of each module's faults, print and save what became of each.
 
     Those that an earlier call has saved are not tried again: a larger sample holds the smaller one.
     """
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True  # mutants of one second and one size look alike to its cache
+    output.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(output.read_text()) if output.exists() else []
     known = [(x["module"], *(x[field] for field in Mutant._fields)) for x in results]
     seconds: dict[str, float] = {}
@@ -261,11 +266,12 @@ def main(modules: list[str], sample: int, seed: int, output: Path) -> None:
             for mutant in sorted(x for x in chosen[:sample] if (module, *x) not in known):
                 for file in files:
                     if file not in seconds:
-                        seconds[file] = time_tests(folder, file)
+                        seconds[file] = time_tests(folder, file, is_thorough)
                 content = text.encode()
                 new = content[: mutant.start] + mutant.new.encode() + content[mutant.end :]
                 path.write_bytes(new)
-                failed = run_tests(folder, files, 60 + 4 * sum(seconds[file] for file in files))
+                limit = 60 + 4 * sum(seconds[file] for file in files)
+                failed = run_tests(folder, files, limit, is_thorough)
                 path.write_text(text)
                 outcome = f"caught by {failed}" if failed else "SURVIVED"
                 place = f"{module}:{mutant.line}"
@@ -275,10 +281,10 @@ def main(modules: list[str], sample: int, seed: int, output: Path) -> None:
     print_table(results)
 
 
-def time_tests(folder: Path, file: str) -> float:
+def time_tests(folder: Path, file: str, is_thorough: bool) -> float:
     """Return the seconds that a test file takes; end where it fails as it is."""
     start = time.monotonic()
-    if run_tests(folder, [file], 3600):
+    if run_tests(folder, [file], 3600, is_thorough):
         sys.exit(f"{file} fails as it is:\n{(folder / 'log.txt').read_text()[-3000:]}")
     return time.monotonic() - start
 
@@ -309,7 +315,8 @@ if __name__ == "__main__":
     parser.add_argument("modules", nargs="*", help="such as kernels/eager.py; all of the core")
     parser.add_argument("--sample", type=int, default=12, help="faults a module")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("mutants.json"))
+    parser.add_argument("--thorough", action="store_true", help="let them meet slow tests, too")
+    parser.add_argument("--output", type=Path, default=Path("runs/mutants.json"))
     parser.add_argument("--list", action="store_true", help="count the possible ones alone")
     options = parser.parse_args()
     names = options.modules or core()
@@ -317,4 +324,4 @@ if __name__ == "__main__":
         for name in names:
             print(len(mutants((ROOT / PACKAGE / name).read_text())), name)
     else:
-        main(names, options.sample, options.seed, options.output)
+        main(names, options.sample, options.seed, options.thorough, options.output)
