@@ -63,15 +63,14 @@ def parameters(trainer):
     return [p.detach().cpu().clone() for p in trainer.model.parameters()]
 
 
-def assert_same_run(a, b, **tolerances):
-    """Assert that two trainers logged the same losses and left the same parameters."""
-    tolerances = {"rtol": 1e-5, "atol": 1e-6, **tolerances}
-    assert len(logged(a, "loss")) == len(logged(b, "loss")) > 0
-    torch.testing.assert_close(
-        torch.tensor(logged(a, "loss")), torch.tensor(logged(b, "loss")), **tolerances
-    )
+def assert_same_run(a, b, names=("loss",), *, rtol=1e-5, atol=1e-6, log_rtol=None):
+    """Assert that two trainers logged the same under some names and left the same parameters."""
+    for name in names:
+        ours, theirs = (torch.tensor(logged(trainer, name)) for trainer in (a, b))
+        assert len(ours) == len(theirs) > 0
+        torch.testing.assert_close(ours, theirs, rtol=log_rtol or rtol, atol=atol)
     for x, y in zip(parameters(a), parameters(b), strict=True):
-        torch.testing.assert_close(x, y, **tolerances)
+        torch.testing.assert_close(x, y, rtol=rtol, atol=atol)
 
 
 def record_scores(model, name="scores"):

@@ -11,24 +11,14 @@ from regdrop import RDropConfig, find_dropout
 from regdrop.integrations.transformers import RDropTrainer
 from regdrop.loss import cross_entropy
 from regdrop.reading import is_free_to_overwrite
+from training import arguments, assert_same_run, logged
 
 
 def run(folder, model=None, rdrop=None, kind=RDropTrainer, **options):
-    defaults = {
-        "max_steps": 3,
-        "per_device_train_batch_size": 8,
-        "optim": "sgd",
-        "learning_rate": 0.05,
-        "train_sampling_strategy": "sequential",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-    }
+    defaults = {"max_steps": 3, "learning_rate": 0.05, "max_grad_norm": 1.0}
     trainer = kind(
         model=tiny_bert(dropout=0.3) if model is None else model,
-        args=TrainingArguments(str(folder), **{**defaults, **options}),
+        args=arguments(folder, **{**defaults, **options}),
         train_dataset=text_rows(),
         eval_dataset=text_rows(),
         rdrop=RDropConfig(alpha=2.0) if rdrop is None else rdrop,
@@ -37,14 +27,8 @@ def run(folder, model=None, rdrop=None, kind=RDropTrainer, **options):
     return trainer
 
 
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
 def assert_same(a, b, tolerance=1e-5):
-    for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True):
-        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
-    assert logged(a, "kl") == pytest.approx(logged(b, "kl"), rel=100 * tolerance)
+    assert_same_run(a, b, ("kl",), rtol=tolerance, atol=tolerance, log_rtol=100 * tolerance)
     assert min(logged(a, "kl")) > 0
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
 from models import (
     image_rows,
@@ -20,6 +19,7 @@ from models import (
 )
 from regdrop import RDropConfig
 from regdrop.integrations.transformers import RDropTrainer
+from training import arguments
 
 CASES = {
     "bert": (tiny_bert, text_rows, 3, None, {}),
@@ -34,30 +34,15 @@ ONE_BACKWARD = RDropConfig(alpha=3.0, backward_passes=1)
 SEQUENTIAL = RDropConfig(alpha=3.0, passes="sequential")
 
 
-def arguments(folder, **options):
-    defaults = {
-        "learning_rate": 0.03,
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "lr_scheduler_type": "constant",
-        "num_train_epochs": 2,
-        "train_sampling_strategy": "sequential",
-        "use_cpu": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-    return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
-
-
 def train(folder, case, *, size=20, collator=None, config=None, resume=None, **options):
     """Train for two epochs and return parameters, the log of the KL and the trainer."""
     build, rows, num_labels, problem_type, changes = CASES[case]
     config = RDropConfig(alpha=3.0, **changes) if config is None else config
     trainer = RDropTrainer(
         model=key_dropout(build(num_labels, problem_type, dropout=0.3), config.num_passes),
-        args=arguments(folder, **options),
+        args=arguments(
+            folder, **{"learning_rate": 0.03, "max_steps": -1, "num_train_epochs": 2, **options}
+        ),
         rdrop=config,
         train_dataset=rows(size, num_labels, problem_type),
         data_collator=collator,

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import BertForMultipleChoice, TrainingArguments
+from transformers import BertForMultipleChoice
 
 from models import VOCABULARY, Rows, image_rows, text_rows, tiny_bert, tiny_gpt2, tiny_vit
 from regdrop import RDropConfig, share_prefix
 from regdrop.integrations.transformers import RDropTrainer
+from training import arguments, assert_same_run, logged
 
 
 def bert():
@@ -31,20 +32,16 @@ def sentences():
 
 
 def run(folder, model, rows, rdrop=None, until=None, **options):
+    # With clipping, norms are logged.
     defaults = {
         "max_steps": 4,
         "per_device_train_batch_size": 6,
-        "optim": "sgd",
         "learning_rate": 0.05,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
+        "max_grad_norm": 1.0,
     }
     trainer = RDropTrainer(
         model=model,
-        args=TrainingArguments(str(folder), **{**defaults, **options}),
+        args=arguments(folder, **{**defaults, **options}),
         train_dataset=rows,
         eval_dataset=rows,
         rdrop=RDropConfig(alpha=2.0) if rdrop is None else rdrop,
@@ -55,16 +52,9 @@ def run(folder, model, rows, rdrop=None, until=None, **options):
     return trainer
 
 
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
 def assert_same(a, b):
-    for name in ("loss", "nll", "kl", "grad_norm"):
-        assert logged(a, name) == pytest.approx(logged(b, name), rel=1e-4)
+    assert_same_run(a, b, ("loss", "nll", "kl", "grad_norm"), log_rtol=1e-4)
     assert min(logged(a, "kl")) > 0
-    for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
 def note_rows(module):

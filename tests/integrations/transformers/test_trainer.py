@@ -12,6 +12,7 @@ from models import Rows, image_rows, text_rows, tiny_bert, tiny_vit
 from regdrop import RDropConfig
 from regdrop.integrations.transformers import Head, RDropTrainer, RDropTrainerMixin
 from regdrop.loss import cross_entropy_terms
+from training import logged
 
 ONE_PASS = RDropConfig(alpha=0.0, num_passes=1)
 
@@ -55,10 +56,6 @@ PLAIN_SGD = {"optim": "sgd", "learning_rate": 0.1}
 
 def parameters(trainer):
     return [p.detach().clone() for p in trainer.model.parameters()]
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def count_forwards(model, training=True):
