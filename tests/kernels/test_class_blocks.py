@@ -13,6 +13,7 @@ from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
 from regdrop.kernels import class_blocks, fused_linear
 from regdrop.kernels.class_blocks import make_plan
 from regdrop.kernels.projection import Projection
+from regdrop.loss import linear_items
 
 FEATURES, CLASSES = 6, 29
 WEIGHTS = torch.linspace(0.2, 3, CLASSES)
@@ -325,3 +326,16 @@ def test_a_bias_of_the_least_finite_number_masks_a_class(num_passes, dtype, by_c
     for found, expected in zip(*gradients, strict=True):
         assert (found - expected).norm() < 0.02 * expected.norm()
     assert (gradients[0][1][0] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ignored_items_that_are_kept_have_no_gradient(reduction, by_classes, monkeypatch):
+    """A GPU, which would be waited for, leaves none out."""
+    monkeypatch.setattr(linear_items, "drops_rows", lambda device: False)
+    tensors, target = make()
+    target[1] = target[3] = -100
+    by_classes(4, 10)
+    assert_same(tensors, target, alpha=1.3, label_smoothing=0.1, reduction=reduction)
+    found = linear_rdrop_cross_entropy(*tensors[:2], target, alpha=1.3, reduction=reduction).loss
+    (gradient,) = torch.autograd.grad(found.sum(), tensors[0])
+    assert (gradient.view(2, 5, -1)[:, [1, 3]] == 0).all()

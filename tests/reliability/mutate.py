@@ -54,6 +54,7 @@ TRAINER = [
 ]
 # The tests of each module, the nearest and quickest first; a folder's stands for its modules.
 TESTS = {
+    "kernels/__init__.py": ["kernels/test_whole_loss.py", "kernels/test_cpp_rows.py", *LOSS],
     "kernels/chunked.py": [*LOSS, *ROWS],
     "kernels/class_blocks.py": ROWS,
     "kernels/class_rows.py": ROWS,
