@@ -1,5 +1,7 @@
 """What every preset and every family of tasks has."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +56,9 @@ def test_the_old_name_of_the_metrics_warns(family):
     statistics = np.ones((4, WIDTHS[family]))
     with pytest.warns(DeprecationWarning, match="compute_metrics"):
         assert task.figures(statistics) == task.compute_metrics(statistics)
+
+
+def test_presets_are_read_without_a_trainer():
+    code = "import sys, regdrop.tasks; print('transformers.trainer' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

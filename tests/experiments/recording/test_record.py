@@ -139,7 +139,7 @@ for _ in range(20):
         time.sleep(0.2)
         save(tmp_path, records[-1:])
     for process in processes:
-        process.wait(60)
+        process.wait(300)
     assert [process.returncode for process in processes] == [0, 0]
     merge_records(tmp_path)
     found = {record.seed: record for record in load_records(tmp_path)}

@@ -21,7 +21,7 @@ from regdrop.experiments.running.building import build_trainer
 from regdrop.experiments.running.progress import quiet_libraries
 from regdrop.experiments.running.run import MODEL_FOLDER
 from regdrop.integrations.transformers.disagreement import measure_model
-from regdrop.tasks.common.generation_trainer import EXAMPLE_ID
+from regdrop.tasks.common.seq2seq import EXAMPLE_ID
 from regdrop.tasks.configure import change_task
 
 TRAIN = "train"

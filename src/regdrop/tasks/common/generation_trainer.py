@@ -9,12 +9,8 @@ from torch import nn
 
 from regdrop.integrations.transformers import RDropSeq2SeqTrainer
 from regdrop.tasks.common.full_precision import FullPrecisionEvaluation
+from regdrop.tasks.common.seq2seq import EXAMPLE_ID, LENGTH
 from regdrop.tasks.common.token_batches import TokenBatchLoader, TokenBatchSampler
-
-# The column that tells which example an output is of; the model does not see it.
-EXAMPLE_ID = "example_id"
-# That of the tokens of an example's longer side, by which batches are made.
-LENGTH = "longer_side"
 
 
 class GenerationTrainer(FullPrecisionEvaluation, RDropSeq2SeqTrainer):

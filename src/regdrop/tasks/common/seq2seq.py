@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from regdrop.tasks.common.generation_trainer import EXAMPLE_ID, LENGTH
-
+# The column that tells which example an output is of; the model does not see it.
+EXAMPLE_ID = "example_id"
+# That of the tokens of an example's longer side, by which batches are made.
+LENGTH = "longer_side"
 # Examples up to which an encoded split is kept in memory, not in the library's cache on disk.
 _IN_MEMORY_EXAMPLES = 300_000
 _ROWS = 10_000
