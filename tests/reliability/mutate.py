@@ -190,7 +190,10 @@ def mutants(text: str) -> list[Mutant]:
     content, found = text.encode(), []
     for node in parts(ast.parse(text)):
         tests = []
-        if isinstance(node, ast.If | ast.While):
+        # A comparison and a negation are turned round by themselves.
+        if isinstance(node, ast.If | ast.While) and not isinstance(
+            node.test, ast.Compare | ast.UnaryOp
+        ):
             tests = [(node.test, ast.UnaryOp(ast.Not(), node.test))]
         for old, new in [*((node, new) for new in changes(node)), *tests]:
             start = lines[old.lineno - 1] + old.col_offset
