@@ -1,13 +1,17 @@
 """What is refused, and what does not underflow, whatever the reduction is."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from regdrop import (
+    RDropCrossEntropyLoss,
     linear_rdrop_cross_entropy,
     rdrop_binary_cross_entropy_with_logits,
     rdrop_mse_loss,
 )
+from regdrop.loss import cross_entropy_terms, is_counted
 
 ELEMENTWISE = [rdrop_binary_cross_entropy_with_logits, rdrop_mse_loss]
 
@@ -51,3 +55,33 @@ def test_small_upstream_gradients_of_items_do_not_underflow_in_float16():
 
     exact = gradient(torch.float64)
     assert (gradient(torch.float16) - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+@pytest.mark.parametrize("loss", ELEMENTWISE)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_without_alpha_the_papers_scale_counts_every_pass(loss, reduction):
+    generator = torch.Generator().manual_seed(0)
+    outputs, target = torch.randn(3, 2, 4, generator=generator), torch.ones(2, 4)
+    options = {"alpha": 0.0, "reduction": reduction}
+    found = loss(outputs.flatten(0, 1), target, num_passes=3, scale="sum", **options).loss
+    expected = sum(loss(x, target, num_passes=1, **options).loss for x in outputs)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 1.5}, "label_smoothing must be"),
+        ({"unlabelled_index": -100}, "unlabelled_index must"),
+        ({"reduction": "total"}, "reduction must be"),
+    ],
+)
+def test_a_module_refuses_its_options_when_it_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        RDropCrossEntropyLoss(1.0, **options)
+
+
+def test_terms_from_elsewhere_are_not_counted():
+    assert is_counted(cross_entropy_terms)
+    assert is_counted(partial(cross_entropy_terms, ignore_index=0))
+    assert not is_counted(lambda output, target, **options: None)
