@@ -66,7 +66,7 @@ def settings_of(values):
 @pytest.mark.slow
 def test_two_processes_train_one_translation_model_with_the_figures_of_one(tmp_path):
     data, run = write_translation(tmp_path / "data"), tmp_path / "run"
-    options = ["translation", "--data", data, "--output", run, *settings_of(TRANSLATION)]
+    options = ["multi30k-de-en", "--data", data, "--output", run, *settings_of(TRANSLATION)]
     result = torchrun("train", *options)
     assert result.returncode == 0, result.stderr
     # The main process alone speaks.
@@ -89,7 +89,7 @@ def test_two_processes_share_each_batch_and_count_examples_once(tmp_path):
     """An odd number of test examples is padded to two processes, and the padding not counted."""
     data = write_glue(tmp_path / "data", "cola", train=60, test=21)
     model = write_encoder(tmp_path / "model")
-    options = ["understanding", "--data", data, "--model", model, *settings_of(UNDERSTANDING)]
+    options = ["minilm-cola", "--data", data, "--model", model, *settings_of(UNDERSTANDING)]
     result = torchrun("train", *options, "--output", tmp_path / "two", "--arm", "baseline")
     assert result.returncode == 0, result.stderr
     two = json.loads((tmp_path / "two" / "record.json").read_text())
@@ -97,7 +97,7 @@ def test_two_processes_share_each_batch_and_count_examples_once(tmp_path):
     assert evaluate(tmp_path / "two", "test").metrics == pytest.approx(two["test"], rel=1e-4)
     # As many steps see as many examples as those of one process do.
     task = change_task(
-        find_task("understanding"), data=str(data), model=str(model), settings=UNDERSTANDING
+        find_task("minilm-cola"), data=str(data), model=str(model), settings=UNDERSTANDING
     )
     one = train_run(task, build_arms(task)["baseline"], 0, RunPaths.alone(tmp_path / "one"))
     assert two["history"][-1]["epoch"] == pytest.approx(one.history[-1]["epoch"], rel=0.01)
@@ -121,7 +121,7 @@ def test_two_processes_train_one_adaptive_language_model(tmp_path):
         "training.logging_steps=3",
     ]
     run = tmp_path / "run"
-    options = ["language-modelling", "--data", tmp_path / "data", "--output", run]
+    options = ["ptb", "--data", tmp_path / "data", "--output", run]
     result = torchrun("train", *options, *settings_of(settings))
     assert result.returncode == 0, result.stderr
     record = json.loads((run / "record.json").read_text())
@@ -140,7 +140,7 @@ def test_two_processes_go_on_where_they_were_killed_and_average_their_checkpoint
         "training.eval_steps=4",
     ]
     run = tmp_path / "run"
-    options = ["understanding", "--data", data, "--model", model, "--output", run]
+    options = ["minilm-cola", "--data", data, "--model", model, "--output", run]
     options += settings_of(settings)
     process = torchrun_started("train", *options)
     deadline = time.monotonic() + 120
@@ -162,7 +162,7 @@ def test_two_processes_go_on_where_they_were_killed_and_average_their_checkpoint
 @pytest.mark.slow
 def test_what_is_refused_is_said_once_and_ends_all_processes(tmp_path):
     data = write_translation(tmp_path / "data")
-    common = ["translation", "--data", data, "--output", tmp_path / "run"]
+    common = ["multi30k-de-en", "--data", data, "--output", tmp_path / "run"]
     wrong = [*settings_of(TRANSLATION), "--set", "training.batch_size=255"]
     result = torchrun("train", *common, *wrong)
     assert result.returncode != 0

@@ -146,6 +146,6 @@ def take_part(train: Any, size: int | None) -> Any:
     if not 1 <= size <= len(train):
         raise ValueError(
             f"train_examples must be between 1 and the {len(train)} of the training split, "
-            f"got {size}"
+            f"got {size}; --set train_examples=null takes all of it"
         )
     return train.shuffle(seed=SPLIT_SEED).select(range(size))
