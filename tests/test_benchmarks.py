@@ -17,6 +17,7 @@ def numbers(value):
     return [value] if isinstance(value, float) else []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
 def test_benchmarks_run_and_write_their_record(path, tmp_path):
@@ -32,6 +33,7 @@ def test_benchmarks_run_and_write_their_record(path, tmp_path):
     assert len(table) == 1 + len(record["rows"])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_is_for_a_gpu_runs_on_a_cpu_in_a_tiny_form(tmp_path):
     command = [sys.executable, str(BENCHMARKS[0].parent / "gpu.py"), "--seconds", "900"]

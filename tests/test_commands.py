@@ -65,6 +65,7 @@ def test_train_compare_and_report_on_real_digits(tmp_path):
     assert (tmp_path / "report.md").exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_sweep_trains_what_a_longer_grid_and_further_arms_add(tmp_path):
     options = ("--task", "digits", "--steps", 20, "--seeds", 1, "--output", tmp_path)
@@ -83,6 +84,7 @@ def test_a_sweep_trains_what_a_longer_grid_and_further_arms_add(tmp_path):
     assert "holds results of 'alpha'" in " ".join(result.output.split())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_and_no_other_study_does(tmp_path, monkeypatch):
     options = ("--task", "digits", "--steps", 20, "--seeds", 1, "--output", tmp_path)
@@ -173,6 +175,7 @@ def start(output, name="compare", work="unfinished/rdrop-seed0"):
     return command, process, unfinished
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_interrupting_and_repeating_the_command_goes_on(tmp_path):
     command, process, unfinished = start(tmp_path)

@@ -231,3 +231,8 @@ def test_several_numbers_are_numbers(name, value):
 
 def test_several_numbers_may_be_a_tensor():
     assert RDropConfig(class_weight=torch.tensor([1.0, 0.5])).class_weight == (1.0, 0.5)
+
+
+def test_no_class_weight_at_all_is_refused():
+    with pytest.raises(ValueError, match="class_weight must hold one weight for each class"):
+        RDropConfig(class_weight=[])

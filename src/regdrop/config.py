@@ -170,6 +170,8 @@ class RDropConfig:
         for rate in self.dropout_rates or ():
             if not 0 <= rate < 1:
                 raise ValueError(f"dropout_rates must be from 0 up to 1, got {rate}")
+        if self.class_weight is not None and not self.class_weight:
+            raise ValueError("class_weight must hold one weight for each class, got none")
         for weight in self.class_weight or ():
             check_range("class_weight", weight, low=0)
 

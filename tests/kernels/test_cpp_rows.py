@@ -210,6 +210,7 @@ def test_result_does_not_depend_on_the_number_of_threads():
     assert torch.equal(*results)
 
 
+@pytest.mark.long
 @built
 def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):
     code = (
@@ -260,6 +261,7 @@ def enter(folder, started):
         started.append((folder / "lock").exists())
 
 
+@pytest.mark.long
 @built
 def test_a_killed_build_does_not_block_the_next(tmp_path):
     compiler = tmp_path / "compiler"
@@ -289,6 +291,7 @@ def test_a_killed_build_does_not_block_the_next(tmp_path):
     assert float(done.stdout) > 0
 
 
+@pytest.mark.long
 @built
 @pytest.mark.skipif(
     not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="the CPU has no AVX2"

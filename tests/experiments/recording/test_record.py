@@ -119,6 +119,7 @@ def test_a_merge_leaves_its_work_to_another_that_is_at_it(tmp_path, with_example
     assert not lock.exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_processes_that_merge_at_once_lose_nothing(tmp_path, with_examples):
     script = """

@@ -134,6 +134,7 @@ def wait_until_idle(client):
         time.sleep(0.1)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_study_on_a_cluster_survives_ctrl_c_and_a_killed_worker(tmp_path, short, monkeypatch):
     distributed = pytest.importorskip("distributed")

@@ -63,6 +63,7 @@ def settings_of(values):
     return [part for value in values for part in ("--set", value)]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_train_one_translation_model_with_the_figures_of_one(tmp_path):
     data, run = write_translation(tmp_path / "data"), tmp_path / "run"
@@ -103,6 +104,7 @@ def test_two_processes_share_each_batch_and_count_examples_once(tmp_path):
     assert two["history"][-1]["epoch"] == pytest.approx(one.history[-1]["epoch"], rel=0.01)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_train_one_adaptive_language_model(tmp_path):
     """Its output reads weights outside of the forward that processes look into."""
@@ -204,6 +206,7 @@ leave_process_group()
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_the_main_process_removes_is_not_made_again_by_one_that_begins_late(tmp_path):
     (tmp_path / "begin.py").write_text(SLOW_BEGINNER)

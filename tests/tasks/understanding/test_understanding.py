@@ -251,6 +251,7 @@ def test_the_packaged_minilm_is_loaded_with_its_weights_and_dropout(tmp_path):
     assert {source.rate for source in find_dropout(model)} == {0.1}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_minilm_learns_real_linguistic_acceptability(tmp_path):
     folder = Path(os.environ.get("REGDROP_TEST_DATA", "nowhere")) / "glue_cola"
