@@ -532,6 +532,10 @@ def test_a_config_of_another_type_is_refused():
         ({"num_items": torch.tensor([3, 4])}, ValueError, "num_items must be a scalar"),
         ({"num_weight": 0}, ValueError, "num_weight must be finite and above 0, got 0"),
         ({"step": 0.5}, TypeError, "step must be an integer, got float"),
+        ({"total_steps": "9"}, TypeError, "total_steps must be an integer, got str"),
+        ({"alpha": "1"}, TypeError, "alpha must be a number, got str"),
+        ({"alpha": True}, TypeError, "alpha must be a number, got bool"),
+        ({"alpha": -1.0}, ValueError, "alpha must be finite and at least 0, got -1.0"),
     ],
 )
 def test_counts_and_steps_that_cannot_be_are_refused(options, error, message):
