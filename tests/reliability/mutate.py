@@ -63,29 +63,30 @@ TESTS = {
     "kernels/linear_chunks.py": LINEAR,
     "kernels/projection.py": [*LINEAR, "integrations/transformers/test_fused.py"],
     "kernels/selection.py": ["kernels/test_kernel_choice.py", *LOSS, *LINEAR],
-    "kernels/triton_programs.py": ["kernels/test_triton_rows.py"],
-    "kernels/triton_rows.py": ["kernels/test_triton_rows.py"],
+    "kernels/triton_programs.py": ["kernels/test_triton_rows.py", "kernels/test_class_blocks.py"],
+    "kernels/triton_rows.py": ["kernels/test_triton_rows.py", "kernels/test_class_blocks.py"],
     "kernels": [*LOSS, "loss/test_forward_mode.py", "loss/test_every_reduction.py", *LINEAR],
     "loss/adaptive_softmax.py": ["loss/test_adaptive_softmax.py"],
     "loss/binary_cross_entropy.py": ELEMENTS,
     "loss/elementwise.py": ["loss/test_elementwise.py"],
     "loss/regression.py": ELEMENTS,
     "loss/ctc.py": ["loss/test_ctc.py"],
-    "loss/fraternal.py": ["loss/test_cross_entropy.py", "test_rdrop_step.py"],
-    "loss/linear_cross_entropy.py": LINEAR,
+    "loss/fraternal.py": ["loss/test_fraternal.py", "test_rdrop_step.py"],
+    "loss/linear_cross_entropy.py": [*LINEAR, "loss/test_unlabelled.py"],
     "loss/linear_items.py": LINEAR,
     "loss/module.py": ["loss/test_module.py", "loss/test_elementwise.py"],
     "loss/terms.py": ["loss/test_ctc.py", *LOSS, "loss/test_operations.py"],
     "loss": [
         *LOSS,
         "loss/test_every_reduction.py",
+        "loss/test_defaults.py",
         "loss/test_class_dim.py",
         "loss/test_unlabelled.py",
         "loss/test_module.py",
         "test_mistakes.py",
     ],
     "step.py": ["test_rdrop_step.py", "test_step.py"],
-    "heads.py": ["integrations/transformers/test_heads.py", *HEADS],
+    "heads.py": [*HEADS, "integrations/transformers/test_methods.py"],
     "integrations/transformers/heads.py": HEADS,
     "integrations/transformers/heads_batch.py": HEADS,
     "integrations/transformers/heads_classes.py": HEADS,
@@ -98,10 +99,11 @@ TESTS = {
         "experiments/recording/test_history.py",
     ],
 }
-# Interpreted and compiled kernels take long, and have files of their own.
+# Interpreted and compiled kernels take long, and concern few modules.
 QUICK = ["-m", "not slow and not long", "-k", "not triton and not compiled"]
 WHOLE = ["-m", "not long"]
-OWN_FILES = ("kernels/test_cpp_rows.py", "kernels/test_triton_rows.py")
+BUILT = ("kernels/__init__.py", "kernels/cpp_rows.py", "kernels/selection.py")
+BUILT += ("kernels/triton_programs.py", "kernels/triton_rows.py")
 NO_TESTS = 5  # pytest's code for a file of which none is chosen
 
 
@@ -215,7 +217,7 @@ def tests_of(module: str) -> list[str]:
     return list(dict.fromkeys(TESTS.get(module) or TESTS[module.split("/")[0]]))
 
 
-def run_tests(folder: Path, files: list[str], seconds: float, is_thorough: bool) -> str | None:
+def run_tests(folder: Path, files: list[str], seconds: float, chosen: list[str]) -> str | None:
     """Return the first test file that fails in a fork, "time" if it takes too long, or None."""
     reader, writer = os.pipe()
     process = os.fork()
@@ -229,7 +231,6 @@ def run_tests(folder: Path, files: list[str], seconds: float, is_thorough: bool)
             sys.path[:0] = [str(folder / "src")]
             os.environ["PYTHONPATH"] = str(folder / "src")
             for file in files:
-                chosen = WHOLE if is_thorough or file in OWN_FILES else QUICK
                 options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", *chosen]
                 if pytest.main([*options, f"tests/{file}"]) not in (0, NO_TESTS):
                     os.write(writer, file.encode())
@@ -261,7 +262,7 @@ def main(modules: list[str], sample: int, seed: int, is_thorough: bool, output: 
     output.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(output.read_text()) if output.exists() else []
     known = [(x["module"], *(x[field] for field in Mutant._fields)) for x in results]
-    seconds: dict[str, float] = {}
+    seconds: dict[tuple[str, ...], float] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("src", "tests"):
@@ -271,18 +272,18 @@ def main(modules: list[str], sample: int, seed: int, is_thorough: bool, output: 
         os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
         for module in modules:
             path, files = folder / PACKAGE / module, tests_of(module)
+            chosen_tests = WHOLE if is_thorough or module in BUILT else QUICK
+            tests = (*files, *chosen_tests)
             text = path.read_text()
             chosen = mutants(text)
             random.Random(f"{seed} {module}").shuffle(chosen)
             for mutant in sorted(x for x in chosen[:sample] if (module, *x) not in known):
-                for file in files:
-                    if file not in seconds:
-                        seconds[file] = time_tests(folder, file, is_thorough)
+                if tests not in seconds:
+                    seconds[tests] = time_tests(folder, files, chosen_tests)
                 content = text.encode()
                 new = content[: mutant.start] + mutant.new.encode() + content[mutant.end :]
                 path.write_bytes(new)
-                limit = 60 + 4 * sum(seconds[file] for file in files)
-                failed = run_tests(folder, files, limit, is_thorough)
+                failed = run_tests(folder, files, 60 + 4 * seconds[tests], chosen_tests)
                 path.write_text(text)
                 outcome = f"caught by {failed}" if failed else "SURVIVED"
                 place = f"{module}:{mutant.line}"
@@ -292,11 +293,11 @@ def main(modules: list[str], sample: int, seed: int, is_thorough: bool, output: 
     print_table(results)
 
 
-def time_tests(folder: Path, file: str, is_thorough: bool) -> float:
-    """Return the seconds that a test file takes; end where it fails as it is."""
+def time_tests(folder: Path, files: list[str], chosen: list[str]) -> float:
+    """Return the seconds that tests take; end where one fails as it is."""
     start = time.monotonic()
-    if run_tests(folder, [file], 3600, is_thorough):
-        sys.exit(f"{file} fails as it is:\n{(folder / 'log.txt').read_text()[-3000:]}")
+    if failed := run_tests(folder, files, 3600, chosen):
+        sys.exit(f"{failed} fails as it is:\n{(folder / 'log.txt').read_text()[-3000:]}")
     return time.monotonic() - start
 
 
