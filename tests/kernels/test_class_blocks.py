@@ -339,3 +339,11 @@ def test_ignored_items_that_are_kept_have_no_gradient(reduction, by_classes, mon
     found = linear_rdrop_cross_entropy(*tensors[:2], target, alpha=1.3, reduction=reduction).loss
     (gradient,) = torch.autograd.grad(found.sum(), tensors[0])
     assert (gradient.view(2, 5, -1)[:, [1, 3]] == 0).all()
+
+
+def test_classes_of_no_weight_take_no_part_in_the_smoothing(by_classes):
+    tensors, target = make()
+    weight = WEIGHTS.clone()
+    weight[[0, 7, 28]] = 0
+    by_classes(4, 10)
+    assert_same(tensors, target, alpha=1.3, class_weight=weight, label_smoothing=0.2)
