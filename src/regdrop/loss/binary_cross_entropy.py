@@ -1,22 +1,24 @@
 """R-Drop for several yes-or-no labels an item: binary cross entropy and the Bernoulli KL."""
 
+from functools import partial
 from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regdrop.loss.checks import (
-    check_broadcastable,
-    check_counts,
-    check_finite_divergence,
-    check_options,
-)
+from regdrop.loss.checks import check_broadcastable, check_finite_divergence
 from regdrop.loss.counts import counted_by
-from regdrop.loss.elementwise import count_elements, masked_terms, split_passes, without_masked
+from regdrop.loss.elementwise import (
+    count_elements,
+    loss_of_elements,
+    masked_terms,
+    split_passes,
+    without_masked,
+)
 from regdrop.loss.module import RDropLoss
 from regdrop.loss.output import RDropOutput
-from regdrop.loss.reduction import Reduction, Scale, combine_terms
+from regdrop.loss.reduction import Reduction, Scale
 from regdrop.loss.terms import ItemTerms
 
 
@@ -63,30 +65,16 @@ def rdrop_binary_cross_entropy_with_logits(
         TypeError: For tensors of the wrong kind.
         ValueError: For options out of range or shapes that do not fit.
     """
-    check_options(
-        alpha=alpha,
-        num_passes=num_passes,
-        reduction=reduction,
-        scale=scale,
-        backward_passes=backward_passes,
-    )
-    check_counts(reduction, num_items=num_items)
-    terms = binary_cross_entropy_terms(
+    return loss_of_elements(
+        partial(binary_cross_entropy_terms, weight=weight, pos_weight=pos_weight, mask=mask),
         logits,
         target,
-        num_passes=num_passes,
-        weight=weight,
-        pos_weight=pos_weight,
-        mask=mask,
-        backward_passes=backward_passes,
-    )
-    return combine_terms(
-        terms,
         alpha=alpha,
         num_passes=num_passes,
         reduction=reduction,
-        scale=scale,
         num_items=num_items,
+        scale=scale,
+        backward_passes=backward_passes,
     )
 
 

@@ -1,11 +1,21 @@
 """What the losses over independent outputs share: labels of a multi-label head, regression."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from regdrop.kernels.backward_passes import limit_backward
-from regdrop.loss.checks import check_floating, check_mask, check_stacked
+from regdrop.loss.checks import (
+    check_counts,
+    check_floating,
+    check_mask,
+    check_options,
+    check_stacked,
+)
 from regdrop.loss.counts import ItemCounts
+from regdrop.loss.output import RDropOutput
+from regdrop.loss.reduction import Reduction, Scale, combine_terms
 from regdrop.loss.terms import ItemTerms
 
 
@@ -49,3 +59,34 @@ def masked_terms(nll: Tensor, kl: Tensor, mask: Tensor | None, target: Tensor) -
     if counted is not None:
         nll, kl = nll.masked_fill(~counted, 0), kl.masked_fill(~counted, 0)
     return ItemTerms(nll, kl, *count_elements(target, mask))
+
+
+def loss_of_elements(
+    terms: Callable[..., ItemTerms],
+    stacked: Tensor,
+    target: Tensor,
+    *,
+    alpha: float,
+    num_passes: int,
+    reduction: Reduction,
+    num_items: Tensor | float | None,
+    scale: Scale,
+    backward_passes: int | None,
+) -> RDropOutput:
+    """Check the options of a loss over elements, and combine its terms; see the losses."""
+    check_options(
+        alpha=alpha,
+        num_passes=num_passes,
+        reduction=reduction,
+        scale=scale,
+        backward_passes=backward_passes,
+    )
+    check_counts(reduction, num_items=num_items)
+    return combine_terms(
+        terms(stacked, target, num_passes=num_passes, backward_passes=backward_passes),
+        alpha=alpha,
+        num_passes=num_passes,
+        reduction=reduction,
+        scale=scale,
+        num_items=num_items,
+    )

@@ -14,12 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regdrop.arguments import check_number
-from regdrop.loss.checks import check_broadcastable, check_counts, check_options
+from regdrop.loss.checks import check_broadcastable
 from regdrop.loss.counts import counted_by
-from regdrop.loss.elementwise import count_elements, masked_terms, split_passes, without_masked
+from regdrop.loss.elementwise import (
+    count_elements,
+    loss_of_elements,
+    masked_terms,
+    split_passes,
+    without_masked,
+)
 from regdrop.loss.module import RDropLoss
 from regdrop.loss.output import RDropOutput
-from regdrop.loss.reduction import Reduction, Scale, combine_terms
+from regdrop.loss.reduction import Reduction, Scale
 from regdrop.loss.terms import ItemTerms
 
 
@@ -62,7 +68,7 @@ def rdrop_mse_loss(
         TypeError: For tensors of the wrong kind.
         ValueError: For options out of range or shapes that do not fit.
     """
-    return _loss(
+    return loss_of_elements(
         partial(mse_terms, weight=weight, mask=mask),
         input,
         target,
@@ -114,7 +120,7 @@ def rdrop_l1_loss(
         TypeError: For tensors of the wrong kind.
         ValueError: For options out of range or shapes that do not fit.
     """
-    return _loss(
+    return loss_of_elements(
         partial(l1_terms, weight=weight, mask=mask),
         input,
         target,
@@ -169,7 +175,7 @@ def rdrop_smooth_l1_loss(
         TypeError: For tensors of the wrong kind.
         ValueError: For options out of range or shapes that do not fit.
     """
-    return _loss(
+    return loss_of_elements(
         partial(smooth_l1_terms, beta=beta, weight=weight, mask=mask),
         input,
         target,
@@ -245,36 +251,6 @@ def _terms(
     pairs = [distance(a, b, reduction="none") for a, b in combinations(passes, 2)]
     kl = torch.stack(pairs).mean(0) if pairs else torch.zeros_like(nll)
     return masked_terms(nll, kl, mask, target)
-
-
-def _loss(
-    terms: Callable[..., ItemTerms],
-    input: Tensor,
-    target: Tensor,
-    *,
-    alpha: float,
-    num_passes: int,
-    reduction: Reduction,
-    num_items: Tensor | float | None,
-    scale: Scale,
-    backward_passes: int | None,
-) -> RDropOutput:
-    check_options(
-        alpha=alpha,
-        num_passes=num_passes,
-        reduction=reduction,
-        scale=scale,
-        backward_passes=backward_passes,
-    )
-    check_counts(reduction, num_items=num_items)
-    return combine_terms(
-        terms(input, target, num_passes=num_passes, backward_passes=backward_passes),
-        alpha=alpha,
-        num_passes=num_passes,
-        reduction=reduction,
-        scale=scale,
-        num_items=num_items,
-    )
 
 
 def check_beta(beta: float) -> None:
