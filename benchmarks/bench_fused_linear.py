@@ -170,7 +170,6 @@ COLUMNS = {
 
 def main() -> None:
     from rich.console import Console
-    from rich.progress import track
 
     from drawing import draw_sweeps
 
@@ -186,13 +185,15 @@ def main() -> None:
         further = ON_GPU if device == "cuda" else [(256, FEATURES, 32_000)]
         cases += [(*shape, torch.bfloat16) for shape in further]
     console = Console()
-    rows: list[Row] = []
-    for items, features, words, dtype in track(cases, "measuring", console=console):
-        found = measure(items, features, words, dtype, device, arguments.repeats)
-        title = f"2 x {items} x {features}, {words:,} words, {found[0]['dtype']}"
-        recording.show(found, COLUMNS, title, console)
-        rows += found
-    recording.write(rows, arguments, console)
+
+    def measure_case(items: int, features: int, words: int, dtype: torch.dtype) -> list[Row]:
+        return measure(items, features, words, dtype, device, arguments.repeats)
+
+    def title(items: int, features: int, words: int, dtype: torch.dtype) -> str:
+        name = str(dtype).removeprefix("torch.")
+        return f"2 x {items} x {features}, {words:,} words, {name}"
+
+    rows = recording.measure_cases(cases, measure_case, title, COLUMNS, arguments, console)
     titles = {
         "times_three_products": "time in times of the products",
         "peak_mebibytes": "peak above the inputs, MiB",

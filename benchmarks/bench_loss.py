@@ -178,7 +178,6 @@ COLUMNS = {
 
 def main() -> None:
     from rich.console import Console
-    from rich.progress import track
 
     from drawing import draw_sweeps
 
@@ -190,15 +189,16 @@ def main() -> None:
         sweeps = {axis: [(64, 1000)] for axis in sweeps}
     shapes = list(dict.fromkeys(chain([] if arguments.quick else SMALL, *sweeps.values())))
     console = Console()
-    rows: list[Row] = []
     dtypes = [torch.float32] if arguments.quick else [torch.float32, torch.bfloat16]
     cases = [(*shape, dtype) for dtype in dtypes for shape in shapes]
-    for items, classes, dtype in track(cases, "measuring", console=console):
-        found = measure(items, classes, dtype, device, arguments.repeats)
-        title = f"2 x {items} x {classes:,} {found[0]['dtype']}"
-        recording.show(found, COLUMNS, title, console)
-        rows += found
-    recording.write(rows, arguments, console)
+
+    def measure_case(items: int, classes: int, dtype: torch.dtype) -> list[Row]:
+        return measure(items, classes, dtype, device, arguments.repeats)
+
+    def title(items: int, classes: int, dtype: torch.dtype) -> str:
+        return f"2 x {items} x {classes:,} {str(dtype).removeprefix('torch.')}"
+
+    rows = recording.measure_cases(cases, measure_case, title, COLUMNS, arguments, console)
     titles = {
         "times_copy_floor": "time in copies of the logits",
         "peak_logits_pairs": "peak above the inputs, logits pairs",

@@ -7,7 +7,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,26 @@ def _shown(value: object) -> str:
     if isinstance(value, Mapping):
         return "{median:.2f} ({p10:.2f} to {p90:.2f})".format(**value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def measure_cases(
+    cases: Sequence[tuple[Any, ...]],
+    measure: Callable[..., list[Row]],
+    title: Callable[..., str],
+    columns: dict[str, str],
+    arguments: argparse.Namespace,
+    console: "Console",
+) -> list[Row]:
+    """Measure one case after the other, show each as a table, write the record; return its rows."""
+    from rich.progress import track
+
+    rows: list[Row] = []
+    for case in track(cases, "measuring", console=console):
+        found = measure(*case)
+        show(found, columns, title(*case), console)
+        rows += found
+    write(rows, arguments, console)
+    return rows
 
 
 def write(
