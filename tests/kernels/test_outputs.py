@@ -1,5 +1,5 @@
-"""What a kernel returns was not written in place: before torch 2.13 the compiler takes the gradient
-of such an output for zero, without a word (seen with 2.11, on a CPU and on a GPU)."""
+"""What a kernel returns was not written in place: the compiler of torch 2.11 takes the gradient of
+such an output for zero, without a word, on a CPU and on a GPU."""
 
 import pytest
 import torch

@@ -204,7 +204,7 @@ def _compare(logits: Tensor, target: Target) -> Comparison:
     kl = mean_difference.sum((0, 2))
     if num_passes > 2:
         kl = kl / (num_passes - 1)
-    # Not in place: before torch 2.13 the compiler gives such outputs a zero gradient.
+    # Not in place: the compiler of torch 2.11 gives such outputs a zero gradient.
     kl = kl + torch.threshold(highest, _LARGEST_DIFFERENCE, 0.0)
     if target.valid is not None:
         invalid = ~target.valid

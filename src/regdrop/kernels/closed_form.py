@@ -238,7 +238,7 @@ class _Sum(Function):
 def mix(nll: Tensor, kl: Tensor, nll_weight: Weight, kl_weight: Weight) -> Tensor:
     """Return the weighted sum of two numbers, a tensor of its own.
 
-    Before torch 2.13 the compiler gives a zero gradient to outputs that were written in place.
+    The compiler of torch 2.11 gives a zero gradient to outputs that were written in place.
     """
     if isinstance(nll_weight, float) and nll_weight == 1 and isinstance(kl_weight, float):
         return torch.add(nll, kl, alpha=kl_weight)
