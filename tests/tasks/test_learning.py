@@ -127,7 +127,7 @@ def final_loss(predict, parameters, draw, steps):
     return last
 
 
-def compare(model, predict, reference, draw, steps=STEPS):
+def assert_learns_as_fast(model, predict, reference, draw, steps=STEPS):
     """Check that a model's loss falls as far as the reference's, which itself falls."""
     own = final_loss(predict, model.train().parameters(), draw, steps)
     other = final_loss(reference.train(), reference.parameters(), draw, steps)
@@ -159,7 +159,7 @@ def test_translation_learns_as_fast_as_torchs_layers(name):
     reference = EncoderDecoder(
         WORDS, WIDTH, config.encoder_layers, config.decoder_layers, "relu", learned=False
     )
-    compare(model, seq2seq(model), draw_xavier(reference), pairs)
+    assert_learns_as_fast(model, seq2seq(model), draw_xavier(reference), pairs)
 
 
 @pytest.mark.slow
@@ -172,7 +172,7 @@ def test_summarisation_from_scratch_learns_as_fast_as_torchs_layers(name):
     reference = EncoderDecoder(
         WORDS, WIDTH, config.encoder_layers, config.decoder_layers, "gelu", learned=True
     )
-    compare(model, seq2seq(model), draw_xavier(reference), pairs)
+    assert_learns_as_fast(model, seq2seq(model), draw_xavier(reference), pairs)
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def test_language_models_learn_as_fast_as_torchs_layers(name):
         reference = AdaptiveLanguageModel(config)
     else:
         reference = LanguageModel(WORDS, WIDTH, config.num_layers, config.activation_function)
-    compare(model, lambda ids: model(ids).logits, draw_xavier(reference), streams)
+    assert_learns_as_fast(model, lambda ids: model(ids).logits, draw_xavier(reference), streams)
 
 
 @pytest.mark.slow
@@ -200,7 +200,7 @@ def test_images_from_scratch_learn_as_fast_as_torchs_layers(name):
     task = replace(task, image_size=size)
     torch.manual_seed(0)
     model = task._build_model([str(i) for i in range(CLASSES)])
-    compare_images(model)
+    assert_images_are_learned_as_fast(model)
 
 
 @pytest.mark.slow
@@ -220,17 +220,19 @@ def test_pretrained_images_learn_as_fast_as_torchs_layers(kind, tmp_path):
     preset = PRESETS[f"{kind}-cifar100"]
     task = replace(preset, model=str(tmp_path), image_size=8, dropout=0.0)
     torch.manual_seed(0)
-    compare_images(task._build_model([str(i) for i in range(CLASSES)]))
+    assert_images_are_learned_as_fast(task._build_model([str(i) for i in range(CLASSES)]))
 
 
-def compare_images(model):
+def assert_images_are_learned_as_fast(model):
     config = model.config
     patches = (config.image_size // config.patch_size) ** 2
     reference = ImageClassifier(
         config.num_channels, config.patch_size, patches, WIDTH, config.num_hidden_layers, CLASSES
     )
     draw = labelled_images(config.num_channels, config.image_size, config.image_size)
-    compare(model, lambda x: model(x).logits, draw_normal(reference), draw, STEPS_OF_DEEP_ONES)
+    assert_learns_as_fast(
+        model, lambda x: model(x).logits, draw_normal(reference), draw, STEPS_OF_DEEP_ONES
+    )
 
 
 @pytest.mark.slow
@@ -257,7 +259,9 @@ def test_pretrained_encoders_learn_as_fast_as_torchs_layers(kind, tmp_path):
     torch.manual_seed(0)
     model = _build_model(str(tmp_path), config)
     reference = draw_normal(TextClassifier(WORDS, WIDTH, DEPTHS[kind], CLASSES))
-    compare(model, lambda ids: model(ids).logits, reference, labelled_words, STEPS_OF_DEEP_ONES)
+    assert_learns_as_fast(
+        model, lambda ids: model(ids).logits, reference, labelled_words, STEPS_OF_DEEP_ONES
+    )
 
 
 @pytest.mark.slow
@@ -276,7 +280,7 @@ def test_a_pretrained_encoder_decoder_learns_as_fast_as_torchs_layers(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).dropout != model.config.dropout == 0.0
     layers = DEPTHS["bart-large"]
     reference = EncoderDecoder(WORDS, WIDTH, layers, layers, "gelu", learned=True)
-    compare(model, seq2seq(model), draw_normal(reference), pairs, STEPS_OF_DEEP_ONES)
+    assert_learns_as_fast(model, seq2seq(model), draw_normal(reference), pairs, STEPS_OF_DEEP_ONES)
 
 
 def seq2seq(model):

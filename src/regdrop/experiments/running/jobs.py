@@ -16,8 +16,6 @@ from regdrop.experiments.running.run import run_arm
 from regdrop.tasks import Task
 
 _POLL_SECONDS = 0.2
-
-
 # Between two looks at runs that another command is at work on.
 _HELD_SECONDS = 2.0
 

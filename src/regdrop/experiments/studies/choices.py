@@ -12,8 +12,6 @@ from regdrop.experiments.recording.ownership import hold
 from regdrop.experiments.studies.variations import Setting, with_settings
 
 TUNED_NAME = "tuned.json"
-
-
 # Others hold the file of choices for a moment.
 _PATIENCE_SECONDS = 60.0
 
