@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from regdrop.arguments import IGNORE_INDEX
 from regdrop.integrations.transformers import RDropSeq2SeqTrainer
 from regdrop.tasks.common.full_precision import FullPrecisionEvaluation
 from regdrop.tasks.common.seq2seq import EXAMPLE_ID, LENGTH
@@ -84,7 +85,7 @@ class GenerationTrainer(FullPrecisionEvaluation, RDropSeq2SeqTrainer):
             shifted = bare.prepare_decoder_input_ids_from_labels(labels)
             logits = model(**inputs, decoder_input_ids=shifted).logits.float()
             token_nll = F.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
             )
             nll = token_nll.view_as(labels).sum(1)
             if prediction_loss_only:
@@ -93,5 +94,5 @@ class GenerationTrainer(FullPrecisionEvaluation, RDropSeq2SeqTrainer):
                 options = {**getattr(self, "_gen_kwargs", {}), **gen_kwargs}
                 options = {name: value for name, value in options.items() if value is not None}
                 tokens = bare.generate(**inputs, **options)
-        loss = nll.sum() / labels.ne(-100).sum().clamp(min=1)
+        loss = nll.sum() / labels.ne(IGNORE_INDEX).sum().clamp(min=1)
         return loss, None if tokens is None else (tokens, nll), (labels, example_ids)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from regdrop.arguments import IGNORE_INDEX
+
 # The column that tells which example an output is of; the model does not see it.
 EXAMPLE_ID = "example_id"
 # That of the tokens of an example's longer side, by which batches are made.
@@ -128,7 +130,7 @@ def read_outputs(tokenizer: Any, references: References, prediction: Any) -> Out
     tokens, nll = prediction.predictions
     labels, example_ids = prediction.label_ids
     tokens = np.where(tokens < 0, tokenizer.pad_token_id, tokens)
-    counts = np.asarray(labels != -100).sum(1)
+    counts = np.asarray(labels != IGNORE_INDEX).sum(1)
     return Outputs(
         texts=tokenizer.batch_decode(tokens, skip_special_tokens=True),
         references=[references[int(i)] for i in example_ids],

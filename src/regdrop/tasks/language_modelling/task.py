@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from regdrop.arguments import IGNORE_INDEX
 from regdrop.config import RDropConfig
 from regdrop.tasks.common.accepted import Count, Name, Text, WholeNumber
 from regdrop.tasks.common.base import (
@@ -26,7 +27,6 @@ from regdrop.tasks.common.base import (
 from regdrop.tasks.common.data import check_texts, load_raw_splits, require_columns
 from regdrop.tasks.common.vocabulary import find_vocabulary, learn_words
 
-_IGNORED = -100
 # Lines that are encoded at a time: their numbers as Python has them take much memory.
 _LINES = 10_000
 
@@ -224,5 +224,5 @@ class WordBlocks(Dataset[dict[str, Tensor]]):
         end = min(start + self.block_size - self.context, len(self.words))
         first = max(0, start - 1 - self.context)
         labels = self.words[first:end].clone()
-        labels[: start - first] = _IGNORED
+        labels[: start - first] = IGNORE_INDEX
         return {"input_ids": self.words[first:end].tolist(), "labels": labels.tolist()}

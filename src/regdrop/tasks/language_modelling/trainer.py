@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from regdrop.arguments import IGNORE_INDEX
 from regdrop.integrations.transformers import RDropTrainer
 from regdrop.integrations.transformers.heads import find_head
 from regdrop.tasks.common.full_precision import FullPrecisionEvaluation
@@ -26,7 +27,7 @@ class WordNLLTrainer(FullPrecisionEvaluation, RDropTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = head.outputs(model(**head.inputs))
             nll = head.terms(outputs, head.target, num_passes=1).nll.sum(1)
-        words = head.target.ne(-100).sum(1).to(nll.dtype)
+        words = head.target.ne(IGNORE_INDEX).sum(1).to(nll.dtype)
         loss = nll.sum() / words.sum().clamp(min=1)
         # The Trainer computes no figures without labels.
         return loss, None if prediction_loss_only else (nll, words), words
