@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import reference
 from implementations import CPP, HAS_COMPILER, TRITON
 from regdrop import RDropCrossEntropyLoss, rdrop_cross_entropy
+from regdrop.kernels.chunked import row_blocks
 
 IMPLEMENTATIONS = ["eager", "chunked"]
 CLOSED_FORMS = ["chunked", TRITON, CPP]
@@ -393,19 +394,20 @@ def test_inplace_without_elements(impl, shape):
 @pytest.mark.parametrize(
     "choice", [{}, {"inplace": True}, {"reduction": "none"}, {"backward_passes": 1}], ids=str
 )
-def test_many_blocks_equal_one(monkeypatch, choice):
-    import regdrop.kernels.chunked as chunked
-
-    logits, target = make(batch=13, ignored=[3])
-    options = {"alpha": 1.0, "label_smoothing": 0.1, **choice}
-    one = rdrop_cross_entropy(logits, target, **options).loss
-    one_grad = gradient(logits, target, **options)
-    monkeypatch.setattr(chunked, "_SMALLEST_BLOCK", 2 * 7 * 4)
-    monkeypatch.setattr(chunked, "_LARGEST_SHARE", 1000)
-    monkeypatch.setattr(chunked, "_LARGEST_KEPT", 0)  # in place the backward computes blocks again
-    assert len(chunked.row_blocks(logits.view(2, 13, 7))) == 4
-    torch.testing.assert_close(rdrop_cross_entropy(logits, target, **options).loss, one)
-    torch.testing.assert_close(gradient(logits, target, **options), one_grad)
+def test_many_blocks_equal_the_items_one_by_one(choice):
+    # In place, the gradient of as many logits is not kept: the backward computes blocks again.
+    logits, target = make(batch=33, classes=2**16, ignored=[3], dtype=torch.float32)
+    assert len(row_blocks(logits.view(2, 33, -1))) > 4
+    options = {"alpha": 1.0, "label_smoothing": 0.1, "reduction": "sum", **choice}
+    losses, gradients = [], []
+    for i in range(33):
+        item = logits[[i, 33 + i]], target[i : i + 1]
+        losses.append(rdrop_cross_entropy(*item, **options).loss.sum())
+        gradients.append(gradient(*item, **options))
+    loss = rdrop_cross_entropy(logits, target, **options).loss
+    torch.testing.assert_close(loss.sum(), torch.stack(losses).sum())
+    expected = torch.stack(gradients, 1).flatten(0, 1)
+    torch.testing.assert_close(gradient(logits, target, **options), expected)
 
 
 @pytest.mark.parametrize("impl", CLOSED_FORMS)

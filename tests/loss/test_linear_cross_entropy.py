@@ -7,19 +7,28 @@ from torch.profiler import ProfilerActivity, profile
 
 from implementations import CPP, HAS_COMPILER, TRITON
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
-from regdrop.kernels import chunked
+from regdrop.kernels.chunked import row_blocks
 
 FEATURES, CLASSES = 5, 11
 WEIGHTS = torch.linspace(0.2, 3, CLASSES, dtype=torch.float64)
 HALVES = [torch.bfloat16, torch.float16]
 
 
-def make(num_passes=2, batch=4, length=3, *, dtype=torch.float64, ignored=((0, 1), (2, 2)), seed=0):
+def make(
+    num_passes=2,
+    batch=4,
+    length=3,
+    classes=CLASSES,
+    *,
+    dtype=torch.float64,
+    ignored=((0, 1), (2, 2)),
+    seed=0,
+):
     """Return hidden states, weight, bias (all with a gradient) and target."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = (num_passes * batch, length, FEATURES), (CLASSES, FEATURES), (CLASSES,)
+    shapes = (num_passes * batch, length, FEATURES), (classes, FEATURES), (classes,)
     tensors = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
-    target = torch.randint(0, CLASSES, (batch, length), generator=generator)
+    target = torch.randint(0, classes, (batch, length), generator=generator)
     for position in ignored:
         target[position] = -100
     return [tensor.requires_grad_() for tensor in tensors], target
@@ -156,28 +165,40 @@ def test_a_scale_that_is_a_tensor_keeps_half_precision():
     assert scale.grad != 0
 
 
-@pytest.mark.parametrize("impl", ["chunked", CPP, TRITON])
+@pytest.mark.parametrize("impl", [CPP, TRITON])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_every_kernel_compares_the_logits_of_a_chunk(impl, reduction, softcap, monkeypatch):
-    assert_compares_chunks(impl, reduction, softcap, monkeypatch)
+def test_every_kernel_compares_the_logits_of_a_chunk(impl, reduction, softcap):
+    # The C++ kernel has an exponential of its own in float32.
+    made = make(2, dtype=torch.float32 if impl == "cpp" else torch.float64)
+    assert_compares_chunks(made, 3, impl=impl, reduction=reduction, softcap=softcap)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_several_blocks_compare_the_logits_of_a_chunk(reduction, softcap):
+    assert_compares_chunks(several_blocks(), 11, reduction=reduction, softcap=softcap)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_compiled_kernel_compares_the_logits_of_a_chunk(monkeypatch):
-    assert_compares_chunks("compiled", "none", None, monkeypatch)  # over the logits themselves
+def test_compiled_blocks_compare_the_logits_of_a_chunk():
+    assert_compares_chunks(several_blocks(), 11, impl="compiled", reduction="none")
 
 
-def assert_compares_chunks(impl, reduction, softcap, monkeypatch):
-    monkeypatch.setattr(chunked, "_SMALLEST_BLOCK", 1)  # several blocks a chunk
-    # The C++ kernel has an exponential of its own in float32.
-    tensors, target = make(2, dtype=torch.float32 if impl == "cpp" else torch.float64)
-    options = {"reduction": reduction, "softcap": softcap, "label_smoothing": 0.1, "alpha": 1.7}
+def several_blocks():
+    """Return what `make` does, so large that eleven items are two blocks."""
+    assert len(row_blocks(torch.empty(2, 11, 2**15))) == 2
+    return make(batch=7, classes=2**15)
+
+
+def assert_compares_chunks(made, chunk_size, **options):
+    tensors, target = made
+    options |= {"label_smoothing": 0.1, "alpha": 1.7}
     for backward_passes in (None, 1):
-        options["backward_passes"] = backward_passes
-        for chunk_size in (3, None):
-            assert_same(both(tensors, target, chunk_size=chunk_size, impl=impl, **options))
+        for size in (chunk_size, None):
+            options["backward_passes"] = backward_passes
+            assert_same(both(tensors, target, chunk_size=size, **options))
 
 
 @settings(max_examples=40, deadline=None)
