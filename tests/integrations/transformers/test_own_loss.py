@@ -11,7 +11,9 @@ from transformers import Trainer
 
 from models import key_dropout, text_rows, tiny_bert, tiny_gpt2, token_rows
 from regdrop import RDropConfig, symmetric_kl
-from regdrop.integrations.transformers import RDropTrainer, RDropTrainerMixin, own_loss
+from regdrop.integrations.transformers import RDropTrainer, RDropTrainerMixin
+from regdrop.integrations.transformers.outputs import find_logits
+from regdrop.integrations.transformers.probing import probe_own_loss
 from training import (
     FEATURES,
     NamedRows,
@@ -464,7 +466,7 @@ def test_a_new_head_that_scores_all_alike_does_not_hide_what_its_loss_is(criteri
 
     def probe(inputs):
         options = {"head": None, "label_names": ["labels"], "counts_items": False}
-        return own_loss.probe_own_loss(model, compute, inputs, **options)
+        return probe_own_loss(model, compute, inputs, **options)
 
     assert probe({"x": x, "labels": torch.ones(8)}).is_rowwise is is_rowwise
     assert not any(parameter.any() for parameter in model.parameters())
@@ -560,13 +562,11 @@ def test_an_output_of_one_number_a_row_without_labels_is_refused(tmp_path):
 
 def test_logits_are_asked_for_where_several_outputs_may_be_meant():
     one = {"loss": torch.tensor(1.0), "scores": torch.randn(4, 3)}
-    assert own_loss._find_logits(one, 4)[0] == "scores"
+    assert find_logits(one, 4)[0] == "scores"
     several = {**one, "states": torch.randn(4, 8)}
     with pytest.raises(ValueError, match="one of them must be called logits"):
-        own_loss._find_logits(several, 4)
-    assert own_loss._find_logits({**several, "pair_logits": torch.randn(4, 2)}, 4)[0] == (
-        "pair_logits"
-    )
+        find_logits(several, 4)
+    assert find_logits({**several, "pair_logits": torch.randn(4, 2)}, 4)[0] == ("pair_logits")
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -1,172 +1,29 @@
-"""The loss of a model that no name tells: the one of a few that agrees with the model's own."""
+"""Which loss a model minimises that no name tells: the one of a few that agrees with its own."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.diagnostics import extra_pass
-from regdrop.heads import Head
 from regdrop.integrations.transformers.evaluation import (
     evaluation_mode,
     shaken,
     with_other_labels,
 )
-from regdrop.loss import (
-    binary_cross_entropy_terms,
-    combine_terms,
-    cross_entropy_terms,
-    l1_terms,
-    mse_terms,
-    smooth_l1_terms,
-)
+from regdrop.integrations.transformers.outputs import Key, find_loss, named_tensors
+from regdrop.integrations.transformers.recipe import ELEMENTWISE, Recipe
+from regdrop.loss import combine_terms
 
 # What words are padded with where labels are padded by a word.
 _PADDING = (0, 1)
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2
-_ELEMENTWISE: dict[str, Callable[..., Any]] = {
-    "binary cross entropy": binary_cross_entropy_terms,
-    "mean squared error": mse_terms,
-    "mean absolute error": l1_terms,
-    "smooth L1": smooth_l1_terms,
-}
 # Looks at shaken parameters, to tell apart what agrees by chance, as with logits that are all 0.
 _SHAKES = 4
-
-Key = str | int | None
-
-
-def named_tensors(output: Any) -> Iterator[tuple[Key, Tensor]]:
-    """Yield the tensors of a model's output with their names or positions."""
-    if isinstance(output, Tensor):
-        yield None, output
-        return
-    items: Iterator[tuple[Any, Any]] = iter(())
-    if isinstance(output, Mapping):
-        items = iter(output.items())
-    elif isinstance(output, (tuple, list)):
-        items = iter(enumerate(output))
-    elif is_dataclass(output):
-        items = ((field.name, getattr(output, field.name)) for field in fields(output))
-    yield from ((key, value) for key, value in items if isinstance(value, Tensor))
-
-
-def find_tensor(output: Any, key: Key) -> Tensor:
-    """Return the tensor of a model's output at a name or position.
-
-    Raises:
-        ValueError: If the output has none there.
-    """
-    tensors = dict(named_tensors(output))
-    if key not in tensors:
-        raise ValueError(f"the model's output must hold a tensor {key!r}, got {list(tensors)}")
-    return tensors[key]
-
-
-def find_loss(output: Any) -> Tensor | None:
-    """Return the loss as the Trainer finds it: by name, else the first of several."""
-    loss: Any = getattr(output, "loss", None)
-    if isinstance(output, Mapping):
-        loss = output.get("loss")
-    elif isinstance(output, (tuple, list)):
-        loss = output[0] if output else None
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-        return None
-    return loss.detach().flatten()[0]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How every batch of a model becomes a head, as its first batch told.
-
-    Attributes:
-        family: "cross entropy", or an element-wise loss by name.
-        label: Name of the labels in the batch.
-        logits: Where they are in the model's output: a name, a position, or None for the output.
-        is_shifted: Whether position t predicts the label of position t + 1.
-        ignore_index: Label that does not count.
-        class_dim: Dimension of the classes.
-        is_flat: Whether the model merges items and positions in the logits' first dimension.
-        keeps_label: Whether the model must be given the labels to run.
-        num_classes: Number of classes of a cross entropy.
-    """
-
-    family: str
-    label: str
-    logits: Key
-    is_shifted: bool = False
-    ignore_index: int = IGNORE_INDEX
-    class_dim: int = -1
-    is_flat: bool = False
-    keeps_label: bool = False
-    num_classes: int = 1
-
-    def __str__(self) -> str:
-        if self.family != "cross entropy":
-            return self.family
-        shift = ", labels moved by one" if self.is_shifted else ""
-        ignored = "" if self.ignore_index == IGNORE_INDEX else f", ignoring {self.ignore_index}"
-        return f"{self.family}{shift}{ignored}"
-
-    def head(
-        self,
-        inputs: Mapping[str, Any],
-        *,
-        label_smoothing: float = 0.0,
-        class_weight: Sequence[float] | None = None,
-        unlabelled_index: int | None = None,
-    ) -> Head:
-        """Return the head of a batch.
-
-        Raises:
-            ValueError: For options of a cross entropy beside another loss.
-        """
-        batch = dict(inputs)
-        target: Tensor = batch[self.label] if self.keeps_label else batch.pop(self.label)
-        rows = target.shape[0]
-        if self.family != "cross entropy":
-            if label_smoothing or class_weight is not None or unlabelled_index is not None:
-                raise ValueError(
-                    "label_smoothing, class_weight and unlabelled_index need a cross entropy; the "
-                    f"model's own loss is {self.family}"
-                )
-            return Head(batch, target.float(), _ELEMENTWISE[self.family], self._read_like(target))
-        if self.is_shifted:
-            target = F.pad(target[..., 1:], (0, 1), value=self.ignore_index)
-        elif not target.is_floating_point() and target.dim() > 1 and target.shape[-1] == 1:
-            target = target.flatten()
-        if self.is_flat:
-            target = target.flatten()
-        options: dict[str, Any] = {"label_smoothing": label_smoothing}
-        if self.class_dim != -1:
-            options["class_dim"] = self.class_dim
-        if class_weight is not None:
-            options["weight"] = torch.tensor(class_weight, device=target.device)
-        terms = partial(
-            cross_entropy_terms,
-            ignore_index=self.ignore_index,
-            unlabelled_index=unlabelled_index,
-            **options,
-        )
-        is_classes = not target.is_floating_point() and self.class_dim == -1
-        return Head(batch, target, terms, self.read, takes_kernel=is_classes, batch_size=rows)
-
-    def read(self, output: Any) -> Tensor:
-        """Return the logits of the model's output."""
-        return find_tensor(output, self.logits)
-
-    def _read_like(self, target: Tensor) -> Callable[[Any], Tensor]:
-        """Return a reader that gives one number an element of the target."""
-
-        def read(output: Any) -> Tensor:
-            return self.read(output).reshape(-1, *target.shape[1:])
-
-        return read
 
 
 def detect_recipe(
@@ -318,7 +175,7 @@ def _recipes(
     if not is_whole and logits.shape == target.shape and logits.dim() > 1:
         yield make("cross entropy")
     if logits.numel() == target.numel() and len(logits) == len(target):
-        yield from (make(family) for family in _ELEMENTWISE)
+        yield from (make(family) for family in ELEMENTWISE)
 
 
 def _ignored(target: Tensor, num_classes: int) -> list[int]:
@@ -331,9 +188,7 @@ def _ignored(target: Tensor, num_classes: int) -> list[int]:
 
 def _agrees(recipe: Recipe, logits: Tensor, inputs: Mapping[str, Any], own: Tensor) -> bool:
     head = recipe.head(inputs)
-    stacked = (
-        logits.reshape(-1, *head.target.shape[1:]) if recipe.family in _ELEMENTWISE else logits
-    )
+    stacked = logits.reshape(-1, *head.target.shape[1:]) if recipe.family in ELEMENTWISE else logits
     try:
         terms = head.terms(stacked, head.target, num_passes=1)
     except (ValueError, TypeError, RuntimeError):  # labels that are no classes of these logits

@@ -14,14 +14,16 @@ from regdrop.arguments import IGNORE_INDEX
 from regdrop.config import RDropConfig
 from regdrop.heads import Head, UnknownHeadError
 from regdrop.integrations.transformers.batches import why_not_stacked
-from regdrop.integrations.transformers.detection import Recipe, detect_recipe
+from regdrop.integrations.transformers.detection import detect_recipe
 from regdrop.integrations.transformers.heads import (
     base_model,
     find_head,
     has_registered_class,
 )
 from regdrop.integrations.transformers.internals import TrainerInternals
-from regdrop.integrations.transformers.own_loss import OwnLoss, probe_own_loss
+from regdrop.integrations.transformers.own_loss import OwnLoss
+from regdrop.integrations.transformers.probing import probe_own_loss
+from regdrop.integrations.transformers.recipe import Recipe
 from regdrop.integrations.transformers.verify import (
     Comparison,
     agrees_when_shaken,

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.diagnostics import extra_pass
 from regdrop.heads import Head, strip_options
-from regdrop.integrations.transformers.detection import find_loss
 from regdrop.integrations.transformers.evaluation import (
     evaluation_mode,
     shaken,
@@ -18,6 +17,7 @@ from regdrop.integrations.transformers.evaluation import (
 )
 from regdrop.integrations.transformers.forward import auxiliary_loss
 from regdrop.integrations.transformers.fused import find_fused_head, fused_options
+from regdrop.integrations.transformers.outputs import find_loss
 from regdrop.kernels import project
 from regdrop.loss import ItemTerms, combine_terms, is_counted
 

@@ -1,0 +1,117 @@
+"""The loss of a model that no name tells, as one value: how each batch becomes a head."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regdrop.arguments import IGNORE_INDEX
+from regdrop.heads import Head
+from regdrop.integrations.transformers.outputs import Key, find_tensor
+from regdrop.loss import (
+    binary_cross_entropy_terms,
+    cross_entropy_terms,
+    l1_terms,
+    mse_terms,
+    smooth_l1_terms,
+)
+
+ELEMENTWISE: dict[str, Callable[..., Any]] = {
+    "binary cross entropy": binary_cross_entropy_terms,
+    "mean squared error": mse_terms,
+    "mean absolute error": l1_terms,
+    "smooth L1": smooth_l1_terms,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every batch of a model becomes a head, as its first batch told.
+
+    Attributes:
+        family: "cross entropy", or an element-wise loss by name.
+        label: Name of the labels in the batch.
+        logits: Where they are in the model's output: a name, a position, or None for the output.
+        is_shifted: Whether position t predicts the label of position t + 1.
+        ignore_index: Label that does not count.
+        class_dim: Dimension of the classes.
+        is_flat: Whether the model merges items and positions in the logits' first dimension.
+        keeps_label: Whether the model must be given the labels to run.
+        num_classes: Number of classes of a cross entropy.
+    """
+
+    family: str
+    label: str
+    logits: Key
+    is_shifted: bool = False
+    ignore_index: int = IGNORE_INDEX
+    class_dim: int = -1
+    is_flat: bool = False
+    keeps_label: bool = False
+    num_classes: int = 1
+
+    def __str__(self) -> str:
+        if self.family != "cross entropy":
+            return self.family
+        shift = ", labels moved by one" if self.is_shifted else ""
+        ignored = "" if self.ignore_index == IGNORE_INDEX else f", ignoring {self.ignore_index}"
+        return f"{self.family}{shift}{ignored}"
+
+    def head(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        label_smoothing: float = 0.0,
+        class_weight: Sequence[float] | None = None,
+        unlabelled_index: int | None = None,
+    ) -> Head:
+        """Return the head of a batch.
+
+        Raises:
+            ValueError: For options of a cross entropy beside another loss.
+        """
+        batch = dict(inputs)
+        target: Tensor = batch[self.label] if self.keeps_label else batch.pop(self.label)
+        rows = target.shape[0]
+        if self.family != "cross entropy":
+            if label_smoothing or class_weight is not None or unlabelled_index is not None:
+                raise ValueError(
+                    "label_smoothing, class_weight and unlabelled_index need a cross entropy; the "
+                    f"model's own loss is {self.family}"
+                )
+            return Head(batch, target.float(), ELEMENTWISE[self.family], self._read_like(target))
+        if self.is_shifted:
+            target = F.pad(target[..., 1:], (0, 1), value=self.ignore_index)
+        elif not target.is_floating_point() and target.dim() > 1 and target.shape[-1] == 1:
+            target = target.flatten()
+        if self.is_flat:
+            target = target.flatten()
+        options: dict[str, Any] = {"label_smoothing": label_smoothing}
+        if self.class_dim != -1:
+            options["class_dim"] = self.class_dim
+        if class_weight is not None:
+            options["weight"] = torch.tensor(class_weight, device=target.device)
+        terms = partial(
+            cross_entropy_terms,
+            ignore_index=self.ignore_index,
+            unlabelled_index=unlabelled_index,
+            **options,
+        )
+        is_classes = not target.is_floating_point() and self.class_dim == -1
+        return Head(batch, target, terms, self.read, takes_kernel=is_classes, batch_size=rows)
+
+    def read(self, output: Any) -> Tensor:
+        """Return the logits of the model's output."""
+        return find_tensor(output, self.logits)
+
+    def _read_like(self, target: Tensor) -> Callable[[Any], Tensor]:
+        """Return a reader that gives one number an element of the target."""
+
+        def read(output: Any) -> Tensor:
+            return self.read(output).reshape(-1, *target.shape[1:])
+
+        return read
