@@ -5,17 +5,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils import ModelOutput
 
 from models import Rows
 from regdrop.integrations.transformers import RDropTrainer
 
 FEATURES = 6
+# How the Trainer learns by itself, where a test is of what it learns.
+BY_ITSELF = {
+    "optim": "adamw_torch_fused",
+    "max_grad_norm": 1.0,
+    "lr_scheduler_type": "linear",
+    "train_sampling_strategy": "random",
+}
 
 
-def arguments(folder, **options):
-    """Return arguments under which an update is the gradient, and nothing is random but dropout."""
+def arguments(folder, kind=TrainingArguments, **options):
+    """Return arguments under which an update is the gradient, and nothing is random but dropout.
+
+    Adam would make steps of the noise in gradients that are 0 in truth (the keys' biases).
+    """
     defaults = {
         "learning_rate": 0.1,
         "optim": "sgd",
@@ -30,15 +40,17 @@ def arguments(folder, **options):
         "report_to": [],
         "disable_tqdm": True,
     }
-    return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
+    return kind(output_dir=str(folder), **{**defaults, **options})
 
 
-def build(folder, model, rows, rdrop=None, kind=RDropTrainer, further=None, **options):
+def build(folder, model, rows=None, rdrop=None, kind=RDropTrainer, further=None, **options):
     """Return a trainer; `options` are those of its arguments, `further` its own."""
+    is_seq2seq = issubclass(kind, Seq2SeqTrainer)
+    kind_of_arguments = Seq2SeqTrainingArguments if is_seq2seq else TrainingArguments
     extra = {"rdrop": rdrop} if rdrop is not None else {}
     return kind(
         model=model,
-        args=arguments(folder, **options),
+        args=arguments(folder, kind_of_arguments, **options),
         train_dataset=rows,
         eval_dataset=rows,
         **extra,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from implementations import CPP
 from models import key_dropout, text_rows, tiny_bert
@@ -11,20 +11,14 @@ from regdrop import RDropConfig, find_dropout
 from regdrop.integrations.transformers import RDropTrainer
 from regdrop.loss import cross_entropy
 from regdrop.reading import is_free_to_overwrite
-from training import arguments, assert_same_run, logged
+from training import arguments, assert_same_run, build, logged, train
 
 
 def run(folder, model=None, rdrop=None, kind=RDropTrainer, **options):
     defaults = {"max_steps": 3, "learning_rate": 0.05, "max_grad_norm": 1.0}
-    trainer = kind(
-        model=tiny_bert(dropout=0.3) if model is None else model,
-        args=arguments(folder, **{**defaults, **options}),
-        train_dataset=text_rows(),
-        eval_dataset=text_rows(),
-        rdrop=RDropConfig(alpha=2.0) if rdrop is None else rdrop,
-    )
-    trainer.train()
-    return trainer
+    model = tiny_bert(dropout=0.3) if model is None else model
+    rdrop = RDropConfig(alpha=2.0) if rdrop is None else rdrop
+    return train(folder, model, text_rows(), rdrop, kind, **{**defaults, **options})
 
 
 def assert_same(a, b, tolerance=1e-5):
@@ -69,11 +63,7 @@ def test_bfloat16_autocast_stays_near_float32(tmp_path):
 
 def test_float16_autocast_with_a_gradient_scaler_stays_near_float32(tmp_path):
     model = key_dropout(tiny_bert(dropout=0.3)).train()
-    trainer = RDropTrainer(
-        model=model,
-        args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]),
-        rdrop=RDropConfig(alpha=2.0),
-    )
+    trainer = build(tmp_path, model, rdrop=RDropConfig(alpha=2.0))
     batch = torch.utils.data.default_collate([text_rows()[i] for i in range(8)])
 
     def gradient(dtype):
@@ -123,24 +113,24 @@ class Normalised(nn.Module):
 
 @pytest.mark.parametrize("backward_passes", [None, 1])
 def test_batch_norm_sees_every_pass_and_monitoring_leaves_it_alone(tmp_path, backward_passes):
-    def build():
+    def make():
         model = tiny_bert(dropout=0.3)
         model.classifier = Normalised(model.classifier)
         return model
 
     rdrop = RDropConfig(alpha=2.0, backward_passes=backward_passes)
-    trainer = run(tmp_path, build(), rdrop)
+    trainer = run(tmp_path, make(), rdrop)
     updates = trainer.model.classifier.norm.num_batches_tracked.item()
     assert updates == 3 * (1 if backward_passes is None else 2)
     single = RDropConfig(alpha=0.0, num_passes=1, monitor_steps=1)
-    assert run(tmp_path, build(), single).model.classifier.norm.num_batches_tracked == 3
+    assert run(tmp_path, make(), single).model.classifier.norm.num_batches_tracked == 3
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path):
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
-    arguments._n_gpu = 2
+    args = arguments(tmp_path)
+    args._n_gpu = 2
     with pytest.raises(ValueError, match="one process a GPU, got 2 GPUs in one process"):
-        RDropTrainer(model=tiny_bert(), args=arguments, rdrop=RDropConfig())
+        RDropTrainer(model=tiny_bert(), args=args, rdrop=RDropConfig())
 
 
 class UnderDeepSpeed(RDropTrainer):
@@ -153,10 +143,9 @@ class UnderDeepSpeed(RDropTrainer):
 
 @pytest.mark.parametrize("changes", [{"passes": "sequential"}, {"backward_passes": 1}])
 def test_several_forwards_for_one_backward_are_refused_under_deepspeed(tmp_path, changes):
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
-    UnderDeepSpeed(model=tiny_bert(), args=arguments, rdrop=RDropConfig())
+    build(tmp_path, tiny_bert(), rdrop=RDropConfig(), kind=UnderDeepSpeed)
     with pytest.raises(ValueError, match="DeepSpeed takes one forward for each backward"):
-        UnderDeepSpeed(model=tiny_bert(), args=arguments, rdrop=RDropConfig(**changes))
+        build(tmp_path, tiny_bert(), rdrop=RDropConfig(**changes), kind=UnderDeepSpeed)
 
 
 def test_parts_of_a_log_survive_a_resume_in_its_middle(tmp_path):
@@ -177,7 +166,7 @@ def test_parts_of_a_log_survive_a_resume_in_its_middle(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("build", "is_free"),
+    ("make", "is_free"),
     [
         (lambda x: nn.functional.linear(x, torch.ones(3, 4)), True),
         (lambda x: nn.functional.linear(x, torch.ones(3, 4)).view(1, 2, 3), True),
@@ -193,9 +182,9 @@ def test_parts_of_a_log_survive_a_resume_in_its_middle(tmp_path):
         (lambda x: x.detach(), False),
     ],
 )
-def test_logits_are_overwritten_only_where_no_backward_needs_them(build, is_free):
+def test_logits_are_overwritten_only_where_no_backward_needs_them(make, is_free):
     x = torch.randn(2, 4, requires_grad=True)
-    logits = build(x)
+    logits = make(x)
     assert is_free_to_overwrite(logits) is is_free
     if is_free:  # and indeed none does
         expected = torch.autograd.grad(logits.sum(), x, retain_graph=True)[0]
@@ -263,11 +252,6 @@ def test_the_loss_is_computed_as_asked_and_trains_the_same(tmp_path, impl, monke
 def test_a_head_without_a_cross_entropy_has_no_kernel_to_choose(tmp_path):
     model = tiny_bert(num_labels=3, problem_type="multi_label_classification")
     rows = text_rows(3, problem_type="multi_label_classification")
-    trainer = RDropTrainer(
-        model=model,
-        args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True),
-        train_dataset=rows,
-        rdrop=RDropConfig(impl="chunked"),
-    )
+    trainer = build(tmp_path, model, rows, RDropConfig(impl="chunked"))
     with pytest.raises(ValueError, match=r"impl='chunked' chooses how .* use impl='auto'"):
         trainer.train()

@@ -5,57 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import BertForPreTraining, Trainer, TrainingArguments
+from transformers import BertForPreTraining, Trainer
 
 import reference
 from models import Rows, image_rows, text_rows, tiny_bert, tiny_vit
 from regdrop import RDropConfig
 from regdrop.integrations.transformers import Head, RDropTrainer, RDropTrainerMixin
 from regdrop.loss import cross_entropy_terms
-from training import logged
+from training import BY_ITSELF, build, logged, parameters, train
 
 ONE_PASS = RDropConfig(alpha=0.0, num_passes=1)
 
 
-def arguments(folder, **options):
-    defaults = {
-        "learning_rate": 1e-2,
-        "max_steps": 4,
-        "per_device_train_batch_size": 8,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-    return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
-
-
-def make(folder, model=None, rows=None, rdrop=None, kind=RDropTrainer, further=None, **options):
+def run(folder, model=None, rows=None, rdrop=None, kind=RDropTrainer, **options):
+    """Train for four steps, on sentences."""
+    model = tiny_bert() if model is None else model
     rows = text_rows() if rows is None else rows
-    extra = {} if kind is Trainer else {"rdrop": rdrop}
-    return kind(
-        model=tiny_bert() if model is None else model,
-        args=arguments(folder, **options),
-        train_dataset=rows,
-        eval_dataset=rows,
-        **extra,
-        **(further or {}),
-    )
-
-
-def train(*args, **kwargs):
-    trainer = make(*args, **kwargs)
-    trainer.train()
-    return trainer
-
-
-# Adam would make steps of the noise in gradients that are 0 in truth (the keys' biases).
-PLAIN_SGD = {"optim": "sgd", "learning_rate": 0.1}
-
-
-def parameters(trainer):
-    return [p.detach().clone() for p in trainer.model.parameters()]
+    return train(folder, model, rows, rdrop, kind, **{"max_steps": 4, **options})
 
 
 def count_forwards(model, training=True):
@@ -74,7 +40,7 @@ def count_forwards(model, training=True):
 
 
 @pytest.mark.parametrize(
-    ("build", "rows", "num_labels", "problem_type"),
+    ("make", "rows", "num_labels", "problem_type"),
     [
         (tiny_bert, text_rows, 3, None),
         (tiny_bert, text_rows, 3, "multi_label_classification"),
@@ -83,22 +49,22 @@ def count_forwards(model, training=True):
     ],
 )
 def test_one_pass_is_the_plain_trainer_step_for_step(
-    tmp_path, build, rows, num_labels, problem_type
+    tmp_path, make, rows, num_labels, problem_type
 ):
-    def run(kind, rdrop=None):
+    def trained(kind, rdrop=None):
         data = rows(16, num_labels, problem_type)
-        return train(tmp_path, build(num_labels, problem_type), data, rdrop, kind, **PLAIN_SGD)
+        return run(tmp_path, make(num_labels, problem_type), data, rdrop, kind)
 
-    plain, ours = run(Trainer), run(RDropTrainer, ONE_PASS)
+    plain, ours = trained(Trainer), trained(RDropTrainer, ONE_PASS)
     assert logged(ours, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
     for x, y in zip(parameters(ours), parameters(plain), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
 def test_one_pass_is_the_plain_trainer_under_accumulation_where_the_models_loss_is_exact(tmp_path):
-    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, **PLAIN_SGD}
-    plain = train(tmp_path, tiny_vit(), image_rows(), kind=Trainer, **options)
-    ours = train(tmp_path, tiny_vit(), image_rows(), ONE_PASS, **options)
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    plain = run(tmp_path, tiny_vit(), image_rows(), kind=Trainer, **options)
+    ours = run(tmp_path, tiny_vit(), image_rows(), ONE_PASS, **options)
     for x, y in zip(parameters(ours), parameters(plain), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
@@ -107,8 +73,9 @@ def test_our_gradient_is_right_under_accumulation_where_the_models_loss_is_not(t
     def gradient_norm(kind, **options):
         model = tiny_bert(dropout=0.0)
         rdrop = ONE_PASS if kind is RDropTrainer else None
-        options = {"train_sampling_strategy": "sequential", "max_steps": 1, **options}
-        return logged(train(tmp_path, model, rdrop=rdrop, kind=kind, **options), "grad_norm")[0]
+        # Where nothing limits the norm, none is logged.
+        options = {"max_grad_norm": 1.0, "max_steps": 1, **options}
+        return logged(run(tmp_path, model, rdrop=rdrop, kind=kind, **options), "grad_norm")[0]
 
     split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     truth = gradient_norm(Trainer)
@@ -124,7 +91,7 @@ def test_our_gradient_is_right_under_accumulation_where_the_models_loss_is_not(t
 def test_labels_are_not_sent_through_the_model_and_the_batch_is_stacked_once(tmp_path):
     model = tiny_bert()
     calls = count_forwards(model)
-    train(tmp_path, model, rdrop=RDropConfig(), max_steps=2)
+    run(tmp_path, model, rdrop=RDropConfig(), max_steps=2)
     assert [rows for rows, _ in calls] == [16, 16]
     assert all("labels" not in names for _, names in calls)
 
@@ -145,7 +112,7 @@ def test_logged_parts_are_means_over_all_items_since_the_last_log(tmp_path):
     rows = text_rows(10)
     rows.columns["labels"][[1, 4, 5]] = -100
     options = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "logging_steps": 3}
-    trainer = train(
+    trainer = run(
         tmp_path, rows=rows, rdrop=RDropConfig(alpha=2.0), kind=Recording, max_steps=-1, **options
     )
     items = [item for logits, target in outputs for item in reference.rdrop_items(logits, target)]
@@ -156,7 +123,7 @@ def test_logged_parts_are_means_over_all_items_since_the_last_log(tmp_path):
 
 
 def test_loss_is_the_sum_of_its_logged_parts(tmp_path):
-    trainer = train(tmp_path, rdrop=RDropConfig(alpha=3.0))
+    trainer = run(tmp_path, rdrop=RDropConfig(alpha=3.0))
     for loss, nll, kl in zip(*(logged(trainer, n) for n in ("loss", "nll", "kl")), strict=True):
         assert loss == pytest.approx(nll + 3 / 2 * kl, rel=1e-4)
 
@@ -177,7 +144,7 @@ def test_loss_is_the_sum_of_its_logged_parts(tmp_path):
     ),
 )
 def test_every_way_of_training_fits_the_data(tmp_path, rdrop):
-    trainer = train(tmp_path, rdrop=rdrop, max_steps=60, learning_rate=3e-3)
+    trainer = run(tmp_path, rdrop=rdrop, max_steps=60, learning_rate=3e-3, **BY_ITSELF)
     nll = logged(trainer, "nll")
     assert np.mean(nll[-5:]) < 0.8 * np.mean(nll[:5])
     assert all(kl > 0 for kl in logged(trainer, "kl"))
@@ -187,20 +154,20 @@ def test_every_way_of_training_fits_the_data(tmp_path, rdrop):
 def test_steps_without_divergence_have_one_pass(tmp_path):
     model = tiny_bert()
     calls = count_forwards(model)
-    train(tmp_path, model, rdrop=RDropConfig(every_n_steps=2, start_step=1))
+    run(tmp_path, model, rdrop=RDropConfig(every_n_steps=2, start_step=1))
     assert [rows for rows, _ in calls] == [8, 16, 8, 16]
 
 
 def test_schedule_of_alpha_is_logged(tmp_path):
     rdrop = RDropConfig(alpha=2.0, alpha_schedule="linear", alpha_warmup_steps=2)
-    assert logged(train(tmp_path, rdrop=rdrop), "alpha") == [0.0, 1.0, 2.0, 2.0]
+    assert logged(run(tmp_path, rdrop=rdrop), "alpha") == [0.0, 1.0, 2.0, 2.0]
 
 
 def test_schedule_counts_optimiser_steps_not_micro_batches(tmp_path):
     model = tiny_bert()
     calls = count_forwards(model)
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2}
-    train(tmp_path, model, rdrop=RDropConfig(start_step=1), **options)
+    run(tmp_path, model, rdrop=RDropConfig(start_step=1), **options)
     assert [rows for rows, _ in calls] == [4, 4, 8, 8]
 
 
@@ -211,7 +178,7 @@ def test_rates_of_the_passes_are_drawn_anew_each_step_and_come_back(tmp_path):
         lambda module, args: seen.append(model.dropout.p) if module.training else None
     )
     rdrop = RDropConfig(passes="sequential", dropout_rates=(0.1, 0.4))
-    train(tmp_path, model, rdrop=rdrop, max_steps=20)
+    run(tmp_path, model, rdrop=rdrop, max_steps=20)
     pairs = {tuple(pair) for pair in zip(seen[::2], seen[1::2], strict=True)}
     assert pairs == {(0.1, 0.4), (0.4, 0.1)}
     assert model.dropout.p == 0.2
@@ -219,8 +186,8 @@ def test_rates_of_the_passes_are_drawn_anew_each_step_and_come_back(tmp_path):
 
 @pytest.mark.parametrize("rdrop", [ONE_PASS, RDropConfig(start_step=2), RDropConfig()])
 def test_a_monitored_run_is_the_same_run(tmp_path, rdrop):
-    plain = train(tmp_path, rdrop=rdrop)
-    monitored = train(tmp_path, rdrop=replace(rdrop, monitor_steps=2))
+    plain = run(tmp_path, rdrop=rdrop, **BY_ITSELF)
+    monitored = run(tmp_path, rdrop=replace(rdrop, monitor_steps=2), **BY_ITSELF)
     assert all(map(torch.equal, parameters(plain), parameters(monitored)))
     assert logged(plain, "loss") == logged(monitored, "loss")
     steps = [e["step"] for e in monitored.state.log_history if "kl" in e]
@@ -229,20 +196,18 @@ def test_a_monitored_run_is_the_same_run(tmp_path, rdrop):
 
 
 def test_label_smoothing_is_that_of_the_trainer(tmp_path):
-    def run(kind, rdrop=None):
+    def trained(kind, rdrop=None):
         model = tiny_bert(dropout=0.0)
-        return train(
-            tmp_path, model, rdrop=rdrop, kind=kind, label_smoothing_factor=0.2, **PLAIN_SGD
-        )
+        return run(tmp_path, model, rdrop=rdrop, kind=kind, label_smoothing_factor=0.2)
 
-    plain, ours = run(Trainer), run(RDropTrainer, ONE_PASS)
+    plain, ours = trained(Trainer), trained(RDropTrainer, ONE_PASS)
     for x, y in zip(parameters(ours), parameters(plain), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_of_one_number_to_predict(tmp_path):
     rows = text_rows(3, 1, "regression")
-    trainer = train(
+    trainer = run(
         tmp_path, tiny_bert(1), rows, RDropConfig(), per_device_train_batch_size=1, max_steps=3
     )
     assert all(np.isfinite(logged(trainer, "kl")))
@@ -253,7 +218,8 @@ def test_lora(tmp_path):
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], lora_dropout=0.1)
     model = peft.get_peft_model(tiny_bert(dropout=0.0), config)
     frozen = model.base_model.model.bert.embeddings.word_embeddings.weight.clone()
-    trainer = train(tmp_path, model, rdrop=RDropConfig(alpha=2.0), max_steps=6)
+    options = {"learning_rate": 1e-2, "max_steps": 6, **BY_ITSELF}
+    trainer = run(tmp_path, model, rdrop=RDropConfig(alpha=2.0), **options)
     kl = logged(trainer, "kl")
     assert kl[0] == 0  # a new adapter adds nothing yet
     assert min(kl[1:]) > 0
@@ -264,18 +230,18 @@ def test_lora(tmp_path):
 
 
 def test_evaluation_and_prediction_are_those_of_the_trainer(tmp_path):
-    model = tiny_bert()
-    ours = make(tmp_path, model, rdrop=RDropConfig(alpha=5.0), label_smoothing_factor=0.1)
-    plain = make(tmp_path, model, kind=Trainer, label_smoothing_factor=0.1)
+    model, rows = tiny_bert(), text_rows()
+    ours = build(tmp_path, model, rows, RDropConfig(alpha=5.0), label_smoothing_factor=0.1)
+    plain = build(tmp_path, model, rows, kind=Trainer, label_smoothing_factor=0.1)
     calls = count_forwards(model, training=False)
     assert ours.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
     assert sum(rows for rows, _ in calls) == 2 * 16
-    predictions = [t.predict(text_rows()).predictions for t in (ours, plain)]
+    predictions = [t.predict(rows).predictions for t in (ours, plain)]
     assert np.array_equal(*predictions)
 
 
 def test_outputs_of_a_training_step_can_be_asked_for(tmp_path):
-    trainer = make(tmp_path, rdrop=RDropConfig())
+    trainer = build(tmp_path, tiny_bert(), rdrop=RDropConfig())
     trainer.model.train()
     batch = torch.utils.data.default_collate([text_rows()[i] for i in range(4)])
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
@@ -289,7 +255,7 @@ def test_outputs_of_a_training_step_can_be_asked_for(tmp_path):
 
 def test_the_config_is_saved_with_model_and_checkpoints(tmp_path):
     rdrop = RDropConfig(alpha=0.7, class_weight=(1.0, 2.0, 3.0))
-    trainer = train(tmp_path, rdrop=rdrop, save_strategy="steps", save_steps=2)
+    trainer = run(tmp_path, rdrop=rdrop, save_strategy="steps", save_steps=2)
     trainer.save_model(str(tmp_path / "final"))
     for folder in ("checkpoint-2", "checkpoint-4", "final"):
         saved = json.loads((tmp_path / folder / "rdrop_config.json").read_text())
@@ -308,7 +274,7 @@ def test_the_mixin_extends_a_trainer_of_the_users_own(tmp_path):
     class OwnWithRDrop(RDropTrainerMixin, Own):
         pass
 
-    trainer = train(tmp_path, rdrop=RDropConfig(), kind=OwnWithRDrop)
+    trainer = run(tmp_path, rdrop=RDropConfig(), kind=OwnWithRDrop)
     assert trainer.was_here
     assert trainer.evaluate()["eval_own"] == 1.0
     assert logged(trainer, "kl")
@@ -327,13 +293,13 @@ def test_another_head_by_override(tmp_path):
     rows.columns["labels"] = rows.columns["input_ids"].clone()
     rows.columns["labels"][:, :3] = -100
     model = BertForPreTraining(tiny_bert().config)
-    trainer = train(tmp_path, model, rows, RDropConfig(), MaskedWords, max_steps=3)
+    trainer = run(tmp_path, model, rows, RDropConfig(), MaskedWords, max_steps=3)
     assert all(kl > 0 for kl in logged(trainer, "kl"))
 
 
 def test_a_model_without_dropout_is_warned_about_once(tmp_path):
     with pytest.warns(UserWarning, match="R-Drop") as caught:
-        train(tmp_path, tiny_bert(dropout=0.0), rdrop=RDropConfig())
+        run(tmp_path, tiny_bert(dropout=0.0), rdrop=RDropConfig())
     ours = [str(w.message) for w in caught if "R-Drop" in str(w.message)]
     assert len(ours) == 1
     assert "R-Drop has nothing to compare" in ours[0]
@@ -347,7 +313,7 @@ def test_passes_that_are_the_same_despite_dropout_are_warned_about_once(tmp_path
 
     model.bert.register_forward_pre_hook(restore)
     with pytest.warns(UserWarning, match="R-Drop") as caught:
-        train(tmp_path, model, rdrop=RDropConfig(passes="sequential"))
+        run(tmp_path, model, rdrop=RDropConfig(passes="sequential"))
     ours = [str(w.message) for w in caught if "R-Drop" in str(w.message)]
     assert len(ours) == 1
     assert "the KL between passes is exactly 0" in ours[0]
@@ -356,13 +322,13 @@ def test_passes_that_are_the_same_despite_dropout_are_warned_about_once(tmp_path
 def test_a_model_with_dropout_is_not_warned_about(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(tmp_path, rdrop=RDropConfig())
+        run(tmp_path, rdrop=RDropConfig())
     assert not [w for w in caught if "R-Drop" in str(w.message)]
 
 
 def test_a_config_of_another_type_is_refused_before_training(tmp_path):
     with pytest.raises(TypeError, match="rdrop must be an RDropConfig, got dict"):
-        make(tmp_path, rdrop={"alpha": 1})
+        build(tmp_path, tiny_bert(), text_rows(), {"alpha": 1})
 
 
 @pytest.mark.parametrize(
@@ -385,10 +351,10 @@ def test_a_config_of_another_type_is_refused_before_training(tmp_path):
 )
 def test_what_does_not_fit_is_refused_at_the_first_step(tmp_path, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        train(tmp_path, **options)
+        run(tmp_path, **options)
 
 
 def test_gradient_checkpointing_with_rates_of_the_passes_is_refused(tmp_path):
     rdrop = RDropConfig(passes="sequential", dropout_rates=(0.1, 0.4))
     with pytest.raises(ValueError, match="gradient checkpointing"):
-        train(tmp_path, rdrop=rdrop, gradient_checkpointing=True)
+        run(tmp_path, rdrop=rdrop, gradient_checkpointing=True)
