@@ -12,8 +12,6 @@ from transformers import Trainer
 from models import key_dropout, text_rows, tiny_bert, tiny_gpt2, token_rows
 from regdrop import RDropConfig, symmetric_kl
 from regdrop.integrations.transformers import RDropTrainer, RDropTrainerMixin
-from regdrop.integrations.transformers.outputs import find_logits
-from regdrop.integrations.transformers.probing import probe_own_loss
 from training import (
     FEATURES,
     NamedRows,
@@ -436,47 +434,6 @@ class RewardTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def halves(scores):
-    better, worse = scores.flatten().chunk(2)
-    return -F.logsigmoid(better - worse).mean()
-
-
-def neighbours(scores):
-    better, worse = scores.flatten().view(-1, 2).unbind(1)
-    return -F.logsigmoid(better - worse).mean()
-
-
-def rows(scores):
-    return -F.logsigmoid(scores).mean()
-
-
-@pytest.mark.parametrize(
-    ("criterion", "is_rowwise"), [(halves, False), (neighbours, True), (rows, True)]
-)
-def test_a_new_head_that_scores_all_alike_does_not_hide_what_its_loss_is(criterion, is_rowwise):
-    """Each of these is log 2 for scores of 0, of one pass and of two."""
-    model = Plain(F.mse_loss, width=1)
-    for parameter in model.parameters():
-        torch.nn.init.zeros_(parameter)
-    x = number_rows(LABELS).columns["x"][:8]
-
-    def compute(inputs, items):
-        output = model(inputs["x"])
-        return criterion(output["scores"]), output
-
-    def probe(inputs):
-        options = {"head": None, "label_names": ["labels"], "counts_items": False}
-        return probe_own_loss(model, compute, inputs, **options)
-
-    assert probe({"x": x, "labels": torch.ones(8)}).is_rowwise is is_rowwise
-    assert not any(parameter.any() for parameter in model.parameters())
-    if criterion is halves:
-        assert probe({"x": x}).divergence.kind == "margins"
-    else:
-        with pytest.raises(ValueError, match="no labels of that shape tell how passes are compare"):
-            probe({"x": x})
-
-
 def test_pairs_are_compared_by_the_chance_of_the_better_row(tmp_path):
     model = Plain(F.mse_loss, width=1)
     seen = record_scores(model)
@@ -558,15 +515,6 @@ def test_an_output_of_one_number_a_row_without_labels_is_refused(tmp_path):
     rows = NamedRows(x=number_rows(LABELS).columns["x"])
     with pytest.raises(ValueError, match=r"is one number a row, .*override rdrop_head"):
         train(tmp_path, model, rows, RDropConfig(), mixed(Norm), **KEPT)
-
-
-def test_logits_are_asked_for_where_several_outputs_may_be_meant():
-    one = {"loss": torch.tensor(1.0), "scores": torch.randn(4, 3)}
-    assert find_logits(one, 4)[0] == "scores"
-    several = {**one, "states": torch.randn(4, 8)}
-    with pytest.raises(ValueError, match="one of them must be called logits"):
-        find_logits(several, 4)
-    assert find_logits({**several, "pair_logits": torch.randn(4, 2)}, 4)[0] == ("pair_logits")
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from regdrop.arguments import IGNORE_INDEX
 from regdrop.config import RDropConfig
 from regdrop.heads import Head, UnknownHeadError
 from regdrop.integrations.transformers.batches import why_not_stacked
+from regdrop.integrations.transformers.count_rules import COUNT_RULES, find_count_rule
 from regdrop.integrations.transformers.detection import detect_recipe
 from regdrop.integrations.transformers.heads import (
     base_model,
@@ -29,13 +28,7 @@ from regdrop.integrations.transformers.verify import (
     agrees_when_shaken,
     compare_losses,
 )
-from regdrop.loss import (
-    ItemCounts,
-    binary_cross_entropy_terms,
-    cross_entropy_terms,
-    is_counted,
-    mse_terms,
-)
+from regdrop.loss import binary_cross_entropy_terms, cross_entropy_terms, is_counted, mse_terms
 from regdrop.passes import find_batch_size
 from regdrop.reading import require_counts
 
@@ -49,7 +42,7 @@ class Source:
     Attributes:
         recipe: The head of a model that no name tells.
         own: The likelihood is the model's or the trainer's own loss; None where R-Drop computes it.
-        count: Rule by which the items of terms of one's own are counted.
+        count: Rule of `COUNT_RULES` by which the items of terms of one's own are counted.
         obstacle: Why the passes of the first batch cannot be stacked; None if they can.
     """
 
@@ -57,24 +50,6 @@ class Source:
     own: OwnLoss | None = None
     count: str | None = None
     obstacle: str | None = None
-
-
-def _count_labels(target: Tensor) -> ItemCounts:
-    count = target.ne(IGNORE_INDEX).sum()
-    return ItemCounts(count, count)
-
-
-def _count_rows(target: Tensor) -> ItemCounts:
-    count = torch.full((), target.shape[0], device=target.device)
-    return ItemCounts(count, count)
-
-
-def _count_numbers(target: Tensor) -> ItemCounts:
-    count = torch.full((), target.numel(), device=target.device)
-    return ItemCounts(count, count)
-
-
-_COUNTS = {"labels": _count_labels, "rows": _count_rows, "numbers": _count_numbers}
 
 
 class HeadSelection(TrainerInternals):
@@ -126,7 +101,7 @@ class HeadSelection(TrainerInternals):
             head = self.rdrop_head(self._unwrapped(self.model), inputs)
         if source.own is not None:
             return replace(head, inputs=dict(inputs))
-        return head if source.count is None else replace(head, count=_COUNTS[source.count])
+        return head if source.count is None else replace(head, count=COUNT_RULES[source.count])
 
     def _find_source(self, inputs: Mapping[str, Any]) -> Source:
         owner = self._loss_owner()
@@ -202,16 +177,7 @@ class HeadSelection(TrainerInternals):
         if not found.agrees:
             self._compare_readings(head, found, inputs)
         if head.count is None and not is_counted(head.terms):
-            rule = next((n for n, count in _COUNTS.items() if _is_count(count, head, found)), None)
-            if rule is None:
-                raise ValueError(
-                    "count must be given for the Head of rdrop_head: its terms count "
-                    f"{found.terms.nll_count.item():g} and {found.terms.kl_count.item():g} items "
-                    f"for a target of shape {tuple(head.target.shape)}, which is neither its "
-                    "labels other than -100, its rows nor all of its numbers. Give a function from "
-                    "the target to regdrop.loss.ItemCounts"
-                )
-            return Source(count=rule)
+            return Source(count=find_count_rule(head.target, found.terms))
         require_counts(head, found.terms)
         return Source()
 
@@ -305,11 +271,6 @@ class HeadSelection(TrainerInternals):
         """Return the model without what distribution and compilation wrap around it."""
         found: nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         return found
-
-
-def _is_count(count: Any, head: Head, found: Comparison) -> bool:
-    kl = int(found.terms.kl_count.item())
-    return int(count(head.target).kl) == kl and found.terms.nll_count.item() == kl
 
 
 def _is_guessed(head: Head) -> bool:
