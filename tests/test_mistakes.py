@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import TrainingArguments
 
 import reference
 from models import image_rows, text_rows, tiny_bert, tiny_vit
@@ -18,7 +17,7 @@ from regdrop import (
     rdrop_mse_loss,
     repeat_batch,
 )
-from regdrop.integrations.transformers import RDropTrainer
+from training import build, train
 
 IMPLEMENTATIONS = pytest.mark.parametrize("impl", ["eager", "chunked"])
 
@@ -26,25 +25,6 @@ IMPLEMENTATIONS = pytest.mark.parametrize("impl", ["eager", "chunked"])
 def make(batch=4, classes=5, num_passes=2):
     logits = torch.randn(num_passes * batch, classes, dtype=torch.float64) * 2
     return logits, torch.randint(0, classes, (batch,))
-
-
-def trainer(folder, model, rows, rdrop=None, **options):
-    defaults = {
-        "per_device_train_batch_size": 8,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-    return RDropTrainer(
-        model=model,
-        args=TrainingArguments(output_dir=str(folder), **{**defaults, **options}),
-        train_dataset=rows,
-        eval_dataset=rows,
-        rdrop=rdrop,
-    )
 
 
 @IMPLEMENTATIONS
@@ -150,7 +130,7 @@ def test_mistake_7_one_side_detached(impl):
 
 def test_mistake_8_two_passes_in_evaluation(tmp_path):
     model, rows = tiny_bert(dropout=0.5), text_rows()
-    ours = trainer(tmp_path, model, rows, RDropConfig(alpha=9.0))
+    ours = build(tmp_path, model, rows, RDropConfig(alpha=9.0))
     sizes = []
     model.register_forward_hook(lambda module, args, output: sizes.append(len(output.logits)))
     metrics = ours.evaluate()
@@ -164,7 +144,7 @@ def test_mistake_9_callers_batch_changed(tmp_path):
     batch = {"input_ids": torch.arange(6).view(3, 2), "labels": torch.tensor([0, 1, 2])}
     before = copy.deepcopy(batch)
     repeat_batch(batch)
-    ours = trainer(tmp_path, tiny_bert().train(), text_rows(), RDropConfig())
+    ours = build(tmp_path, tiny_bert().train(), text_rows(), RDropConfig())
     ours.compute_loss(ours.model, batch)
     assert list(batch) == list(before)
     assert all(torch.equal(batch[name], before[name]) for name in before)
@@ -174,7 +154,7 @@ def test_mistake_10_label_smoothing_class_weights_and_problem_type_bypassed(tmp_
     model, rows = tiny_bert().train(), text_rows()
     weight = (1.0, 4.0, 0.5)
     rdrop = RDropConfig(alpha=2.0, class_weight=weight)
-    ours = trainer(tmp_path, model, rows, rdrop, label_smoothing_factor=0.3)
+    ours = build(tmp_path, model, rows, rdrop, label_smoothing_factor=0.3)
     torch.manual_seed(1)
     loss = ours.compute_loss(model, dict(rows.columns))
     torch.manual_seed(1)
@@ -194,7 +174,7 @@ def test_mistake_10_label_smoothing_class_weights_and_problem_type_bypassed(tmp_
 def test_mistake_10_problem_type_that_the_labels_tell(tmp_path):
     rows = text_rows(8, 3, "multi_label_classification")
     model = tiny_bert(3, problem_type=None, dropout=0.0).train()
-    ours = trainer(tmp_path, model, rows, RDropConfig(alpha=0.0, num_passes=1))
+    ours = build(tmp_path, model, rows, RDropConfig(alpha=0.0, num_passes=1))
     loss = ours.compute_loss(model, dict(rows.columns))
     torch.testing.assert_close(loss, model(**rows.columns).loss)
     assert model.config.problem_type == "multi_label_classification"
@@ -209,7 +189,7 @@ def test_mistake_11_labels_sent_through_the_model(tmp_path):
             names.append(set(kwargs))
 
     model.register_forward_pre_hook(note, with_kwargs=True)
-    trainer(tmp_path, model, image_rows(), RDropConfig()).train()
+    train(tmp_path, model, image_rows(), RDropConfig())
     assert names == [{"pixel_values"}] * 2
 
 
@@ -256,7 +236,7 @@ def test_mistake_14_logged_likelihood_of_two_passes_and_the_square_of_a_perplexi
 
 
 def test_mistake_14_in_the_log_of_the_trainer(tmp_path):
-    ours = trainer(tmp_path, tiny_bert(dropout=0.01), text_rows(), RDropConfig(scale="sum"))
+    ours = build(tmp_path, tiny_bert(dropout=0.01), text_rows(), RDropConfig(scale="sum"))
     before = ours.evaluate()["eval_loss"]
     ours.train()
     first = next(entry for entry in ours.state.log_history if "nll" in entry)
@@ -266,6 +246,6 @@ def test_mistake_14_in_the_log_of_the_trainer(tmp_path):
 
 
 def test_mistake_15_no_active_dropout_and_no_word_about_it(tmp_path):
-    ours = trainer(tmp_path, tiny_bert(dropout=0.0), text_rows(), RDropConfig())
+    ours = build(tmp_path, tiny_bert(dropout=0.0), text_rows(), RDropConfig())
     with pytest.warns(UserWarning, match="R-Drop has nothing to compare"):
         ours.train()

@@ -218,23 +218,17 @@ def test_ignored_items_that_are_not_dropped_count_for_nothing(by_classes, option
 def test_no_step_of_the_trainer_waits_for_its_device(fused, backward_passes, tmp_path):
     """But for the first batches, which are looked at: here they were on a CPU."""
     transformers = pytest.importorskip("transformers")
-    from regdrop.integrations.transformers import RDropTrainer
+    from training import train
 
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=90, n_positions=16)
     config._attn_implementation = "eager"
     words = torch.randint(3, 90, (4, 7))
     labels = torch.cat([words[:, :5], torch.full((4, 2), -100)], 1)
     rows = [{"input_ids": x, "labels": y} for x, y in zip(words, labels, strict=True)]
-    arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no", logging_steps=1
-    )
     rdrop = regdrop.RDropConfig(
         alpha=1.0, fused_linear=fused, backward_passes=backward_passes, monitor_steps=None
     )
-    trainer = RDropTrainer(
-        transformers.GPT2LMHeadModel(config), arguments, train_dataset=rows, rdrop=rdrop
-    )
-    trainer.train()
+    trainer = train(tmp_path, transformers.GPT2LMHeadModel(config), rows, rdrop)
     model = trainer.model.to("meta").train()
     # Without a mask of its own the model itself looks for packed sequences.
     mask = torch.ones(4, 7, dtype=torch.long, device="meta")

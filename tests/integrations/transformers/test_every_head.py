@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 
 import reference
 from models import Rows
@@ -15,6 +15,7 @@ from regdrop.integrations.transformers.verify import compare_losses
 from regdrop.loss import combine_terms
 from tiny_batches import tiny_batch
 from tiny_models import tiny_model
+from training import build, logged, parameters, train
 
 BERT = {
     "hidden_size": 16,
@@ -81,7 +82,7 @@ MODELS = {
 }
 
 
-def build(name: str, **options) -> PreTrainedModel:
+def make(name: str, **options) -> PreTrainedModel:
     torch.manual_seed(4)
     config, sizes, _ = MODELS[name]
     return getattr(transformers, name)(getattr(transformers, config)(**{**sizes, **options}))
@@ -117,21 +118,7 @@ def batch_for(name: str, size: int = 3) -> dict[str, torch.Tensor]:
 
 
 def trainer_for(folder, name, model=None, rdrop=None, kind=RDropTrainer, size=8, **options):
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "optim": "sgd",
-        "learning_rate": 0.05,
-        "train_sampling_strategy": "sequential",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-    is_seq2seq = kind is RDropSeq2SeqTrainer
-    arguments = Seq2SeqTrainingArguments if is_seq2seq else TrainingArguments
+    defaults = {"learning_rate": 0.05, "max_steps": 3, "per_device_train_batch_size": 4}
     batch = batch_for(name, 3)
     rows = {k: v.repeat(3, *[1] * (v.dim() - 1))[:size] for k, v in batch.items()}
     rows.setdefault("labels", rows.get("start_positions"))
@@ -140,14 +127,8 @@ def trainer_for(folder, name, model=None, rdrop=None, kind=RDropTrainer, size=8,
     data = Rows(**rows)
     if MODELS[name][2] == "spans":
         data = [{k: v for k, v in data[i].items() if k != "labels"} for i in range(size)]
-    extra = {} if kind is Trainer else {"rdrop": rdrop}
-    return kind(
-        model=build(name) if model is None else model,
-        args=arguments(**{**defaults, **options}),
-        train_dataset=data,
-        eval_dataset=data,
-        **extra,
-    )
+    model = make(name) if model is None else model
+    return build(folder, model, data, rdrop, kind, **{**defaults, **options})
 
 
 @pytest.fixture(params=MODELS)
@@ -156,7 +137,7 @@ def name(request):
 
 
 def test_one_pass_is_the_models_own_loss(name):
-    model, batch = build(name).eval(), batch_for(name)
+    model, batch = make(name).eval(), batch_for(name)
     before = dict(batch)
     head = find_head(model, batch)
     own = model(**batch)
@@ -174,7 +155,7 @@ def test_one_pass_is_the_models_own_loss(name):
 
 
 def test_labels_are_held_back_and_nothing_else(name):
-    inputs = find_head(build(name), batch_for(name)).inputs
+    inputs = find_head(make(name), batch_for(name)).inputs
     assert not {"labels", "start_positions", "end_positions"} & set(inputs)
     assert "input_ids" in inputs
     assert ("decoder_input_ids" in inputs) == (MODELS[name][2] == "sequences")
@@ -182,7 +163,7 @@ def test_labels_are_held_back_and_nothing_else(name):
 
 def test_the_shift_of_causal_models_leaves_out_the_last_position():
     batch = batch_for("GPT2LMHeadModel")
-    head = find_head(build("GPT2LMHeadModel"), batch)
+    head = find_head(make("GPT2LMHeadModel"), batch)
     assert torch.equal(head.target[:, :-1], batch["labels"][:, 1:])
     assert (head.target[:, -1] == -100).all()
     assert head.counts().kl == (batch["labels"][:, 1:] != -100).sum()
@@ -190,7 +171,7 @@ def test_the_shift_of_causal_models_leaves_out_the_last_position():
 
 def test_answers_beyond_the_text_count_in_neither_term():
     name = "BertForQuestionAnswering"
-    head = find_head(build(name), batch_for(name))
+    head = find_head(make(name), batch_for(name))
     assert head.counts().kl == 4
     logits = torch.randn(6, 2, 7, dtype=torch.float64)
     terms = head.terms(logits, head.target, num_passes=2)
@@ -209,14 +190,14 @@ def test_rdrop_in_the_trainer(tmp_path, name):
         if module.training:
             seen.append((len(kwargs["input_ids"]), set(kwargs)))
 
-    model = build(name, **options)
+    model = make(name, **options)
     model.register_forward_pre_hook(note, with_kwargs=True)
     kind = RDropSeq2SeqTrainer if MODELS[name][2] == "sequences" else RDropTrainer
     trainer = trainer_for(tmp_path, name, model, RDropConfig(alpha=2.0), kind)
     trainer.train()
     assert [rows for rows, _ in seen] == [8] * 3
     assert not any({"labels", "start_positions"} & names for _, names in seen)
-    kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    kl = logged(trainer, "kl")
     assert len(kl) == 3
     assert min(kl) > 0
     metrics = trainer.evaluate()
@@ -229,18 +210,14 @@ def test_one_pass_is_the_plain_trainer_where_the_models_loss_is_exact(
     tmp_path, name, batch, accumulation
 ):
     def run(kind):
-        options = {"per_device_train_batch_size": batch, "max_grad_norm": 0.0}
-        rdrop = RDropConfig(alpha=0.0, num_passes=1)
-        trainer = trainer_for(
-            tmp_path,
-            name,
-            rdrop=rdrop,
-            kind=kind,
-            gradient_accumulation_steps=accumulation,
-            **options,
-        )
+        options = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+        }
+        rdrop = None if kind is Trainer else RDropConfig(alpha=0.0, num_passes=1)
+        trainer = trainer_for(tmp_path, name, rdrop=rdrop, kind=kind, **options)
         trainer.train()
-        return list(trainer.model.parameters())
+        return parameters(trainer)
 
     for x, y in zip(run(RDropTrainer), run(Trainer), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
@@ -275,7 +252,7 @@ def test_auxiliary_losses_of_a_window_add_up_by_their_items(tmp_path):
 
 
 def test_the_check_of_the_loss_leaves_the_run_as_it_was():
-    model, batch = build("BertForMaskedLM").train(), batch_for("BertForMaskedLM")
+    model, batch = make("BertForMaskedLM").train(), batch_for("BertForMaskedLM")
     model.bert.encoder.eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
@@ -296,23 +273,23 @@ def test_the_check_of_the_loss_leaves_the_run_as_it_was():
 )
 def test_class_weights_that_do_not_fit_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
-        find_head(build(name), batch_for(name), class_weight=(1.0, 2.0))
+        find_head(make(name), batch_for(name), class_weight=(1.0, 2.0))
 
 
 def test_label_smoothing_of_the_trainer_under_the_causal_shift(tmp_path):
     def run(kind):
-        options = {"label_smoothing_factor": 0.2, "max_grad_norm": 0.0}
-        rdrop = RDropConfig(alpha=0.0, num_passes=1)
+        options = {"label_smoothing_factor": 0.2}
+        rdrop = None if kind is Trainer else RDropConfig(alpha=0.0, num_passes=1)
         trainer = trainer_for(tmp_path, "GPT2LMHeadModel", rdrop=rdrop, kind=kind, **options)
         trainer.train()
-        return list(trainer.model.parameters())
+        return parameters(trainer)
 
     for x, y in zip(run(RDropTrainer), run(Trainer), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
 def test_an_auxiliary_loss_without_a_coefficient_is_refused():
-    model = build("MixtralForCausalLM")
+    model = make("MixtralForCausalLM")
     output = model(**find_head(model, batch_for("MixtralForCausalLM")).inputs)
     model.config = transformers.BertConfig()
     with pytest.raises(ValueError, match="BertConfig has no router_aux_loss_coef"):
@@ -334,40 +311,19 @@ TINY = [
 
 
 def train_tiny(folder, name, rdrop, **options):
-    """Train a small model on eight rows; return the model and what was logged."""
+    """Train a small model on eight rows, and return its trainer."""
     model = tiny_model(name)
     columns = tiny_batch(model, name, rows=8)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.train = lambda mode=True, module=module: module  # no statistics of a batch
-    trainer = RDropTrainer(
-        model=model,
-        args=TrainingArguments(
-            str(folder),
-            max_steps=2,
-            optim="sgd",
-            learning_rate=0.05,
-            max_grad_norm=0.0,
-            train_sampling_strategy="sequential",
-            logging_steps=1,
-            save_strategy="no",
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-            **options,
-        ),
-        train_dataset=Rows(**columns),
-        rdrop=rdrop,
-    )
-    trainer.train()
-    return model, trainer.state.log_history
+    return train(folder, model, Rows(**columns), rdrop, learning_rate=0.05, **options)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_sounds_pictures_and_pairs_of_models_in_the_trainer(tmp_path, name, caplog):
     rdrop = RDropConfig(alpha=1.0)
-    _, history = train_tiny(tmp_path, name, rdrop, per_device_train_batch_size=4)
-    kl = [entry["kl"] for entry in history if "kl" in entry]
+    kl = logged(train_tiny(tmp_path, name, rdrop, per_device_train_batch_size=4), "kl")
     assert len(kl) == 2
     assert min(kl) > 1e-4
     assert "R-Drop" not in caplog.text  # its loss is known, so that nothing is said
@@ -378,9 +334,9 @@ def test_small_batches_of_a_window_are_one_large_batch(tmp_path, name, monkeypat
     monkeypatch.setattr("tiny_models.DROPOUT", 0.0)
     rdrop = RDropConfig(alpha=0.0, num_passes=1)
 
-    def train(rows, steps):
+    def run(rows, steps):
         options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
-        return list(train_tiny(tmp_path, name, rdrop, **options)[0].parameters())
+        return parameters(train_tiny(tmp_path, name, rdrop, **options))
 
-    for x, y in zip(train(4, 1), train(1, 4), strict=True):
+    for x, y in zip(run(4, 1), run(1, 4), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)

@@ -5,23 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BartConfig, BartForConditionalGeneration, TrainingArguments
+from transformers import BartConfig, BartForConditionalGeneration
 
 from models import LENGTH, VOCABULARY, Rows, tiny_bert, tiny_gpt2
 from regdrop import RDropConfig
 from regdrop.experiments.arms import compared_arms, optional_arms
 from regdrop.experiments.evaluating.evaluate import evaluate
 from regdrop.experiments.running.run import RunPaths, train_run
-from regdrop.integrations.transformers import RDropTrainer
 from regdrop.passes import embedding_noise
 from regdrop.tasks import PRESETS
-
-
-def trainer(model, folder, rdrop, rows=None, **options):
-    arguments = TrainingArguments(
-        output_dir=str(folder), report_to=[], use_cpu=True, disable_tqdm=True, **options
-    )
-    return RDropTrainer(model=model, args=arguments, rdrop=rdrop, train_dataset=rows)
+from training import BY_ITSELF, build, logged, train
 
 
 def bert_batch(items=6):
@@ -35,7 +28,7 @@ def test_r3f_is_its_papers_formula(tmp_path):
     """L = -log p(y|x) + lambda [KL(p||q) + KL(q||p)], q behind noisy embeddings."""
     model, batch = tiny_bert(dropout=0.0).train(), bert_batch()
     config = RDropConfig(alpha=4 * 0.7, method="r3f", noise=0.5)
-    ours = trainer(model, tmp_path, config)
+    ours = build(tmp_path, model, rdrop=config)
     torch.manual_seed(3)
     loss = ours.compute_loss(model, dict(batch))
     gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
@@ -54,11 +47,11 @@ def test_r3f_is_its_papers_formula(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("build", [tiny_bert, tiny_gpt2])
-def test_fraternal_dropout_is_its_papers_formula(tmp_path, build):
+@pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2])
+def test_fraternal_dropout_is_its_papers_formula(tmp_path, make):
     """L = 1/2 [l(z1) + l(z2)] + kappa / m ||z1 - z2||^2, m the size of a logit vector."""
-    model = build(3).train()
-    if build is tiny_bert:
+    model = make(3).train()
+    if make is tiny_bert:
         batch = bert_batch()
         target = batch["labels"]
     else:
@@ -67,14 +60,14 @@ def test_fraternal_dropout_is_its_papers_formula(tmp_path, build):
         labels[0, 3:] = -100
         batch, target = {"input_ids": words, "labels": labels}, labels[:, 1:]
     config = RDropConfig(alpha=2 * 0.3, method="fraternal")
-    ours = trainer(model, tmp_path, config)
+    ours = build(tmp_path, model, rdrop=config)
     torch.manual_seed(3)
     loss = ours.compute_loss(model, dict(batch))
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
 
     torch.manual_seed(3)
     stacked = model(input_ids=batch["input_ids"].repeat(2, 1)).logits
-    stacked = stacked if build is tiny_bert else stacked[:, :-1]
+    stacked = stacked if make is tiny_bert else stacked[:, :-1]
     first, second = stacked.chunk(2)
     nll = [F.cross_entropy(z.flatten(0, -2), target.flatten()) for z in (first, second)]
     valid = target != -100
@@ -117,10 +110,9 @@ def test_noise_is_scaled_as_the_embedding_is():
 def test_a_squared_difference_is_not_logged_as_a_kl(tmp_path):
     rows = Rows(input_ids=torch.randint(2, VOCABULARY, (8, LENGTH)), labels=torch.arange(8) % 3)
     config = RDropConfig(method="fraternal")
-    ours = trainer(tiny_bert(), tmp_path, config, rows, max_steps=2, logging_steps=1)
-    ours.train()
-    assert any("nll" in entry for entry in ours.state.log_history)
-    assert not any("kl" in entry for entry in ours.state.log_history)
+    ours = train(tmp_path, tiny_bert(), rows, config)
+    assert logged(ours, "nll")
+    assert not logged(ours, "kl")
 
 
 def test_an_encoder_decoder_has_noise_on_its_source_alone(tmp_path):
@@ -135,7 +127,8 @@ def test_an_encoder_decoder_has_noise_on_its_source_alone(tmp_path):
         getattr(model.model, name).layernorm_embedding.register_forward_hook(
             lambda m, i, o, name=name: seen.update({name: o.detach()})
         )
-    trainer(model, tmp_path, config).compute_loss(model, {"input_ids": words, "labels": words})
+    ours = build(tmp_path, model, rdrop=config)
+    ours.compute_loss(model, {"input_ids": words, "labels": words})
     assert not torch.allclose(seen["encoder"][:3], seen["encoder"][3:], atol=1e-2)
     assert torch.allclose(seen["decoder"][:3], seen["decoder"][3:])
 
@@ -144,10 +137,8 @@ def test_an_encoder_decoder_has_noise_on_its_source_alone(tmp_path):
 def test_training_by_another_method_learns(tmp_path, method):
     rows = Rows(input_ids=torch.randint(2, VOCABULARY, (24, LENGTH)), labels=torch.arange(24) % 3)
     config = RDropConfig(alpha=0.1, method=method)
-    options = {"learning_rate": 1e-2, "max_steps": 40, "logging_steps": 5}
-    ours = trainer(tiny_bert(), tmp_path, config, rows, **options)
-    ours.train()
-    losses = [entry["nll"] for entry in ours.state.log_history if "nll" in entry]
+    options = {"learning_rate": 1e-2, "max_steps": 40, "logging_steps": 5, **BY_ITSELF}
+    losses = logged(train(tmp_path, tiny_bert(), rows, config, **options), "nll")
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -169,8 +160,9 @@ def test_what_a_method_cannot_have_is_named(options, message):
 def test_fraternal_dropout_needs_classes(tmp_path):
     model = tiny_bert(1).train()
     batch = {**bert_batch(), "labels": torch.rand(6)}
+    ours = build(tmp_path, model, rdrop=RDropConfig(method="fraternal"))
     with pytest.raises(ValueError, match="compares the logits of classes"):
-        trainer(model, tmp_path, RDropConfig(method="fraternal")).compute_loss(model, batch)
+        ours.compute_loss(model, batch)
 
 
 def test_every_arm_weights_classes_alike_and_a_task_is_r_drops():
