@@ -30,6 +30,8 @@ RUN_ELSEWHERE = {
     "docs/disagreement.md",  # tests/test_disagreement.py
     "docs/frameworks/lightning.md",  # below, slow
     "docs/frameworks/sentence-transformers.md",  # tests/integrations/sentence_transformers
+    "docs/frameworks/timm.md",  # examples/timm_task.py
+    "docs/frameworks/trl.md",  # examples/trl_finetuning.py
     "docs/recipes-batches.md",  # below
     "docs/recipes.md",  # below
     "docs/use.md",  # tests/tasks/test_use.py
