@@ -4,11 +4,10 @@ import os
 import socket
 
 import torch
-from transformers import TrainingArguments
 
+import training
 from models import key_dropout, text_rows, tiny_bert, tiny_gpt2, token_rows
 from regdrop import RDropConfig
-from regdrop.integrations.transformers import RDropTrainer
 
 MODELS = {
     "bert": (tiny_bert, text_rows, "BertLayer"),
@@ -19,28 +18,15 @@ MODELS = {
 def build(folder, name, rdrop=None, **options):
     """Return a trainer whose update is the gradient, and whose masks are keyed by sample."""
     model, rows, _ = MODELS[name]
-    arguments = {
+    defaults = {
         "learning_rate": 0.03,
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "lr_scheduler_type": "constant",
         "max_steps": 3,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
-        "train_sampling_strategy": "sequential",
-        "use_cpu": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        **options,
     }
-    return RDropTrainer(
-        model=key_dropout(model(3, dropout=0.3)),
-        args=TrainingArguments(output_dir=str(folder), **arguments),
-        rdrop=RDropConfig(alpha=3.0) if rdrop is None else rdrop,
-        train_dataset=rows(16),
-    )
+    rdrop = RDropConfig(alpha=3.0) if rdrop is None else rdrop
+    model = key_dropout(model(3, dropout=0.3))
+    return training.build(folder, model, rows(16), rdrop, **{**defaults, **options})
 
 
 def result(trainer):
