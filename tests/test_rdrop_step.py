@@ -19,6 +19,7 @@ from regdrop import (
     repeat_batch,
     symmetric_kl,
 )
+from regdrop.kernels.chunked import row_blocks
 from regdrop.loss import ItemTerms, adaptive_softmax_terms, cross_entropy_terms, fraternal_terms
 
 SIZE, FEATURES, CLASSES = 6, 5, 4
@@ -627,3 +628,17 @@ def test_callables_of_any_kind_and_batches_in_which_nothing_counts_are_watched_q
             ignored = torch.full((6,), -100)
             for step in range(3):
                 rdrop_step(forward, inputs, ignored, config=RDropConfig(), step=step)
+
+
+# --- what a step costs -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_items", [None, 11])
+def test_the_softmax_of_large_logits_is_computed_once(num_items):
+    with torch.profiler.profile() as profiler:
+        x, y = torch.randn(64, FEATURES).double(), torch.randint(0, 5000, (64,))
+        model, config = network(classes=5000), RDropConfig(alpha=1.0)
+        loss = rdrop_step(model, x, y, config=config, step=0, num_items=num_items).loss
+        loss.backward()
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    assert counts["aten::_log_softmax"] == len(row_blocks(torch.empty(2, 64, 5000))) == 2
