@@ -11,7 +11,7 @@ from PIL import Image
 from regdrop.tasks.common import folders
 from regdrop.tasks.common.data import check_texts, load_raw_splits
 from regdrop.tasks.common.folders import check_files, data_digests
-from regdrop.tasks.images.decoding import convert_image
+from regdrop.tasks.images.decoding import convert_image, reader
 from regdrop.tasks.images.splits import load_image_splits
 from text_data import write_rows
 
@@ -123,6 +123,27 @@ def test_what_is_transparent_is_white():
     image.putpixel((1, 0), (0, 0, 0, 0))
     assert pixels(image, 3).tolist() == [[[255, 0, 0], [255, 255, 255]]]
     assert convert_image(Image.new("CMYK", (1, 1)), 3).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("image", "channels", "line"),
+    [
+        (
+            Image.new("I;16", (1, 1)),
+            1,
+            "{} has images of more than 8 bits (I;16): scaled to 8",
+        ),
+        (Image.new("RGBA", (1, 1)), 3, "{} has images with transparency: put on white"),
+        (Image.new("P", (1, 1)), 1, "{} has images in colour (P): made grey, as num_channels is 1"),
+        (Image.new("L", (1, 1)), 1, None),
+        (Image.new("L", (1, 1)), 3, None),
+        (Image.new("RGB", (1, 1)), 3, None),
+    ],
+)
+def test_what_is_converted_is_said_once_a_split(image, channels, line, caplog, request):
+    where = f"split {request.node.name!r}"  # what another test said is not said again
+    reader(where, [{"image": image}] * 3, "image", 4, channels)
+    assert caplog.messages == ([] if line is None else [line.format(where)])
 
 
 FEATURES = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}

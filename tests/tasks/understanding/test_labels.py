@@ -5,14 +5,13 @@ import logging
 import datasets
 import pytest
 
-from regdrop.tasks.understanding import labels
 from regdrop.tasks.understanding.glue import GLUE
 from regdrop.tasks.understanding.labels import check_labels, say_converted_labels
 
 
 @pytest.fixture(autouse=True)
 def nothing_said():
-    labels._say_once.cache_clear()
+    say_once.cache_clear()
 
 
 def say(values, task, caplog):

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regdrop.tasks.common.notices import say_once
+
 # Splits up to this size are decoded once and kept in memory.
 _IN_MEMORY_BYTES = 2**29
 
@@ -21,7 +23,7 @@ def convert_image(image: Any, num_channels: int) -> Any:
     """
     from PIL import Image
 
-    if image.mode == "F" or image.mode.startswith("I"):
+    if _is_wide(image):
         array = np.asarray(image, dtype=np.float64)
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high < 2**16):
@@ -30,15 +32,34 @@ def convert_image(image: Any, num_channels: int) -> Any:
         is_byte = image.mode == "F" and high <= 255
         scale = 255 if is_part else 1 if is_byte else 255 / 65535
         image = Image.fromarray(np.rint(array * scale).astype(np.uint8))
-    elif image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+    elif _has_transparency(image):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("L" if num_channels == 1 else "RGB")
 
 
+def _is_wide(image: Any) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _has_transparency(image: Any) -> bool:
+    return image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info
+
+
+def say_conversion(where: str, image: Any, num_channels: int) -> None:
+    """Say what `convert_image` changes in an image, once for all images of a split."""
+    if _is_wide(image):
+        say_once(f"{where} has images of more than 8 bits ({image.mode}): scaled to 8")
+    elif _has_transparency(image):
+        say_once(f"{where} has images with transparency: put on white")
+    if num_channels == 1 and not (_is_wide(image) or image.mode in ("1", "L", "LA", "La")):
+        say_once(f"{where} has images in colour ({image.mode}): made grey, as num_channels is 1")
+
+
 def to_tensor(image: Any, num_channels: int) -> Tensor:
     """Return a Pillow image as (C, H, W) between 0 and 1."""
+    say_conversion("the stream", image, num_channels)
     array = np.array(convert_image(image, num_channels))
     pixels = torch.from_numpy(array).reshape(*array.shape[:2], num_channels)
     return pixels.permute(2, 0, 1).float() / 255
@@ -55,6 +76,7 @@ def reader(
             image = source[int(position)][column]
             if image is None:
                 raise ValueError("there is none")
+            say_conversion(where, image, num_channels)
             return np.array(convert_image(image, num_channels).resize((image_size, image_size)))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(

@@ -1,14 +1,11 @@
 """Labels of a GLUE task: whether they are shown, and whether they are the task's."""
 
-import logging
-from functools import cache
 from typing import Any
 
 import numpy as np
 
+from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.understanding.glue import GlueTask
-
-_logger = logging.getLogger(__name__)
 
 
 def has_labels(split: Any) -> bool:
@@ -51,13 +48,7 @@ def say_converted_labels(where: str, split: Any, task: GlueTask) -> None:
     if not kind.startswith(wanted):
         taken = "scores" if task.is_regression else "classes"
         first = split["label"][0]
-        _say_once(f"column 'label' of {where} is of {kind}, such as {first!r}: taken as {taken}")
-
-
-@cache
-def _say_once(line: str) -> None:
-    """Say a line once a process, and not in every run of a comparison."""
-    _logger.warning(line)
+        say_once(f"column 'label' of {where} is of {kind}, such as {first!r}: taken as {taken}")
 
 
 def check_classes(where: str, split: Any) -> None:
