@@ -5,6 +5,7 @@ import logging
 import datasets
 import pytest
 
+from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.understanding.glue import GLUE
 from regdrop.tasks.understanding.labels import check_labels, say_converted_labels
 

@@ -40,7 +40,8 @@ def convert_image(image: Any, num_channels: int) -> Any:
 
 
 def _is_wide(image: Any) -> bool:
-    return image.mode == "F" or image.mode.startswith("I")
+    mode: str = image.mode
+    return mode == "F" or mode.startswith("I")
 
 
 def _has_transparency(image: Any) -> bool:
