@@ -41,3 +41,10 @@ def test_doctor_on_a_folder_of_sentence_transformers(tmp_path, rate):
     assert result.exit_code == (0 if rate else 1), result.output
     assert "SentenceTransformer: sources of dropout" in result.output
     assert ("Raise a dropout rate" in result.output) is not bool(rate)
+
+
+def test_doctor_names_a_model_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = CliRunner().invoke(app, ["doctor", "nosuchfolder"])
+    assert result.exit_code == 2
+    assert "model 'nosuchfolder' is no folder here" in " ".join(result.output.split())

@@ -21,7 +21,11 @@ def load_model(name: str) -> nn.Module:
         return _call(name)
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        what = "a folder here" if os.path.isdir(name) else "no folder here"
+        raise ValueError(f"model {name!r} is {what} and cannot be loaded: {error}") from error
     for architecture in getattr(config, "architectures", None) or []:
         model_class: Any = getattr(transformers, architecture, None)
         if model_class is not None:
