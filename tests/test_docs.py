@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+from ast import literal_eval
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -246,6 +248,13 @@ def test_every_public_name_has_its_docstring_on_a_page():
     pages = "".join(path.read_text("utf-8") for path in (ROOT / "docs/api").glob("*.md"))
     shown = {line.rsplit(".", 1)[1] for line in re.findall(r"^::: (\S+)$", pages, re.M)}
     assert set(regdrop.__all__) - {"__version__"} <= shown
+
+
+def test_every_option_stands_in_the_table_with_its_default():
+    page = (ROOT / "docs/api/training.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", page, re.M)
+    options = [(field.name, field.default) for field in fields(regdrop.RDropConfig)]
+    assert [(name, literal_eval(default)) for name, default in rows] == options
 
 
 def test_lower_bounds_are_those_of_the_package():
