@@ -1,5 +1,7 @@
 """Blocks of classes, the way of a GPU, on the CPU: in torch and by interpreted Triton kernels."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,10 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from implementations import TRITON
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
-from regdrop.kernels import class_blocks, fused_linear
+from regdrop.kernels import class_blocks
 from regdrop.kernels.class_blocks import make_plan
 from regdrop.kernels.projection import Projection
-from regdrop.loss import linear_items
+from regdrop.loss import (
+    combine_terms,
+    linear_cross_entropy_loss,
+    linear_cross_entropy_terms,
+    linear_items,
+)
 
 FEATURES, CLASSES = 6, 29
 WEIGHTS = torch.linspace(0.2, 3, CLASSES)
@@ -39,24 +46,40 @@ def explicit(hidden, weight, target, *, bias=None, logit_scale=1.0, softcap=None
     return rdrop_cross_entropy(logits, target, **options)
 
 
-@pytest.fixture
-def by_classes(monkeypatch):
-    """Return a function that sends the layer through blocks of few classes."""
-
-    def send(scratch_classes, rows, dtype=torch.float64):
-        sums = rows * FEATURES * (max(4, dtype.itemsize) - dtype.itemsize)
-        monkeypatch.setattr(class_blocks, "_ALIGNED", 1)
-        monkeypatch.setattr(class_blocks, "BUDGET", scratch_classes * rows * dtype.itemsize + sums)
-        monkeypatch.setattr(fused_linear, "_goes_by_classes", lambda *arguments: True)
-
-    return send
+def by_classes(block_size):
+    """Return `linear_rdrop_cross_entropy` that takes the way of blocks of so many classes."""
+    return partial(cross_entropy_by_classes, block_size=block_size)
 
 
-def assert_same(tensors, target, upstream=0.37, *, tolerance=None, **options):
+def cross_entropy_by_classes(
+    hidden,
+    weight,
+    target,
+    *,
+    block_size,
+    alpha,
+    bias=None,
+    num_passes=2,
+    logit_scale=1.0,
+    softcap=None,
+    class_weight=None,
+    impl="auto",
+    reduction="mean",
+    **options,
+):
+    projection = Projection(weight, bias, logit_scale, softcap, impl=impl, block_size=block_size)
+    options |= {"projection": projection, "num_passes": num_passes, "weight": class_weight}
+    if reduction == "none":
+        terms = linear_cross_entropy_terms(hidden, target, **options)
+        return combine_terms(terms, alpha=alpha, num_passes=num_passes, reduction=reduction)
+    return linear_cross_entropy_loss(hidden, target, alpha=alpha, reduction=reduction, **options)
+
+
+def assert_same(loss, tensors, target, upstream=0.37, *, tolerance=None, **options):
     hidden, weight, bias = tensors
     used = [x for x in tensors if x is not None and x.requires_grad]
     results = []
-    for function in (linear_rdrop_cross_entropy, explicit):
+    for function in (loss, explicit):
         output = function(hidden, weight, target, bias=bias, **options)
         scale = torch.full_like(output.loss, upstream)
         if scale.dim():  # under "none" another one for each item
@@ -79,13 +102,13 @@ def assert_same(tensors, target, upstream=0.37, *, tolerance=None, **options):
     ],
     ids=str,
 )
-def test_equals_the_loss_of_explicit_logits(impl, num_passes, options, by_classes):
+def test_equals_the_loss_of_explicit_logits(impl, num_passes, options):
     """In blocks of 6 classes: some in scratch, some in the weight's memory, some not kept."""
     tensors, target = make(num_passes, 3)
     target[1] = options.get("ignore_index", -100)
-    by_classes(6, num_passes * 3)
+    loss_of = by_classes(6)
     options = {"alpha": 1.7 if num_passes > 1 else 0.0, "num_passes": num_passes, **options}
-    assert_same(tensors, target, impl=impl, **options)
+    assert_same(loss_of, tensors, target, impl=impl, **options)
 
 
 @settings(max_examples=60, deadline=None)
@@ -103,33 +126,30 @@ def test_agrees_on_any_shape(num_passes, items, classes, scratch, has_bias, shar
     (hidden, weight, bias), target = make(num_passes, items, classes=classes, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     target[torch.rand(target.shape, generator=generator) < share_ignored] = -100
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(class_blocks, "_ALIGNED", 1)
-        patch.setattr(class_blocks, "BUDGET", scratch * max(1, num_passes * items) * 8)
-        patch.setattr(fused_linear, "_goes_by_classes", lambda *arguments: True)
-        options = {"alpha": 1.3 if num_passes > 1 else 0.0, "num_passes": num_passes}
-        assert_same((hidden, weight, bias if has_bias else None), target, **options)
+    options = {"alpha": 1.3 if num_passes > 1 else 0.0, "num_passes": num_passes}
+    tensors = hidden, weight, bias if has_bias else None
+    assert_same(by_classes(scratch), tensors, target, **options)
 
 
-def test_items_without_a_label_count_in_the_divergence_alone(by_classes):
+def test_items_without_a_label_count_in_the_divergence_alone():
     tensors, target = make()
     target[0], target[3] = -1, -100
-    by_classes(4, 10)
-    assert_same(tensors, target, alpha=1.0, unlabelled_index=-1)
+    loss_of = by_classes(4)
+    assert_same(loss_of, tensors, target, alpha=1.0, unlabelled_index=-1)
 
 
 @pytest.mark.parametrize("impl", ["chunked", TRITON])
 @pytest.mark.parametrize("masked", [slice(0, 10), slice(20, None), slice(3, None)])
-def test_classes_masked_in_every_pass_contribute_nothing(impl, masked, by_classes):
+def test_classes_masked_in_every_pass_contribute_nothing(impl, masked):
     """Whole blocks of them, at the beginning and at the end; the target is in none."""
     (hidden, weight, bias), _ = make(2, 2)
     keep = torch.ones(CLASSES, dtype=torch.bool)
     keep[masked] = False
     position = torch.randint(0, int(keep.sum()), (2,))
     target = keep.nonzero()[:, 0][position]
-    by_classes(6, 4)
+    loss_of = by_classes(6)
     blocked = bias.detach().masked_fill(~keep, -torch.inf)
-    found = linear_rdrop_cross_entropy(hidden, weight, target, alpha=1.0, bias=blocked, impl=impl)
+    found = loss_of(hidden, weight, target, alpha=1.0, bias=blocked, impl=impl)
     expected = explicit(hidden, weight[keep], position, alpha=1.0, bias=bias[keep])
     torch.testing.assert_close(found, expected)
     gradients = (torch.autograd.grad(x.loss, (hidden, weight)) for x in (found, expected))
@@ -138,33 +158,33 @@ def test_classes_masked_in_every_pass_contribute_nothing(impl, masked, by_classe
 
 
 @pytest.mark.parametrize("impl", ["chunked", TRITON])
-def test_a_class_masked_in_one_pass_only_is_refused(impl, by_classes):
+def test_a_class_masked_in_one_pass_only_is_refused(impl):
     weight = make(2, 1)[0][1].detach()
     weight[:, 1] = 0
     hidden = torch.ones(2, FEATURES, dtype=torch.float64)
     weight[20, 1], hidden[1, 1] = 1e200, -1e200  # the product is -inf
-    by_classes(4, 2)
+    loss_of = by_classes(4)
     weight.requires_grad_()
     with pytest.raises(ValueError, match="the KL is infinite"):
-        linear_rdrop_cross_entropy(hidden, weight, torch.tensor([1]), alpha=1.0, impl=impl)
+        loss_of(hidden, weight, torch.tensor([1]), alpha=1.0, impl=impl)
 
 
-def test_gradcheck(by_classes):
+def test_gradcheck():
     tensors, target = make(2, 3, classes=9)
     target[1] = -100
-    by_classes(2, 6)
+    loss_of = by_classes(2)
     options = {"alpha": 1.3, "softcap": 2.0, "label_smoothing": 0.1}
 
     def loss(hidden, weight, bias):
-        return linear_rdrop_cross_entropy(hidden, weight, target, bias=bias, **options).loss
+        return loss_of(hidden, weight, target, bias=bias, **options).loss
 
     assert torch.autograd.gradcheck(loss, tensors)
 
 
-def test_a_second_backward_computes_what_the_first_has_overwritten(by_classes):
+def test_a_second_backward_computes_what_the_first_has_overwritten():
     (hidden, weight, _), target = make()
-    by_classes(3, 10)
-    loss = linear_rdrop_cross_entropy(hidden, weight, target, alpha=1.0).loss
+    loss_of = by_classes(3)
+    loss = loss_of(hidden, weight, target, alpha=1.0).loss
     first = torch.autograd.grad(loss * 3, (hidden, weight), retain_graph=True)
     second = torch.autograd.grad(loss * 3, (hidden, weight))
     for x, y in zip(first, second, strict=True):
@@ -173,11 +193,11 @@ def test_a_second_backward_computes_what_the_first_has_overwritten(by_classes):
 
 
 @pytest.mark.parametrize("frozen", range(3))
-def test_what_is_frozen_gets_no_gradient(frozen, by_classes):
+def test_what_is_frozen_gets_no_gradient(frozen):
     tensors, target = make()
     tensors[frozen] = tensors[frozen].detach()
-    by_classes(3, 10)
-    assert_same(tensors, target, alpha=1.0)
+    loss_of = by_classes(3)
+    assert_same(loss_of, tensors, target, alpha=1.0)
 
 
 # --- half precision --------------------------------------------------------------------------
@@ -204,13 +224,11 @@ def errors(dtype, function, tensors, target, **options):
     [("chunked", None), ("chunked", 4.0), pytest.param("triton", 4.0, marks=TRITON.marks)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_error_is_at_most_that_of_explicit_logits_in_the_same_dtype(
-    impl, dtype, softcap, by_classes
-):
+def test_error_is_at_most_that_of_explicit_logits_in_the_same_dtype(impl, dtype, softcap):
     tensors, target = make(2, 6)
     options = {"alpha": 2.0, "softcap": softcap}
-    by_classes(12, 12, dtype)
-    ours = errors(dtype, linear_rdrop_cross_entropy, tensors, target, impl=impl, **options)
+    loss_of = by_classes(12)
+    ours = errors(dtype, loss_of, tensors, target, impl=impl, **options)
     theirs = errors(dtype, explicit, tensors, target, **options)
     slack = 4 * torch.finfo(dtype).eps
     assert all(a <= b + slack for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
@@ -218,15 +236,15 @@ def test_error_is_at_most_that_of_explicit_logits_in_the_same_dtype(
 
 
 @pytest.mark.parametrize("upstream", [2.0**20, 1.0])
-def test_float16_gradients_do_not_underflow_before_a_scaler_acts(upstream, by_classes):
+def test_float16_gradients_do_not_underflow_before_a_scaler_acts(upstream):
     """Divided by the items in float16, nearly all gradients of the logits would be 0."""
     (hidden, weight, _), target = make(2, 512, dtype=torch.float16)
-    by_classes(10, 1024, torch.float16)
+    loss_of = by_classes(10)
     num_items = 2.0**22 * upstream / 2.0**20
 
     def run(hidden, weight):
         options = {"alpha": 1.0, "num_items": num_items}
-        loss = linear_rdrop_cross_entropy(hidden, weight, target, **options).loss
+        loss = loss_of(hidden, weight, target, **options).loss
         return torch.autograd.grad(loss * upstream, (hidden, weight))
 
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
@@ -235,11 +253,11 @@ def test_float16_gradients_do_not_underflow_before_a_scaler_acts(upstream, by_cl
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_autocast_gives_gradients_in_the_dtypes_of_the_tensors(dtype, by_classes):
+def test_autocast_gives_gradients_in_the_dtypes_of_the_tensors(dtype):
     (hidden, weight, bias), target = make(dtype=torch.float32)
-    by_classes(3, 10, dtype)
+    loss_of = by_classes(3)
     with torch.autocast("cpu", dtype):
-        output = linear_rdrop_cross_entropy(hidden, weight, target, bias=bias, alpha=2.0)
+        output = loss_of(hidden, weight, target, bias=bias, alpha=2.0)
         expected = explicit(hidden, weight, target, bias=bias, alpha=2.0)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     found = torch.autograd.grad(output.loss, (hidden, weight, bias))
@@ -253,11 +271,11 @@ def test_autocast_gives_gradients_in_the_dtypes_of_the_tensors(dtype, by_classes
 
 
 @pytest.mark.parametrize(("scratch", "again"), [(CLASSES, 0), (15, 14 - 8), (3, 26 - 15)])
-def test_only_what_no_memory_holds_is_computed_again(scratch, again, by_classes):
+def test_only_what_no_memory_holds_is_computed_again(scratch, again):
     (hidden, weight, _), target = make()  # 10 rows of logits, 6 features
-    by_classes(scratch, 10)
+    loss_of = by_classes(scratch)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        linear_rdrop_cross_entropy(hidden, weight, target, alpha=1.0).loss.backward()
+        loss_of(hidden, weight, target, alpha=1.0).loss.backward()
     # Those of logits, (10, 6) by (6, classes); of gradients, addmm_.
     products = [event.input_shapes for event in profiler.events() if event.name == "aten::mm"]
     assert sum(width for _, (_, width), *_ in products) == CLASSES + again
@@ -309,17 +327,16 @@ def test_what_is_kept_at_the_sizes_of_models(rows, features, classes, kept):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_passes", [2, 3])
-def test_a_bias_of_the_least_finite_number_masks_a_class(num_passes, dtype, by_classes):
+def test_a_bias_of_the_least_finite_number_masks_a_class(num_passes, dtype):
     """The sum of the passes' least finite numbers is infinite."""
     (hidden, weight, bias), target = make(num_passes, dtype=dtype)
     target[target == 0] = 1
     bias = bias.detach().clone()
     bias[0] = torch.finfo(dtype).min
-    by_classes(4, 5 * num_passes, dtype)
+    loss_of = by_classes(4)
     arguments = [(weight, bias, target), (weight[1:], bias[1:], target - 1)]
     masked, without = (
-        linear_rdrop_cross_entropy(hidden, w, t, bias=b, alpha=30.0, num_passes=num_passes)
-        for w, b, t in arguments
+        loss_of(hidden, w, t, bias=b, alpha=30.0, num_passes=num_passes) for w, b, t in arguments
     )
     torch.testing.assert_close(masked, without, rtol=1e-2, atol=1e-4)
     gradients = [torch.autograd.grad(x.loss, (hidden, weight)) for x in (masked, without)]
@@ -329,21 +346,21 @@ def test_a_bias_of_the_least_finite_number_masks_a_class(num_passes, dtype, by_c
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_ignored_items_that_are_kept_have_no_gradient(reduction, by_classes, monkeypatch):
+def test_ignored_items_that_are_kept_have_no_gradient(reduction, monkeypatch):
     """A GPU, which would be waited for, leaves none out."""
     monkeypatch.setattr(linear_items, "drops_rows", lambda device: False)
     tensors, target = make()
     target[1] = target[3] = -100
-    by_classes(4, 10)
-    assert_same(tensors, target, alpha=1.3, label_smoothing=0.1, reduction=reduction)
-    found = linear_rdrop_cross_entropy(*tensors[:2], target, alpha=1.3, reduction=reduction).loss
+    loss_of = by_classes(4)
+    assert_same(loss_of, tensors, target, alpha=1.3, label_smoothing=0.1, reduction=reduction)
+    found = loss_of(*tensors[:2], target, alpha=1.3, reduction=reduction).loss
     (gradient,) = torch.autograd.grad(found.sum(), tensors[0])
     assert (gradient.view(2, 5, -1)[:, [1, 3]] == 0).all()
 
 
-def test_classes_of_no_weight_take_no_part_in_the_smoothing(by_classes):
+def test_classes_of_no_weight_take_no_part_in_the_smoothing():
     tensors, target = make()
     weight = WEIGHTS.clone()
     weight[[0, 7, 28]] = 0
-    by_classes(4, 10)
-    assert_same(tensors, target, alpha=1.3, class_weight=weight, label_smoothing=0.2)
+    loss_of = by_classes(4)
+    assert_same(loss_of, tensors, target, alpha=1.3, class_weight=weight, label_smoothing=0.2)

@@ -115,13 +115,16 @@ def make_plan(hidden: Tensor, projection: Projection, *, keeps: bool = True) -> 
     of_weight = features * weight.element_size()
     sums = hidden.numel() * max(0, accumulation_dtype(dtype).itemsize - hidden.element_size())
     budget = max(BUDGET - sums, BUDGET // 4)
-    scratch = min(num_classes, max(1, budget // of_logits // _ALIGNED) * _ALIGNED)
+    size, aligned = projection.block_size, 1
+    if size is None:
+        size, aligned = max(1, budget // of_logits // _ALIGNED) * _ALIGNED, _ALIGNED
+    scratch = min(num_classes, size)
     kept = scratch if keeps else 0
     if keeps and dtype.itemsize <= weight.element_size():
         # When the gradient of a class is written, the logits of those behind it lie behind it.
         others = num_classes - scratch
         stored = min(others, others * of_weight // of_logits)
-        kept += stored if stored == others else stored // _ALIGNED * _ALIGNED
+        kept += stored if stored == others else stored // aligned * aligned
     return Plan(num_classes, scratch, kept)
 
 

@@ -108,6 +108,8 @@ def _goes_by_classes(hidden: Tensor, projection: Projection) -> bool:
     """
     weight, dtype = projection.weight, projection.dtype
     assert dtype is not None
+    if projection.block_size is not None:
+        return True
     if hidden.is_cpu or projection.chunk_size is not None or torch.compiler.is_compiling():
         return False
     if not weight.requires_grad:

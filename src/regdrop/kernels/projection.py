@@ -22,6 +22,7 @@ class Projection(NamedTuple):
         chunk_size: Items a chunk; None chooses.
         dtype: The dtype of the products; None takes autocast's, or that of the tensors.
         impl: What computes the terms from logits, as in `select_kernel`.
+        block_size: Classes a block; a number asks for blocks of classes, None chooses.
     """
 
     weight: Tensor
@@ -31,6 +32,7 @@ class Projection(NamedTuple):
     chunk_size: int | None = None
     dtype: torch.dtype | None = None
     impl: Implementation = "auto"
+    block_size: int | None = None
 
 
 class Gradients(NamedTuple):

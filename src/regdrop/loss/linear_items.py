@@ -81,7 +81,7 @@ def _check(
     num_passes: int,
     class_weight: Tensor | None,
 ) -> None:
-    weight, bias, scale, softcap, chunk_size, dtype, _ = projection
+    weight, bias, scale, softcap, chunk_size, dtype = projection[:6]
     check_floating("hidden", hidden)
     check_floating("weight", weight)
     check_stacked("hidden", hidden, target, num_passes)
