@@ -44,7 +44,15 @@ def test_doctor_on_a_folder_of_sentence_transformers(tmp_path, rate):
 
 
 def test_doctor_names_a_model_that_is_not_there(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     result = CliRunner().invoke(app, ["doctor", "nosuchfolder"])
     assert result.exit_code == 2
     assert "model 'nosuchfolder' is no folder here" in " ".join(result.output.split())
+
+
+def test_doctor_names_a_folder_without_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    result = CliRunner().invoke(app, ["doctor", "empty"])
+    assert result.exit_code == 2
+    assert "model 'empty' is a folder here and cannot be loaded" in " ".join(result.output.split())

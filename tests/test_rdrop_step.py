@@ -642,3 +642,14 @@ def test_the_softmax_of_large_logits_is_computed_once(num_items):
         loss.backward()
     counts = {event.key: event.count for event in profiler.key_averages()}
     assert counts["aten::_log_softmax"] == len(row_blocks(torch.empty(2, 64, 5000))) == 2
+
+
+def test_what_is_bound_to_terms_gives_way_to_the_step():
+    model, x, y = network(), inputs(), classes()
+    bound = partial(cross_entropy_terms, num_passes=3, backward_passes=1, label_smoothing=0.1)
+    plain = partial(cross_entropy_terms, label_smoothing=0.1)
+    found, expected = (
+        seeded(rdrop_step, model, x, y, config=RDropConfig(alpha=1.0), step=0, loss=loss)
+        for loss in (bound, plain)
+    )
+    torch.testing.assert_close(found, expected)

@@ -366,11 +366,11 @@ def _combined_loss(
 ) -> RDropOutput:
     """Return the loss of terms that are computed by themselves, as `LossFunction` describes it."""
     passes: dict[str, Any] = {"num_passes": num_passes, "backward_passes": backward_passes}
-    if items is None and getattr(terms, "func", terms) is cross_entropy_terms:
+    if items is None and isinstance(terms, partial) and terms.func is cross_entropy_terms:
         # No item's own terms are asked for: both sums come with the gradient from one pass over
         # the logits, which terms would have read again in the backward.
-        bound = getattr(terms, "keywords", {})
-        return rdrop_cross_entropy(outputs, target, alpha=alpha, **bound, **passes, **options)
+        bound = {**terms.keywords, **passes, **options}
+        return rdrop_cross_entropy(outputs, target, alpha=alpha, **bound)
     if items is None:
         step_terms = terms(outputs, target, **passes)
     else:

@@ -104,7 +104,8 @@ def _goes_by_classes(hidden: Tensor, projection: Projection) -> bool:
     """Return whether blocks of classes are the better way: no product twice, or less memory.
 
     Chunks of items need the weight's gradient in float32, and read and write it once a chunk. A
-    CPU has few rows a chunk, and no use for a scratch buffer beyond its caches.
+    CPU has few rows a chunk, and no use for a scratch buffer beyond its caches. A `block_size` asks
+    for them.
     """
     weight, dtype = projection.weight, projection.dtype
     assert dtype is not None

@@ -81,7 +81,8 @@ def _check(
     num_passes: int,
     class_weight: Tensor | None,
 ) -> None:
-    weight, bias, scale, softcap, chunk_size, dtype = projection[:6]
+    weight, bias, dtype = projection.weight, projection.bias, projection.dtype
+    scale, softcap = projection.scale, projection.softcap
     check_floating("hidden", hidden)
     check_floating("weight", weight)
     check_stacked("hidden", hidden, target, num_passes)
@@ -122,7 +123,7 @@ def _check(
         raise ValueError(f"logit_scale must be finite, got {scale}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be None or above 0, got {softcap}")
-    if chunk_size is not None and (
-        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-    ):
-        raise ValueError(f"chunk_size must be None or at least 1, got {chunk_size!r}")
+    for name in ("chunk_size", "block_size"):
+        size = getattr(projection, name)
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"{name} must be None or at least 1, got {size!r}")

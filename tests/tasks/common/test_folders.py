@@ -134,7 +134,7 @@ def test_what_is_transparent_is_white():
             "{} has images of more than 8 bits (I;16): scaled to 8",
         ),
         (Image.new("RGBA", (1, 1)), 3, "{} has images with transparency: put on white"),
-        (Image.new("P", (1, 1)), 1, "{} has images in colour (P): made grey, as num_channels is 1"),
+        (Image.new("P", (1, 1)), 1, "{} has images of mode P: made grey, as num_channels is 1"),
         (Image.new("L", (1, 1)), 1, None),
         (Image.new("L", (1, 1)), 3, None),
         (Image.new("RGB", (1, 1)), 3, None),

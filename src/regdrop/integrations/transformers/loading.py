@@ -23,15 +23,15 @@ def load_model(name: str) -> nn.Module:
 
     try:
         config = transformers.AutoConfig.from_pretrained(name)
+        for architecture in getattr(config, "architectures", None) or []:
+            model_class: Any = getattr(transformers, architecture, None)
+            if model_class is not None:
+                model: nn.Module = model_class(config)
+                return model
+        default: nn.Module = transformers.AutoModel.from_config(config)
     except (OSError, ValueError) as error:
         what = "a folder here" if os.path.isdir(name) else "no folder here"
         raise ValueError(f"model {name!r} is {what} and cannot be loaded: {error}") from error
-    for architecture in getattr(config, "architectures", None) or []:
-        model_class: Any = getattr(transformers, architecture, None)
-        if model_class is not None:
-            model: nn.Module = model_class(config)
-            return model
-    default: nn.Module = transformers.AutoModel.from_config(config)
     return default
 
 

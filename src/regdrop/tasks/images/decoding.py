@@ -55,12 +55,11 @@ def say_conversion(where: str, image: Any, num_channels: int) -> None:
     elif _has_transparency(image):
         say_once(f"{where} has images with transparency: put on white")
     if num_channels == 1 and not (_is_wide(image) or image.mode in ("1", "L", "LA", "La")):
-        say_once(f"{where} has images in colour ({image.mode}): made grey, as num_channels is 1")
+        say_once(f"{where} has images of mode {image.mode}: made grey, as num_channels is 1")
 
 
 def to_tensor(image: Any, num_channels: int) -> Tensor:
     """Return a Pillow image as (C, H, W) between 0 and 1."""
-    say_conversion("the stream", image, num_channels)
     array = np.array(convert_image(image, num_channels))
     pixels = torch.from_numpy(array).reshape(*array.shape[:2], num_channels)
     return pixels.permute(2, 0, 1).float() / 255
@@ -77,8 +76,9 @@ def reader(
             image = source[int(position)][column]
             if image is None:
                 raise ValueError("there is none")
+            converted = convert_image(image, num_channels)
             say_conversion(where, image, num_channels)
-            return np.array(convert_image(image, num_channels).resize((image_size, image_size)))
+            return np.array(converted.resize((image_size, image_size)))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(
                 f"the image in row {position} of {where} cannot be read: {error}"

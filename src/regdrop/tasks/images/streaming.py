@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from regdrop.tasks.common.data import open_splits
 from regdrop.tasks.images.augmentation import augment
 from regdrop.tasks.images.dataset import ImageSplits
-from regdrop.tasks.images.decoding import to_tensor
+from regdrop.tasks.images.decoding import say_conversion, to_tensor
 from regdrop.tasks.images.splits import find_columns
 
 # Images of the training split on which checkpoints are selected: its first ones.
@@ -35,6 +35,7 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
         prepare: From an image (C, H, W) between 0 and 1 to the model's input.
         augmentation: Applied before, to images (1, C, H, W); None for none.
         num_channels: 1 for grey, 3 for RGB.
+        name: Of the split, for what is said of it.
         train: Whether images are shuffled and have no end.
     """
 
@@ -45,9 +46,11 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
         prepare: Callable[[torch.Tensor], torch.Tensor],
         *,
         num_channels: int,
+        name: str,
         augmentation: nn.Module | None = None,
         train: bool = False,
     ) -> None:
+        self.name = name
         self.source, self.train, self.augmentation = source, train, augmentation
         self.columns, self.prepare, self.num_channels = columns, prepare, num_channels
 
@@ -55,6 +58,8 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
         image_column, label_column = self.columns
         for position, row in enumerate(self._endless() if self.train else self.source):
             pixels = to_tensor(row[image_column], self.num_channels)
+            where = f"split {self.name!r} of the stream"
+            say_conversion(where, row[image_column], self.num_channels)
             if self.augmentation is not None:
                 pixels = augment(self.augmentation, pixels[None], (position,))[0]
             yield {
@@ -129,9 +134,15 @@ def stream_image_splits(
 
     options: dict[str, Any] = {"num_channels": num_channels}
     return ImageSplits(
-        StreamedImages(rest, columns, prepare, augmentation=augmentation, train=True, **options),
-        StreamedImages(train.take(HELD_OUT_IMAGES), columns, prepare, **options),
-        StreamedImages(test, columns, prepare, **options),
+        StreamedImages(
+            *(rest, columns, prepare),
+            name="train",
+            augmentation=augmentation,
+            train=True,
+            **options,
+        ),
+        StreamedImages(train.take(HELD_OUT_IMAGES), columns, prepare, name="validation", **options),
+        StreamedImages(test, columns, prepare, name="test", **options),
         list(train.features[columns[1]].names),
     )
 
