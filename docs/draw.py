@@ -250,7 +250,7 @@ def alphas() -> str:
         (
             "understanding (GLUE)",
             [0.1, 1],
-            [alpha("minilm-sst2-part-cost"), alpha("minilm-cola"), alpha("minilm-mrpc-part")],
+            [alpha("minilm-sst2-part"), alpha("minilm-cola"), alpha("minilm-mrpc-part")],
         ),
         ("images", [0.6], [alpha("digits"), alpha("fashion-mnist-part")]),
     ]
