@@ -15,7 +15,7 @@ from regdrop.tasks import Metric
 # Distinct also for colour-blind readers (Okabe and Ito).
 COLOURS = ("#000000", "#999999", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _STYLES = ("-", "--", ":", "-.", (0, (1, 3)))
-_PALETTE = 128
+_PALETTE = 256
 _COLUMNS = 2
 _LEGEND_COLUMNS = 5
 # As many characters fit into a line of the legend, where each entry's line takes some.
@@ -100,7 +100,8 @@ def save_figure(figure: Any, path: Path, *, legend: bool = True) -> Path:
         columns = max(1, min(len(labels), _LEGEND_COLUMNS, _LEGEND_CHARACTERS // longest))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     figure.savefig(path, dpi=110)
-    # A plot has few colours: with a palette of them it takes less than half of the bytes.
+    # A plot has few colours: with a palette of them it takes half of the bytes. Of fewer than 256,
+    # two thin lines may become one colour.
     with Image.open(path) as image:
         drawn = image.convert("RGB").quantize(_PALETTE, dither=Image.Dither.NONE)
     drawn.save(path, optimize=True)
