@@ -1,8 +1,8 @@
 """A loss compiled with the layer before it has the value and the gradient of the plain one.
 
 The compiler of torch 2.11 gives a zero gradient to outputs that were written in place. That of 2.13
-does not: with it `tests/kernels/test_not_in_place.py` holds what is needed. The graph is traced here and
-not compiled further, which needs no C++ compiler.
+does not: with it `tests/kernels/test_not_in_place.py` holds what is needed. The graph is traced
+here and not compiled further, which needs no C++ compiler.
 """
 
 from itertools import product
