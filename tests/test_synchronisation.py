@@ -229,6 +229,7 @@ def test_no_step_of_the_trainer_waits_for_its_device(fused, backward_passes, tmp
         alpha=1.0, fused_linear=fused, backward_passes=backward_passes, monitor_steps=None
     )
     trainer = train(tmp_path, transformers.GPT2LMHeadModel(config), rows, rdrop)
+    trainer._num_weight = torch.empty((), device="meta")
     model = trainer.model.to("meta").train()
     # Without a mask of its own the model itself looks for packed sequences.
     mask = torch.ones(4, 7, dtype=torch.long, device="meta")

@@ -1,6 +1,7 @@
 """What the loss of a step reads of its forwards, and the terms that it computes of that."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -57,16 +58,26 @@ def check_implementation(head: Head, impl: Implementation) -> None:
         )
 
 
-def head_terms(head: Head, impl: Implementation, may_overwrite: bool) -> TermsFunction:
-    """Return a head's terms with the options of its kernel.
+def head_terms(
+    head: Head, impl: Implementation, outputs: Tensor, may_overwrite: bool
+) -> TermsFunction:
+    """Return a head's terms with the options of its kernel bound.
 
     Args:
         head: The head of a micro-batch.
         impl: How a cross entropy is computed.
-        may_overwrite: Whether nobody but the loss reads the logits, so that the gradient may
-            overwrite them where nothing else needs them.
+        outputs: What the head read of the model, (items, ...).
+        may_overwrite: Whether nobody but the loss reads them, so that the gradient may overwrite
+            them where nothing else needs them.
     """
-    own_terms = cut_outputs_of(head.terms)
+    bound: TermsFunction = head.terms
+    if head.takes_kernel:
+        unbound: Any = head.terms
+        is_free = may_overwrite and impl != "eager" and is_free_to_overwrite(outputs)
+        bound = partial(unbound, impl=impl, inplace=is_free)
+    if is_counted(head.terms):
+        return bound
+    own_terms = cut_outputs_of(bound)
 
     def terms(
         outputs: Tensor,
@@ -76,13 +87,8 @@ def head_terms(head: Head, impl: Implementation, may_overwrite: bool) -> TermsFu
         num_passes: int,
         backward_passes: int | None = None,
     ) -> ItemTerms:
-        options: dict[str, Any] = {"num_passes": num_passes, "backward_passes": backward_passes}
-        if head.takes_kernel:
-            options["impl"] = impl
-            is_free = may_overwrite and impl != "eager"
-            options["inplace"] = is_free and is_free_to_overwrite(outputs)
-        found = own_terms(outputs, target, **options)
-        if target is head.target and not is_counted(head.terms):
+        found = own_terms(outputs, target, num_passes=num_passes, backward_passes=backward_passes)
+        if target is head.target:
             require_counts(head, found)
         return found
 

@@ -7,9 +7,8 @@ from transformers import Trainer
 
 from implementations import CPP
 from models import key_dropout, text_rows, tiny_bert
-from regdrop import RDropConfig, find_dropout
+from regdrop import RDropConfig, find_dropout, step
 from regdrop.integrations.transformers import RDropTrainer
-from regdrop.loss import cross_entropy
 from regdrop.reading import is_free_to_overwrite
 from training import arguments, assert_same_run, build, logged, train
 
@@ -218,6 +217,15 @@ def test_training_overwrites_logits_and_gives_the_same_model(tmp_path):
     assert_same(a, b, 1e-6)
 
 
+def test_a_step_computes_the_softmax_of_its_logits_once(tmp_path):
+    def softmaxes(steps):
+        with torch.profiler.profile() as profiler:
+            run(tmp_path, max_steps=steps)
+        return sum(event.name == "aten::_log_softmax" for event in profiler.events())
+
+    assert softmaxes(4) - softmaxes(2) == 2
+
+
 def test_outputs_that_are_asked_for_stay_readable(tmp_path):
     class Reading(RDropTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
@@ -238,15 +246,15 @@ def test_outputs_that_are_asked_for_stay_readable(tmp_path):
 def test_the_loss_is_computed_as_asked_and_trains_the_same(tmp_path, impl, monkeypatch):
     automatic = run(tmp_path)
     seen = set()
-    original = cross_entropy.rdrop_terms
+    original = step.rdrop_cross_entropy
 
     def watched(*args, impl, **kwargs):
         seen.add(impl)
         return original(*args, impl=impl, **kwargs)
 
-    monkeypatch.setattr(cross_entropy, "rdrop_terms", watched)
+    monkeypatch.setattr(step, "rdrop_cross_entropy", watched)
     assert_same(run(tmp_path, rdrop=RDropConfig(alpha=2.0, impl=impl)), automatic)
-    assert impl in seen
+    assert seen == {impl}
 
 
 def test_a_head_without_a_cross_entropy_has_no_kernel_to_choose(tmp_path):

@@ -194,7 +194,8 @@ class RDropTrainerMixin(RunState):
             return divergence_terms(head), None
         if reading.projection is not None:
             return fused_terms(head, reading.projection._replace(impl=self.rdrop.impl))
-        return head_terms(head, self.rdrop.impl, may_overwrite=not return_outputs), None
+        may_overwrite = not return_outputs
+        return head_terms(head, self.rdrop.impl, reading.scores, may_overwrite), None
 
     def _note_reading(self, inputs: dict[str, Any], head: Head, reading: Reading) -> None:
         """See what the loss of a micro-batch read, for a subclass that has metrics of its own."""
