@@ -2,26 +2,24 @@
 
     python tests/reliability/mutate.py --sample 12 --seed 0
 
-Each mutant is a copy of the sources with one operator, number, condition or statement changed; a
-fork of this process, which has imported the libraries but not regdrop, runs the tests that belong
-to the module, the nearest file first, until one fails. mutmut would leave out what matters most
-here, functions with two decorators (every kernel's backward) and Triton's programs.
+Each mutant is a copy of the sources with one fault (`faults.py`); a fork of this process, which has
+imported the libraries but not regdrop, runs the tests that belong to the module, the nearest file
+first, until one fails. Faults of C++ that do not compile do not count. mutmut would leave out what
+matters most here, functions with two decorators (every kernel's backward), Triton's programs, C++.
 """
 
 import argparse
-import ast
-import copy
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}
 
@@ -31,6 +29,7 @@ import pytest
 import scipy.stats
 import torch
 import transformers
+from faults import Mutant, cpp_mutants, python_mutants
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path("src/regdrop")
@@ -59,6 +58,7 @@ TESTS = {
     "kernels/class_blocks.py": ROWS,
     "kernels/class_rows.py": ROWS,
     "kernels/cpp_rows.py": ["kernels/test_cpp_rows.py", *LOSS],
+    "kernels/rows.cpp": ["kernels/test_cpp_rows.py", "kernels/test_whole_loss.py", *LOSS],
     "kernels/fused_linear.py": LINEAR,
     "kernels/linear_chunks.py": LINEAR,
     "kernels/projection.py": [*LINEAR, "integrations/transformers/test_fused.py"],
@@ -103,113 +103,24 @@ TESTS = {
 QUICK = ["-m", "not slow and not long", "-k", "not triton and not compiled"]
 WHOLE = ["-m", "not long"]
 BUILT = ("kernels/__init__.py", "kernels/cpp_rows.py", "kernels/selection.py")
-BUILT += ("kernels/triton_programs.py", "kernels/triton_rows.py")
+BUILT += ("kernels/rows.cpp", "kernels/triton_programs.py", "kernels/triton_rows.py")
+BUILD = (
+    "from regdrop.kernels.cpp_rows import cpp_kernel; import torch; cpp_kernel(torch.device('cpu'))"
+)
 NO_TESTS = 5  # pytest's code for a file of which none is chosen
 
 
-class Mutant(NamedTuple):
-    """A fault: what stands in a module's text from `start` to `end` becomes `new`."""
-
-    line: int
-    start: int
-    end: int
-    old: str
-    new: str
-
-
-COMPARISONS = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-}
-ARITHMETIC = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-    ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.FloorDiv,
-    ast.Pow: ast.Mult,
-    ast.BitAnd: ast.BitOr,
-    ast.BitOr: ast.BitAnd,
-}
-NAMES = {"any": "all", "max": "min", "amax": "amin", "zeros": "ones", "floor": "ceil"}
-NAMES |= {f"{name}_like": f"{other}_like" for name, other in [("zeros", "ones")]}
-NAMES |= {other: name for name, other in NAMES.items()}
-
-
-def changes(node: ast.AST) -> Iterator[ast.AST | None]:
-    """Yield what a node is changed to; None stands for a statement or a test that is taken away."""
-    new = copy.deepcopy(node)
-    if isinstance(new, ast.Compare) and len(new.ops) == 1:
-        new.ops = [COMPARISONS[type(new.ops[0])]()]
-        yield new
-    elif isinstance(new, ast.BinOp) and type(new.op) in ARITHMETIC:
-        new.op = ARITHMETIC[type(new.op)]()
-        yield new
-    elif isinstance(new, ast.BoolOp):
-        new.op = ast.Or() if isinstance(new.op, ast.And) else ast.And()
-        yield new
-    elif isinstance(new, ast.UnaryOp) and isinstance(new.op, ast.Not | ast.USub):
-        yield new.operand
-    elif isinstance(new, ast.IfExp):
-        new.body, new.orelse = new.orelse, new.body
-        yield new
-    elif isinstance(new, ast.Constant) and isinstance(new.value, bool):
-        yield ast.Constant(not new.value)
-    elif isinstance(new, ast.Constant) and isinstance(new.value, int | float):
-        yield ast.Constant(new.value + 1)
-    elif isinstance(new, ast.Call) and isinstance(new.func, ast.Attribute):
-        if new.func.attr in NAMES:
-            new.func.attr = NAMES[new.func.attr]
-            yield new
-        elif new.func.attr in ("detach", "clone", "clamp", "masked_fill", "where"):
-            yield new.func.value if new.func.attr != "where" else new.args[1]
-    elif (isinstance(new, ast.Expr) and isinstance(new.value, ast.Call)) or isinstance(
-        new, ast.AugAssign
-    ):
-        yield ast.Pass()
-
-
-def parts(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes below that do work: no type, no message, no declaration."""
-    for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns", "decorator_list", "bases", "format_spec"):
-            continue
-        for child in value if isinstance(value, list) else [value]:
-            is_left = isinstance(child, ast.JoinedStr | ast.Raise | ast.Import | ast.ImportFrom)
-            is_alias = isinstance(node, ast.Module) and isinstance(child, ast.Assign)
-            if isinstance(child, ast.AST) and not is_left and not is_alias:
-                yield child
-                yield from parts(child)
-
-
-def mutants(text: str) -> list[Mutant]:
+def mutants(module: str) -> list[Mutant]:
     """Return every fault that a module can be given."""
-    lines = [0]
-    for line in text.encode().splitlines(keepends=True):
-        lines.append(lines[-1] + len(line))
-    content, found = text.encode(), []
-    for node in parts(ast.parse(text)):
-        tests = []
-        # A comparison and a negation are turned round by themselves.
-        if isinstance(node, ast.If | ast.While) and not isinstance(
-            node.test, ast.Compare | ast.UnaryOp
-        ):
-            tests = [(node.test, ast.UnaryOp(ast.Not(), node.test))]
-        for old, new in [*((node, new) for new in changes(node)), *tests]:
-            start = lines[old.lineno - 1] + old.col_offset
-            end = lines[old.end_lineno - 1] + old.end_col_offset
-            written = ast.unparse(new) if isinstance(new, ast.Pass) else f"({ast.unparse(new)})"
-            found.append(Mutant(old.lineno, start, end, content[start:end].decode(), written))
-    return sorted(set(found))
+    text = (ROOT / PACKAGE / module).read_text()
+    return cpp_mutants(text) if module.endswith(".cpp") else python_mutants(text)
+
+
+def compiles(folder: Path) -> bool:
+    """Return whether the C++ kernel of a copy can be built; it is built then."""
+    environment = os.environ | {"PYTHONPATH": str(folder / "src")}
+    command = [sys.executable, "-c", BUILD]
+    return not subprocess.run(command, env=environment, capture_output=True, check=False).returncode
 
 
 def tests_of(module: str) -> list[str]:
@@ -218,7 +129,7 @@ def tests_of(module: str) -> list[str]:
 
 
 def run_tests(folder: Path, files: list[str], seconds: float, chosen: list[str]) -> str | None:
-    """Return the first test file that fails in a fork, "time" if it takes too long, or None."""
+    """Return the first test file that fails in a fork, "time", "crash", or None."""
     reader, writer = os.pipe()
     process = os.fork()
     if process == 0:
@@ -240,16 +151,18 @@ def run_tests(folder: Path, files: list[str], seconds: float, chosen: list[str])
         finally:
             os._exit(0)
     os.close(writer)
-    end, done = time.monotonic() + seconds, 0
+    end, done, status = time.monotonic() + seconds, 0, 0
     while time.monotonic() < end and not done:
-        done, _ = os.waitpid(process, os.WNOHANG)
+        done, status = os.waitpid(process, os.WNOHANG)
         time.sleep(0.02)
     if not done:
         os.killpg(process, signal.SIGKILL)
         os.waitpid(process, 0)
     with os.fdopen(reader) as pipe:
         failed = pipe.read()
-    return failed or (None if done else "time")
+    if failed or not done:
+        return failed or "time"
+    return "crash" if status else None
 
 
 def main(modules: list[str], sample: int, seed: int, is_thorough: bool, output: Path) -> None:
@@ -275,7 +188,7 @@ def main(modules: list[str], sample: int, seed: int, is_thorough: bool, output: 
             chosen_tests = WHOLE if is_thorough or module in BUILT else QUICK
             tests = (*files, *chosen_tests)
             text = path.read_text()
-            chosen = mutants(text)
+            chosen = mutants(module)
             random.Random(f"{seed} {module}").shuffle(chosen)
             for mutant in sorted(x for x in chosen[:sample] if (module, *x) not in known):
                 if tests not in seconds:
@@ -283,6 +196,9 @@ def main(modules: list[str], sample: int, seed: int, is_thorough: bool, output: 
                 content = text.encode()
                 new = content[: mutant.start] + mutant.new.encode() + content[mutant.end :]
                 path.write_bytes(new)
+                if module.endswith(".cpp") and not compiles(folder):
+                    path.write_text(text)
+                    continue
                 failed = run_tests(folder, files, 60 + 4 * seconds[tests], chosen_tests)
                 path.write_text(text)
                 outcome = f"caught by {failed}" if failed else "SURVIVED"
@@ -315,11 +231,11 @@ def print_table(results: list[dict[str, Any]]) -> None:
 
 def core() -> list[str]:
     """Return the modules of the core that hold anything to change."""
-    folders = [name for name in TESTS if not name.endswith(".py")]
+    folders = [name for name in TESTS if "." not in name]
     paths = [path for name in folders for path in sorted((ROOT / PACKAGE / name).glob("*.py"))]
     found = [str(path.relative_to(ROOT / PACKAGE)) for path in paths]
-    found += [name for name in TESTS if name.endswith(".py") and name not in found]
-    return [name for name in found if mutants((ROOT / PACKAGE / name).read_text())]
+    found += [name for name in TESTS if "." in name and name not in found]
+    return [name for name in found if mutants(name)]
 
 
 if __name__ == "__main__":
@@ -334,6 +250,6 @@ if __name__ == "__main__":
     names = options.modules or core()
     if options.list:
         for name in names:
-            print(len(mutants((ROOT / PACKAGE / name).read_text())), name)
+            print(len(mutants(name)), name)
     else:
         main(names, options.sample, options.seed, options.thorough, options.output)
