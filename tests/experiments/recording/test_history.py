@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from regdrop.experiments.recording import history
-from regdrop.experiments.recording.history import HistoryCallback
+from regdrop.experiments.recording.history import DivergedError, HistoryCallback
 
 
 class Clock:
@@ -61,3 +61,25 @@ def test_a_resumed_history_has_what_was_before_its_checkpoint_and_goes_on_from_i
     clock.go(4.0)
     callback.on_step_end(None, state_at(3), None)
     assert callback.seconds == 10.0
+
+
+@pytest.mark.parametrize("name", ["loss", "train_loss"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_ends_the_run_whether_it_is_of_a_log_or_of_the_whole_run(
+    tmp_path, name, value
+):
+    callback = HistoryCallback(tmp_path / "history.jsonl")
+    with pytest.raises(DivergedError, match=f"the training loss is {value} at step 7: "):
+        callback.on_log(None, state_at(7), None, logs={name: value, "grad_norm": 1.0})
+
+
+def test_a_gradient_that_a_scaled_loss_makes_infinite_is_no_divergence(tmp_path):
+    callback = HistoryCallback(tmp_path / "history.jsonl")
+    callback.on_log(None, state_at(7), None, logs={"loss": 1.0, "grad_norm": float("inf")})
+    assert callback.entries[-1]["grad_norm"] == float("inf")
+
+
+def test_a_validation_metric_that_is_no_number_ends_the_run(tmp_path):
+    callback = HistoryCallback(tmp_path / "history.jsonl")
+    with pytest.raises(DivergedError, match=r"validation nll is nan at step 7: .* Lower"):
+        callback.on_evaluate(None, state_at(7), None, metrics={"eval_nll": float("nan")})

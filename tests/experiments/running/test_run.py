@@ -3,6 +3,7 @@ import re
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -297,11 +298,55 @@ def test_damaged_files_of_an_interrupted_run_are_named(
     assert list_checkpoints(work)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_its_step(tmp_path, short):
-    training = replace(short.training, learning_rate=1e30, max_grad_norm=0.0, warmup_ratio=0.0)
+@pytest.mark.parametrize(
+    ("logging_steps", "eval_steps", "what"),
+    [(1, 2, "the training loss"), (1000, 2, r"validation \w+"), (1000, 6, r"validation \w+")],
+)
+def test_a_loss_that_is_no_number_ends_the_run_with_its_step(
+    tmp_path, short, logging_steps, eval_steps, what
+):
+    training = replace(
+        short.training,
+        learning_rate=1e30,
+        max_grad_norm=0.0,
+        warmup_ratio=0.0,
+        logging_steps=logging_steps,
+        eval_steps=eval_steps,
+    )
     task = replace(short, training=training)
-    with pytest.raises(DivergedError, match=r"the training loss is (nan|inf) at step \d: .* Lower"):
+    with pytest.raises(DivergedError, match=rf"{what} is (nan|inf) at step \d: .* Lower"):
         run_arm(task, build_arms(task)["rdrop"], 0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("step", "seen"), [(3, 4), (5, 6)])
+def test_one_loss_that_is_no_number_is_seen_where_nothing_is_logged(
+    tmp_path, short, monkeypatch, step, seen
+):
+    """Its gradient is left out, so that the metrics stay finite: only the sum of losses tells."""
+
+    class OneLoss(TaskTrainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            return loss * float("nan") if self.state.global_step == step - 1 else loss
+
+    monkeypatch.setattr(building, "TaskTrainer", OneLoss)
+    task = replace(short, training=replace(short.training, logging_steps=1000))
+    with pytest.raises(DivergedError, match=f"the training loss is nan at step {seen}: "):
+        run_arm(task, build_arms(task)["rdrop"], 0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_record_holds_a_metric_that_is_no_number(tmp_path, short, monkeypatch):
+    class NoTest(TaskTrainer):
+        def predict(self, *args, **kwargs):
+            prediction = super().predict(*args, **kwargs)
+            prediction.predictions[0] = np.nan
+            return prediction
+
+    monkeypatch.setattr(building, "TaskTrainer", NoTest)
+    with pytest.raises(DivergedError, match=r"test nll is nan at step \d: "):
+        run_arm(short, build_arms(short)["baseline"], 0, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

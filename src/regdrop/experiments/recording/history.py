@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,39 @@ from regdrop.experiments.recording.files import write_text
 
 
 class DivergedError(ValueError):
-    """The loss of a run is no finite number any more."""
+    """The loss or a metric of a run is no finite number any more."""
 
+
+def check_finite(measured: Mapping[str, float], step: int) -> None:
+    """Check that what was measured of a run is finite.
+
+    Args:
+        measured: Numbers by what they are, in words.
+        step: When.
+
+    Raises:
+        DivergedError: If one is not, with what to change.
+    """
+    for name, value in measured.items():
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"{name} is {value} at step {step}: the run has diverged. Lower "
+                "training.learning_rate or alpha, raise training.warmup_ratio, clip by "
+                "training.max_grad_norm, or train without training.mixed_precision"
+            )
+
+
+TRAINING_LOSS = "the training loss"
 
 # Called with the step and the metrics of every log and evaluation.
 Progress = Callable[[int, dict[str, float]], None]
 
 
 class HistoryCallback(TrainerCallback):
-    """Writes every log and evaluation with the time of training alone, as it happens."""
+    """Writes every log and evaluation with the time of training alone, as it happens.
+
+    It ends a run whose loss or metrics are no finite numbers any more.
+    """
 
     def __init__(self, path: Path, progress: Progress | None = None) -> None:
         self.path = path
@@ -67,14 +91,13 @@ class HistoryCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Keep the metrics of training; evaluations come by `on_evaluate`."""
-        if logs is not None and "loss" in logs:
+        logs = logs or {}
+        if "loss" in logs:
             self._add(state, logs)
-            if not math.isfinite(logs["loss"]):
-                raise DivergedError(
-                    f"the training loss is {logs['loss']} at step {state.global_step}: the run has "
-                    "diverged. Lower training.learning_rate or alpha, raise training.warmup_ratio, "
-                    "clip by training.max_grad_norm, or train without training.mixed_precision"
-                )
+        # The latter is the mean over the run, logged at its end: it holds what no log held.
+        losses = [logs[name] for name in ("loss", "train_loss") if name in logs]
+        for loss in losses:
+            check_finite({TRAINING_LOSS: loss}, state.global_step)
 
     def on_evaluate(
         self,
@@ -85,7 +108,9 @@ class HistoryCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Keep the metrics of an evaluation, and leave its time out."""
-        self._add(state, metrics or {})
+        numbers = self._add(state, metrics or {})
+        named = {f"validation {name.removeprefix('eval_')}": x for name, x in numbers.items()}
+        check_finite(named, state.global_step)
         self._mark = time.perf_counter()
 
     def on_save(
@@ -94,7 +119,8 @@ class HistoryCallback(TrainerCallback):
         """Leave the time of a checkpoint out."""
         self._mark = time.perf_counter()
 
-    def _add(self, state: TrainerState, metrics: dict[str, float]) -> None:
+    def _add(self, state: TrainerState, metrics: dict[str, float]) -> dict[str, float]:
+        """Keep and return the numbers among some metrics."""
         numbers = {
             name: float(value)
             for name, value in metrics.items()
@@ -103,13 +129,14 @@ class HistoryCallback(TrainerCallback):
         entry = {**numbers, "step": state.global_step, "seconds": self.seconds}
         self.entries.append(entry)
         if not state.is_world_process_zero:
-            return
+            return numbers
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
         if self.progress is not None:
             self.progress(state.global_step, numbers)
+        return numbers
 
 
 def _read_entries(path: Path, step: int) -> list[dict[str, float]]:

@@ -16,7 +16,12 @@ from regdrop.experiments.arms import Arm
 from regdrop.experiments.recording.details import SIGNIFICANT_DIGITS
 from regdrop.experiments.recording.environment import describe_hardware, library_versions
 from regdrop.experiments.recording.files import disk_error, read_object, write_json
-from regdrop.experiments.recording.history import DivergedError, HistoryCallback, Progress
+from regdrop.experiments.recording.history import (
+    DivergedError,
+    HistoryCallback,
+    Progress,
+    check_finite,
+)
 from regdrop.experiments.recording.memory import peak_memory_mib, reset_peak_memory
 from regdrop.experiments.recording.ownership import hold, remove_empty
 from regdrop.experiments.recording.processes import is_main_process, main_process_first
@@ -122,7 +127,7 @@ def train_run(
 
     Raises:
         HeldError: If another process is at work on the run.
-        DivergedError: If the training loss is no finite number.
+        DivergedError: If the training loss or a metric is no finite number.
         ValueError: If there is a record or an interrupted run with other settings, the batch
             cannot be shared among the processes, or the model has no dropout for several passes
             to differ by.
@@ -197,6 +202,9 @@ def _train(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     best_step, metrics = _select(task, arm, trainer, history, paths.work)
     test, examples = _evaluate_tests(task, trainer, prepared, tests)
+    selected = {name: metrics[f"eval_{name}"] for name in task.metrics}
+    for split, found in (("validation", selected), ("test", test)):
+        check_finite({f"{split} {name}": value for name, value in found.items()}, best_step)
     record = RunRecord(
         task=task.name,
         arm=arm.name,
@@ -206,7 +214,7 @@ def _train(
         seconds=history.seconds,
         peak_memory_mib=peak_memory_mib() if measures_memory else None,
         best_step=best_step,
-        validation={name: metrics[f"eval_{name}"] for name in task.metrics},
+        validation=selected,
         test=test,
         history=history.entries,
         versions=library_versions(),

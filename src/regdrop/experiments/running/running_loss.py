@@ -8,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from regdrop.experiments.recording.files import write_json
+from regdrop.experiments.recording.history import TRAINING_LOSS, check_finite
 
 _NAME = "running_loss.json"
 
@@ -38,8 +39,13 @@ class RunningLoss(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the sum, its mean over processes, as each of them takes it up."""
+        """Keep the sum, its mean over processes, as each of them takes it up.
+
+        Raises:
+            DivergedError: If it is no finite number.
+        """
         mean = self.trainer.accelerator.gather(self.trainer._tr_loss.detach()).mean().item()
+        check_finite({TRAINING_LOSS: mean}, state.global_step)
         if state.is_world_process_zero:
             folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             since = self.trainer._globalstep_last_logged
