@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from regdrop.tasks.common.folders import data_digests
 
 # The settings of a run that the arms of a task may have of their own.
 ARM_SETTINGS = ("training", "rdrop", "dropout_odds", "dropout_rises")
+# The settings that have fields themselves.
+_PARTS = ("training", "rdrop")
 
 
 def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
@@ -55,14 +58,25 @@ def check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any])
         )
 
 
-def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Return the names of settings that differ; what did not exist then cannot differ."""
+def _differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], *, are_fields: bool = True
+) -> list[str]:
+    """Return the names of settings that differ.
+
+    Args:
+        found: Settings of a file.
+        wanted: Those of now.
+        are_fields: Whether the names are fields of settings, of which one that did not exist then
+            cannot differ; else they are values themselves: files of data, settings of a model.
+    """
     names = []
     for name in sorted(found.keys() | wanted.keys()):
-        if name in found and name not in wanted:
-            names.append(name)
-        elif isinstance(found.get(name), dict) and isinstance(wanted.get(name), dict):
-            names += [f"{name}.{inner}" for inner in _differences(found[name], wanted[name])]
-        elif name in found and found[name] != wanted[name]:
+        if are_fields and name not in found:
+            continue
+        pair = found.get(name), wanted.get(name)
+        if isinstance(pair[0], Mapping) and isinstance(pair[1], Mapping):
+            inner = _differences(*pair, are_fields=name in _PARTS)
+            names += [f"{name}.{each}" for each in inner]
+        elif name not in found or name not in wanted or pair[0] != pair[1]:
             names.append(name)
     return names

@@ -1,0 +1,51 @@
+import copy
+from pathlib import Path
+
+import pytest
+
+from regdrop.experiments import build_arms
+from regdrop.experiments.recording.settings import check_same_config, resolved_config
+
+
+@pytest.fixture
+def config(short):
+    """Every setting of a run on data of two files."""
+    return resolved_config(short, build_arms(short)["rdrop"]) | {
+        "data": {"train.jsonl": "a", "test.jsonl": "b"}
+    }
+
+
+def changed(config, name, value):
+    """Return a copy with one value set, or removed by None."""
+    copied = copy.deepcopy(config)
+    *parts, last = name.split("/")
+    holder = copied
+    for part in parts:
+        holder = holder[part]
+    if value is None:
+        del holder[last]
+    else:
+        holder[last] = value
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("data/validation.jsonl", "c", r"data\.validation\.jsonl"),
+        ("data/test.jsonl", None, r"data\.test\.jsonl"),
+        ("data/test.jsonl", "c", r"data\.test\.jsonl"),
+        ("model_config/hidden_act", "relu", r"model_config\.hidden_act"),
+        ("model_config/hidden_size", None, r"model_config\.hidden_size"),
+        ("training/max_steps", 7, r"training\.max_steps"),
+    ],
+)
+def test_what_was_added_removed_or_changed_is_named(config, name, value, shown):
+    check_same_config(Path("record.json"), config, copy.deepcopy(config))
+    with pytest.raises(ValueError, match=rf"made with other settings \({shown}\)"):
+        check_same_config(Path("record.json"), config, changed(config, name, value))
+
+
+@pytest.mark.parametrize("name", ["training/average_checkpoints", "dropout_rises", "data"])
+def test_a_field_that_was_none_then_does_not_differ(config, name):
+    check_same_config(Path("record.json"), changed(config, name, None), config)
