@@ -112,11 +112,41 @@ def test_a_misspelt_preset_is_answered_with_the_nearest(name, preset, message):
         ),
         ({"optim": "sgd", "optim_args": "momentum"}, "optim_args must be name=value"),
         ({"optim_args": "momentum=0.9"}, "adamw_torch_fused takes no option 'momentum' here"),
+        (
+            {"optim_args": "eps=0.5"},
+            "'eps' does not reach adamw_torch_fused, which has 1e-08",
+        ),
+        ({"optim_args": "eps=nan"}, "eps must be a finite number, got nan"),
+        ({"optim_args": "betas=0.5"}, "'betas' does not reach adamw_torch_fused"),
+        ({"optim": "adafactor", "optim_args": "decay_rate=-0.5"}, "'decay_rate' does not reach"),
+        # The Trainer gives each group of weights that of the settings.
+        ({"optim": "sgd", "optim_args": "weight_decay=0.5"}, "'weight_decay' does not reach sgd"),
+        ({"optim": "sgd", "optim_args": "momentum=7"}, "momentum must be below 1, got 7"),
+        ({"optim": "sgd", "optim_args": "momentum=nan"}, "momentum must be a finite number"),
+        ({"optim": "sgd", "optim_args": "momentum=-0.1"}, "momentum=-0.1' cannot be: Invalid"),
+        ({"optim": "sgd", "optim_args": "momentum=0.9,nesterov=perhaps"}, "must be true or false"),
+        ({"optim": "sgd", "optim_args": "nesterov=true"}, "cannot be: Nesterov momentum requires"),
+        ({"optim": "sgd", "optim_args": "momentum=0.9,momentum=0.8"}, "each name once"),
+        ({"optim": "rmsprop", "optim_args": "alpha=5"}, "alpha must be below 1, got 5"),
+        ({"optim": "galore_adamw"}, "training.optim='galore_adamw' cannot be: You need to install"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "'cosine_with_min_lr' cannot be: .*min_lr"),
     ],
 )
 def test_optimisers_and_their_options_are_known(changes, message):
     with pytest.raises(ValueError, match=message):
         check_optimiser(replace(DIGITS.training, **changes))
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args"),
+    [
+        ("sgd", "momentum=0.9, nesterov=yes"),
+        ("rmsprop", "alpha=0.9,centered=true,eps=1e-6"),
+        ("adagrad", "lr_decay=0.1"),
+    ],
+)
+def test_options_that_reach_their_optimiser_are_taken(optim, optim_args):
+    check_optimiser(replace(DIGITS.training, optim=optim, optim_args=optim_args))
 
 
 @pytest.mark.parametrize("name", ["digits", "vit-base-cifar100", "wikitext103-adaptive"])

@@ -73,10 +73,10 @@ def _differences(
     for name in sorted(found.keys() | wanted.keys()):
         if are_fields and name not in found:
             continue
-        pair = found.get(name), wanted.get(name)
-        if isinstance(pair[0], Mapping) and isinstance(pair[1], Mapping):
-            inner = _differences(*pair, are_fields=name in _PARTS)
+        before, now = found.get(name), wanted.get(name)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            inner = _differences(before, now, are_fields=name in _PARTS)
             names += [f"{name}.{each}" for each in inner]
-        elif name not in found or name not in wanted or pair[0] != pair[1]:
+        elif name not in found or name not in wanted or before != now:
             names.append(name)
     return names
