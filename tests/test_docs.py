@@ -252,6 +252,20 @@ def test_every_option_stands_in_the_table_with_its_default():
     assert [(name, literal_eval(default)) for name, default in rows] == options
 
 
+def test_the_matrix_of_frameworks_has_every_option():
+    page = (ROOT / "docs/frameworks.md").read_text("utf-8")
+    table = re.search(r"^\| option \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", page, re.M)
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table[1].splitlines()]
+    named = re.findall(r"`(\w+)", "".join(option for option, *_ in rows))
+    assert set(named) - {"RDropConfig", "share_prefix"} == {
+        field.name for field in fields(regdrop.RDropConfig)
+    }
+    for option, own_loop, *cells in rows:
+        assert len(cells) == 5, option
+        assert set(cells) <= set("✓○–✗"), option
+        assert own_loop in set("✓○–✗") or re.search("[a-z]", own_loop), option
+
+
 def test_lower_bounds_are_those_of_the_package():
     tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
