@@ -7,17 +7,22 @@ import numpy as np
 LABEL, PREDICTION, NLL = range(3)
 
 
+def dropout_names(config: Any) -> list[str]:
+    """Return the names of the dropout rates of a Hugging Face configuration."""
+    return [
+        name
+        for name, value in vars(config).items()
+        if "dropout" in name and isinstance(value, (int, float)) and not isinstance(value, bool)
+    ]
+
+
 def set_dropout(config: Any, rate: float) -> None:
     """Set every dropout rate of a Hugging Face configuration.
 
     Raises:
         ValueError: If it has none and `rate` is above 0.
     """
-    names = [
-        name
-        for name, value in vars(config).items()
-        if "dropout" in name and isinstance(value, (int, float)) and not isinstance(value, bool)
-    ]
+    names = dropout_names(config)
     if not names and rate > 0:
         raise ValueError(
             f"{type(config).__name__} has no dropout rate to set to {rate}; "

@@ -91,7 +91,7 @@ class GenerationTrainer(FullPrecisionEvaluation, RDropSeq2SeqTrainer):
             if prediction_loss_only:
                 tokens = None
             else:
-                options = {**getattr(self, "_gen_kwargs", {}), **gen_kwargs}
+                options = {**self._gen_kwargs, **gen_kwargs}
                 options = {name: value for name, value in options.items() if value is not None}
                 tokens = bare.generate(**inputs, **options)
         loss = nll.sum() / labels.ne(IGNORE_INDEX).sum().clamp(min=1)

@@ -22,10 +22,16 @@ from regdrop.tasks.common.base import (
 from regdrop.tasks.common.classification import (
     accuracy,
     classification_statistics,
+    dropout_names,
     nll,
     set_dropout,
 )
 from regdrop.tasks.common.folders import DIGITS_NAME
+from regdrop.tasks.common.model_config import (
+    check_model_config,
+    find_config_class,
+    named_model_config,
+)
 from regdrop.tasks.images.augmentation import Augmentation, build_augmentation
 from regdrop.tasks.images.dataset import ImageSplits
 from regdrop.tasks.images.digits import load_digits_splits
@@ -108,6 +114,8 @@ class ImageClassification(OldNames):
         if (self.model is None) == (not self.model_config):
             raise ValueError("exactly one of model and model_config must be given")
         register()
+        if self.model is None:
+            self._check_model_config()
         splits = self._load(saved_class_names(folder))
         from transformers import AutoModelForImageClassification
 
@@ -125,6 +133,21 @@ class ImageClassification(OldNames):
             example_statistics=classification_statistics,
             processing_class=self._processor(),
         )
+
+    def _check_model_config(self) -> None:
+        """Check the settings of a new model, which others of the task set too."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+        kind = find_config_class(
+            self.model_config, "an image classifier", MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+        )
+        standard = kind()
+        fixed = {
+            **dict.fromkeys(("id2label", "label2id", "num_labels"), "what the data has"),
+            **{name: f"the setting {name}" for name in ("image_size", "num_channels")},
+            **dict.fromkeys(dropout_names(standard), "the setting dropout"),
+        }
+        check_model_config(self.model_config, standard, fixed)
 
     def _processor(self) -> Any:
         """Return what makes a model's input of an image, to be saved with it.
@@ -203,9 +226,10 @@ class ImageClassification(OldNames):
             set_dropout(config, self.dropout)
             return load_image_model(self.model, config, self._image_size())
         options = {"image_size": self._image_size(), "num_channels": self.num_channels}
-        config = AutoConfig.for_model(**{**options, **labels, **self.model_config})
-        set_dropout(config, self.dropout)
-        new_model: nn.Module = AutoModelForImageClassification.from_config(config)
+        with named_model_config(self.model_config):
+            config = AutoConfig.for_model(**{**options, **labels, **self.model_config})
+            set_dropout(config, self.dropout)
+            new_model: nn.Module = AutoModelForImageClassification.from_config(config)
         return new_model
 
 

@@ -25,6 +25,12 @@ from regdrop.tasks.common.base import (
     check_task,
 )
 from regdrop.tasks.common.data import check_texts, load_raw_splits, require_columns
+from regdrop.tasks.common.model_config import (
+    OF_VOCABULARY,
+    check_model_config,
+    find_config_class,
+    named_model_config,
+)
 from regdrop.tasks.common.vocabulary import find_vocabulary, learn_words
 
 # Lines that are encoded at a time: their numbers as Python has them take much memory.
@@ -102,11 +108,16 @@ class LanguageModelling(OldNames):
                 f"a test sees at once, got {self.context_window}"
             )
         from transformers import AutoModelForCausalLM, DataCollatorForTokenClassification
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
         from regdrop.tasks.language_modelling.adaptive_input import register
         from regdrop.tasks.language_modelling.trainer import WordNLLTrainer
 
         register()
+        kind = find_config_class(
+            self.model_config, "a causal language model", MODEL_FOR_CAUSAL_LM_MAPPING
+        )
+        check_model_config(self.model_config, kind, OF_VOCABULARY)
         raw = load_raw_splits(self.dataset, self.dataset_config)
         require_columns(self.dataset, raw, ["text"])
         check_texts(self.dataset, raw, ["text"])
@@ -169,7 +180,8 @@ class LanguageModelling(OldNames):
     def _build_model(self, tokenizer: Any) -> nn.Module:
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        model: Any = AutoModelForCausalLM.from_config(self.build_config(tokenizer))
+        with named_model_config(self.model_config):
+            model: Any = AutoModelForCausalLM.from_config(self.build_config(tokenizer))
         model.generation_config = GenerationConfig(
             do_sample=True,
             top_k=0,

@@ -28,6 +28,12 @@ from regdrop.tasks.common.data import (
     take_part,
 )
 from regdrop.tasks.common.initialisation import initialise
+from regdrop.tasks.common.model_config import (
+    OF_VOCABULARY,
+    check_model_config,
+    find_config_class,
+    named_model_config,
+)
 from regdrop.tasks.common.pretrained import find_checkpoint, load_config, load_tokenizer
 from regdrop.tasks.common.seq2seq import (
     References,
@@ -136,6 +142,7 @@ class Summarisation(OldNames):
 
         from regdrop.tasks.common.generation_trainer import GenerationTrainer
 
+        self._check_model_config()
         raw = self._load_raw()
         if self.model is None:
             tokenizer = find_vocabulary(partial(self._learn_vocabulary, raw), folder)
@@ -163,6 +170,23 @@ class Summarisation(OldNames):
                 self.validation_num_beams, max(8, 8 * max_tokens // self.max_source_length)
             ),
         )
+
+    def _check_model_config(self) -> None:
+        """Check the settings of a new model, or those that are changed of a checkpoint's."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+        if (self.model is None) != ("model_type" in self.model_config):
+            raise ValueError(
+                "model_config must have a model_type where there is no model, and none where there "
+                f"is one, got model {self.model!r} and {dict(self.model_config)}"
+            )
+        fit = "an encoder-decoder", MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        if self.model is None:
+            kind = find_config_class(self.model_config, *fit)
+            check_model_config(self.model_config, kind, OF_VOCABULARY)
+        else:
+            config = load_config(find_checkpoint(self.model), *fit)
+            check_model_config(self.model_config, config)
 
     def _load_raw(self) -> dict[str, Any]:
         splits = load_raw_splits(self.dataset, self.dataset_config)
@@ -221,27 +245,16 @@ class Summarisation(OldNames):
         """Return the model's whole configuration: the checkpoint's, or a new one.
 
         Raises:
-            ValueError: For a checkpoint that is no encoder-decoder or has too few positions, or
-                settings of no model.
+            ValueError: For a checkpoint that has too few positions, or settings of no model.
         """
         from transformers import AutoConfig
-        from transformers.models.auto.modeling_auto import (
-            MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-        )
 
-        if (self.model is None) != ("model_type" in self.model_config):
-            raise ValueError(
-                "model_config must have a model_type where there is no model, and none where there "
-                f"is one, got model {self.model!r} and {dict(self.model_config)}"
-            )
         longest = max(self.max_source_length, self.max_target_length, self.max_length)
         if self.model is not None:
-            config = load_config(
-                find_checkpoint(self.model),
-                "an encoder-decoder",
-                MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-                **self.model_config,
-            )
+            with named_model_config(self.model_config):
+                config = AutoConfig.from_pretrained(
+                    find_checkpoint(self.model), **self.model_config
+                )
             positions = getattr(config, "max_position_embeddings", None)
             if positions is not None and positions < longest:
                 raise ValueError(
@@ -258,13 +271,15 @@ class Summarisation(OldNames):
             "decoder_start_token_id": tokenizer.eos_token_id,
             "forced_eos_token_id": None,
         }
-        return AutoConfig.for_model(**{**common, **self.model_config})
+        with named_model_config(self.model_config):
+            return AutoConfig.for_model(**{**common, **self.model_config})
 
     def _build_model(self, tokenizer: Any, config: Any) -> nn.Module:
         from transformers import AutoModelForSeq2SeqLM
 
         if self.model is None:
-            model: Any = AutoModelForSeq2SeqLM.from_config(config)
+            with named_model_config(self.model_config):
+                model: Any = AutoModelForSeq2SeqLM.from_config(config)
             # Other classes, such as T5's, scale their products otherwise.
             if config.model_type == "bart" and "init_std" not in self.model_config:
                 initialise(model)

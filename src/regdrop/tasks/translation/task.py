@@ -28,6 +28,11 @@ from regdrop.tasks.common.data import (
     take_part,
 )
 from regdrop.tasks.common.initialisation import initialise
+from regdrop.tasks.common.model_config import (
+    OF_VOCABULARY,
+    check_model_config,
+    named_model_config,
+)
 from regdrop.tasks.common.seq2seq import (
     References,
     by_length,
@@ -125,11 +130,14 @@ class Translation(OldNames):
         from transformers import (
             AutoModelForSeq2SeqLM,
             DataCollatorForSeq2Seq,
+            MarianConfig,
             Seq2SeqTrainingArguments,
         )
 
         from regdrop.tasks.common.generation_trainer import GenerationTrainer
 
+        fixed = {**OF_VOCABULARY, "model_type": "'marian'"}
+        check_model_config(self.model_config, MarianConfig, fixed)
         raw = self._load_raw()
         tokenizer = find_vocabulary(partial(self._learn_vocabulary, raw), folder)
         references = References()
@@ -232,7 +240,8 @@ class Translation(OldNames):
     def _build_model(self, tokenizer: Any) -> nn.Module:
         from transformers import GenerationConfig, MarianMTModel
 
-        model = MarianMTModel(self.build_config(tokenizer))
+        with named_model_config(self.model_config):
+            model = MarianMTModel(self.build_config(tokenizer))
         if "init_std" not in self.model_config:
             initialise(model)
         beams: dict[str, Any] = {"length_penalty": self.length_penalty, "early_stopping": True}
