@@ -14,6 +14,7 @@ from regdrop.integrations.transformers import RDropTrainer, internals
 from training import build
 
 PACKAGE = Path(regdrop.__file__).parent
+REFLECTION = ("getattr", "setattr", "hasattr", "delattr")
 LISTED = {*internals.METHODS, *internals.ATTRIBUTES, *internals.GENERATION_ATTRIBUTES}
 
 
@@ -34,21 +35,36 @@ def own_names(kind):
     return {name for name in [*vars(kind), *set_names] if re.match(r"_[a-z]", name)}
 
 
+def used_names(tree):
+    """Yield the names that code reads or sets on objects, by a dot or a text, or defines there."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.ClassDef):
+            yield from (part.name for part in node.body if isinstance(part, ast.FunctionDef))
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in REFLECTION:
+            yield from (part.value for part in node.args[1:2] if isinstance(part, ast.Constant))
+
+
 def test_every_private_name_of_the_trainer_that_is_used_is_listed():
     """A name of the Trainer's own that is used anywhere in the package and not listed fails."""
     private = own_names(Trainer) | own_names(Seq2SeqTrainer)
     assert "_load_best_model" in private
-    used = {}
-    for path in [*PACKAGE.glob("integrations/transformers/*.py"), *PACKAGE.glob("tasks/**/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and node.attr in private:
-                used[node.attr] = path.name
-            elif isinstance(node, ast.FunctionDef) and node.name in private:
-                used[node.name] = path.name
+    used = {
+        (name, path.name)
+        for path in PACKAGE.rglob("*.py")
+        for name in used_names(ast.parse(path.read_text(encoding="utf-8")))
+        if name in private
+    }
     # The trial is the Trainer's only where a search runs; the setup of it is listed.
-    assert set(used) - {"_trial"} <= LISTED, used
-    where = {used[name] for name in used if name != "_gen_kwargs"}
-    assert where <= {"internals.py", "generation_trainer.py", "trainer.py"}, used
+    assert {name for name, _ in used} - {"_trial"} <= LISTED, used
+    # A trainer brings its batches to the device, and generates, by the Trainer's own names.
+    elsewhere = {(name, file) for name, file in used if file != "internals.py"}
+    assert elsewhere == {
+        ("_gen_kwargs", "generation_trainer.py"),
+        ("_prepare_inputs", "generation_trainer.py"),
+        ("_prepare_inputs", "trainer.py"),
+    }
 
 
 @pytest.mark.usefixtures("fresh")

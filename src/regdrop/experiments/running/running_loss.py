@@ -9,6 +9,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from regdrop.experiments.recording.files import write_json
 from regdrop.experiments.recording.history import TRAINING_LOSS, check_finite
+from regdrop.integrations.transformers.internals import go_on_from_log, loss_since_log
 
 _NAME = "running_loss.json"
 
@@ -33,8 +34,7 @@ class RunningLoss(TrainerCallback):
         path = None if self.checkpoint is None else self.checkpoint / _NAME
         if path is not None and path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
-            self.trainer._tr_loss += kept["sum"]
-            self.trainer._globalstep_last_logged = kept["since"]
+            go_on_from_log(self.trainer, kept["sum"], kept["since"])
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -44,9 +44,9 @@ class RunningLoss(TrainerCallback):
         Raises:
             DivergedError: If it is no finite number.
         """
-        mean = self.trainer.accelerator.gather(self.trainer._tr_loss.detach()).mean().item()
+        total, since = loss_since_log(self.trainer)
+        mean = self.trainer.accelerator.gather(total).mean().item()
         check_finite({TRAINING_LOSS: mean}, state.global_step)
         if state.is_world_process_zero:
             folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            since = self.trainer._globalstep_last_logged
             write_json(folder / _NAME, {"sum": mean, "since": since})

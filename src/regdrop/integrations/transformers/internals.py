@@ -6,9 +6,10 @@ names or arguments, a trainer says so when it is built, instead of doing somethi
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +40,8 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 # Attributes that are read or set, which the Trainer's own code names.
 ATTRIBUTES = (
+    "_globalstep_last_logged",
+    "_tr_loss",
     "compute_loss_func",
     "current_gradient_accumulation_steps",
     "hp_space",
@@ -61,13 +64,17 @@ def missing_internals() -> tuple[str, ...]:
         found = () if method is None else tuple(inspect.signature(method).parameters)[1:]
         if method is None or found[: len(wanted)] != wanted:
             missing.append(f"Trainer.{name}({', '.join(wanted)})")
-    sources = {Trainer: ATTRIBUTES, Seq2SeqTrainer: GENERATION_ATTRIBUTES}
-    for kind, names in sources.items():
-        code = inspect.getsource(kind)
-        missing += [f"{kind.__name__}.{name}" for name in names if name not in code]
+    missing += missing_attributes(Trainer, ATTRIBUTES)
+    missing += missing_attributes(Seq2SeqTrainer, GENERATION_ATTRIBUTES)
     known = inspect.signature(TrainingArguments).parameters
     missing += [f"TrainingArguments.{name}" for name in ARGUMENTS if name not in known]
     return tuple(missing)
+
+
+def missing_attributes(kind: type, names: Iterable[str]) -> tuple[str, ...]:
+    """Return the attributes that the code of another library's class does not name."""
+    code = inspect.getsource(kind)
+    return tuple(f"{kind.__name__}.{name}" for name in names if f"self.{name}" not in code)
 
 
 def require_internals() -> None:
@@ -76,13 +83,33 @@ def require_internals() -> None:
     Raises:
         RuntimeError: Names what is missing.
     """
-    missing = missing_internals()
-    if missing:
+    refuse_without(missing_internals(), transformers)
+
+
+def refuse_without(missing: Iterable[str], library: ModuleType) -> None:
+    """Refuse a version of a library that does not have what is used of it.
+
+    Raises:
+        RuntimeError: Names what is missing.
+    """
+    names = ", ".join(missing)
+    if names:
         raise RuntimeError(
-            f"transformers {transformers.__version__} does not have {', '.join(missing)}, which "
+            f"{library.__name__} {library.__version__} does not have {names}, which "
             "regdrop's trainers build on: install a version that this version of regdrop was "
-            "tried with (docs/frameworks.md)"
+            "tried with (docs/install.md)"
         )
+
+
+def loss_since_log(trainer: Any) -> tuple[Tensor, int]:
+    """Return the sum of this process's losses since the last log, and the step of that log."""
+    return trainer._tr_loss.detach(), trainer._globalstep_last_logged
+
+
+def go_on_from_log(trainer: Any, total: float, step: int) -> None:
+    """Have a trainer that begins anew go on with such a sum."""
+    trainer._tr_loss += total
+    trainer._globalstep_last_logged = step
 
 
 class TrainerInternals(_Base):
