@@ -18,10 +18,17 @@ from regdrop.loss import ItemCounts, ItemTerms, binary_cross_entropy_terms
 from regdrop.reading import Reading
 
 with extra("trl"):
+    import trl
     from trl import RewardTrainer, SFTTrainer
 
     from regdrop.integrations.transformers import RDropTrainerMixin
+    from regdrop.integrations.transformers.internals import missing_attributes, refuse_without
 
+# What is used of TRL's trainers that is not their public interface.
+INTERNALS: dict[type, tuple[str, ...]] = {
+    SFTTrainer: ("_metrics", "_total_train_tokens", "_tp_size"),
+    RewardTrainer: ("_metrics", "_total_train_tokens"),
+}
 # Tokens whose logits are in memory at once for TRL's metrics.
 _CHUNK = 1024
 
@@ -58,6 +65,7 @@ class RDropSFTTrainer(RDropTrainerMixin, SFTTrainer):
     """
 
     def __init__(self, *args: Any, rdrop: RDropConfig | None = None, **kwargs: Any) -> None:
+        refuse_without(missing_attributes(SFTTrainer, INTERNALS[SFTTrainer]), trl)
         super().__init__(*args, rdrop=rdrop, **kwargs)
         loss_type = self.args.loss_type  # type: ignore[attr-defined]
         if loss_type != "nll":
@@ -122,7 +130,7 @@ class RDropSFTTrainer(RDropTrainerMixin, SFTTrainer):
 class RDropRewardTrainer(RDropTrainerMixin, RewardTrainer):
     """`trl.RewardTrainer` with R-Drop: the same arguments, and `rdrop=RDropConfig(...)`.
 
-    The likelihood is TRL's own loss of the pairs, the divergence the Bernoulli KL of their margin:
+    The NLL is TRL's own loss of the pairs, the divergence the Bernoulli KL of their margin:
     a reward alone means nothing. Passes run one after the other. TRL's metrics are means over
     passes.
 
@@ -145,6 +153,7 @@ class RDropRewardTrainer(RDropTrainerMixin, RewardTrainer):
         rdrop: RDropConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_without(missing_attributes(RewardTrainer, INTERNALS[RewardTrainer]), trl)
         is_off = args is None or args.disable_dropout
         is_compared = rdrop is None or getattr(rdrop, "num_passes", 2) > 1
         if is_off and is_compared:

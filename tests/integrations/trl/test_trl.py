@@ -1,5 +1,8 @@
 """R-Drop in TRL's trainers: their losses and metrics where dropout is off, a loop by hand else."""
 
+import inspect
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -332,3 +335,26 @@ def test_reward_without_active_dropout_is_refused(tokenizer, tmp_path):
         reward_trainer(tmp_path, tokenizer, RDropRewardTrainer, 0.3)
     baseline = RDropConfig(alpha=0, num_passes=1)
     assert reward_trainer(tmp_path, tokenizer, RDropRewardTrainer, 0.3, baseline)
+
+
+# --- what is used of TRL's own ------------------------------------------------------------------
+
+
+def test_every_private_name_of_trl_that_is_used_is_listed():
+    used = set(re.findall(r"self\.(_[a-z]\w*)", inspect.getsource(ours)))
+    for kind, names in ours.INTERNALS.items():
+        code = inspect.getsource(kind)
+        assert set(names) <= {name for name in used if f"self.{name}" in code}
+    named = "".join(map(inspect.getsource, ours.INTERNALS))
+    in_trl = {name for name in used if re.search(rf"self\.{name}\b.* = ", named)}
+    assert in_trl == {name for names in ours.INTERNALS.values() for name in names}
+
+
+@pytest.mark.parametrize("kind", [RDropSFTTrainer, RDropRewardTrainer])
+def test_a_renamed_attribute_of_trl_is_said_when_a_trainer_is_built(kind, monkeypatch):
+    theirs = next(name for name in ours.INTERNALS if issubclass(kind, name))
+    monkeypatch.setitem(ours.INTERNALS, theirs, ("_metrics", "_of_another_version"))
+    with pytest.raises(
+        RuntimeError, match=rf"trl .* {theirs.__name__}\._of_another_version, which"
+    ):
+        kind(None)
