@@ -61,12 +61,15 @@ def test_lower_bounds_are_read_as_exact_requirements():
 
     project = """
 [project]
+name = "own"
 dependencies = ["torch>=2.5"]
 [project.optional-dependencies]
 one = ["a[b]", "c-d>=1.0"] # a remark
 two = ["e>=2"]
+three = ["own[one,two]", "e>=2", "f>=3"]
 """
     assert lower_bounds(project, "one") == ["torch==2.5", "c-d==1.0"]
+    assert lower_bounds(project, "three") == ["torch==2.5", "c-d==1.0", "e==2", "f==3"]
     assert lower_bounds(project) == ["torch==2.5"]
     assert "torch==2.5" in lower_bounds(PROJECT.read_text("utf-8"), "transformers")
 
