@@ -1,4 +1,6 @@
 import os
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from regdrop.tasks.images import decoding, streaming
 from regdrop.tasks.images.digits import load_digits_splits
 from regdrop.tasks.images.splits import load_image_splits
 
@@ -107,8 +110,6 @@ def test_normalisation_and_grey(colours):
 
 
 def test_images_decoded_on_demand_are_those_from_memory(colours, monkeypatch):
-    from regdrop.tasks.images import decoding
-
     kept = load(colours).train[5]
     monkeypatch.setattr(decoding, "_IN_MEMORY_BYTES", 0)
     decoded = load(colours).train[5]
@@ -169,3 +170,143 @@ def test_real_photographs():
     assert len(splits.class_names) == 10
     assert splits.train[0]["pixel_values"].shape == (3, 32, 32)
     assert splits.test.labels.bincount().tolist() == [1000] * 10
+
+
+def write_stream(folder, *, train, test=4, change=None):
+    """Write grey images, a file a split; `change(split, row, image, label)` may change a row."""
+    import datasets
+
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])}
+    )
+    folder.mkdir()
+    for split, count in (("train", train), ("test", test)):
+        rows = {"image": [], "label": []}
+        for i in range(count):
+            file = BytesIO()
+            Image.new("L", (8, 8), 60 + i).save(file, "PNG")
+            image, label = {"bytes": file.getvalue(), "path": None}, i % 2
+            image, label = change(split, i, image, label) if change else (image, label)
+            rows["image"].append(image)
+            rows["label"].append(label)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def stream(folder, monkeypatch):
+    monkeypatch.setattr(streaming, "HELD_OUT_IMAGES", 4)
+    monkeypatch.setattr(streaming, "_BUFFER", 6)
+    return streaming.stream_image_splits(
+        str(folder), image_size=8, num_channels=1, mean=[0], std=[1], augmentation=None
+    )
+
+
+def test_a_streams_images_are_those_of_its_file_in_every_split(tmp_path, monkeypatch):
+    splits = stream(write_stream(tmp_path / "data", train=20), monkeypatch)
+    tones = [
+        [round(float(item["pixel_values"].mean()) * 255) for item in split]
+        for split in (islice(splits.train, 16), splits.validation, splits.test)
+    ]
+    assert sorted(tones[0]) == [*range(64, 80)]
+    assert tones[0] != sorted(tones[0])
+    assert tones[1:] == [[*range(60, 64)], [*range(60, 64)]]
+    assert [int(item["labels"]) for item in splits.validation] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("split", "row", "kind", "message"),
+    [
+        ("train", 9, "cut", r"the image in row 9 of split 'train' of data .* cannot be read"),
+        ("train", 9, "null", r"the image in row 9 of split 'train' of data .*: there is none"),
+        ("train", 2, "cut", r"the image in row 2 of split 'train' of data .* cannot be read"),
+        ("test", 3, "noise", r"the image in row 3 of split 'test' of data .* cannot be read"),
+        ("train", 9, "label", r"from 0 to 1, got -1 in row 9"),
+        ("test", 1, "label", r"labels of split 'test' of .* from 0 to 1, got -1 in row 1"),
+        ("test", 1, "no label", r"labels of split 'test' of .* from 0 to 1, got null in row 1"),
+    ],
+)
+def test_a_wrong_row_of_a_stream_is_named_by_its_place_in_the_data(
+    tmp_path, monkeypatch, split, row, kind, message
+):
+    def change(name, i, image, label):
+        if (name, i) != (split, row):
+            return image, label
+        content = image["bytes"]
+        return {
+            "cut": ({"bytes": content[: len(content) // 2], "path": None}, label),
+            "noise": ({"bytes": b"no image", "path": None}, label),
+            "null": (None, label),
+            "label": (image, -1),
+            "no label": (image, None),
+        }[kind]
+
+    folder = write_stream(tmp_path / "data", train=20, change=change)
+
+    def read():
+        splits = stream(folder, monkeypatch)
+        for each in (islice(splits.train, 16), splits.validation, splits.test):
+            list(each)
+
+    with pytest.raises(ValueError, match=message):
+        read()
+
+
+@pytest.mark.parametrize(
+    ("split", "row"), [*(("train", row) for row in range(0, 20, 3)), ("test", 2)]
+)
+def test_a_corrupt_image_is_named_by_its_row_before_training_also_beyond_memory(
+    tmp_path, monkeypatch, split, row
+):
+    """A tenth of the training split, drawn at random, validates: its rows are those of the file."""
+
+    def change(name, i, image, label):
+        content = image["bytes"]
+        cut = {"bytes": content[: len(content) // 2], "path": None}
+        return (cut if (name, i) == (split, row) else image), label
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_stream(tmp_path / "data", train=20, change=change)
+    for limit in (decoding._IN_MEMORY_BYTES, 0):
+        monkeypatch.setattr(decoding, "_IN_MEMORY_BYTES", limit)
+        with pytest.raises(
+            ValueError, match=rf"in row {row} of split '{split}' of .* cannot be read"
+        ):
+            load(folder, num_channels=1, mean=[0.5], std=[0.5])
+
+
+def test_images_beyond_memory_are_read_once_in_all_and_again_once_they_change(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(decoding, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(decoding, "_SECONDS_BETWEEN_LINES", -1.0)
+    read = []
+    convert = decoding.convert_image
+
+    def count(image, num_channels):
+        read.append(image)
+        return convert(image, num_channels)
+
+    monkeypatch.setattr(decoding, "convert_image", count)
+    options = {"num_channels": 1, "mean": [0.5], "std": [0.5]}
+    for folder, train, expected in (("one", 20, 24), ("one", 20, 0), ("two", 30, 34)):
+        if not (tmp_path / folder).exists():
+            write_stream(tmp_path / folder, train=train)
+        read.clear()
+        load(tmp_path / folder, **options)
+        assert len(read) == expected
+    assert "of 18 images checked" in caplog.text
+
+
+def test_a_wrong_label_is_named_by_its_row_wherever_it_is_drawn_to(tmp_path):
+    for row in range(0, 20, 3):
+        folder = write_stream(
+            tmp_path / str(row),
+            train=20,
+            change=lambda name, i, image, label, row=row: (
+                image,
+                None if (name, i) == ("train", row) else label,
+            ),
+        )
+        with pytest.raises(ValueError, match=rf"split 'train' of .*, got null in row {row}$"):
+            load(folder, num_channels=1, mean=[0.5], std=[0.5])

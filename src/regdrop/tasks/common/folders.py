@@ -80,7 +80,7 @@ def plain_path(folder: Path) -> Path:
     source = folder.resolve()
     if not glob.has_magic(str(source)):
         return folder
-    mirror = _cache("folders") / hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
+    mirror = cache_folder("folders") / hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
     wanted = {mirror / file.relative_to(source): file for file in _files(source)}
     mirror.mkdir(parents=True, exist_ok=True)
     for old in mirror.rglob("*"):
@@ -116,7 +116,7 @@ def _digest(path: Path) -> str:
     # The time of the last change may be set to any other; that of this setting may not.
     state = [(str(file), x.st_size, x.st_mtime_ns, x.st_ctime_ns) for file, x in stats]
     key = hashlib.sha256(repr((str(path.resolve()), state)).encode("utf-8", "surrogateescape"))
-    kept = _cache("digests") / key.hexdigest()
+    kept = cache_folder("digests") / key.hexdigest()
     with suppress(OSError):
         return kept.read_text(encoding="ascii")
     found = hashlib.sha256()
@@ -142,6 +142,7 @@ def _files(path: Path) -> Iterator[Path]:
         yield from sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def _cache(kind: str) -> Path:
+def cache_folder(kind: str) -> Path:
+    """Return the folder of what is kept of one kind between runs."""
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(root).expanduser() / "regdrop" / kind

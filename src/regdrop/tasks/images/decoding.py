@@ -1,16 +1,26 @@
 """Images of any mode as tensors: eight bits a channel, grey or RGB."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from regdrop.tasks.common.folders import cache_folder
 from regdrop.tasks.common.notices import say_once
+
+_logger = logging.getLogger(__name__)
 
 # Splits up to this size are decoded once and kept in memory.
 _IN_MEMORY_BYTES = 2**29
+_BLOCK = 1000
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 def convert_image(image: Any, num_channels: int) -> Any:
@@ -65,27 +75,56 @@ def to_tensor(image: Any, num_channels: int) -> Tensor:
     return pixels.permute(2, 0, 1).float() / 255
 
 
-def reader(
-    where: str, source: Any, column: str, image_size: int, num_channels: int
-) -> Callable[[Sequence[int]], Tensor]:
-    """Return a function from positions to uint8 images, from memory where they fit."""
-    from PIL import Image
+@contextmanager
+def named_image(where: str, row: int) -> Iterator[None]:
+    """Name the split and the row of an image that cannot be read in the block.
 
-    def decode_one(position: int) -> np.ndarray:
-        try:
+    Raises:
+        ValueError: Whatever a damaged file makes of its decoder.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"the image in row {row} of {where} cannot be read: {error}") from error
+
+
+def reader(
+    where: str,
+    source: Any,
+    column: str,
+    image_size: int,
+    num_channels: int,
+    *,
+    rows: Sequence[int],
+    identity: str = "",
+) -> Callable[[Sequence[int]], Tensor]:
+    """Return a function from positions to uint8 images, from memory where they fit.
+
+    Every image has been read once by then.
+
+    Args:
+        where: The split and its data, in words.
+        source: A `datasets.Dataset`.
+        column: Its images.
+        image_size: Height and width to which they are resized.
+        num_channels: 1 for grey, 3 for RGB.
+        rows: The row of each of them in its file.
+        identity: What changes where the images do, so that those beyond memory are read once in
+            all; empty if it is not known.
+
+    Raises:
+        ValueError: For an image that cannot be read, by its row.
+    """
+
+    def load(position: int) -> Any:
+        with named_image(where, rows[position]):
             image = source[int(position)][column]
-            if image is None:
-                raise ValueError("there is none")
-            converted = convert_image(image, num_channels)
-            say_conversion(where, image, num_channels)
-            return np.array(converted.resize((image_size, image_size)))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"the image in row {position} of {where} cannot be read: {error}"
-            ) from error
+            say_conversion(where, check_image(image), num_channels)
+            return convert_image(image, num_channels)
 
     def decode(positions: Sequence[int]) -> Tensor:
-        arrays = [decode_one(position) for position in positions]
+        size = (image_size, image_size)
+        arrays = [np.array(load(position).resize(size)) for position in positions]
         return (
             torch.from_numpy(np.stack(arrays))
             .reshape(len(arrays), image_size, image_size, num_channels)
@@ -93,10 +132,49 @@ def reader(
         )
 
     if len(source) * num_channels * image_size**2 > _IN_MEMORY_BYTES:
+        read_once(where, len(source), load, identity)
         return decode
     blocks = [
-        decode(range(start, min(start + 1000, len(source))))
-        for start in range(0, len(source), 1000)
+        decode(range(start, min(start + _BLOCK, len(source))))
+        for start in range(0, len(source), _BLOCK)
     ]
     pixels = torch.cat(blocks).contiguous()
     return lambda positions: pixels[list(positions)]
+
+
+def check_image(image: Any) -> Any:
+    """Return an image of a data set.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if image is None:
+        raise ValueError("there is none")
+    return image
+
+
+def read_once(where: str, count: int, load: Callable[[int], Any], identity: str) -> None:
+    """Read every image of a split, unless that was done before; say how far it is.
+
+    Args:
+        where: The split and its data, in words.
+        count: Number of its images.
+        load: Reads the image of a row, and raises if it cannot be read.
+        identity: What changes where the images do; empty if it is not known.
+    """
+    key = hashlib.sha256(repr((where, count, identity)).encode("utf-8", "surrogateescape"))
+    done = cache_folder("images-read") / key.hexdigest()
+    if identity and done.exists():
+        return
+    told = time.monotonic()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # decoders leave Python's lock
+        for start in range(0, count, _BLOCK):
+            for _ in pool.map(load, range(start, min(start + _BLOCK, count))):
+                pass
+            if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                _logger.warning("%s: %s of %s images checked", where, f"{start:,}", f"{count:,}")
+    if identity:
+        with suppress(OSError):
+            done.parent.mkdir(parents=True, exist_ok=True)
+            done.touch()

@@ -3,12 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from regdrop.tasks.common.data import hold_out, load_raw_splits, take_part
+from regdrop.tasks.common.folders import data_digests
 from regdrop.tasks.images.dataset import Images, ImageSplits
 from regdrop.tasks.images.decoding import reader
+
+# The column of the row of an image in its file, wherever it is drawn to.
+ROW = "row of the split"
 
 
 def load_image_splits(
@@ -44,7 +49,10 @@ def load_image_splits(
         ValueError: For a set that cannot be found, or without a split that is used, an image
             column or a label column, or with other classes than a model's.
     """
-    loaded = load_raw_splits(dataset, config_name)
+    loaded = {
+        name: split.add_column(ROW, np.arange(len(split)))
+        for name, split in load_raw_splits(dataset, config_name).items()
+    }
     train, held_out, test = (loaded.get(name) for name in ("train", "validation", "test"))
     known = [x for x in (train, held_out, test) if x is not None]
     if not known:
@@ -55,9 +63,11 @@ def load_image_splits(
     image_column, label_column = find_columns(dataset, known[0])
     if test is not None and set(test[label_column][:]) == {-1}:  # they are hidden
         test = None
+    origins = {name: name for name in ("train", "validation", "test")}
     if train is not None:
         if test is None:
             test, held_out = held_out, None
+            origins["test"] = "validation"
         if test is None:
             raise ValueError(
                 f"dataset {dataset!r} must have a split 'test' or 'validation' with labels, "
@@ -65,22 +75,27 @@ def load_image_splits(
             )
         if held_out is None:
             train, held_out = hold_out(train)
+            origins["validation"] = "train"
         train = take_part(train, train_examples)
     own_names = list(known[0].features[label_column].names)
     places = match_classes(dataset, own_names, class_names)
+    digests = data_digests(dataset)
+    identity = f"{config_name} {digests}" if digests else ""
 
     def split(name: str, source: Any, augmentation: nn.Module | None = None) -> Images | None:
         if source is None:
             return None
-        where = f"split {name!r} of data {dataset!r}"
-        labels = check_labels(where, source[label_column][:], len(own_names))
+        where, rows = f"split {origins[name]!r} of data {dataset!r}", source[ROW][:]
+        labels = check_labels(where, source[label_column][:], len(own_names), rows)
         if name == "train" and len(labels.unique()) == 1:
             raise ValueError(
                 f"the labels of {where} must be of several classes, got {labels[0]} in all "
                 f"{len(labels)} rows"
             )
         labels = labels if places is None else torch.tensor(places)[labels]
-        read = reader(where, source, image_column, image_size, num_channels)
+        read = reader(
+            where, source, image_column, image_size, num_channels, rows=rows, identity=identity
+        )
         return Images(
             read,
             labels,
@@ -93,19 +108,30 @@ def load_image_splits(
     return ImageSplits(*splits, own_names if class_names is None else list(class_names))
 
 
-def check_labels(where: str, labels: Sequence[Any], num_classes: int) -> Tensor:
-    """Return the labels of a split.
+def check_labels(
+    where: str, labels: Sequence[Any], num_classes: int, rows: Sequence[int] | None = None
+) -> Tensor:
+    """Return the labels of some rows of a split, of its first ones if none are given.
 
     Raises:
         ValueError: If one is missing, or no class of the set, by its row.
     """
-    for row, label in enumerate(labels):
-        if label is None or not 0 <= label < num_classes:
-            raise ValueError(
-                f"the labels of {where} must be classes from 0 to {num_classes - 1}, got "
-                f"{'null' if label is None else label} in row {row}"
-            )
+    for row, label in zip(range(len(labels)) if rows is None else rows, labels, strict=True):
+        check_label(where, row, label, num_classes)
     return torch.tensor(labels).long()
+
+
+def check_label(where: str, row: int, label: Any, num_classes: int) -> None:
+    """Check the label of a row.
+
+    Raises:
+        ValueError: If it is missing, or no class of the set.
+    """
+    if label is None or not 0 <= label < num_classes:
+        raise ValueError(
+            f"the labels of {where} must be classes from 0 to {num_classes - 1}, got "
+            f"{'null' if label is None else label} in row {row}"
+        )
 
 
 def match_classes(

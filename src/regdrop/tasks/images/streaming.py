@@ -12,8 +12,8 @@ from torch.utils.data import IterableDataset
 from regdrop.tasks.common.data import open_splits
 from regdrop.tasks.images.augmentation import augment
 from regdrop.tasks.images.dataset import ImageSplits
-from regdrop.tasks.images.decoding import say_conversion, to_tensor
-from regdrop.tasks.images.splits import find_columns
+from regdrop.tasks.images.decoding import check_image, named_image, say_conversion, to_tensor
+from regdrop.tasks.images.splits import ROW, check_label, check_labels, find_columns
 
 # Images of the training split on which checkpoints are selected: its first ones.
 HELD_OUT_IMAGES = 10_000
@@ -30,12 +30,14 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
     place by reading as many again.
 
     Args:
-        source: A streaming `datasets.IterableDataset`.
+        source: A streaming `datasets.IterableDataset` of numbered rows, as `number_rows` gives it.
         columns: Names of the columns of images and labels.
+        decode: From the file of an image, as `datasets` has it, to a Pillow image.
         prepare: From an image (C, H, W) between 0 and 1 to the model's input.
         augmentation: Applied before, to images (1, C, H, W); None for none.
         num_channels: 1 for grey, 3 for RGB.
-        name: Of the split, for what is said of it.
+        num_classes: Number of classes.
+        where: The split and its data, in words.
         train: Whether images are shuffled and have no end.
     """
 
@@ -43,28 +45,34 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
         self,
         source: Any,
         columns: tuple[str, str],
+        decode: Callable[[Any], Any],
         prepare: Callable[[torch.Tensor], torch.Tensor],
         *,
         num_channels: int,
-        name: str,
+        num_classes: int,
+        where: str,
         augmentation: nn.Module | None = None,
         train: bool = False,
     ) -> None:
-        self.name = name
+        self.where = where
         self.source, self.train, self.augmentation = source, train, augmentation
-        self.columns, self.prepare, self.num_channels = columns, prepare, num_channels
+        self.columns, self.decode, self.prepare = columns, decode, prepare
+        self.num_channels, self.num_classes = num_channels, num_classes
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         image_column, label_column = self.columns
         for position, row in enumerate(self._endless() if self.train else self.source):
-            pixels = to_tensor(row[image_column], self.num_channels)
-            where = f"split {self.name!r} of the stream"
-            say_conversion(where, row[image_column], self.num_channels)
+            place, label = row[ROW], row[label_column]
+            with named_image(self.where, place):
+                image = self.decode(check_image(row[image_column]))
+                say_conversion(self.where, image, self.num_channels)
+                pixels = to_tensor(image, self.num_channels)
+            check_label(self.where, place, label, self.num_classes)
             if self.augmentation is not None:
                 pixels = augment(self.augmentation, pixels[None], (position,))[0]
             yield {
                 "pixel_values": self.prepare(pixels),
-                "labels": torch.tensor(row[label_column]),
+                "labels": torch.tensor(label),
             }
 
     def _endless(self) -> Iterator[dict[str, Any]]:
@@ -73,6 +81,21 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
             shuffled = self.source.shuffle(seed=seed, buffer_size=_BUFFER)
             shuffled.set_epoch(epoch)
             yield from shuffled
+
+
+def number_rows(split: Any, columns: Sequence[str]) -> Any:
+    """Return a stream of an image's file, its label and its row; the first column holds images.
+
+    The library would decode images where no error could name their row.
+    """
+    from datasets import Features, Image, Value
+
+    files = split.select_columns(list(columns)).cast_column(columns[0], Image(decode=False))
+    return files.map(
+        lambda _, row: {ROW: row},
+        with_indices=True,
+        features=Features({**files.features, ROW: Value("int64")}),
+    )
 
 
 def stream_image_splits(
@@ -103,7 +126,8 @@ def stream_image_splits(
 
     Raises:
         ValueError: For a set without a training split, a test split, an image column or a label
-            column, or one whose training images come class by class.
+            column, one whose training images come class by class, or labels that are none among
+            its first ones. While it trains: for other such labels, and images that cannot be read.
     """
     loaded = open_splits(dataset, config_name, streaming=True)
     tested = next((name for name in ("validation", "test") if name in loaded), None)
@@ -112,9 +136,14 @@ def stream_image_splits(
             f"data {dataset!r} must have the splits 'train' and 'validation' or 'test', "
             f"got {sorted(loaded)}"
         )
-    train, test = loaded["train"], loaded[tested]
-    columns = find_columns(dataset, train)
-    labels = [r[columns[1]] for r in train.select_columns(columns[1]).take(_WATCHED_LABELS)]
+    columns = find_columns(dataset, loaded["train"])
+    decode = loaded["train"].features[columns[0]].decode_example
+    class_names = list(loaded["train"].features[columns[1]].names)
+    wheres = {name: f"split {name!r} of data {dataset!r}" for name in ("train", tested)}
+    train, test = (number_rows(loaded[name], columns) for name in ("train", tested))
+    first = loaded["train"].select_columns(columns[1]).take(_WATCHED_LABELS)
+    labels = [row[columns[1]] for row in first]
+    check_labels(wheres["train"], labels, len(class_names))
     if len(labels) == _WATCHED_LABELS and labels == sorted(labels):
         raise ValueError(
             f"split 'train' of data {dataset!r} must be in no order of its classes to be streamed, "
@@ -132,18 +161,23 @@ def stream_image_splits(
     def prepare(pixels: torch.Tensor) -> torch.Tensor:
         return (resize(pixels, image_size) - centre) / spread
 
-    options: dict[str, Any] = {"num_channels": num_channels}
+    def split(name: str, rows: Any, **training: Any) -> StreamedImages:
+        return StreamedImages(
+            rows,
+            columns,
+            decode,
+            prepare,
+            num_channels=num_channels,
+            num_classes=len(class_names),
+            where=wheres[name],
+            **training,
+        )
+
     return ImageSplits(
-        StreamedImages(
-            *(rest, columns, prepare),
-            name="train",
-            augmentation=augmentation,
-            train=True,
-            **options,
-        ),
-        StreamedImages(train.take(HELD_OUT_IMAGES), columns, prepare, name="validation", **options),
-        StreamedImages(test, columns, prepare, name="test", **options),
-        list(train.features[columns[1]].names),
+        split("train", rest, augmentation=augmentation, train=True),
+        split("train", train.take(HELD_OUT_IMAGES)),
+        split(tested, test),
+        class_names,
     )
 
 
