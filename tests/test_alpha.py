@@ -58,6 +58,21 @@ def test_steps_back_end_at_the_first_alpha():
     assert follow("stall", losses, alpha_max=1.5) == [1, 1.5, 1, 1, 1.5, 1]
 
 
+@pytest.mark.parametrize(
+    ("rule", "losses", "expected"),
+    [
+        ("stall", [4.0, 4.1, 4.2, 4.3, 4.3], [3, 6, 3, 3, 6]),
+        ("restore", [4.0, 4.1, 4.0, 3.9], [3, 6, 8, 8]),
+        ("ramp-from-stall", [4.0, 3.9, 3.8, 3.7], [3, 3, 3, 3]),
+    ],
+)
+def test_rules_begin_at_the_least_alpha_and_step_back_to_it(rule, losses, expected):
+    assert follow(rule, losses, alpha_max=8.0, alpha_min=3.0) == expected
+    kls = [(1, 0.5), (1, 0.1), (1, 0.1)]
+    assert follow("kl-target", [1, 2, 3], parts=kls, alpha_min=3.0) == [3, 3, 3]
+    assert AlphaController(STEPS, rule=rule, alpha_max=2.0, alpha_min=3.0).alpha == 2
+
+
 def test_the_divergence_is_held_where_it_was_at_the_best_loss():
     losses = [5.0, 4.0, 4.1, 4.2, 3.9, 4.0]
     kls = [0.4, 0.2, 0.3, 0.9, 0.5, 0.25]
@@ -179,6 +194,7 @@ def test_a_run_that_had_to_follow_the_ramp_goes_on_so():
         ({"total_steps": 9.0}, TypeError, "total_steps must be an integer, got float"),
         ({"start_step": -1}, ValueError, "start_step must be at least 0, got -1"),
         ({"alpha_max": 0}, ValueError, "alpha_max must be finite and above 0, got 0"),
+        ({"alpha_min": 0}, ValueError, "alpha_min must be finite and above 0, got 0"),
         ({"rule": "best"}, ValueError, "rule must be one of ramp, stall, .*; got 'best'"),
     ],
 )
@@ -193,9 +209,11 @@ def test_negative_steps_are_refused():
 
 
 def test_a_controller_takes_all_of_its_settings_from_a_config():
-    config = RDropConfig(alpha="auto", alpha_rule="stall", alpha_max=3.0, start_step=2)
+    config = RDropConfig(
+        alpha="auto", alpha_rule="stall", alpha_max=3.0, alpha_min=2.0, start_step=2
+    )
     controller = AlphaController.from_config(config, 10)
-    assert [controller.alpha_at(step) for step in (1, 2)] == [0, 1]
+    assert [controller.alpha_at(step) for step in (1, 2)] == [0, 2]
     for _ in range(4):
         controller.update(3, validation_loss=1.0)
     assert controller.alpha == 3

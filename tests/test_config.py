@@ -21,6 +21,7 @@ def test_defaults_are_two_stacked_passes_on_the_baselines_scale():
         "alpha_warmup_ratio": None,
         "alpha_rule": "ramp",
         "alpha_max": 16.0,
+        "alpha_min": 1.0,
         "single_pass_below": None,
         "dropout_rates": None,
         "passes": "stacked",
@@ -49,7 +50,9 @@ def test_json_and_back_is_the_same_config():
 
 
 def test_an_alpha_that_nobody_chose_goes_through_json_too():
-    config = RDropConfig(alpha="auto", alpha_rule="stall", alpha_max=8, single_pass_below=2)
+    config = RDropConfig(
+        alpha="auto", alpha_rule="stall", alpha_max=8, alpha_min=3, single_pass_below=2
+    )
     assert RDropConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     ramp = RDropConfig(alpha=4.0, alpha_schedule="linear", alpha_warmup_ratio=0.5)
     assert RDropConfig.from_dict(json.loads(json.dumps(ramp.to_dict()))) == ramp
@@ -57,20 +60,27 @@ def test_an_alpha_that_nobody_chose_goes_through_json_too():
 
 def test_a_config_that_was_saved_before_there_was_a_rule_loads():
     saved = RDropConfig(alpha=3.0, alpha_schedule="linear", alpha_warmup_steps=9).to_dict()
-    for name in ("alpha_warmup_ratio", "alpha_rule", "alpha_max", "single_pass_below"):
+    names = ("alpha_warmup_ratio", "alpha_rule", "alpha_max", "alpha_min", "single_pass_below")
+    for name in names:
         del saved[name]
     assert RDropConfig.from_dict(saved).to_dict() == {
         **saved,
         "alpha_warmup_ratio": None,
         "alpha_rule": "ramp",
         "alpha_max": 16.0,
+        "alpha_min": 1.0,
         "single_pass_below": None,
     }
 
 
 def test_another_alpha_leaves_what_reads_it_behind():
     auto = RDropConfig(
-        alpha="auto", alpha_rule="gap", alpha_max=8.0, single_pass_below=2.0, fraction=0.5
+        alpha="auto",
+        alpha_rule="gap",
+        alpha_max=8.0,
+        alpha_min=2.0,
+        single_pass_below=2.0,
+        fraction=0.5,
     )
     assert auto.with_alpha(0.0) == RDropConfig(alpha=0.0, fraction=0.5)
 
@@ -154,6 +164,13 @@ def test_a_config_is_frozen_and_hashable():
         ),
         ({"alpha": 2.0, "alpha_max": 8.0}, ValueError, r"alpha_max=8\.0 needs alpha='auto'"),
         ({"alpha": "auto", "alpha_max": 0}, ValueError, "alpha_max must be above 0, got 0"),
+        ({"alpha": "auto", "alpha_min": 0}, ValueError, "alpha_min must be above 0, got 0"),
+        ({"alpha": 2.0, "alpha_min": 3.0}, ValueError, r"alpha_min=3\.0 needs alpha='auto'"),
+        (
+            {"alpha": "auto", "alpha_min": 3.0},
+            ValueError,
+            r"alpha_min=3\.0 needs an alpha_rule that reads the validation loss",
+        ),
         ({"single_pass_below": -1}, ValueError, "single_pass_below must be finite and at least 0"),
         (
             {"alpha": 0.0, "num_passes": 1, "single_pass_below": 0.0},

@@ -14,8 +14,6 @@ from torch import Tensor
 from regdrop.arguments import check_integer
 from regdrop.config import AlphaRule, RDropConfig
 
-# Where the rules that follow the validation loss begin: the paper's usual weight.
-_FIRST_ALPHA = 1.0
 # By how much an evaluation may change alpha.
 _FACTOR = 2.0
 
@@ -56,6 +54,7 @@ class Observation(NamedTuple):
         nll: Mean NLL in training since the evaluation before; None if it is not known.
         kl: Mean divergence in training since then; None if none was measured.
         alpha_max: The most that alpha may be.
+        alpha_min: Where it begins, and the least that it steps back to.
         slope: That of the ramp to `alpha_max` over the whole run.
     """
 
@@ -64,6 +63,7 @@ class Observation(NamedTuple):
     nll: float | None
     kl: float | None
     alpha_max: float
+    alpha_min: float
     slope: float
 
     def is_progress(self, state: AlphaState) -> bool:
@@ -83,7 +83,7 @@ def _stall(state: AlphaState, seen: Observation) -> AlphaState:
     if seen.is_progress(state):
         return replace(state, stalls=0, was_raised=False)
     if state.was_raised and state.previous is not None and seen.loss > state.previous:
-        alpha = max(_FIRST_ALPHA, state.alpha / _FACTOR)
+        alpha = max(seen.alpha_min, state.alpha / _FACTOR)
         return replace(state, alpha=alpha, stalls=0, patience=state.patience + 1, was_raised=False)
     stalls = state.stalls + 1
     if stalls <= state.patience or state.alpha >= seen.alpha_max:
@@ -101,7 +101,7 @@ def _kl_target(state: AlphaState, seen: Observation) -> AlphaState:
     if not state.kl:
         return state
     change = min(_FACTOR, max(1 / _FACTOR, seen.kl / state.kl))
-    return replace(state, alpha=_between(state.alpha * change, _FIRST_ALPHA, seen.alpha_max))
+    return replace(state, alpha=_between(state.alpha * change, seen.alpha_min, seen.alpha_max))
 
 
 def _gap(state: AlphaState, seen: Observation) -> AlphaState:
@@ -124,7 +124,8 @@ def _between(value: float, low: float, high: float) -> float:
     return min(high, max(low, value))
 
 
-# "ramp": linear from 0 to alpha_max over the run. The others act at evaluations, and begin at 1.
+# "ramp": linear from 0 to alpha_max over the run. The others act at evaluations, and begin at
+# alpha_min.
 RULES: Mapping[AlphaRule, Rule] = {
     "ramp": _ramp,
     "stall": _stall,
@@ -141,12 +142,14 @@ class AlphaController:
     `from_config` builds the one that a config with alpha="auto" stands for.
 
     With "ramp" it needs no validation. The other rules change alpha where a validation loss is
-    given, and stay at 1 without one.
+    given, and stay where they begin without one.
 
     Args:
         total_steps: Optimiser steps of the whole run.
         rule: One of `RULES`.
         alpha_max: The most that alpha may be; the end of the "ramp".
+        alpha_min: Where the other rules begin, and the least that they step back to; not above
+            `alpha_max`.
         start_step: First step with R-Drop, as in `RDropConfig`; alpha is 0 before it, and
             evaluations before it raise nothing.
 
@@ -161,6 +164,7 @@ class AlphaController:
         *,
         rule: AlphaRule = "ramp",
         alpha_max: float = 16.0,
+        alpha_min: float = 1.0,
         start_step: int = 0,
     ) -> None:
         check_integer("total_steps", total_steps)
@@ -169,22 +173,24 @@ class AlphaController:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         if start_step < 0:
             raise ValueError(f"start_step must be at least 0, got {start_step}")
-        if not (math.isfinite(alpha_max) and alpha_max > 0):
-            raise ValueError(f"alpha_max must be finite and above 0, got {alpha_max}")
+        for name, value in (("alpha_max", alpha_max), ("alpha_min", alpha_min)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be finite and above 0, got {value}")
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
-        self.total_steps, self.alpha_max, self.start_step = total_steps, alpha_max, start_step
+        self.total_steps, self.start_step = total_steps, start_step
+        self.alpha_max, self.alpha_min = alpha_max, min(alpha_min, alpha_max)
         self.rule: AlphaRule = rule
         self.should_restore = False
         self._next_step = 0
         self._sums: dict[str, Tensor | float] = {}
-        self._state = AlphaState(min(_FIRST_ALPHA, alpha_max))
+        self._state = AlphaState(self.alpha_min)
         if rule == "ramp":
             self.follow_ramp()
 
     @classmethod
     def from_config(cls, config: RDropConfig, total_steps: int) -> "AlphaController":
-        """Build the controller of a config's `alpha_rule`, `alpha_max` and `start_step`.
+        """Build the controller of a config's rule, its bounds and `start_step`.
 
         Args:
             config: The options, with alpha="auto".
@@ -202,6 +208,7 @@ class AlphaController:
             total_steps,
             rule=config.alpha_rule,
             alpha_max=config.alpha_max,
+            alpha_min=config.alpha_min,
             start_step=config.start_step,
         )
 
@@ -264,6 +271,7 @@ class AlphaController:
             self._mean("nll"),
             self._mean("kl"),
             self.alpha_max,
+            self.alpha_min,
             self._slope,
         )
         before = self._state

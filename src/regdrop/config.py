@@ -15,6 +15,8 @@ Likelihood = Literal["auto", "model"]
 
 # One end for all tasks that were looked at.
 _DEFAULT_ALPHA_MAX = 16.0
+# The paper's usual weight.
+_DEFAULT_ALPHA_MIN = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class RDropConfig:
         alpha_rule: How alpha="auto" rises; see `regdrop.alpha.RULES`. "ramp" needs no validation;
             the others act at evaluations, by the validation loss.
         alpha_max: What alpha="auto" reaches at most; the end of the "ramp".
+        alpha_min: Where the rules that read the validation loss begin, and the least that they step
+            back to; not above `alpha_max`.
         single_pass_below: Steps whose alpha, as scheduled, is below it have one pass; the weight of
             the NLL is that of the other steps. None: no such steps.
         dropout_rates: One dropout rate for each pass, with passes="sequential".
@@ -82,6 +86,7 @@ class RDropConfig:
     alpha_warmup_ratio: float | None = None
     alpha_rule: AlphaRule = "ramp"
     alpha_max: float = _DEFAULT_ALPHA_MAX
+    alpha_min: float = _DEFAULT_ALPHA_MIN
     single_pass_below: float | None = None
     dropout_rates: tuple[float, ...] | None = None
     passes: Literal["stacked", "sequential"] = "stacked"
@@ -127,6 +132,7 @@ class RDropConfig:
             alpha=alpha,
             alpha_rule="ramp",
             alpha_max=_DEFAULT_ALPHA_MAX,
+            alpha_min=_DEFAULT_ALPHA_MIN,
             single_pass_below=None,
         )
 
@@ -136,6 +142,7 @@ class RDropConfig:
                 raise TypeError(f"alpha must be a number, got str {self.alpha!r}; or 'auto'")
             check_range("alpha", self.alpha, low=0)
         check_range("alpha_max", self.alpha_max, low=0)
+        check_range("alpha_min", self.alpha_min, low=0)
         if self.alpha_warmup_ratio is not None:
             check_range("alpha_warmup_ratio", self.alpha_warmup_ratio, low=0, high=1)
             if self.alpha_warmup_ratio == 0:
@@ -262,10 +269,20 @@ class RDropConfig:
                     f"alpha_schedule={self.alpha_schedule!r}; give the ramp's end as alpha_max, or "
                     "as alpha beside alpha_schedule"
                 )
-            if self.alpha_max == 0:
-                raise ValueError("alpha_max must be above 0, got 0")
+            for name in ("alpha_max", "alpha_min"):
+                if getattr(self, name) == 0:
+                    raise ValueError(f"{name} must be above 0, got 0")
+            if self.alpha_rule == "ramp" and self.alpha_min != _DEFAULT_ALPHA_MIN:
+                raise ValueError(
+                    f"alpha_min={self.alpha_min} needs an alpha_rule that reads the validation "
+                    "loss: the 'ramp' begins at 0"
+                )
         else:
-            for name, default in (("alpha_rule", "ramp"), ("alpha_max", _DEFAULT_ALPHA_MAX)):
+            for name, default in (
+                ("alpha_rule", "ramp"),
+                ("alpha_max", _DEFAULT_ALPHA_MAX),
+                ("alpha_min", _DEFAULT_ALPHA_MIN),
+            ):
                 if getattr(self, name) != default:
                     raise ValueError(
                         f"{name}={getattr(self, name)!r} needs alpha='auto', got alpha={self.alpha}"

@@ -26,6 +26,7 @@ VARIED = (
     "alpha",
     "alpha_rule",
     "alpha_max",
+    "alpha_min",
     "single_pass_below",
     "every_n_steps",
     "start_step",
@@ -76,6 +77,8 @@ def test_schedules_of_alpha_are_constants_ramps_rules_and_cheaper_ramps():
     for name in rules:
         assert arms[f"{name}-8"].alpha_rule == name
         assert arms[f"{name}-8"].alpha_max == 8
+    for name in ("stall", "ramp-from-stall"):
+        assert arms[f"{name}-16-from-3"] == replace(arms[f"{name}-16"], alpha_min=3)
     assert settings(study_arms("alpha-schedules", DIGITS, [3]), "alpha")[1] == (3,)
     ramp = arms["ramp-16"]
     assert (ramp.alpha, ramp.alpha_rule, ramp.alpha_max) == ("auto", "ramp", 16)

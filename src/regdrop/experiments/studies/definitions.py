@@ -15,6 +15,7 @@ from regdrop.tasks.common.accepted import check_choice
 
 # The settings of every rule for alpha: the end of a ramp, the most that another may give.
 _ALPHA_ENDS = (8.0, 16.0, 32.0)
+_ALPHA_STARTS = (3.0, 6.0)
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,18 @@ def _alpha_schedules(task: Task, grid: Sequence[float]) -> list[Arm]:
             )
             for end in _ALPHA_ENDS
         ]
+    arms += [
+        _arm(
+            plain,
+            f"{rule}-16-from-{start:g}",
+            f"R-Drop, alpha by the rule {rule}, from {start:g} to at most 16",
+            alpha="auto",
+            alpha_rule=rule,
+            alpha_min=start,
+        )
+        for rule in ("stall", "ramp-from-stall")
+        for start in _ALPHA_STARTS
+    ]
     half = round(task.training.max_steps / 2)
     cheaper: list[tuple[str, str, dict[str, Any]]] = [
         ("below-8", "one pass below 8", {"single_pass_below": 8.0}),
