@@ -1,6 +1,7 @@
 """What each study asks, drawn: metrics against what is varied, a heat map, metrics against cost."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,19 @@ import numpy as np
 from regdrop.experiments.recording.record import RunRecord
 from regdrop.experiments.reporting.plots import COLOURS, draw_curves, new_figure, save_figure
 from regdrop.experiments.reporting.tables import Row, build_rows
+from regdrop.experiments.statistics import Estimate
 from regdrop.tasks import Metric
 
 Drawer = Callable[[Sequence[RunRecord], Mapping[str, Metric], Path], list[tuple[Path, str]]]
+# The titles of the lines that a run is a point of.
+Series = Callable[[RunRecord], Sequence[str]]
 MARKERS = "osD^vP*X<>hd"
 
 
 def draw_study(
     study: str, records: Sequence[RunRecord], metrics: Mapping[str, Metric], folder: Path
 ) -> list[tuple[Path, str]]:
-    """Draw the figure of a study and return its file and title; nothing for one without."""
+    """Draw the plot of a study and return its file and title; nothing for one without."""
     drawer = DRAWERS.get(study)
     return [] if drawer is None else drawer(records, metrics, folder)
 
@@ -39,61 +43,62 @@ def pareto_front(points: Sequence[tuple[float, float]], greater_is_better: bool)
     return front
 
 
-def _draw_lines(setting: str, label: str, series: Callable[[RunRecord], Sequence[str]]) -> Drawer:
-    """Return a drawer of test metrics against one setting of R-Drop.
+def _draw_lines(
+    setting: str,
+    label: str,
+    series: Series,
+    records: Sequence[RunRecord],
+    metrics: Mapping[str, Metric],
+    folder: Path,
+) -> list[tuple[Path, str]]:
+    """Draw the test metrics against one setting of R-Drop.
 
     A run is a point of the lines that `series` names; of none, it is a level over all of them.
     """
+    rows = {row.arm: row for row in build_rows(records)}
+    x_of = {record.arm: float(record.config["rdrop"][setting]) for record in records}
+    places = {x: i for i, x in enumerate(sorted(set(x_of.values())))}
+    titles_of = {record.arm: series(record) for record in records}
+    lines = _lines_of(rows, titles_of)
+    figure, panels = new_figure(len(metrics))
+    for (name, metric), panel in zip(metrics.items(), panels, strict=False):
+        values = {arm: _in_units(row.cells[name].value, metric) for arm, row in rows.items()}
+        for arm in (arm for arm in rows if not titles_of[arm]):
+            panel.axhline(values[arm][0], color=COLOURS[0], linestyle="--", label=arm)
+        for colour, (title, arms) in zip(COLOURS[2:], lines.items(), strict=False):
+            arms = sorted(arms, key=lambda arm: x_of[arm])
+            x = [places[x_of[arm]] for arm in arms]
+            means, errors = zip(*(values[arm] for arm in arms), strict=True)
+            panel.errorbar(x, means, errors, color=colour, marker="o", capsize=3, label=title)
+        panel.set_xticks(list(places.values()), [f"{x:g}" for x in places])
+        panel.set_xlabel(label)
+        panel.set_title(f"test {metric.title}")
+        panel.grid(alpha=0.3)
+    path = save_figure(figure, folder / f"{setting}.png")
+    return [(path, f"Test metrics by {label}: mean over seeds and 95 % interval")]
 
-    def draw(
-        records: Sequence[RunRecord], metrics: Mapping[str, Metric], folder: Path
-    ) -> list[tuple[Path, str]]:
-        rows = {row.arm: row for row in build_rows(records)}
-        one_of = {record.arm: record for record in records}
-        x_of = {arm: float(record.config["rdrop"][setting]) for arm, record in one_of.items()}
-        places = {x: i for i, x in enumerate(sorted(set(x_of.values())))}
-        lines: dict[str, list[str]] = {}
-        for arm in rows:
-            for title in series(one_of[arm]):
-                lines.setdefault(title, []).append(arm)
-        # A line that shares all of its points with a longer one shows nothing of its own.
-        lines = {
-            title: arms
-            for title, arms in lines.items()
-            if not any(set(arms) < set(others) for others in lines.values())
-        }
-        levels = [arm for arm in rows if not series(one_of[arm])]
-        figure, panels = new_figure(len(metrics))
-        for (name, metric), panel in zip(metrics.items(), panels, strict=False):
-            factor = 100 if metric.percent else 1
-            for arm in levels:
-                level = rows[arm].cells[name].value.mean * factor
-                panel.axhline(level, color=COLOURS[0], linestyle="--", label=arm)
-            for colour, (title, arms) in zip(COLOURS[2:], lines.items(), strict=False):
-                arms = sorted(arms, key=lambda arm: x_of[arm])
-                cells = [rows[arm].cells[name].value for arm in arms]
-                error = [c.half_width if np.isfinite(c.half_width) else 0.0 for c in cells]
-                panel.errorbar(
-                    [places[x_of[arm]] for arm in arms],
-                    [cell.mean * factor for cell in cells],
-                    [half * factor for half in error],
-                    color=colour,
-                    marker="o",
-                    capsize=3,
-                    label=title,
-                )
-            panel.set_xticks(list(places.values()), [f"{x:g}" for x in places])
-            panel.set_xlabel(label)
-            panel.set_title(f"test {metric.title}")
-            panel.grid(alpha=0.3)
-        return [
-            (
-                save_figure(figure, folder / f"{setting}.png"),
-                f"Test metrics by {label}: mean over seeds and 95 % interval",
-            )
-        ]
 
-    return draw
+def _lines_of(arms: Iterable[str], titles_of: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return the arms of each line, but for lines that share all of their points with a longer one.
+
+    Those show nothing of their own.
+    """
+    lines: dict[str, list[str]] = {}
+    for arm in arms:
+        for title in titles_of[arm]:
+            lines.setdefault(title, []).append(arm)
+    return {
+        title: points
+        for title, points in lines.items()
+        if not any(set(points) < set(others) for others in lines.values())
+    }
+
+
+def _in_units(value: Estimate, metric: Metric) -> tuple[float, float]:
+    """Return a mean and half its interval as the metric is shown; 0 for an unknown interval."""
+    factor = 100 if metric.percent else 1
+    half = value.half_width if np.isfinite(value.half_width) else 0.0
+    return value.mean * factor, half * factor
 
 
 def _draw_rates(
@@ -227,10 +232,12 @@ def _one_series(record: RunRecord) -> Sequence[str]:
 
 
 DRAWERS: dict[str, Drawer] = {
-    "alpha": _draw_lines("alpha", "alpha", _one_series),
+    "alpha": partial(_draw_lines, "alpha", "alpha", _one_series),
     "alpha-schedules": _draw_alpha_schedules,
-    "every-n-steps": _draw_lines("every_n_steps", "k, steps for one with R-Drop", _every_n_series),
-    "num-passes": _draw_lines("num_passes", "number of passes", _one_series),
+    "every-n-steps": partial(
+        _draw_lines, "every_n_steps", "k, steps for one with R-Drop", _every_n_series
+    ),
+    "num-passes": partial(_draw_lines, "num_passes", "number of passes", _one_series),
     "dropout-rates": _draw_rates,
     "cost": _draw_cost,
 }
