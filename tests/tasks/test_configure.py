@@ -26,6 +26,16 @@ def test_a_setting_of_the_command_line_comes_after_its_option():
     assert change_task(DIGITS, alpha=2.0, settings=["rdrop.alpha=3"]).rdrop.alpha == 3
 
 
+def test_a_checkpoint_takes_the_place_of_the_presets_own_model_and_a_line_says_so(caplog):
+    changed = change_task(DIGITS, model="folder/of/a/checkpoint")
+    assert (changed.model, changed.model_config) == ("folder/of/a/checkpoint", {})
+    says = "--model folder/of/a/checkpoint takes the place of the preset's model_config"
+    assert [record.getMessage() for record in caplog.records] == [says]
+    caplog.clear()
+    change_task(PRESETS["minilm-cola"], model="folder/of/a/checkpoint")
+    assert not caplog.records
+
+
 def test_an_alpha_that_nobody_chose_is_chosen_by_name():
     rdrop = change_task(DIGITS, alpha="auto", settings=["rdrop.alpha_rule=stall"]).rdrop
     assert (rdrop.alpha, rdrop.alpha_rule) == ("auto", "stall")

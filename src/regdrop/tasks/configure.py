@@ -9,6 +9,7 @@ from regdrop.config import RDropConfig
 from regdrop.tasks import DEFAULT_PRESETS, FAMILIES, PRESETS, Task, TrainingSettings
 from regdrop.tasks.common.accepted import check_choice, nearest
 from regdrop.tasks.common.folders import DIGITS_NAME
+from regdrop.tasks.common.notices import say_once
 
 
 def find_task(name: str, preset: str | None = None) -> Task:
@@ -64,7 +65,9 @@ def change_task(
         ("training.max_steps", steps),
     ]
     changes = [(name, value) for name, value in changes if value is not None]
-    if model is not None and "model_config" in task.__dataclass_fields__:
+    takes_checkpoints = "model" in task.__dataclass_fields__
+    if model is not None and takes_checkpoints and getattr(task, "model_config", None):
+        say_once(f"--model {model} takes the place of the preset's model_config")
         changes.append(("model_config", {}))
     for setting in settings:
         name, separator, text = setting.partition("=")

@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -107,7 +108,7 @@ def test_bad_data_and_models_are_named_before_work_is_lost(tmp_path):
     bart = str(write_encoder_decoder(tmp_path / "bart"))
     for changed, message in (
         (replace(good, target="title"), r"it lacks \['title'\]"),
-        (replace(good, dataset=str(tmp_path / "empty")), "must hold a text or a list of them"),
+        (replace(good, dataset=str(tmp_path / "empty")), "must hold a text or a list of at least"),
         (replace(good, model=encoder, model_config={}), "must be an encoder-decoder, got a"),
         (replace(good, model=encoder), "model_config must have a model_type where there is no"),
         (replace(good, model_config={}), "model_config must have a model_type where there is no"),
@@ -116,3 +117,39 @@ def test_bad_data_and_models_are_named_before_work_is_lost(tmp_path):
         with pytest.raises(ValueError, match=message):
             run_arm(changed, arm, 0, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("a", 3),
+        ("a", None),
+        (["a"], []),
+        (["a"], None),
+        (["a"], [None]),
+        (["a"], ["a", 3]),
+        (["a"], {"b": "a"}),
+    ],
+)
+def test_a_reference_that_is_no_text_is_named_by_data_split_and_row(tmp_path, split, right, wrong):
+    for name in ("train", "test"):
+        rows = [{"text": "a b", "summary": right} for _ in range(20)]
+        if name == split:
+            rows[7]["summary"] = wrong
+        write_rows(tmp_path / "data" / f"{name}.jsonl", rows)
+    task = tiny_summarisation(tmp_path / "other", dataset=str(tmp_path / "data"))
+    where = f"column 'summary' of split '{split}' of data '{task.dataset}' must hold "
+    shown = "null" if right == "a" and wrong is None else re.escape(repr(wrong))
+    with pytest.raises(ValueError, match=rf"{where}.*, got {shown} in row 7$"):
+        task.prepare()
+
+
+@pytest.mark.parametrize("empty", [" ", ["", " "]])
+def test_empty_references_are_said_with_split_and_row(tmp_path, caplog, empty):
+    right = "a b" if isinstance(empty, str) else ["a b"]
+    rows = [{"text": "a b", "summary": empty if i in (2, 5) else right} for i in range(20)]
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    tiny_summarisation(tmp_path / "other", dataset=str(tmp_path / "data")).prepare()
+    assert "column 'summary' of split 'train'" in caplog.text
+    assert "is empty in 2 rows, the first of them row 2" in caplog.text

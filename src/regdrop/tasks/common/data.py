@@ -5,7 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from regdrop.tasks.common.folders import check_files, data_digests, find_folder, plain_path
+from regdrop.tasks.common.folders import (
+    check_files,
+    data_digests,
+    find_folder,
+    holds_files_alone,
+    plain_path,
+)
 
 # The part of a training split held out where a set has no split of its own to select on, and the
 # seed by which it is drawn: the same for every seed of a training.
@@ -56,9 +62,9 @@ def open_splits(
     try:
         if folder is not None:
             check_files(dataset, folder)
-            files = {
+            files: dict[str, Any] = {
                 path.stem: path.name
-                for path in folder.iterdir()
+                for path in sorted(folder.iterdir())
                 if path.is_file() and path.stem in split_names
             }
             if not streaming:
@@ -66,12 +72,16 @@ def open_splits(
                 content = hashlib.sha256(repr(data_digests(dataset)).encode()).hexdigest()[:16]
                 options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE, content))
             path = str(plain_path(folder))
+            if not files and holds_files_alone(folder):
+                found = datasets.load_dataset_builder(path).config.data_files
+                files = {str(name): list(own) for name, own in found.items()}
             if not files:
                 return dict(datasets.load_dataset(path, **options))
-            # Each by itself: read together, all are made what the first one is, lists to text.
+            # Each by itself: read together, all are made what the first one is, numbers and lists
+            # to text.
             return {
                 name: datasets.load_dataset(path, data_files={name: file}, split=name, **options)
-                for name, file in sorted(files.items())
+                for name, file in files.items()
             }
         return dict(datasets.load_dataset(dataset, config_name, **options))
     except (DatasetNotFoundError, ConnectionError, OSError) as error:

@@ -72,6 +72,12 @@ def check_files(dataset: str, folder: Path) -> None:
         raise ValueError(f"data {dataset!r} must have files of one kind, got {kinds}")
 
 
+def holds_files_alone(folder: Path) -> bool:
+    """Return whether a folder holds data files alone: no folders, and nothing that describes it."""
+    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return all(path.is_file() and path.suffix.lower() in _SUFFIXES for path in entries)
+
+
 def plain_path(folder: Path) -> Path:
     """Return a path of a folder that is no pattern to `datasets`, such as one with brackets is.
 

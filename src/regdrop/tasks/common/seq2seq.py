@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regdrop.arguments import IGNORE_INDEX
+from regdrop.tasks.common.data import check_texts
+from regdrop.tasks.common.notices import say_once
 
 # The column that tells which example an output is of; the model does not see it.
 EXAMPLE_ID = "example_id"
@@ -60,6 +62,38 @@ def column_values(split: Any, column: str) -> Iterator[Any]:
     """Yield the values of a column, some rows at a time."""
     for start in range(0, len(split), _ROWS):
         yield from split[start : start + _ROWS][column]
+
+
+def check_references(dataset: str, splits: Mapping[str, Any], column: str) -> None:
+    """Check that each row of a column holds a text, or a list of them; say where they are empty.
+
+    Args:
+        dataset: Folder or hub id, for the error.
+        splits: Splits as they were loaded.
+        column: What texts are compared with, and trained to become.
+
+    Raises:
+        ValueError: If one holds anything else, by split, column and row.
+    """
+    from datasets import Value
+
+    for name, split in splits.items():
+        if isinstance(split.features[column], Value):
+            check_texts(dataset, {name: split}, [column])
+        where = f"column {column!r} of split {name!r} of data {dataset!r}"
+        empty = []
+        for row, value in enumerate(column_values(split, column)):
+            texts = [value] if isinstance(value, str) else value
+            is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+            if not (is_list and texts):
+                raise ValueError(
+                    f"{where} must hold a text or a list of at least one, got {value!r} in row "
+                    f"{row}"
+                )
+            if not any(text.strip() for text in texts):
+                empty.append(row)
+        if empty:
+            say_once(f"{where} is empty in {len(empty):,} rows, the first of them row {empty[0]}")
 
 
 def fits_memory(split: Any) -> bool:

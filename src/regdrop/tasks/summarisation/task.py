@@ -38,6 +38,7 @@ from regdrop.tasks.common.pretrained import find_checkpoint, load_config, load_t
 from regdrop.tasks.common.seq2seq import (
     References,
     by_length,
+    check_references,
     checked_texts,
     column_values,
     encode_split,
@@ -192,6 +193,7 @@ class Summarisation(OldNames):
         splits = load_raw_splits(self.dataset, self.dataset_config)
         require_columns(self.dataset, splits, (self.source, self.target))
         check_texts(self.dataset, splits, [self.source])
+        check_references(self.dataset, splits, self.target)
         if "train" in splits:
             if "validation" not in splits:
                 splits["train"], splits["validation"] = hold_out(splits["train"])
@@ -214,14 +216,7 @@ class Summarisation(OldNames):
 
     def _references(self, split: Any) -> list[list[str]]:
         """Return the references of each example, at least one."""
-        column = [[x] if isinstance(x, str) else x for x in split[self.target][:]]
-        for references in column:
-            if not isinstance(references, list) or not references:
-                raise ValueError(
-                    f"column {self.target!r} must hold a text or a list of them, got {references!r}"
-                )
-            texts_of(references)
-        return column
+        return [[x] if isinstance(x, str) else x for x in split[self.target][:]]
 
     def _encode(self, name: str, split: Any, tokenizer: Any, references: References) -> Any:
         if name != "train":

@@ -36,6 +36,7 @@ from regdrop.tasks.common.model_config import (
 from regdrop.tasks.common.seq2seq import (
     References,
     by_length,
+    check_references,
     checked_texts,
     column_values,
     encode_split,
@@ -187,6 +188,7 @@ class Translation(OldNames):
             splits[name] = split
         require_columns(self.dataset, splits, (self.source, self.target))
         check_texts(self.dataset, splits, (self.source, self.target))
+        check_references(self.dataset, splits, self.target)
         splits = {
             name: split.select_columns([self.source, self.target]).rename_columns(
                 {self.source: "source", self.target: "target"}
