@@ -256,6 +256,7 @@ TUNE = ("tune", "digits", "--vary", "rdrop.alpha=1")
         (("doctor", "math:sqrt2"), "cannot be imported"),
         (("doctor", "x", "--rdrop", "alpha"), "--rdrop must be name=value"),
         (("doctor", "x", "--rdrop", "beta=1"), "RDropConfig has no option"),
+        (("doctor", "x", "--rdrop", "alhpa=1"), "did you mean 'alpha'?"),
     ],
 )
 def test_bad_input_is_named(tmp_path, monkeypatch, arguments, message):

@@ -233,6 +233,12 @@ def test_unknown_options_are_named():
         RDropConfig.from_dict({"alpha": 1, "beta": 2})
 
 
+def test_a_misspelt_option_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match=r"no option \['num_pases'\].*; did you mean 'num_passes'"):
+        RDropConfig.from_dict({"num_pases": 2})
+
+
+
 @pytest.mark.parametrize("name", ["rescale", "fused_linear"])
 def test_a_number_is_no_boolean(name):
     with pytest.raises(ValueError, match=f"{name} must be one of"):

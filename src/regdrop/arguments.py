@@ -1,6 +1,8 @@
 """Checks of single arguments, and the label that marks no item: shared by all floors."""
 
 import math
+from collections.abc import Iterable
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any
 
@@ -34,3 +36,9 @@ def check_integer(name: str, value: Any, *, low: int | None = None, or_none: boo
         raise TypeError(f"{name} must be an integer{none}, got {type(value).__name__}")
     if low is not None and value < low:
         raise ValueError(f"{name} must be {of_none}at least {low}, got {value}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a question after the known name that a misspelt one is like; empty if none is."""
+    found = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""

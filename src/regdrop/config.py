@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from typing import Any, Literal, get_args
 
-from regdrop.arguments import IGNORE_INDEX, check_integer, check_range
+from regdrop.arguments import IGNORE_INDEX, check_integer, check_range, nearest
 from regdrop.kernels import Implementation
 
 AlphaSchedule = Literal["constant", "linear", "cosine"]
@@ -115,7 +115,10 @@ class RDropConfig:
         """Build the config from a mapping of its fields, as `to_dict` writes it."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(options) - known):
-            raise ValueError(f"RDropConfig has no option {unknown}; it has {sorted(known)}")
+            raise ValueError(
+                f"RDropConfig has no option {unknown}; it has {sorted(known)}"
+                f"{nearest(unknown[0], known)}"
+            )
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:

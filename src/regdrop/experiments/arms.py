@@ -5,9 +5,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from regdrop.arguments import nearest
 from regdrop.config import RDropConfig
 from regdrop.tasks import Task, TrainingSettings
-from regdrop.tasks.common.accepted import nearest
 
 BASELINE = "baseline"
 TWO_PASSES = "alpha-0"

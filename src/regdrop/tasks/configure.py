@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal
 
+from regdrop.arguments import nearest
 from regdrop.config import RDropConfig
 from regdrop.tasks import DEFAULT_PRESETS, FAMILIES, PRESETS, Task, TrainingSettings
-from regdrop.tasks.common.accepted import check_choice, nearest
+from regdrop.tasks.common.accepted import check_choice
 from regdrop.tasks.common.folders import DIGITS_NAME
 from regdrop.tasks.common.notices import say_once
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from regdrop.arguments import nearest
 from regdrop.tasks import TrainingSettings
-from regdrop.tasks.common.accepted import check_choice, nearest
+from regdrop.tasks.common.accepted import check_choice
 
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 # Parts of what was before, which torch takes at any size; "alpha" is RMSprop's.

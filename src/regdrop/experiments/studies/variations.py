@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from regdrop.arguments import nearest
 from regdrop.experiments.arms import Arm
-from regdrop.tasks.common.accepted import nearest
 from regdrop.tasks.configure import parse_value
 
 Setting = float | int | str

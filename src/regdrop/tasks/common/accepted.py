@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
+
+from regdrop.arguments import nearest
 
 # Strict: 1 is no true, "1" no number, and nan and infinity are none either.
 _CONFIG = ConfigDict(strict=True, allow_inf_nan=False)
@@ -78,12 +79,6 @@ def check_parts(settings: Any, parts: Iterable[tuple[str, Any]]) -> None:
         if not isinstance(value, kind):
             first = fields(kind)[0].name
             raise ValueError(f"{name} has parts, such as {name}.{first}, and cannot be {value!r}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a question after the known name that a misspelt one is like; empty if none is."""
-    found = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def check_choice(what: str, name: str, known: Iterable[str]) -> None:

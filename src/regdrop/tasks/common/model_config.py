@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from regdrop.tasks.common.accepted import nearest
+from regdrop.arguments import nearest
 
 # What follows from the vocabulary, by which a task sets it.
 OF_VOCABULARY = dict.fromkeys(
