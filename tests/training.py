@@ -1,7 +1,7 @@
 """Runs of the Trainer that the tests of its integration share, and models of no known class."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,18 +71,50 @@ def logged(trainer, name):
 
 
 def parameters(trainer):
-    """Return copies of the parameters of a trainer's model, on the CPU."""
-    return [p.detach().cpu().clone() for p in trainer.model.parameters()]
+    """Return copies of the whole parameters of a trainer's model, on the CPU."""
+    whole = (
+        p.full_tensor() if hasattr(p, "full_tensor") else p for p in trainer.model.parameters()
+    )
+    return [p.detach().cpu().clone() for p in whole]
 
 
-def assert_same_run(a, b, names=("loss",), *, rtol=1e-5, atol=1e-6, log_rtol=None):
-    """Assert that two trainers logged the same under some names and left the same parameters."""
-    for name in names:
-        ours, theirs = (torch.tensor(logged(trainer, name)) for trainer in (a, b))
+class Outcome(NamedTuple):
+    """What a run logged, name by name, and the parameters that it left; processes can send it."""
+
+    logs: dict[str, list[float]]
+    parameters: list[Tensor]
+
+
+def outcome(trainer, names=("loss",)):
+    """Return what a trainer logged under some names, and its parameters."""
+    return Outcome({name: logged(trainer, name) for name in names}, parameters(trainer))
+
+
+def assert_same_outcome(a, b, *, rtol=1e-5, atol=1e-6, log_rtol=None, least_kl=None):
+    """Assert that two runs logged and learned the same, and that their passes differed."""
+    assert a.logs.keys() == b.logs.keys()
+    for name in a.logs:
+        ours, theirs = torch.tensor(a.logs[name]), torch.tensor(b.logs[name])
         assert len(ours) == len(theirs) > 0
         torch.testing.assert_close(ours, theirs, rtol=log_rtol or rtol, atol=atol)
-    for x, y in zip(parameters(a), parameters(b), strict=True):
+    for x, y in zip(a.parameters, b.parameters, strict=True):
         torch.testing.assert_close(x, y, rtol=rtol, atol=atol)
+    if least_kl is not None:
+        assert min(a.logs["kl"]) > least_kl
+
+
+def assert_same_run(a, b, names=("loss",), **tolerances):
+    """Assert that two trainers logged the same under some names and left the same parameters."""
+    assert_same_outcome(outcome(a, names), outcome(b, names), **tolerances)
+
+
+# What a run with R-Drop logs of its loss.
+PARTS = ("loss", "nll", "kl", "grad_norm")
+
+
+def assert_same_rdrop_run(a, b, **tolerances):
+    """Assert the same of every part of the loss with R-Drop, and that its passes differed."""
+    assert_same_run(a, b, PARTS, **{"log_rtol": 1e-4, "least_kl": 0.0, **tolerances})
 
 
 def record_scores(model, name="scores"):

@@ -32,16 +32,7 @@ def build(folder, name, rdrop=None, **options):
 def result(trainer):
     """Train, and return the logged parts of every step and the whole parameters."""
     trainer.train()
-    logs = [
-        [entry[part] for part in ("loss", "nll", "kl")]
-        for entry in trainer.state.log_history
-        if "kl" in entry
-    ]
-    whole = [
-        (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-        for p in trainer.model.parameters()
-    ]
-    return logs, whole
+    return training.outcome(trainer, ("loss", "nll", "kl"))
 
 
 def _worker(rank, port, folder, run, args):
@@ -76,10 +67,5 @@ def in_one_process(folder, name, rdrop=None):
 
 def assert_same(found, expected, tolerance=1e-5):
     """Assert that two runs logged and learned the same."""
-    assert len(found[0]) == len(expected[0]) == 3
-    assert all(kl > 1e-3 for *_, kl in expected[0])
-    torch.testing.assert_close(
-        torch.tensor(found[0]), torch.tensor(expected[0]), rtol=tolerance, atol=tolerance
-    )
-    for ours, theirs in zip(found[1], expected[1], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert len(expected.logs["kl"]) == 3
+    training.assert_same_outcome(found, expected, rtol=tolerance, atol=tolerance, least_kl=1e-3)

@@ -75,7 +75,7 @@ def cross_entropy_by_classes(
     return linear_cross_entropy_loss(hidden, target, alpha=alpha, reduction=reduction, **options)
 
 
-def assert_same(loss, tensors, target, upstream=0.37, *, tolerance=None, **options):
+def assert_same_as_explicit(loss, tensors, target, upstream=0.37, *, tolerance=None, **options):
     hidden, weight, bias = tensors
     used = [x for x in tensors if x is not None and x.requires_grad]
     results = []
@@ -108,7 +108,7 @@ def test_equals_the_loss_of_explicit_logits(impl, num_passes, options):
     target[1] = options.get("ignore_index", -100)
     loss_of = by_classes(6)
     options = {"alpha": 1.7 if num_passes > 1 else 0.0, "num_passes": num_passes, **options}
-    assert_same(loss_of, tensors, target, impl=impl, **options)
+    assert_same_as_explicit(loss_of, tensors, target, impl=impl, **options)
 
 
 @settings(max_examples=60, deadline=None)
@@ -128,14 +128,14 @@ def test_agrees_on_any_shape(num_passes, items, classes, scratch, has_bias, shar
     target[torch.rand(target.shape, generator=generator) < share_ignored] = -100
     options = {"alpha": 1.3 if num_passes > 1 else 0.0, "num_passes": num_passes}
     tensors = hidden, weight, bias if has_bias else None
-    assert_same(by_classes(scratch), tensors, target, **options)
+    assert_same_as_explicit(by_classes(scratch), tensors, target, **options)
 
 
 def test_items_without_a_label_count_in_the_divergence_alone():
     tensors, target = make()
     target[0], target[3] = -1, -100
     loss_of = by_classes(4)
-    assert_same(loss_of, tensors, target, alpha=1.0, unlabelled_index=-1)
+    assert_same_as_explicit(loss_of, tensors, target, alpha=1.0, unlabelled_index=-1)
 
 
 @pytest.mark.parametrize("impl", ["chunked", TRITON])
@@ -197,7 +197,7 @@ def test_what_is_frozen_gets_no_gradient(frozen):
     tensors, target = make()
     tensors[frozen] = tensors[frozen].detach()
     loss_of = by_classes(3)
-    assert_same(loss_of, tensors, target, alpha=1.0)
+    assert_same_as_explicit(loss_of, tensors, target, alpha=1.0)
 
 
 # --- half precision --------------------------------------------------------------------------
@@ -352,7 +352,9 @@ def test_ignored_items_that_are_kept_have_no_gradient(reduction, monkeypatch):
     tensors, target = make()
     target[1] = target[3] = -100
     loss_of = by_classes(4)
-    assert_same(loss_of, tensors, target, alpha=1.3, label_smoothing=0.1, reduction=reduction)
+    assert_same_as_explicit(
+        loss_of, tensors, target, alpha=1.3, label_smoothing=0.1, reduction=reduction
+    )
     found = loss_of(*tensors[:2], target, alpha=1.3, reduction=reduction).loss
     (gradient,) = torch.autograd.grad(found.sum(), tensors[0])
     assert (gradient.view(2, 5, -1)[:, [1, 3]] == 0).all()
@@ -363,4 +365,6 @@ def test_classes_of_no_weight_take_no_part_in_the_smoothing():
     weight = WEIGHTS.clone()
     weight[[0, 7, 28]] = 0
     loss_of = by_classes(4)
-    assert_same(loss_of, tensors, target, alpha=1.3, class_weight=weight, label_smoothing=0.2)
+    assert_same_as_explicit(
+        loss_of, tensors, target, alpha=1.3, class_weight=weight, label_smoothing=0.2
+    )

@@ -60,7 +60,7 @@ def both(tensors, target, *, chunk_size=None, impl="auto", upstream=0.37, **opti
     return results
 
 
-def assert_same(results, **tolerance):
+def assert_same_result(results, **tolerance):
     (output, gradients), (expected, expected_gradients) = results
     for name, x, y in zip(output._fields, output, expected, strict=True):
         torch.testing.assert_close(x, y, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
@@ -90,7 +90,7 @@ def test_equals_the_loss_of_explicit_logits(
     }
     tensors = hidden, weight, bias if has_bias else None
     for chunk_size in (None, 1, 3):
-        assert_same(both(tensors, target, chunk_size=chunk_size, **options))
+        assert_same_result(both(tensors, target, chunk_size=chunk_size, **options))
 
 
 @pytest.mark.parametrize("scale", ["sum", "mean"])
@@ -111,7 +111,7 @@ def test_equals_the_loss_of_explicit_logits(
 def test_options_mean_what_they_mean_there(scale, alpha, options):
     tensors, target = make()
     target[target == -100] = options.get("ignore_index", -100)
-    assert_same(both(tensors, target, chunk_size=4, scale=scale, alpha=alpha, **options))
+    assert_same_result(both(tensors, target, chunk_size=4, scale=scale, alpha=alpha, **options))
 
 
 @pytest.mark.parametrize("impl", ["chunked", CPP])
@@ -153,7 +153,7 @@ def test_a_scale_that_is_a_tensor_gets_its_gradient(softcap, has_bias, shape):
     for function in (linear_rdrop_cross_entropy, explicit):
         output = function(hidden, weight, target, **options)
         results.append((output, torch.autograd.grad(output.loss, wanted)))
-    assert_same(results)
+    assert_same_result(results)
 
 
 def test_a_scale_that_is_a_tensor_keeps_half_precision():
@@ -198,7 +198,7 @@ def assert_compares_chunks(made, chunk_size, **options):
     for backward_passes in (None, 1):
         for size in (chunk_size, None):
             options["backward_passes"] = backward_passes
-            assert_same(both(tensors, target, chunk_size=size, **options))
+            assert_same_result(both(tensors, target, chunk_size=size, **options))
 
 
 @settings(max_examples=40, deadline=None)
@@ -219,7 +219,7 @@ def test_agrees_on_any_shape(
     generator = torch.Generator().manual_seed(seed)
     target[torch.rand(target.shape, generator=generator) < share_ignored] = -100
     options = {"alpha": alpha if num_passes > 1 else 0.0, "num_passes": num_passes}
-    assert_same(both(tensors, target, chunk_size=chunk_size, reduction=reduction, **options))
+    assert_same_result(both(tensors, target, chunk_size=chunk_size, reduction=reduction, **options))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

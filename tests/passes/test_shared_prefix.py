@@ -72,7 +72,7 @@ def result(model, run):
     return [outputs.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-def assert_same(found, expected, tolerance=1e-12):
+def assert_all_close(found, expected, tolerance=1e-12):
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -90,12 +90,12 @@ def test_a_loop_of_ones_own_gets_the_same_outputs_and_gradients(num_passes):
 
     expected = result(model, run)
     handle = share_prefix(model, until="features", num_passes=num_passes)
-    assert_same(result(model, run), expected)  # checked, and leaving the random state alone
+    assert_all_close(result(model, run), expected)  # checked, and leaving the random state alone
     rows = note_rows(model.features[0])
-    assert_same(result(model, run), expected)
+    assert_all_close(result(model, run), expected)
     assert rows == [SIZE]
     handle.remove()
-    assert_same(result(model, run), expected)
+    assert_all_close(result(model, run), expected)
     assert rows == [SIZE, num_passes * SIZE]
 
 
@@ -111,7 +111,7 @@ def test_the_loss_of_a_whole_step_and_its_upstream_gradient():
 
     expected = gradients(model)
     with share_prefix(model, "features", num_passes=2):
-        assert_same(gradients(model), expected)
+        assert_all_close(gradients(model), expected)
 
 
 @pytest.mark.parametrize("items", [None, [4, 1], [0, 1, 2, 3, 4, 5]])
@@ -130,7 +130,7 @@ def test_every_way_to_run_passes_gives_the_same(num_passes, strategy, backward_p
 
     expected = result(model, run)
     with share_prefix(model, "features", check_every=1):
-        assert_same(result(model, run), expected)
+        assert_all_close(result(model, run), expected)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_steps_of_a_config_are_the_same_and_those_of_one_pass_untouched(fraction
     expected, model = train(build()), build()
     rows = note_rows(model.features[0])
     share_prefix(model, "features", check_every=None)
-    assert_same(train(model), expected)
+    assert_all_close(train(model), expected)
     checked = 2 * SIZE if fraction == 1 else SIZE + SIZE // 2
     assert rows == [checked, SIZE, SIZE, SIZE, SIZE]
 
@@ -188,7 +188,7 @@ def test_what_runs_before_the_part_runs_stacked_and_gets_its_gradient():
     expected = result(model, run)
     share_prefix(model, "features.1", num_passes=2)
     first = note_rows(model.features[0])
-    assert_same(result(model, run), expected)
+    assert_all_close(result(model, run), expected)
     assert first == [2 * SIZE]
 
 
@@ -201,7 +201,7 @@ def test_a_frozen_part_and_one_without_gradient():
 
     expected = result(model, run)
     share_prefix(model, "features", num_passes=2)
-    assert_same(result(model, run), expected)
+    assert_all_close(result(model, run), expected)
     with torch.no_grad():
         torch.manual_seed(7)
         torch.testing.assert_close(run(model), expected[0])
@@ -274,9 +274,9 @@ def test_inputs_and_outputs_of_every_structure(wrap):
     expected = result(model, run)
     plain = model.seen
     share_prefix(model, "part", num_passes=2)
-    assert_same(result(model, run), expected)
+    assert_all_close(result(model, run), expected)
     assert type(model.seen) is type(plain)
-    assert_same([t.detach() for t in leaves(model.seen)], [t.detach() for t in leaves(plain)])
+    assert_all_close([t.detach() for t in leaves(model.seen)], [t.detach() for t in leaves(plain)])
 
 
 def test_items_with_several_rows_each():
@@ -296,7 +296,7 @@ def test_items_with_several_rows_each():
 
         expected = result(model, run)
         with share_prefix(model, "part"):
-            assert_same(result(model, run), expected)
+            assert_all_close(result(model, run), expected)
 
 
 # --- where it does not act -------------------------------------------------------------------
@@ -355,7 +355,7 @@ def test_a_hook_that_changes_the_output_is_no_difference():
     expected = result(model, lambda model: model(repeat_batch(x)))
     share_prefix(model, "features", num_passes=2)
     model.features.register_forward_hook(lambda module, args, output: output + 0)
-    assert_same(result(model, lambda model: model(repeat_batch(x))), expected)
+    assert_all_close(result(model, lambda model: model(repeat_batch(x))), expected)
 
 
 def test_copies_and_pickles_of_the_model_share_too():
@@ -363,7 +363,7 @@ def test_copies_and_pickles_of_the_model_share_too():
     share_prefix(model, "features", num_passes=2)
     expected = result(model, lambda model: model(repeat_batch(x)))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert_same(result(other, lambda model: model(repeat_batch(x))), expected)
+        assert_all_close(result(other, lambda model: model(repeat_batch(x))), expected)
         rows = note_rows(other.features[0])
         model.eval()  # the mode that decides is the copy's
         other(repeat_batch(x))
@@ -648,11 +648,11 @@ def test_a_compiled_model_shares_and_stays_right():
     share_prefix(model, "features")
     compiled = torch.compile(model, backend="aot_eager")
     for _ in range(2):
-        assert_same(
+        assert_all_close(
             result(model, lambda model: run_passes(compiled, x, num_passes=2))[1:], expected[1:]
         )
     compiled.eval()
-    assert_same([compiled(x)], [model.head(model.features(x))])
+    assert_all_close([compiled(x)], [model.head(model.features(x))])
 
 
 # --- several processes -----------------------------------------------------------------------
@@ -683,4 +683,4 @@ def test_two_processes_get_the_gradients_of_the_plain_run(tmp_path):
             port = free.getsockname()[1]
         torch.multiprocessing.spawn(gradients_of_rank, (port, tmp_path, shares), nprocs=2)
     found, expected = (torch.load(tmp_path / f"{shares}.pt") for shares in (True, False))
-    assert_same(found, expected)
+    assert_all_close(found, expected)

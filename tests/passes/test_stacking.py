@@ -121,7 +121,7 @@ def tensors(value):
     return [node for node in nodes(value) if isinstance(node, torch.Tensor)]
 
 
-def assert_same(a, b):
+def assert_same_structure(a, b):
     for x, y in zip(nodes(a), nodes(b), strict=True):
         assert type(x) is type(y)
         if isinstance(x, torch.Tensor):
@@ -166,7 +166,7 @@ def test_callers_batch_is_untouched(batch, function):
     function(batch)
     assert all(a is b for a, b in zip(nodes(batch), before, strict=True))
     for now, then in zip(map(children, nodes(batch)), contents, strict=True):
-        assert_same(now, then)
+        assert_same_structure(now, then)
 
 
 @pytest.mark.parametrize("num_passes", [1, 2])
@@ -482,13 +482,13 @@ def test_documents_of_all_passes_follow_each_other(num_passes):
     assert stacked["seq_idx"].dtype == torch.int32
     rows = [[n + 3 * i for n in (0, 0, 0, 1, 1, 2, 2, 2, 2)] for i in range(num_passes)]
     assert stacked["seq_idx"].tolist() == rows
-    assert_same(take_items(batch, torch.zeros(num_passes, dtype=torch.long)), stacked)
+    assert_same_structure(take_items(batch, torch.zeros(num_passes, dtype=torch.long)), stacked)
 
 
 def test_stacked_rows_are_stacked_again():
     twice = repeat_batch(repeat_batch(packed_row(seq_idx=None)))
-    assert_same(twice, repeat_batch(packed_row(seq_idx=None), 4))
-    assert_same(take_items(twice, torch.arange(4)), twice)
+    assert_same_structure(twice, repeat_batch(packed_row(seq_idx=None), 4))
+    assert_same_structure(take_items(twice, torch.arange(4)), twice)
 
 
 def test_a_part_of_packed_rows_cannot_be_taken():
@@ -508,8 +508,8 @@ def test_documents_that_positions_alone_tell_apart_are_refused(attention):
         repeat_batch(({"inner": hidden},), batch_size=1)
     with pytest.raises(ValueError, match="attend to each other"):
         take_items(hidden, torch.tensor([0, 0]))
-    assert_same(repeat_batch(hidden, 1), hidden)
-    assert_same(take_items(hidden, torch.tensor([0])), hidden)
+    assert_same_structure(repeat_batch(hidden, 1), hidden)
+    assert_same_structure(take_items(hidden, torch.tensor([0])), hidden)
 
 
 def test_documents_of_one_token_are_seen_too():
@@ -582,7 +582,7 @@ def test_repeating_is_taking_every_item_again_and_again(drawn, num_passes, is_si
     index = torch.arange(size).repeat(num_passes)
     repeated = repeat_batch(batch, num_passes, **options)
     assert repeated["input_ids"].shape == (num_passes * size, 2)
-    assert_same(take_items(batch, index, **options), repeated)
+    assert_same_structure(take_items(batch, index, **options), repeated)
 
 
 def test_first_items_are_views_and_the_rest_passes_through():

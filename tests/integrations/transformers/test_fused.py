@@ -19,7 +19,7 @@ from regdrop.integrations.transformers import RDropTrainer, find_head, fusing
 from regdrop.integrations.transformers.fused import find_fused_head
 from regdrop.integrations.transformers.verify import check_fused_head
 from regdrop.loss import cross_entropy_terms
-from training import arguments
+from training import PARTS, arguments, assert_same_outcome, outcome
 
 WORDS = 90
 LLAMA = {
@@ -130,25 +130,20 @@ def run(folder, name, rdrop, model=None, **options):
     seen = seen_logits(model)
     trainer = trainer_for(folder, name, rdrop, model, **options)
     trainer.train()
-    parts = ("loss", "nll", "kl", "grad_norm")
-    logs = [{k: v for k, v in x.items() if k in parts} for x in trainer.state.log_history]
-    return [p.detach().clone() for p in trainer.model.parameters()], logs, seen
+    return outcome(trainer, PARTS), seen
 
 
 def assert_same(a, b, tolerance=1e-5):
-    (parameters, logs, _), (other_parameters, other_logs, _) = a, b
-    assert len(logs) == len(other_logs) > 1
-    for x, y in zip(logs, other_logs, strict=True):
-        assert x == pytest.approx(y, rel=10 * tolerance)
-    for x, y in zip(parameters, other_parameters, strict=True):
-        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance / 10)
+    (ours, _), (theirs, _) = a, b
+    tolerances = {"rtol": tolerance, "atol": tolerance / 10, "log_rtol": 10 * tolerance}
+    assert_same_outcome(ours, theirs, **tolerances)
 
 
 def run_both(folder, name, rdrop, **options):
     fused = run(folder, name, replace(rdrop, fused_linear=True), **options)
     unfused = run(folder, name, replace(rdrop, fused_linear=False), **options)
-    assert set(fused[2]) == {1}
-    assert set(unfused[2]) == {5 if name in PAIRS else 7}
+    assert set(fused[1]) == {1}
+    assert set(unfused[1]) == {5 if name in PAIRS else 7}
     return fused, unfused
 
 
@@ -156,7 +151,7 @@ def run_both(folder, name, rdrop, **options):
 def test_training_is_that_of_explicit_logits(tmp_path, name):
     fused, unfused = run_both(tmp_path, name, RDropConfig(alpha=2.0))
     assert_same(fused, unfused)
-    assert min(entry["kl"] for entry in fused[1] if "kl" in entry) > 1e-5
+    assert min(fused[0].logs["kl"]) > 1e-5
 
 
 @pytest.mark.parametrize(
@@ -200,12 +195,10 @@ def test_lora_on_the_body(tmp_path):
         rdrop = RDropConfig(alpha=2.0, fused_linear=fused)
         trainer = trainer_for(tmp_path, "gpt2", rdrop, model)
         trainer.train()
-        logs = [entry for entry in trainer.state.log_history if "kl" in entry]
-        logs = [{k: entry[k] for k in ("loss", "nll", "kl")} for entry in logs]
-        return list(model.parameters()), logs, seen
+        return outcome(trainer, ("loss", "nll", "kl")), seen
 
     fused, unfused = train(True), train(False)
-    assert (set(fused[2]), set(unfused[2])) == ({1}, {7})
+    assert (set(fused[1]), set(unfused[1])) == ({1}, {7})
     assert_same(fused, unfused)
 
 
@@ -246,7 +239,7 @@ def test_no_tensor_holds_all_logits(tmp_path, fused):
 @pytest.mark.parametrize(("limit", "positions"), [(WORDS, 1), (WORDS + 1, 7)])
 def test_auto_leaves_small_vocabularies_alone(tmp_path, monkeypatch, limit, positions):
     monkeypatch.setattr(fusing, "SMALLEST_FUSED_VOCABULARY", limit)
-    assert set(run(tmp_path, "gpt2", RDropConfig(alpha=2.0))[2]) == {positions}
+    assert set(run(tmp_path, "gpt2", RDropConfig(alpha=2.0))[1]) == {positions}
 
 
 def test_outputs_that_are_asked_for_have_all_logits(tmp_path):
@@ -460,6 +453,6 @@ def test_two_processes_are_one(tmp_path, name, options):
     worker_options = {"per_device_train_batch_size": size, **options}
     torch.multiprocessing.spawn(_worker, (port, tmp_path, name, worker_options), nprocs=2)
     two = torch.load(tmp_path / "result.pt", weights_only=False)
-    assert set(two[2]) == {1}
+    assert set(two[1]) == {1}
     for fused in (True, False):
         assert_same(two, _train_shifted(tmp_path, name, fused))

@@ -19,7 +19,7 @@ from models import (
 )
 from regdrop import RDropConfig
 from regdrop.integrations.transformers import RDropTrainer
-from training import arguments
+from training import arguments, assert_same_outcome, outcome
 
 CASES = {
     "bert": (tiny_bert, text_rows, 3, None, {}),
@@ -35,7 +35,7 @@ SEQUENTIAL = RDropConfig(alpha=3.0, passes="sequential")
 
 
 def train(folder, case, *, size=20, collator=None, config=None, resume=None, **options):
-    """Train for two epochs and return parameters, the log of the KL and the trainer."""
+    """Train for two epochs and return what was logged and learned."""
     build, rows, num_labels, problem_type, changes = CASES[case]
     config = RDropConfig(alpha=3.0, **changes) if config is None else config
     trainer = RDropTrainer(
@@ -48,19 +48,11 @@ def train(folder, case, *, size=20, collator=None, config=None, resume=None, **o
         data_collator=collator,
     )
     trainer.train(resume_from_checkpoint=resume)
-    logs = [entry for entry in trainer.state.log_history if "kl" in entry]
-    return [p.detach().clone() for p in trainer.model.parameters()], logs
+    return outcome(trainer, ("loss", "nll", "kl", "alpha"))
 
 
 def assert_same(a, b):
-    (a_parameters, a_logs), (b_parameters, b_logs) = a, b
-    assert len(a_logs) == len(b_logs) > 0
-    for x, y in zip(a_logs, b_logs, strict=True):
-        assert x["kl"] > 1e-4
-        for name in ("kl", "nll", "loss"):
-            assert x[name] == pytest.approx(y[name], rel=1e-4)
-    for x, y in zip(a_parameters, b_parameters, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+    assert_same_outcome(a, b, rtol=1e-6, atol=1e-6, log_rtol=1e-4, least_kl=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -77,8 +69,8 @@ def test_accumulation_of_small_batches_is_one_large_batch(tmp_path, case, config
 def test_a_dropout_mask_of_another_pass_changes_the_update(tmp_path):
     """The invariances are not vacuous: masks matter to the update they compare."""
     options = {"per_device_train_batch_size": 8}
-    a, _ = train(tmp_path / "a", "bert", **options)
-    b, _ = train(tmp_path / "b", "bert", config=RDropConfig(alpha=0.0), **options)
+    a = train(tmp_path / "a", "bert", **options).parameters
+    b = train(tmp_path / "b", "bert", config=RDropConfig(alpha=0.0), **options).parameters
     assert max((x - y).abs().max() for x, y in zip(a, b, strict=True)) > 1e-3
 
 
@@ -131,13 +123,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, case, config):
         "save_strategy": "steps",
         "save_steps": 4,
     }
-    parameters, logs = train(tmp_path / "a", case, **options)
-    again, resumed_logs = train(
-        tmp_path / "b", case, resume=str(tmp_path / "a" / "checkpoint-4"), **options
-    )
-    for x, y in zip(parameters, again, strict=True):
+    whole = train(tmp_path / "a", case, **options)
+    resumed = train(tmp_path / "b", case, resume=str(tmp_path / "a" / "checkpoint-4"), **options)
+    for x, y in zip(whole.parameters, resumed.parameters, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
-    assert [entry["alpha"] for entry in resumed_logs] == [entry["alpha"] for entry in logs]
+    assert resumed.logs["alpha"] == whole.logs["alpha"]
 
 
 def _worker(rank, port, folder, case, config, options):
