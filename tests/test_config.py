@@ -238,7 +238,6 @@ def test_a_misspelt_option_is_answered_with_the_nearest():
         RDropConfig.from_dict({"num_pases": 2})
 
 
-
 @pytest.mark.parametrize("name", ["rescale", "fused_linear"])
 def test_a_number_is_no_boolean(name):
     with pytest.raises(ValueError, match=f"{name} must be one of"):

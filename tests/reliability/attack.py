@@ -8,17 +8,13 @@ must not be: tracebacks, and wrong things that were taken without a word.
 """
 
 import argparse
-import json
-import math
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from dataclasses import fields, replace
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -29,12 +25,11 @@ import torch
 from commands import COMMAND, Attack, comparable
 from comparisons import Comparison, disturb_a_comparison
 from sklearn.datasets import load_digits
+from wrong_data import give_wrong_images, give_wrong_rows
+from wrong_settings import set_a_wrong_option
 
 from regdrop.experiments.running.integrity import list_checkpoints
 from regdrop.integrations.transformers import RDropTrainer
-from regdrop.tasks import PRESETS
-from regdrop.tasks.configure import change_task
-from text_data import write_encoder, write_glue, write_rows
 
 
 def disturb_a_run(attack: Attack) -> None:
@@ -42,8 +37,9 @@ def disturb_a_run(attack: Attack) -> None:
     folder = attack.folder / f"run-{attack.number}"
     command = [*COMMAND, "--output", str(folder), "--resume"]
     said = []
-    for _ in range(20):
-        processes = [attack.start(command) for _ in range(attack.random.choice((1, 1, 2)))]
+    for turn in range(20):
+        count = 2 if turn == 0 else attack.random.choice((1, 1, 2))
+        processes = [attack.start(command) for _ in range(count)]
         if attack.random.random() < 0.7:
             time.sleep(attack.random.uniform(0.0, 2.5))
             os.kill(attack.random.choice(processes)[0], signal.SIGKILL)
@@ -82,119 +78,28 @@ def damage_newest(attack: Attack, work: Path) -> None:
         path.write_bytes(content[: len(content) // 2] if kind == "cut" else b"")
 
 
-# Wrong for whatever a field may take.
-WRONG = (math.nan, math.inf, -math.inf, [{}], {"a": [1]}, "\x00\x00", [None])
-
-
-def set_a_wrong_option(attack: Attack) -> None:
-    """Set a field of a preset to what it cannot be."""
-    task = PRESETS[attack.random.choice(sorted(PRESETS))]
-    prefix, holder = attack.random.choice(
-        (("", task), ("training.", task.training), ("rdrop.", task.rdrop))
-    )
-    name = prefix + attack.random.choice([field.name for field in fields(holder)])
-    value = attack.random.choice(WRONG)
-    text_fields = ("description", "dataset", "source", "target", "model", "dataset_config")
-    if name in ("model_config", *text_fields, "training.optim_args") and not isinstance(
-        value, (float, list)
-    ):
-        value = [{}]
-    elif name in ("training.optim", "training.lr_scheduler_type"):  # known to transformers alone
-        value = math.nan
-    setting = f"{name}={json.dumps(value)}"
-    try:
-        change_task(task, settings=[setting])
-    except ValueError:
-        attack.note("refused", "")
-    except Exception:
-        attack.note("tracebacks", f"{task.name} {setting}: {traceback.format_exc()[-500:]}")
-    else:
-        attack.note("silent", f"{task.name} {setting}")
-
-
-def give_wrong_data(attack: Attack) -> None:
-    """Put something wrong into a row, or a file, of one split."""
-    folder = attack.folder / f"data-{attack.counts['tried']}"
-    write_glue(folder / "data", "cola")
-    split = attack.random.choice(("train", "validation"))
-    path = folder / "data" / f"{split}.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    row = attack.random.randrange(len(rows))
-    wrong = attack.random.choice(
-        (
-            {"sentence": None},
-            {"label": None},
-            {"label": 2},
-            {"label": -1},
-            {"label": 10**6},
-            {"label": "many"},
-            {"label": ["a"]},
-            {"sentence": ["a"]},
-            {"sentence": 3},
-            {"sentence": {"a": "b"}},
-        )
-    )
-    kind = attack.random.choice(
-        ("row", "row", "column", "empty", "cut", "mark", "two", "one class")
-    )
-    if kind == "row":
-        rows[row].update(wrong)
-    elif kind == "column":
-        for each in rows:
-            del each["label"]
-    elif kind == "one class":
-        path = folder / "data" / "train.jsonl"
-        rows = [{"sentence": "good", "label": 1}] * 20
-    write_rows(path, rows)
-    content = path.read_bytes()
-    if kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "cut":
-        path.write_bytes(content[: -attack.random.randrange(4, 20)])
-    elif kind == "mark":
-        path.write_bytes(b"\xef\xbb\xbf" + content)
-    elif kind == "two":
-        (folder / "data" / f"{split}.csv").write_text("sentence,label\ngood,1\n")
-    task = replace(
-        PRESETS["minilm-cola"],
-        dataset=str(folder / "data"),
-        model=str(write_encoder(folder / "model")),
-        train_examples=None,
-    )
-    what = f"{kind} {wrong if kind == 'row' else ''} in row {row} of {split}"
-    try:
-        prepared = task.prepare()
-        for name in prepared.splits:
-            list(prepared.splits[name])
-    except ValueError:
-        attack.note("refused", "")
-    except Exception:
-        attack.note("tracebacks", f"{what}: {traceback.format_exc()[-1500:]}")
-    else:
-        attack.note("silent", what)
-    shutil.rmtree(folder)
-
-
 def main(seconds: float, comparisons: int, seed: int) -> Counter[str]:
     """Attack for so long, and so many comparisons after that; return the counts."""
     torch.set_num_threads(1)
     load_digits()
     assert RDropTrainer
-    end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+        os.environ["XDG_CACHE_HOME"] = str(folder / "kept")
         import datasets
 
         datasets.config.HF_DATASETS_CACHE = folder / "cache"
         datasets.disable_progress_bars()
         attack = Attack(seed, folder)
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             disturb_a_run(attack)
-            for _ in range(50):
+            for _ in range(100):
                 set_a_wrong_option(attack)
             for _ in range(3):
-                give_wrong_data(attack)
+                give_wrong_rows(attack)
+                give_wrong_images(attack)
         if comparisons:
             comparison = Comparison.undisturbed(attack)
             for number in range(comparisons):

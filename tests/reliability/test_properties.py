@@ -1,14 +1,13 @@
 """Any setting and any data: refused by a line that names it, or taken as what it is."""
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
+from declared import fits, holders
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -29,29 +28,6 @@ def attempt(call: Callable[[], Any]) -> tuple[Any, str]:
         return call(), ""
     except ValueError as error:
         return None, str(error)
-
-
-def holders(task):
-    """Return what holds the settings of a task, by the prefix of their names."""
-    return {"": task, "training.": task.training, "rdrop.": task.rdrop}
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Return whether a value is of a declared type as it stands; no number is infinite."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return fits(value, inner[0])
-    if origin in (Union, UnionType):
-        return any(fits(value, each) for each in inner)
-    if origin is Literal:
-        return any(value == each and type(value) is type(each) for each in inner)
-    if origin in (tuple, list, Sequence):
-        return isinstance(value, list | tuple) and all(fits(x, inner[0]) for x in value)
-    if origin in (dict, Mapping) or hint in (dict, Mapping):
-        return isinstance(value, dict)
-    if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return value is None if hint in (None, NoneType) else hint is Any or type(value) is hint
 
 
 @settings(deadline=None, max_examples=300, derandomize=True)

@@ -118,9 +118,10 @@ def reader(
 
     def load(position: int) -> Any:
         with named_image(where, rows[position]):
-            image = source[int(position)][column]
-            say_conversion(where, check_image(image), num_channels)
-            return convert_image(image, num_channels)
+            image = check_image(source[int(position)][column])
+            converted = convert_image(image, num_channels)
+            say_conversion(where, image, num_channels)
+            return converted
 
     def decode(positions: Sequence[int]) -> Tensor:
         size = (image_size, image_size)

@@ -65,8 +65,8 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
             place, label = row[ROW], row[label_column]
             with named_image(self.where, place):
                 image = self.decode(check_image(row[image_column]))
-                say_conversion(self.where, image, self.num_channels)
                 pixels = to_tensor(image, self.num_channels)
+                say_conversion(self.where, image, self.num_channels)
             check_label(self.where, place, label, self.num_classes)
             if self.augmentation is not None:
                 pixels = augment(self.augmentation, pixels[None], (position,))[0]
