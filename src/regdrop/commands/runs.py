@@ -1,7 +1,9 @@
 """Commands of single runs: train, and use what was trained."""
 
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TextIO
 
@@ -31,6 +33,7 @@ from regdrop.experiments.running.single import run_single
 from regdrop.tasks import Task
 from regdrop.tasks.common.accepted import check_choice
 from regdrop.tasks.generate_lines import generate_lines
+from regdrop.whole_files import write_whole
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run of `regdrop train`.")]
 
@@ -125,16 +128,20 @@ def generate(
         lines: TextIO = (
             sys.stdin if source is None else files.enter_context(source.open(encoding="utf-8"))
         )
-        target = (
-            sys.stdout
-            if output is None
-            else files.enter_context(output.open("w", encoding="utf-8"))
-        )
         quiet_libraries()
-        for text in generate_lines(
+        texts = generate_lines(
             run / MODEL_FOLDER, lines, batch_size=batch_size, num_beams=num_beams
-        ):
-            print(text, file=target, flush=output is None)
+        )
+        if output is None:
+            for text in texts:
+                print(text, flush=True)
+        else:
+            write_whole(output, partial(_write_lines, texts))
+
+
+def _write_lines(texts: Iterable[str], path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(f"{text}\n" for text in texts)
 
 
 def _check_free(paths: RunPaths, folder: Path, resume: bool) -> None:

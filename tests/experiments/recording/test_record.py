@@ -9,8 +9,8 @@ from importlib.metadata import version
 import pytest
 import torch
 
+from regdrop import whole_files
 from regdrop.experiments import RunRecord, build_arms, load_records
-from regdrop.experiments.recording import files
 from regdrop.experiments.recording.details import read_details
 from regdrop.experiments.recording.environment import describe_hardware, library_versions
 from regdrop.experiments.recording.ownership import hold
@@ -94,7 +94,7 @@ def test_a_merge_that_is_stopped_at_any_moment_loses_nothing(
         rename(*paths)
 
     rename = os.replace
-    monkeypatch.setattr(files.os, "replace", replace)
+    monkeypatch.setattr(whole_files.os, "replace", replace)
     if moment < 5:  # the details, and four records
         with pytest.raises(Stopped):
             merge_records(tmp_path)

@@ -2,14 +2,17 @@ import os
 import signal
 import socket
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from regdrop.experiments import build_arms, run_arm, run_arms
+from regdrop.experiments.recording.ownership import hold
 from regdrop.experiments.running import cluster
 from regdrop.experiments.running.cluster import parse_address
+from regdrop.experiments.running.run import RunPaths
 
 
 @pytest.mark.parametrize(
@@ -132,6 +135,41 @@ def wait_until_idle(client):
     while any(states for _, states in client.run(look).values()):
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+class LetsGo(Noted):
+    """Lets go of what is held once the command says that it waits for it."""
+
+    def __init__(self, held):
+        super().__init__(0, None)
+        self.held, self.said = held, []
+
+    def say(self, text):
+        self.said.append((text, sorted(self.finished)))
+        self.held.close()
+
+
+@pytest.mark.slow
+def test_a_run_that_another_process_is_at_work_on_is_waited_for_on_a_cluster_too(tmp_path, short):
+    distributed = pytest.importorskip("distributed")
+    arm = build_arms(short)["baseline"]
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
+        ) as local,
+        ExitStack() as held,
+    ):
+        held.enter_context(hold(RunPaths.compared(tmp_path, arm.name, 0).lock, "the run"))
+        display = LetsGo(held)
+        executor = local.scheduler_address.replace("tcp", "dask")
+        (record,) = run_arms(
+            short, [arm], seeds=[0], folder=tmp_path, executor=executor, display=display
+        )
+    ((text, finished),) = display.said
+    assert f"at work in process {os.getpid()} on " in text
+    assert text.endswith(": waiting for it")
+    assert finished == []
+    assert record.steps == short.training.max_steps
 
 
 @pytest.mark.long

@@ -1,43 +1,19 @@
-"""Files that appear whole or not at all, and reading them with errors that name them."""
+"""JSON files that appear whole or not at all, and reading them with errors that name them."""
 
 import json
-import os
 import re
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from regdrop.whole_files import write_text
 
 # What errors of torch's and of safetensors' writers hold.
 _UNWRITTEN = ("PytorchStreamWriter", "inline_container", "os error ")
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and rename it.
-
-    Args:
-        path: Its place; the folder is made.
-        write: Given the file to write.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Of its own for each writer, as several may write the same; its name is short, as `path` fits.
-    partial = path.with_name(f"{uuid.uuid4().hex[:12]}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that appears whole or not at all."""
     write_text(path, _dump(content))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text that appears whole or not at all."""
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from regdrop.experiments.recording.files import write_text
+from regdrop.whole_files import write_text
 
 
 class DivergedError(ValueError):

@@ -13,8 +13,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from regdrop.experiments.recording.details import DETAILS_NAME, Details, read_details, write_details
-from regdrop.experiments.recording.files import read_object, write_json, write_whole
+from regdrop.experiments.recording.files import read_object, write_json
 from regdrop.experiments.recording.ownership import HeldError, hold
+from regdrop.whole_files import write_whole
 
 
 @dataclass(frozen=True)

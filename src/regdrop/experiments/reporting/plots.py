@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from regdrop.experiments.arms import arm_order
 from regdrop.experiments.recording.record import RunRecord
 from regdrop.tasks import Metric
+from regdrop.whole_files import write_whole
 
 # Distinct also for colour-blind readers (Okabe and Ito).
 COLOURS = ("#000000", "#999999", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -99,13 +101,17 @@ def save_figure(figure: Any, path: Path, *, legend: bool = True) -> Path:
         longest = max(map(len, labels)) + _HANDLE_CHARACTERS
         columns = max(1, min(len(labels), _LEGEND_COLUMNS, _LEGEND_CHARACTERS // longest))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-    figure.savefig(path, dpi=110)
+    write_whole(path, partial(_write_png, figure))
+    return path
+
+
+def _write_png(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=110, format="png")
     # A plot has few colours: with a palette of them it takes half of the bytes. Of fewer than 256,
     # two thin lines may become one colour.
     with Image.open(path) as image:
         drawn = image.convert("RGB").quantize(_PALETTE, dither=Image.Dither.NONE)
-    drawn.save(path, optimize=True)
-    return path
+    drawn.save(path, format="PNG", optimize=True)
 
 
 def _draw_panel(

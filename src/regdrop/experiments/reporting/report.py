@@ -9,7 +9,6 @@ from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote
 
-from regdrop.experiments.recording.files import write_text
 from regdrop.experiments.recording.manifest import COMPARISON, read_manifest
 from regdrop.experiments.recording.record import RunRecord, load_records
 from regdrop.experiments.reporting.plots import draw_plots
@@ -22,6 +21,7 @@ from regdrop.experiments.reporting.tables import (
     table_cells,
 )
 from regdrop.experiments.studies.definitions import STUDIES
+from regdrop.whole_files import write_text
 
 
 @dataclass(frozen=True)

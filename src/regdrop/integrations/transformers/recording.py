@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from regdrop.config import RDropConfig
+from regdrop.whole_files import write_text
 
 _PREFIX = "rdrop_"
 _MARK = "The following hyperparameters were used during training:"
@@ -74,7 +75,7 @@ def add_to_model_card(path: Path, rdrop: RDropConfig) -> None:
         if name == "alpha" or value != default[name]
     )
     line = f"\n- rdrop (regularized dropout, arXiv 2106.14448): {options}"
-    path.write_text(card.replace(_MARK, f"{_MARK}{line}", 1), encoding="utf-8")
+    write_text(path, card.replace(_MARK, f"{_MARK}{line}", 1))
 
 
 def _forget(model: Any) -> None:

@@ -16,6 +16,7 @@ from regdrop.integrations.transformers.selection import HeadSelection
 from regdrop.loss import ItemCounts
 from regdrop.meter import LossMeter
 from regdrop.schedule import StepPlan
+from regdrop.whole_files import write_text
 
 CONFIG_NAME = "rdrop_config.json"
 STATE_NAME = "rdrop_state.json"
@@ -143,4 +144,4 @@ class RunState(HeadSelection):
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")

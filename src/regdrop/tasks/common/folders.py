@@ -9,6 +9,8 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from regdrop.whole_files import write_text
+
 # scikit-learn's digits among data sets.
 DIGITS_NAME = "digits"
 # What comes with the package, by name: folders with a file for each split.
@@ -134,10 +136,7 @@ def _digest(path: Path) -> str:
                 found.update(block)
     digest = found.hexdigest()[:16]
     with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_name(f"{kept.name}.{os.getpid()}")
-        partial.write_text(digest, encoding="ascii")
-        partial.replace(kept)
+        write_text(kept, digest)
     return digest
 
 

@@ -1,0 +1,29 @@
+"""Files that appear whole or not at all."""
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and rename it.
+
+    Args:
+        path: Its place; the folder is made.
+        write: Given the file to write.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Of its own for each writer, as several may write the same; its name is short, as `path` fits.
+    partial = path.with_name(f"{uuid.uuid4().hex[:12]}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text that appears whole or not at all."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
