@@ -79,6 +79,8 @@ def test_schedules_of_alpha_are_constants_ramps_rules_and_cheaper_ramps():
         assert arms[f"{name}-8"].alpha_max == 8
     for name in ("stall", "ramp-from-stall"):
         assert arms[f"{name}-16-from-3"] == replace(arms[f"{name}-16"], alpha_min=3)
+    cheap = arms["ramp-from-stall-16-from-3-every-2"]
+    assert cheap == replace(arms["ramp-from-stall-16-from-3"], every_n_steps=2)
     assert settings(study_arms("alpha-schedules", DIGITS, [3]), "alpha")[1] == (3,)
     ramp = arms["ramp-16"]
     assert (ramp.alpha, ramp.alpha_rule, ramp.alpha_max) == ("auto", "ramp", 16)

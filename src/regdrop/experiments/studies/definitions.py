@@ -115,6 +115,17 @@ def _alpha_schedules(task: Task, grid: Sequence[float]) -> list[Arm]:
         for rule in ("stall", "ramp-from-stall")
         for start in _ALPHA_STARTS
     ]
+    arms.append(
+        _arm(
+            plain,
+            "ramp-from-stall-16-from-3-every-2",
+            "R-Drop, alpha by the rule ramp-from-stall, from 3 to at most 16, on every 2nd step",
+            alpha="auto",
+            alpha_rule="ramp-from-stall",
+            alpha_min=3.0,
+            every_n_steps=2,
+        )
+    )
     half = round(task.training.max_steps / 2)
     cheaper: list[tuple[str, str, dict[str, Any]]] = [
         ("below-8", "one pass below 8", {"single_pass_below": 8.0}),
