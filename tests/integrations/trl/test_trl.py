@@ -6,7 +6,9 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig
 from transformers import (
     AutoTokenizer,
@@ -109,6 +111,9 @@ SETTINGS = {
     "packing": {"packing": True, "per_device_train_batch_size": 1},
     "label smoothing": {"label_smoothing_factor": 0.1},
 }
+if Version(transformers.__version__) < Version("5.15"):
+    # There TRL's smoothed loss is divided by each micro-batch's own count, not by the window's.
+    del SETTINGS["label smoothing"]
 
 
 @pytest.mark.filterwarnings("ignore:R-Drop has nothing to compare", "ignore:the KL between passes")
