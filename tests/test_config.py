@@ -165,6 +165,11 @@ def test_a_config_is_frozen_and_hashable():
         ({"alpha": 2.0, "alpha_max": 8.0}, ValueError, r"alpha_max=8\.0 needs alpha='auto'"),
         ({"alpha": "auto", "alpha_max": 0}, ValueError, "alpha_max must be above 0, got 0"),
         ({"alpha": "auto", "alpha_min": 0}, ValueError, "alpha_min must be above 0, got 0"),
+        (
+            {"alpha": "auto", "alpha_rule": "stall", "alpha_min": 8.0, "alpha_max": 4.0},
+            ValueError,
+            r"alpha_min must be at most alpha_max=4\.0, got 8\.0",
+        ),
         ({"alpha": 2.0, "alpha_min": 3.0}, ValueError, r"alpha_min=3\.0 needs alpha='auto'"),
         (
             {"alpha": "auto", "alpha_min": 3.0},

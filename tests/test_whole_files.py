@@ -102,3 +102,14 @@ def test_lines_of_a_command_that_is_stopped_do_not_block_its_next_try(tmp_path, 
     monkeypatch.setattr(runs, "generate_lines", lambda *args, **kwargs: iter(["a", "b"]))
     app(command, standalone_mode=False)
     assert output.read_text() == "a\nb\n"
+
+
+def test_what_a_link_points_to_is_written_and_the_link_kept(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link, target = tmp_path / "link.txt", tmp_path / "elsewhere" / "file.txt"
+    link.symlink_to(target)
+    for text in ("first", "second"):
+        write_text(link, text)
+        assert link.is_symlink()
+        assert target.read_text() == text
+    assert [path.name for path in target.parent.iterdir()] == ["file.txt"]

@@ -148,8 +148,8 @@ class AlphaController:
         total_steps: Optimiser steps of the whole run.
         rule: One of `RULES`.
         alpha_max: The most that alpha may be; the end of the "ramp".
-        alpha_min: Where the other rules begin, and the least that they step back to; not above
-            `alpha_max`.
+        alpha_min: Where the other rules begin, and the least that they step back to ("gap" goes
+            down to 0). A higher one gives way to `alpha_max`.
         start_step: First step with R-Drop, as in `RDropConfig`; alpha is 0 before it, and
             evaluations before it raise nothing.
 

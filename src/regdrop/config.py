@@ -42,7 +42,7 @@ class RDropConfig:
             the others act at evaluations, by the validation loss.
         alpha_max: What alpha="auto" reaches at most; the end of the "ramp".
         alpha_min: Where the rules that read the validation loss begin, and the least that they step
-            back to; not above `alpha_max`.
+            back to ("gap" goes down to 0). The default gives way to a lower `alpha_max`.
         single_pass_below: Steps whose alpha, as scheduled, is below it have one pass; the weight of
             the NLL is that of the other steps. None: no such steps.
         dropout_rates: One dropout rate for each pass, with passes="sequential".
@@ -275,6 +275,10 @@ class RDropConfig:
             for name in ("alpha_max", "alpha_min"):
                 if getattr(self, name) == 0:
                     raise ValueError(f"{name} must be above 0, got 0")
+            if self.alpha_min > self.alpha_max and self.alpha_min != _DEFAULT_ALPHA_MIN:
+                raise ValueError(
+                    f"alpha_min must be at most alpha_max={self.alpha_max}, got {self.alpha_min}"
+                )
             if self.alpha_rule == "ramp" and self.alpha_min != _DEFAULT_ALPHA_MIN:
                 raise ValueError(
                     f"alpha_min={self.alpha_min} needs an alpha_rule that reads the validation "

@@ -13,6 +13,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         path: Its place; the folder is made.
         write: Given the file to write.
     """
+    path = path.resolve()  # what a link points to is written, and the link kept
     path.parent.mkdir(parents=True, exist_ok=True)
     # Of its own for each writer, as several may write the same; its name is short, as `path` fits.
     partial = path.with_name(f"{uuid.uuid4().hex[:12]}.partial")

@@ -79,6 +79,13 @@ def test_changed_data_of_the_same_time_and_size_is_read_again(tmp_path):
 def test_a_path_is_no_pattern(tmp_path, name):
     write_rows(tmp_path / name / "train.jsonl", [{"text": "x"}])
     assert load_raw_splits(str(tmp_path / name))["train"]["text"][:] == ["x"]
+    for split in ("train", "test"):
+        write_rows(tmp_path / "files" / f"{split} {name}.jsonl", [{"text": split}])
+    loaded = load_raw_splits(str(tmp_path / "files"))
+    assert {split: rows["text"][:] for split, rows in loaded.items()} == {
+        "train": ["train"],
+        "test": ["test"],
+    }
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@ import math
 from dataclasses import replace
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from regdrop.tasks import PRESETS
+from regdrop.tasks.common.model_config import check_model_config
 from tiny_tasks import (
     tiny_language_modelling,
     tiny_summarisation,
@@ -112,3 +114,31 @@ def test_the_models_of_presets_are_taken(name):
     if name != "digits" and getattr(task, "model", None) is None:
         with pytest.raises(ValueError, match="there is no folder"):
             replace(task, dataset="./nowhere").prepare()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {"rope_theta": 12345.0}),
+        ("llama", {"partial_rotary_factor": 0.5}),
+        ("gpt_neox", {"rotary_pct": 0.5}),
+        ("mamba2", {"time_step_limit": [0.0, math.inf]}),
+    ],
+)
+def test_what_a_class_reads_is_taken_though_its_configuration_has_no_such_name(kind, changes):
+    standard = CONFIG_MAPPING[kind]
+    check_model_config(changes, standard)
+    for wrong in ({"rope_theeta": 1.0}, {"hidden_sise": 3}):
+        with pytest.raises(ValueError, match="does not know it"):
+            check_model_config(wrong, standard)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trained_model_keeps_settings_that_were_ignored_once(tmp_path, family):
+    """Its own configuration is in its folder: it is evaluated as it was trained."""
+    folder = tmp_path / "model"
+    FAMILIES[family](tmp_path).prepare(folder).build_model().save_pretrained(folder)
+    task = FAMILIES[family](tmp_path, ignored_once=3)
+    with pytest.raises(ValueError, match="has no 'ignored_once'"):
+        task.prepare(tmp_path / "new")
+    assert task.prepare(folder).splits["test"] is not None

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from regdrop.tasks.common.data import load_raw_splits
 from regdrop.tasks.images import decoding, streaming
 from regdrop.tasks.images.digits import load_digits_splits
 from regdrop.tasks.images.splits import load_image_splits
@@ -310,3 +311,51 @@ def test_a_wrong_label_is_named_by_its_row_wherever_it_is_drawn_to(tmp_path):
         )
         with pytest.raises(ValueError, match=rf"split 'train' of .*, got null in row {row}$"):
             load(folder, num_channels=1, mean=[0.5], std=[0.5])
+
+
+def test_images_that_were_not_read_are_read_where_they_are_drawn_to(tmp_path, monkeypatch):
+    """A part of the training split and what validates are of one split: each has its own rows."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(decoding, "_IN_MEMORY_BYTES", 0)
+    folder = write_stream(tmp_path / "data", train=40)
+    read = []
+    convert = decoding.convert_image
+
+    def count(image, num_channels):
+        read.append(image)
+        return convert(image, num_channels)
+
+    monkeypatch.setattr(decoding, "convert_image", count)
+    options = {"num_channels": 1, "mean": [0.5], "std": [0.5]}
+    # A part as large as what validates, four images, then all; then in colours.
+    for changes, expected in (
+        ({"train_examples": 4}, 4 + 4 + 4),
+        ({}, 36),
+        ({"num_channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3}, 44),
+        ({}, 0),
+    ):
+        read.clear()
+        load(folder, **{**options, **changes})
+        assert len(read) == expected
+
+
+def test_a_trained_model_is_tested_without_reading_what_trained_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(decoding, "_IN_MEMORY_BYTES", 0)
+    cut = {"bytes": b"not an image", "path": None}
+    folder = write_stream(
+        tmp_path / "data",
+        train=20,
+        change=lambda name, i, image, label: (cut if name == "train" else image, label),
+    )
+    options = {"num_channels": 1, "mean": [0.5], "std": [0.5]}
+    with pytest.raises(ValueError, match=r"of split 'train' of .* cannot be read"):
+        load(folder, **options)
+    names = load_raw_splits(str(folder))["test"].features["label"].names
+    assert load(folder, class_names=names, **options).test[0]["pixel_values"].shape[0] == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError, ConnectionError])
+def test_what_is_no_fault_of_an_image_is_not_said_to_be(error):
+    with pytest.raises(error), decoding.named_image("split 'train'", 3):
+        raise error

@@ -1,5 +1,6 @@
 """Data sets by folder or hub id, through `datasets.load_dataset`; errors name what is wrong."""
 
+import glob
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -74,7 +75,8 @@ def open_splits(
             path = str(plain_path(folder))
             if not files and holds_files_alone(folder):
                 found = datasets.load_dataset_builder(path).config.data_files
-                files = {str(name): list(own) for name, own in found.items()}
+                # They are taken as patterns again.
+                files = {str(name): list(map(glob.escape, own)) for name, own in found.items()}
             if not files:
                 return dict(datasets.load_dataset(path, **options))
             # Each by itself: read together, all are made what the first one is, numbers and lists

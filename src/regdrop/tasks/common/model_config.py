@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from regdrop.arguments import nearest
@@ -53,22 +54,24 @@ def check_model_config(
         fixed: What the task sets itself, with what it is, in words.
 
     Raises:
-        ValueError: For a name that there is not or that the task sets, a number that is infinite,
+        ValueError: For a name that there is not or that the task sets, a number that is infinite
             or negative where the standard one is not, or a dropout rate outside 0 to 1.
     """
-    own = standard() if isinstance(standard, type) else standard
-    known = _known_names(own)
+    with named_model_config(options):
+        own = standard() if isinstance(standard, type) else standard
+        known = _known_names(own)
     for name, value in options.items():
         if fixed and name in fixed:
             raise ValueError(f"model_config cannot have {name!r}: it is {fixed[name]}")
-        if name not in known:
+        if name not in known and not _is_read(type(own), name, value):
             raise ValueError(
                 f"model_config has no {name!r}: {type(own).__name__} does not know it"
                 f"{nearest(name, known)}"
             )
-        numbers, usual = (list(_numbers_in(each)) for each in (value, getattr(own, name, None)))
+        standard_value = vars(own).get(own.attribute_map.get(name, name))
+        numbers, usual = (list(_numbers_in(each)) for each in (value, standard_value))
         wanted = None
-        if not all(map(math.isfinite, numbers)):
+        if not all(math.isfinite(number) or number in usual for number in numbers):
             wanted = "finite"
         elif "drop" in name and not all(0 <= number <= 1 for number in numbers):
             wanted = "from 0 to 1"
@@ -76,6 +79,11 @@ def check_model_config(
             wanted = "at least 0"
         if wanted is not None:
             raise ValueError(f"model_config.{name} must be {wanted}, got {value!r}")
+
+
+def holds_model(folder: Path | None) -> bool:
+    """Return whether a folder holds a model that was trained, whose settings are its own."""
+    return folder is not None and (folder / "config.json").exists()
 
 
 @contextmanager
@@ -100,6 +108,19 @@ def _known_names(config: Any) -> set[str]:
     names |= {name for name, value in inspect.getmembers(kind) if isinstance(value, property)}
     names |= {name for each in kind.__mro__ for name in inspect.signature(each).parameters}
     return {name for name in names if not name.startswith("_")} - {"args", "kwargs"}
+
+
+def _is_read(kind: Any, name: str, value: Any) -> bool:
+    """Return whether a class makes another configuration of an argument that none of its names is.
+
+    Such are old names, like those of rotary embeddings, which it moves to where they are now.
+    """
+    try:
+        before, after = kind().to_dict(), kind(**{name: value}).to_dict()
+    except Exception:  # whatever it says of the value is said where the model is made
+        return True
+    after.pop(name, None)
+    return bool(before != after)
 
 
 def _numbers_in(value: Any) -> Iterator[float]:

@@ -84,6 +84,8 @@ def named_image(where: str, row: int) -> Iterator[None]:
     """
     try:
         yield
+    except (ConnectionError, MemoryError):  # not the image's
+        raise
     except Exception as error:
         raise ValueError(f"the image in row {row} of {where} cannot be read: {error}") from error
 
@@ -96,11 +98,9 @@ def reader(
     num_channels: int,
     *,
     rows: Sequence[int],
-    identity: str = "",
+    identity: str | None = "",
 ) -> Callable[[Sequence[int]], Tensor]:
     """Return a function from positions to uint8 images, from memory where they fit.
-
-    Every image has been read once by then.
 
     Args:
         where: The split and its data, in words.
@@ -110,7 +110,7 @@ def reader(
         num_channels: 1 for grey, 3 for RGB.
         rows: The row of each of them in its file.
         identity: What changes where the images do, so that those beyond memory are read once in
-            all; empty if it is not known.
+            all before any is used; empty if it is not known. None: they are read as they are used.
 
     Raises:
         ValueError: For an image that cannot be read, by its row.
@@ -133,7 +133,8 @@ def reader(
         )
 
     if len(source) * num_channels * image_size**2 > _IN_MEMORY_BYTES:
-        read_once(where, len(source), load, identity)
+        if identity is not None:
+            read_once(where, rows, load, f"{identity} {num_channels}" if identity else "")
         return decode
     blocks = [
         decode(range(start, min(start + _BLOCK, len(source))))
@@ -154,16 +155,17 @@ def check_image(image: Any) -> Any:
     return image
 
 
-def read_once(where: str, count: int, load: Callable[[int], Any], identity: str) -> None:
+def read_once(where: str, rows: Sequence[int], load: Callable[[int], Any], identity: str) -> None:
     """Read every image of a split, unless that was done before; say how far it is.
 
     Args:
         where: The split and its data, in words.
-        count: Number of its images.
-        load: Reads the image of a row, and raises if it cannot be read.
+        rows: The row of each of its images in its file.
+        load: Reads the image of a position among them, and raises if it cannot be read.
         identity: What changes where the images do; empty if it is not known.
     """
-    key = hashlib.sha256(repr((where, count, identity)).encode("utf-8", "surrogateescape"))
+    count = len(rows)
+    key = hashlib.sha256(repr((where, list(rows), identity)).encode("utf-8", "surrogateescape"))
     done = cache_folder("images-read") / key.hexdigest()
     if identity and done.exists():
         return

@@ -79,8 +79,10 @@ def load_image_splits(
         train = take_part(train, train_examples)
     own_names = list(known[0].features[label_column].names)
     places = match_classes(dataset, own_names, class_names)
-    digests = data_digests(dataset)
-    identity = f"{config_name} {digests}" if digests else ""
+    identity = None  # a trained model is evaluated on a part: the others are not read for it
+    if class_names is None:
+        digests = data_digests(dataset)
+        identity = f"{config_name} {digests}" if digests else ""
 
     def split(name: str, source: Any, augmentation: nn.Module | None = None) -> Images | None:
         if source is None:

@@ -30,6 +30,7 @@ from regdrop.tasks.common.folders import DIGITS_NAME
 from regdrop.tasks.common.model_config import (
     check_model_config,
     find_config_class,
+    holds_model,
     named_model_config,
 )
 from regdrop.tasks.images.augmentation import Augmentation, build_augmentation
@@ -114,7 +115,7 @@ class ImageClassification(OldNames):
         if (self.model is None) == (not self.model_config):
             raise ValueError("exactly one of model and model_config must be given")
         register()
-        if self.model is None:
+        if self.model is None and not holds_model(folder):
             self._check_model_config()
         splits = self._load(saved_class_names(folder))
         from transformers import AutoModelForImageClassification
@@ -235,7 +236,7 @@ class ImageClassification(OldNames):
 
 def saved_class_names(folder: Path | None) -> list[str] | None:
     """Return the classes of the model that a folder holds, in their order; None for no model."""
-    if folder is None or not (folder / "config.json").exists():
+    if folder is None or not holds_model(folder):
         return None
     from transformers import AutoConfig
 

@@ -29,6 +29,7 @@ from regdrop.tasks.common.model_config import (
     OF_VOCABULARY,
     check_model_config,
     find_config_class,
+    holds_model,
     named_model_config,
 )
 from regdrop.tasks.common.vocabulary import find_vocabulary, learn_words
@@ -117,7 +118,8 @@ class LanguageModelling(OldNames):
         kind = find_config_class(
             self.model_config, "a causal language model", MODEL_FOR_CAUSAL_LM_MAPPING
         )
-        check_model_config(self.model_config, kind, OF_VOCABULARY)
+        if not holds_model(folder):
+            check_model_config(self.model_config, kind, OF_VOCABULARY)
         raw = load_raw_splits(self.dataset, self.dataset_config)
         require_columns(self.dataset, raw, ["text"])
         check_texts(self.dataset, raw, ["text"])

@@ -32,6 +32,7 @@ from regdrop.tasks.common.model_config import (
     OF_VOCABULARY,
     check_model_config,
     find_config_class,
+    holds_model,
     named_model_config,
 )
 from regdrop.tasks.common.pretrained import find_checkpoint, load_config, load_tokenizer
@@ -143,7 +144,8 @@ class Summarisation(OldNames):
 
         from regdrop.tasks.common.generation_trainer import GenerationTrainer
 
-        self._check_model_config()
+        if not holds_model(folder):
+            self._check_model_config()
         raw = self._load_raw()
         if self.model is None:
             tokenizer = find_vocabulary(partial(self._learn_vocabulary, raw), folder)

@@ -31,6 +31,7 @@ from regdrop.tasks.common.initialisation import initialise
 from regdrop.tasks.common.model_config import (
     OF_VOCABULARY,
     check_model_config,
+    holds_model,
     named_model_config,
 )
 from regdrop.tasks.common.seq2seq import (
@@ -138,7 +139,8 @@ class Translation(OldNames):
         from regdrop.tasks.common.generation_trainer import GenerationTrainer
 
         fixed = {**OF_VOCABULARY, "model_type": "'marian'"}
-        check_model_config(self.model_config, MarianConfig, fixed)
+        if not holds_model(folder):
+            check_model_config(self.model_config, MarianConfig, fixed)
         raw = self._load_raw()
         tokenizer = find_vocabulary(partial(self._learn_vocabulary, raw), folder)
         references = References()
