@@ -84,50 +84,78 @@ def _alpha_schedules(task: Task, grid: Sequence[float]) -> list[Arm]:
     """Return constants, ramps, rules and cheaper ramps; of a ramp to 16 the mean alpha is 8."""
     plain = replace(task, rdrop=_without_schedule(task.rdrop))
     baseline = baseline_arm(task)
-    arms = [baseline, *_alpha(plain, grid)]
-    for end in _ALPHA_ENDS:
-        text = f"R-Drop, alpha from 0 to {end:g} over the run"
-        arms.append(_arm(plain, f"ramp-{end:g}", text, alpha="auto", alpha_max=end))
-    for rule in RULES:
-        # To go back to the best checkpoint it has to be kept.
-        if rule == "ramp" or (rule == "restore" and task.training.average_checkpoints > 1):
-            continue
-        arms += [
-            _arm(
-                plain,
-                f"{rule}-{end:g}",
-                f"R-Drop, alpha by the rule {rule}, at most {end:g}",
-                alpha="auto",
-                alpha_rule=rule,
-                alpha_max=end,
-            )
-            for end in _ALPHA_ENDS
-        ]
-    arms += [
-        _arm(
-            plain,
+    rising_dropout = replace(
+        baseline,
+        name="rising-dropout-4",
+        description="one pass, the odds of its dropout rising to 4 times over the run",
+        dropout_odds=4.0,
+        dropout_rises=True,
+    )
+    late_start = _arm(
+        plain,
+        "late-start",
+        "R-Drop, alpha 16 in the second half of the steps",
+        alpha=16.0,
+        start_step=round(task.training.max_steps / 2),
+    )
+    return [
+        baseline,
+        *_alpha(plain, grid),
+        *_ramps(plain),
+        *_rules(plain),
+        rising_dropout,
+        late_start,
+        *_cheaper_ramps(plain),
+    ]
+
+
+def _ramps(task: Task) -> list[Arm]:
+    return [
+        _rising(task, f"ramp-{end:g}", f"from 0 to {end:g} over the run", alpha_max=end)
+        for end in _ALPHA_ENDS
+    ]
+
+
+def _rules(task: Task) -> list[Arm]:
+    """Return the rules that read the validation loss, from 1 to several ends, and later begins."""
+    # To go back to the best checkpoint it has to be kept.
+    left_out = {"ramp"} | ({"restore"} if task.training.average_checkpoints > 1 else set())
+    arms = [
+        _rising(
+            task,
+            f"{rule}-{end:g}",
+            f"by the rule {rule}, at most {end:g}",
+            alpha_rule=rule,
+            alpha_max=end,
+        )
+        for rule in RULES
+        if rule not in left_out
+        for end in _ALPHA_ENDS
+    ]
+    later = [
+        _rising(
+            task,
             f"{rule}-16-from-{start:g}",
-            f"R-Drop, alpha by the rule {rule}, from {start:g} to at most 16",
-            alpha="auto",
+            f"by the rule {rule}, from {start:g} to at most 16",
             alpha_rule=rule,
             alpha_min=start,
         )
         for rule in ("stall", "ramp-from-stall")
         for start in _ALPHA_STARTS
     ]
-    arms.append(
-        _arm(
-            plain,
-            "ramp-from-stall-16-from-3-every-2",
-            "R-Drop, alpha by the rule ramp-from-stall, from 3 to at most 16, on every 2nd step",
-            alpha="auto",
-            alpha_rule="ramp-from-stall",
-            alpha_min=3.0,
-            every_n_steps=2,
-        )
+    cheaper = _rising(
+        task,
+        "ramp-from-stall-16-from-3-every-2",
+        "by the rule ramp-from-stall, from 3 to at most 16, on every 2nd step",
+        alpha_rule="ramp-from-stall",
+        alpha_min=3.0,
+        every_n_steps=2,
     )
-    half = round(task.training.max_steps / 2)
-    cheaper: list[tuple[str, str, dict[str, Any]]] = [
+    return [*arms, *later, cheaper]
+
+
+def _cheaper_ramps(task: Task) -> list[Arm]:
+    ways: list[tuple[str, str, dict[str, Any]]] = [
         ("below-8", "one pass below 8", {"single_pass_below": 8.0}),
         ("every-2", "on every 2nd step", {"every_n_steps": 2}),
         (
@@ -137,27 +165,13 @@ def _alpha_schedules(task: Task, grid: Sequence[float]) -> list[Arm]:
         ),
     ]
     return [
-        *arms,
-        replace(
-            baseline,
-            name="rising-dropout-4",
-            description="one pass, the odds of its dropout rising to 4 times over the run",
-            dropout_odds=4.0,
-            dropout_rises=True,
-        ),
-        _arm(
-            plain,
-            "late-start",
-            "R-Drop, alpha 16 in the second half of the steps",
-            alpha=16.0,
-            start_step=half,
-        ),
-        *(
-            _arm(plain, f"ramp-16-{name}", f"R-Drop, alpha from 0 to 16, {text}", **ramp)
-            for name, text, changes in cheaper
-            for ramp in [{"alpha": "auto", "alpha_max": 16.0, **changes}]
-        ),
+        _rising(task, f"ramp-16-{name}", f"from 0 to 16, {text}", alpha_max=16.0, **changes)
+        for name, text, changes in ways
     ]
+
+
+def _rising(task: Task, name: str, text: str, **changes: Any) -> Arm:
+    return _arm(task, name, f"R-Drop, alpha {text}", alpha="auto", **changes)
 
 
 def _without_schedule(rdrop: RDropConfig) -> RDropConfig:
