@@ -149,7 +149,7 @@ class LetsGo(Noted):
         self.held.close()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_another_process_is_at_work_on_is_waited_for_on_a_cluster_too(tmp_path, short):
     distributed = pytest.importorskip("distributed")
     arm = build_arms(short)["baseline"]

@@ -439,7 +439,7 @@ def _train_shifted(folder, name, fused, **options):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("gpt2", {}),
+        pytest.param("gpt2", {}, marks=pytest.mark.long),
         ("gpt2", {"gradient_accumulation_steps": 2}),
         ("bart", {"ddp_find_unused_parameters": False}),
         ("gpt2", {"ddp_static_graph": True, "ddp_find_unused_parameters": False}),

@@ -149,7 +149,7 @@ def _worker(rank, port, folder, case, config, options):
 @pytest.mark.parametrize(
     ("case", "config", "accumulation"),
     [
-        ("bert", None, 1),
+        pytest.param("bert", None, 1, marks=pytest.mark.long),
         ("bert", SEQUENTIAL, 1),
         ("bert", ONE_BACKWARD, 2),
         ("bert class weights", None, 2),
