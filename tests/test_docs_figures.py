@@ -31,7 +31,7 @@ HELP_STUDIES = [
     ("ptb-part", "perplexity"),
     ("alice", "perplexity"),
     ("fashion-mnist-part", "accuracy (%)"),
-    ("digits", "accuracy (%)"),
+    ("digits-tuned", "accuracy (%)"),
     ("scitldr-part", "ROUGE-1"),
     ("minilm-cola", "Matthews"),
     ("minilm-sst2-part", "accuracy (%)"),
