@@ -82,6 +82,11 @@ class RunPaths:
         """Whether there is something to go on from."""
         return not self.record.exists() and bool(list_checkpoints(self.work))
 
+    @property
+    def has_finished_beside(self) -> bool:
+        """Whether its comparison has records, which are of the same settings."""
+        return self.model is None and any(self.record.parent.glob("*.json"))
+
     @classmethod
     def alone(cls, folder: Path) -> "RunPaths":
         """Return the paths of a run with a folder of its own, which keeps its model."""
@@ -241,7 +246,8 @@ def _prepare(
     set_seed(seed)
     check_batch_size(arm)
     try:
-        prepared = task.prepare(paths.learned or paths.work / "learned")
+        begun = checkpoint is not None or paths.has_finished_beside
+        prepared = task.prepare(paths.learned or paths.work / "learned", begun=begun)
         for name in ("train", "validation", "test", *prepared.further_tests):
             prepared.splits[name]
         set_seed(seed)

@@ -229,12 +229,14 @@ class Task(Protocol):
     def compute_metrics(self, statistics: np.ndarray) -> dict[str, float]:
         """Return the metrics of some examples from their statistics (examples, statistics)."""
 
-    def prepare(self, folder: Path | None = None) -> PreparedTask:
+    def prepare(self, folder: Path | None = None, *, begun: bool = False) -> PreparedTask:
         """Load the data and return everything that a trainer needs.
 
         Args:
             folder: Holds what is learned from data before the model is (a vocabulary): read where
                 it is there, else written. None keeps nothing.
+            begun: Whether it is for a run that was begun, which keeps settings of its model that a
+                new run is refused.
         """
 
 

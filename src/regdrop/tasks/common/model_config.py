@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regdrop.arguments import nearest
+from regdrop.tasks.common.notices import say_once
 
 # What follows from the vocabulary, by which a task sets it.
 OF_VOCABULARY = dict.fromkeys(
@@ -65,8 +66,8 @@ def check_model_config(
             raise ValueError(f"model_config cannot have {name!r}: it is {fixed[name]}")
         if name not in known and not _is_read(type(own), name, value):
             raise ValueError(
-                f"model_config has no {name!r}: {type(own).__name__} does not know it"
-                f"{nearest(name, known)}"
+                f"model_config has no {name!r}: {type(own).__name__} does not know it "
+                f"and ignores it{nearest(name, known)}"
             )
         standard_value = vars(own).get(own.attribute_map.get(name, name))
         numbers, usual = (list(_numbers_in(each)) for each in (value, standard_value))
@@ -84,6 +85,26 @@ def check_model_config(
 def holds_model(folder: Path | None) -> bool:
     """Return whether a folder holds a model that was trained, whose settings are its own."""
     return folder is not None and (folder / "config.json").exists()
+
+
+@contextmanager
+def refused_if_new(folder: Path | None, *, begun: bool) -> Iterator[None]:
+    """Let wrong settings pass where a run was begun, or a model trained, with them.
+
+    An older version took what the block refuses. A run that goes on with it says so in one line.
+
+    Args:
+        folder: May hold a model that was trained.
+        begun: Whether the run was begun.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if holds_model(folder):
+            return
+        if not begun:
+            raise
+        say_once(f"{error}. The run was begun with this, and goes on as it was")
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from regdrop.tasks.common.model_config import (
     find_config_class,
     holds_model,
     named_model_config,
+    refused_if_new,
 )
 from regdrop.tasks.images.augmentation import Augmentation, build_augmentation
 from regdrop.tasks.images.dataset import ImageSplits
@@ -106,7 +107,7 @@ class ImageClassification(OldNames):
         """Return the metrics from rows of label, prediction and NLL."""
         return {"accuracy": accuracy(statistics), "nll": nll(statistics)}
 
-    def prepare(self, folder: Path | None = None) -> PreparedTask:
+    def prepare(self, folder: Path | None = None, *, begun: bool = False) -> PreparedTask:
         """Load the data and return what the trainer needs; nothing is kept in the folder.
 
         Raises:
@@ -115,8 +116,9 @@ class ImageClassification(OldNames):
         if (self.model is None) == (not self.model_config):
             raise ValueError("exactly one of model and model_config must be given")
         register()
-        if self.model is None and not holds_model(folder):
-            self._check_model_config()
+        if self.model is None:
+            with refused_if_new(folder, begun=begun):
+                self._check_model_config()
         splits = self._load(saved_class_names(folder))
         from transformers import AutoModelForImageClassification
 

@@ -29,8 +29,8 @@ from regdrop.tasks.common.model_config import (
     OF_VOCABULARY,
     check_model_config,
     find_config_class,
-    holds_model,
     named_model_config,
+    refused_if_new,
 )
 from regdrop.tasks.common.vocabulary import find_vocabulary, learn_words
 
@@ -96,7 +96,7 @@ class LanguageModelling(OldNames):
         mean = float(nll / words)
         return {"perplexity": float(np.exp(mean)), "nll": mean}
 
-    def prepare(self, folder: Path | None = None) -> PreparedTask:
+    def prepare(self, folder: Path | None = None, *, begun: bool = False) -> PreparedTask:
         """Load the text; count the words of its training split, or read them from the folder.
 
         Raises:
@@ -118,7 +118,7 @@ class LanguageModelling(OldNames):
         kind = find_config_class(
             self.model_config, "a causal language model", MODEL_FOR_CAUSAL_LM_MAPPING
         )
-        if not holds_model(folder):
+        with refused_if_new(folder, begun=begun):
             check_model_config(self.model_config, kind, OF_VOCABULARY)
         raw = load_raw_splits(self.dataset, self.dataset_config)
         require_columns(self.dataset, raw, ["text"])

@@ -32,8 +32,8 @@ from regdrop.tasks.common.model_config import (
     OF_VOCABULARY,
     check_model_config,
     find_config_class,
-    holds_model,
     named_model_config,
+    refused_if_new,
 )
 from regdrop.tasks.common.pretrained import find_checkpoint, load_config, load_tokenizer
 from regdrop.tasks.common.seq2seq import (
@@ -130,7 +130,7 @@ class Summarisation(OldNames):
         rouge = {name: float(mean) for name, mean in zip(ROUGE, means, strict=True)}
         return {**rouge, "nll": float(nll / tokens)}
 
-    def prepare(self, folder: Path | None = None) -> PreparedTask:
+    def prepare(self, folder: Path | None = None, *, begun: bool = False) -> PreparedTask:
         """Load the data and the tokenizer; a new model's is learned, or read from the folder.
 
         Raises:
@@ -144,7 +144,7 @@ class Summarisation(OldNames):
 
         from regdrop.tasks.common.generation_trainer import GenerationTrainer
 
-        if not holds_model(folder):
+        with refused_if_new(folder, begun=begun):
             self._check_model_config()
         raw = self._load_raw()
         if self.model is None:

@@ -31,8 +31,8 @@ from regdrop.tasks.common.initialisation import initialise
 from regdrop.tasks.common.model_config import (
     OF_VOCABULARY,
     check_model_config,
-    holds_model,
     named_model_config,
+    refused_if_new,
 )
 from regdrop.tasks.common.seq2seq import (
     References,
@@ -123,7 +123,7 @@ class Translation(OldNames):
         nll, tokens = statistics[:, 2 * BLEU_STATISTICS :].sum(0)
         return {"bleu": bleu(cased), "bleu_lowercase": bleu(lower), "nll": float(nll / tokens)}
 
-    def prepare(self, folder: Path | None = None) -> PreparedTask:
+    def prepare(self, folder: Path | None = None, *, begun: bool = False) -> PreparedTask:
         """Load the data; learn the vocabulary of its training split, or read it from the folder.
 
         Raises:
@@ -139,7 +139,7 @@ class Translation(OldNames):
         from regdrop.tasks.common.generation_trainer import GenerationTrainer
 
         fixed = {**OF_VOCABULARY, "model_type": "'marian'"}
-        if not holds_model(folder):
+        with refused_if_new(folder, begun=begun):
             check_model_config(self.model_config, MarianConfig, fixed)
         raw = self._load_raw()
         tokenizer = find_vocabulary(partial(self._learn_vocabulary, raw), folder)

@@ -98,7 +98,7 @@ class LanguageUnderstanding(OldNames):
         """Return the metrics from rows of label, prediction and loss."""
         return {name: metric(statistics) for name, metric in self.glue.metrics.items()}
 
-    def prepare(self, folder: Path | None = None) -> PreparedTask:
+    def prepare(self, folder: Path | None = None, *, begun: bool = False) -> PreparedTask:
         """Load the data and the tokenizer; nothing is kept in the folder.
 
         Raises:
