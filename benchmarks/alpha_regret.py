@@ -1,6 +1,7 @@
 """How far each rule of alpha is from the best constant, over the tasks that were studied.
 
     python benchmarks/alpha_regret.py results/*-alpha-schedules
+    python benchmarks/alpha_regret.py results/*-alpha-schedules --metric nll --plot gains.png
 
 It reads the records of `regdrop sweep alpha-schedules` alone. On each task the best constant of the
 grid is the one with the best mean validation figure; regret is how much worse an arm's mean test
@@ -23,9 +24,11 @@ from rich.table import Table
 from regdrop.experiments.arms import arm_order
 from regdrop.experiments.recording.record import RunRecord, load_records
 from regdrop.experiments.reporting.cost import run_cost
+from regdrop.experiments.reporting.plots import COLOURS, new_figure, save_figure
 from regdrop.experiments.reporting.tables import find_metrics, run_selection_metric
 from regdrop.experiments.statistics import estimate, paired_difference
 
+_MARKERS = ("o", "s", "^", "D")
 BASELINE, CONSTANT, PAPERS = "baseline", "alpha", "alpha-1"
 # An arm's name ends in the setting of its family: "stall-16" is of "stall".
 _SETTING = re.compile(r"^(?P<family>.+)-(?P<setting>\d+(\.\d+)?)$")
@@ -266,6 +269,33 @@ def choices_table(regrets: Sequence[TaskRegrets]) -> list[list[str]]:
     return rows
 
 
+def draw_gains(regrets: Sequence[TaskRegrets], path: Path) -> None:
+    """Draw the part of the best constant's gain against its cost, a panel a task that has one."""
+    drawn = [one for one in regrets if one.gain]
+    if not drawn:
+        raise ValueError("plot needs a task with a baseline that its best constant improves on")
+    figure, panels = new_figure(len(drawn))
+    families = [*dict.fromkeys(family_of(arm) for one in drawn for arm in sorted(one.gain))]
+    families.sort(key=arm_order)
+    for panel, one in zip(panels, drawn, strict=True):
+        for i, family in enumerate(families):
+            arms = [arm for arm in one.gain if family_of(arm) == family]
+            panel.plot(
+                [one.cost[arm] for arm in arms],
+                [100 * one.gain[arm] for arm in arms],
+                marker=_MARKERS[i // len(COLOURS)],
+                color=COLOURS[i % len(COLOURS)],
+                linestyle="",
+                label=family,
+            )
+        panel.axhline(100, color="#999999", linewidth=1)
+        panel.set(
+            xlabel="cost", ylabel="part of the gain, %", title=f"{one.task}: {one.best} = 100"
+        )
+        panel.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
 def shown(value: float | None) -> str:
     return "" if value is None else f"{value:+.2f}".replace("-", "−")
 
@@ -281,6 +311,7 @@ def main() -> None:
     options.add_argument("folders", type=Path, nargs="+", help="of `sweep alpha-schedules`")
     options.add_argument("--metric", default=None, help="a figure that all tasks have, as nll")
     options.add_argument("--output", type=Path, default=None, help="a Markdown file")
+    options.add_argument("--plot", type=Path, default=None, help="a PNG file: gain against cost")
     arguments = options.parse_args()
     regrets = [task_regrets(load_records(folder), arguments.metric) for folder in arguments.folders]
     titles = (
@@ -297,6 +328,8 @@ def main() -> None:
         console.print(table)
     if arguments.output is not None:
         arguments.output.write_text("\n".join(map(markdown, tables)), encoding="utf-8")
+    if arguments.plot is not None:
+        draw_gains(regrets, arguments.plot)
 
 
 if __name__ == "__main__":

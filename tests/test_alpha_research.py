@@ -187,12 +187,14 @@ def test_the_script_reads_folders_and_writes_its_tables(script, tmp_path, monkey
     module = script("alpha_regret")
     for task in (A, B):
         arms = {"alpha-1": (2.0, 2.0), "alpha-6": (3.0, 3.0), "ramp-16": (1.0, 1.0)}
-        for record in records(task, arms):
+        for record in records(task, {"baseline": (4.0, 4.0), **arms}):
             record.save(tmp_path / task / "records" / f"{record.arm}-seed{record.seed}.json")
     target = tmp_path / "regret.md"
     arguments = ["alpha_regret.py", str(tmp_path / A), str(tmp_path / B), "--output"]
-    monkeypatch.setattr(sys, "argv", [*arguments, str(target)])
+    plot = tmp_path / "gains.png"
+    monkeypatch.setattr(sys, "argv", [*arguments, str(target), "--plot", str(plot)])
     module.main()
+    assert plot.read_bytes().startswith(b"\x89PNG")
     assert "| ramp | −4.03 (16) | −4.03 (16) |" in target.read_text()
     assert "ramp-16" in capsys.readouterr().out
 

@@ -25,7 +25,13 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *PAGES])
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # Logs are as long as what was tried.
-LOGS = {"experiments.md", "experiments-gpu.md", "experiments-tasks.md", "testing.md"}
+LOGS = {
+    "experiments.md",
+    "experiments-alpha.md",
+    "experiments-gpu.md",
+    "experiments-tasks.md",
+    "testing.md",
+}
 # Blocks of these are run by other tests, or need what is not installed here.
 RUN_ELSEWHERE = {
     "docs/cluster.md",  # a Slurm cluster
