@@ -148,7 +148,6 @@ def test_a_section_that_runs_out_of_time_has_not_failed(tmp_path, monkeypatch):
     import gpu
     from gpu_table import check_lines
 
-    monkeypatch.setattr(gpu, "GRACE", 0)
     # It waits for its turn, which does not come.
     section = gpu.Section("step", tmp_path, ["--device", "cpu", "--quick"])
     section.deadline = 0.0
@@ -167,11 +166,10 @@ def test_a_curve_that_was_cut_short_tells_nothing(tmp_path, monkeypatch):
     from gpu_findings import Findings, UnavailableError
 
     findings = Findings(tmp_path / "training.json", "cpu", True, 60)
-    monkeypatch.setattr(gpu_training, "KEPT_EVERY", 2)
     curves = {}
     way = gpu_training.WAYS[gpu_training.DEFINITION]
     words = gpu_training.read_words()
-    with pytest.raises(UnavailableError, match="2 steps alone"):
+    with pytest.raises(UnavailableError, match="10 steps alone"):
         gpu_training.fit(findings, gpu_training.DEFINITION, way, words, 0.0, curves)
     with pytest.raises(UnavailableError, match="no curve of fused and eager"):
         gpu_training.compare(curves, "fused")

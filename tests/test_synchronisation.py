@@ -207,6 +207,7 @@ def test_ignored_items_that_are_not_dropped_count_for_nothing(by_classes, option
         )
 
     expected = run()
+    # A device's capability, which no argument sets.
     monkeypatch.setattr(linear_items, "drops_rows", lambda device: False)
     monkeypatch.setattr(fused_linear, "_goes_by_classes", lambda *arguments: by_classes)
     for x, y in zip(run(), expected, strict=True):

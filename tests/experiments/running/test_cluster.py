@@ -48,15 +48,16 @@ def test_other_addresses_are_refused_before_anything_is_written(tmp_path, short,
     assert not (tmp_path / "out").exists()
 
 
-def test_an_address_where_nobody_answers_is_named(tmp_path, short, monkeypatch):
+def test_an_address_where_nobody_answers_is_named(tmp_path):
     pytest.importorskip("distributed")
-    monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 0.5)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         executor = f"dask://127.0.0.1:{free.getsockname()[1]}"
-        arms = [build_arms(short)["baseline"]]
-        with pytest.raises(ValueError, match=rf"{executor}: no Dask scheduler answers there"):
-            run_arms(short, arms, seeds=[0], folder=tmp_path / "out", executor=executor)
+        with (
+            pytest.raises(ValueError, match=rf"{executor}: no Dask scheduler answers there"),
+            cluster.open_cluster(executor, tmp_path / "out", connect_seconds=0.5),
+        ):
+            pass
     assert not (tmp_path / "out").exists()
 
 

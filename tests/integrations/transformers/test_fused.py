@@ -15,8 +15,9 @@ from transformers import TrainingArguments
 from implementations import CPP
 from models import Rows
 from regdrop import RDropConfig
-from regdrop.integrations.transformers import RDropTrainer, find_head, fusing
+from regdrop.integrations.transformers import RDropTrainer, find_head
 from regdrop.integrations.transformers.fused import find_fused_head
+from regdrop.integrations.transformers.fusing import SMALLEST_FUSED_VOCABULARY
 from regdrop.integrations.transformers.verify import check_fused_head
 from regdrop.loss import cross_entropy_terms
 from training import PARTS, arguments, assert_same_outcome, outcome
@@ -236,10 +237,10 @@ def test_no_tensor_holds_all_logits(tmp_path, fused):
 # --- when it is used -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("limit", "positions"), [(WORDS, 1), (WORDS + 1, 7)])
-def test_auto_leaves_small_vocabularies_alone(tmp_path, monkeypatch, limit, positions):
-    monkeypatch.setattr(fusing, "SMALLEST_FUSED_VOCABULARY", limit)
-    assert set(run(tmp_path, "gpt2", RDropConfig(alpha=2.0))[1]) == {positions}
+@pytest.mark.parametrize(("fewer", "positions"), [(0, 1), (1, 7)])
+def test_auto_leaves_small_vocabularies_alone(tmp_path, fewer, positions):
+    model = build("gpt2", vocab_size=SMALLEST_FUSED_VOCABULARY - fewer)
+    assert set(run(tmp_path, "gpt2", RDropConfig(alpha=2.0), model)[1]) == {positions}
 
 
 def test_outputs_that_are_asked_for_have_all_logits(tmp_path):
@@ -277,7 +278,7 @@ class WholeLMHeadModel(transformers.GPT2LMHeadModel):
 
     def forward(self, input_ids, **kwargs):
         output = super().forward(input_ids, **kwargs)
-        output.logits = output.logits.view(*input_ids.shape, WORDS)
+        output.logits = output.logits.view(*input_ids.shape, -1)
         return output
 
 
@@ -306,7 +307,7 @@ class ScaledLinear(nn.Linear):
 class ScaledLMHeadModel(transformers.GPT2LMHeadModel):
     def __init__(self, config):
         super().__init__(config)
-        self.lm_head = ScaledLinear(16, WORDS, bias=False)
+        self.lm_head = ScaledLinear(16, config.vocab_size, bias=False)
 
 
 UNKNOWN = {
@@ -319,14 +320,11 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
-def test_a_head_that_is_not_understood_is_trained_with_its_logits_and_told_once(
-    tmp_path, monkeypatch, kind
-):
-    monkeypatch.setattr(fusing, "SMALLEST_FUSED_VOCABULARY", WORDS)
-
+def test_a_head_that_is_not_understood_is_trained_with_its_logits_and_told_once(tmp_path, kind):
     def train(fused):
         torch.manual_seed(4)
-        model = kind(transformers.GPT2Config(**GPT2))
+        options = {**GPT2, "vocab_size": SMALLEST_FUSED_VOCABULARY}
+        model = kind(transformers.GPT2Config(**options))
         rdrop = RDropConfig(alpha=2.0, fused_linear=fused)
         return run(tmp_path, "gpt2", rdrop, model, remove_unused_columns=False)
 

@@ -10,9 +10,10 @@ from PIL import Image
 from torch import nn
 
 from regdrop.tasks.common.data import load_raw_splits
-from regdrop.tasks.images import decoding, streaming
+from regdrop.tasks.images import decoding
 from regdrop.tasks.images.digits import load_digits_splits
 from regdrop.tasks.images.splits import load_image_splits
+from regdrop.tasks.images.streaming import stream_image_splits
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -110,10 +111,9 @@ def test_normalisation_and_grey(colours):
     torch.testing.assert_close(item["pixel_values"], torch.full((1, 8, 8), expected))
 
 
-def test_images_decoded_on_demand_are_those_from_memory(colours, monkeypatch):
-    kept = load(colours).train[5]
-    monkeypatch.setattr(decoding, "_IN_MEMORY_BYTES", 0)
-    decoded = load(colours).train[5]
+def test_images_decoded_on_demand_are_those_from_memory(colours):
+    kept = load(colours, in_memory=True).train[5]
+    decoded = load(colours, in_memory=False).train[5]
     assert torch.equal(kept["pixel_values"], decoded["pixel_values"])
 
 
@@ -194,16 +194,15 @@ def write_stream(folder, *, train, test=4, change=None):
     return folder
 
 
-def stream(folder, monkeypatch):
-    monkeypatch.setattr(streaming, "HELD_OUT_IMAGES", 4)
-    monkeypatch.setattr(streaming, "_BUFFER", 6)
-    return streaming.stream_image_splits(
-        str(folder), image_size=8, num_channels=1, mean=[0], std=[1], augmentation=None
+def stream(folder, **options):
+    defaults = {"image_size": 8, "num_channels": 1, "mean": [0], "std": [1], "augmentation": None}
+    return stream_image_splits(
+        str(folder), held_out_images=4, shuffle_buffer=6, **{**defaults, **options}
     )
 
 
-def test_a_streams_images_are_those_of_its_file_in_every_split(tmp_path, monkeypatch):
-    splits = stream(write_stream(tmp_path / "data", train=20), monkeypatch)
+def test_a_streams_images_are_those_of_its_file_in_every_split(tmp_path):
+    splits = stream(write_stream(tmp_path / "data", train=20))
     tones = [
         [round(float(item["pixel_values"].mean()) * 255) for item in split]
         for split in (islice(splits.train, 16), splits.validation, splits.test)
@@ -212,6 +211,21 @@ def test_a_streams_images_are_those_of_its_file_in_every_split(tmp_path, monkeyp
     assert tones[0] != sorted(tones[0])
     assert tones[1:] == [[*range(60, 64)], [*range(60, 64)]]
     assert [int(item["labels"]) for item in splits.validation] == [0, 1, 0, 1]
+
+
+def test_a_stream_sorted_by_class_is_refused(tmp_path):
+    for ordered, folder in ((True, tmp_path / "sorted"), (False, tmp_path / "mixed")):
+        write_stream(
+            folder,
+            train=20,
+            change=lambda name, i, image, label, ordered=ordered: (
+                image,
+                i // 10 if ordered else label,
+            ),
+        )
+    with pytest.raises(ValueError, match="its first 12 images sorted by 'label'"):
+        stream(tmp_path / "sorted", watched_labels=12)
+    assert len(list(stream(tmp_path / "mixed", watched_labels=12).validation)) == 4
 
 
 @pytest.mark.parametrize(
@@ -227,7 +241,7 @@ def test_a_streams_images_are_those_of_its_file_in_every_split(tmp_path, monkeyp
     ],
 )
 def test_a_wrong_row_of_a_stream_is_named_by_its_place_in_the_data(
-    tmp_path, monkeypatch, split, row, kind, message
+    tmp_path, split, row, kind, message
 ):
     def change(name, i, image, label):
         if (name, i) != (split, row):
@@ -244,7 +258,7 @@ def test_a_wrong_row_of_a_stream_is_named_by_its_place_in_the_data(
     folder = write_stream(tmp_path / "data", train=20, change=change)
 
     def read():
-        splits = stream(folder, monkeypatch)
+        splits = stream(folder)
         for each in (islice(splits.train, 16), splits.validation, splits.test):
             list(each)
 
@@ -267,20 +281,30 @@ def test_a_corrupt_image_is_named_by_its_row_before_training_also_beyond_memory(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = write_stream(tmp_path / "data", train=20, change=change)
-    for limit in (decoding._IN_MEMORY_BYTES, 0):
-        monkeypatch.setattr(decoding, "_IN_MEMORY_BYTES", limit)
+    for in_memory in (True, False):
         with pytest.raises(
             ValueError, match=rf"in row {row} of split '{split}' of .* cannot be read"
         ):
-            load(folder, num_channels=1, mean=[0.5], std=[0.5])
+            load(folder, num_channels=1, mean=[0.5], std=[0.5], in_memory=in_memory)
+
+
+def test_reading_a_large_split_says_how_far_it_is(caplog):
+    def read(count, seconds):
+        caplog.clear()
+        decoding.read_once("the split", range(count), str, "", seconds_between_lines=seconds)
+        return [record.getMessage() for record in caplog.records]
+
+    assert read(1001, -1.0) == [
+        "the split: 1,000 of 1,001 images checked",
+        "the split: 1,001 of 1,001 images checked",
+    ]
+    assert read(1001, 60.0) == []
 
 
 def test_images_beyond_memory_are_read_once_in_all_and_again_once_they_change(
-    tmp_path, monkeypatch, caplog
+    tmp_path, monkeypatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(decoding, "_IN_MEMORY_BYTES", 0)
-    monkeypatch.setattr(decoding, "_SECONDS_BETWEEN_LINES", -1.0)
     read = []
     convert = decoding.convert_image
 
@@ -289,14 +313,13 @@ def test_images_beyond_memory_are_read_once_in_all_and_again_once_they_change(
         return convert(image, num_channels)
 
     monkeypatch.setattr(decoding, "convert_image", count)
-    options = {"num_channels": 1, "mean": [0.5], "std": [0.5]}
+    options = {"num_channels": 1, "mean": [0.5], "std": [0.5], "in_memory": False}
     for folder, train, expected in (("one", 20, 24), ("one", 20, 0), ("two", 30, 34)):
         if not (tmp_path / folder).exists():
             write_stream(tmp_path / folder, train=train)
         read.clear()
         load(tmp_path / folder, **options)
         assert len(read) == expected
-    assert "of 18 images checked" in caplog.text
 
 
 def test_a_wrong_label_is_named_by_its_row_wherever_it_is_drawn_to(tmp_path):
@@ -316,7 +339,6 @@ def test_a_wrong_label_is_named_by_its_row_wherever_it_is_drawn_to(tmp_path):
 def test_images_that_were_not_read_are_read_where_they_are_drawn_to(tmp_path, monkeypatch):
     """A part of the training split and what validates are of one split: each has its own rows."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(decoding, "_IN_MEMORY_BYTES", 0)
     folder = write_stream(tmp_path / "data", train=40)
     read = []
     convert = decoding.convert_image
@@ -326,7 +348,7 @@ def test_images_that_were_not_read_are_read_where_they_are_drawn_to(tmp_path, mo
         return convert(image, num_channels)
 
     monkeypatch.setattr(decoding, "convert_image", count)
-    options = {"num_channels": 1, "mean": [0.5], "std": [0.5]}
+    options = {"num_channels": 1, "mean": [0.5], "std": [0.5], "in_memory": False}
     # A part as large as what validates, four images, then all; then in colours.
     for changes, expected in (
         ({"train_examples": 4}, 4 + 4 + 4),
@@ -341,14 +363,13 @@ def test_images_that_were_not_read_are_read_where_they_are_drawn_to(tmp_path, mo
 
 def test_a_trained_model_is_tested_without_reading_what_trained_it(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(decoding, "_IN_MEMORY_BYTES", 0)
     cut = {"bytes": b"not an image", "path": None}
     folder = write_stream(
         tmp_path / "data",
         train=20,
         change=lambda name, i, image, label: (cut if name == "train" else image, label),
     )
-    options = {"num_channels": 1, "mean": [0.5], "std": [0.5]}
+    options = {"num_channels": 1, "mean": [0.5], "std": [0.5], "in_memory": False}
     with pytest.raises(ValueError, match=r"of split 'train' of .* cannot be read"):
         load(folder, **options)
     names = load_raw_splits(str(folder))["test"].features["label"].names

@@ -106,12 +106,11 @@ def test_a_flipped_archive_is_named_and_writes_nothing(tmp_path):
         assert [x.name for x in tmp_path.iterdir()] == ["a.tgz"]
 
 
-def test_an_archive_that_unpacks_to_too_much_is_not_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr(iwslt, "_MOST_BYTES", 100_000)
+def test_an_archive_that_unpacks_to_too_much_is_not_unpacked(tmp_path):
     for name in ("de-en/train.tags.de-en.de", "notes"):
         bomb = archive(tmp_path / "bomb.tgz", **{name: "a" * 200_000})
         with pytest.raises(ValueError, match="it holds more than 100,000 bytes"):
-            prepare_iwslt(bomb, tmp_path / "out")
+            prepare_iwslt(bomb, tmp_path / "out", max_bytes=100_000)
 
 
 def test_what_cannot_be_written_leaves_nothing_half_written(tmp_path, monkeypatch):

@@ -16,7 +16,6 @@ from regdrop.experiments.running.engine import Engine, read_all
 from regdrop.experiments.running.progress import Update, quiet_libraries
 
 _ADDRESS = re.compile(r"dask://(?P<host>\[[\da-fA-F:]+\]|[^\s/:\[\]]+):(?P<port>\d+)/?")
-_CONNECT_SECONDS = 10
 
 
 class RunCancelledError(RuntimeError):
@@ -47,7 +46,7 @@ def parse_address(executor: str) -> str:
 
 
 @contextmanager
-def open_cluster(executor: str, folder: Path) -> Iterator[Engine]:
+def open_cluster(executor: str, folder: Path, *, connect_seconds: float = 10) -> Iterator[Engine]:
     """Open the engine of a Dask cluster.
 
     A run whose worker dies is given to another worker, where it goes on from its last checkpoint.
@@ -56,6 +55,7 @@ def open_cluster(executor: str, folder: Path) -> Iterator[Engine]:
     Args:
         executor: "dask://HOST:PORT".
         folder: Folder of the study; all workers must see it under the same name.
+        connect_seconds: How long the scheduler is waited for.
 
     Raises:
         ValueError: For another address, or a cluster that cannot be used.
@@ -69,7 +69,7 @@ def open_cluster(executor: str, folder: Path) -> Iterator[Engine]:
     from distributed import Client
 
     try:
-        client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
+        client = Client(address, timeout=connect_seconds, set_as_default=False)
     except (OSError, TimeoutError) as error:
         raise ValueError(
             f"--executor {executor}: no Dask scheduler answers there ({error}); start one by "

@@ -20,7 +20,6 @@ _logger = logging.getLogger(__name__)
 # Splits up to this size are decoded once and kept in memory.
 _IN_MEMORY_BYTES = 2**29
 _BLOCK = 1000
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 def convert_image(image: Any, num_channels: int) -> Any:
@@ -99,6 +98,7 @@ def reader(
     *,
     rows: Sequence[int],
     identity: str | None = "",
+    in_memory: bool | None = None,
 ) -> Callable[[Sequence[int]], Tensor]:
     """Return a function from positions to uint8 images, from memory where they fit.
 
@@ -111,6 +111,7 @@ def reader(
         rows: The row of each of them in its file.
         identity: What changes where the images do, so that those beyond memory are read once in
             all before any is used; empty if it is not known. None: they are read as they are used.
+        in_memory: Whether all are decoded once and kept. None: if they take at most half a GiB.
 
     Raises:
         ValueError: For an image that cannot be read, by its row.
@@ -132,7 +133,9 @@ def reader(
             .permute(0, 3, 1, 2)
         )
 
-    if len(source) * num_channels * image_size**2 > _IN_MEMORY_BYTES:
+    if in_memory is None:
+        in_memory = len(source) * num_channels * image_size**2 <= _IN_MEMORY_BYTES
+    if not in_memory:
         if identity is not None:
             read_once(where, rows, load, f"{identity} {num_channels}" if identity else "")
         return decode
@@ -155,7 +158,14 @@ def check_image(image: Any) -> Any:
     return image
 
 
-def read_once(where: str, rows: Sequence[int], load: Callable[[int], Any], identity: str) -> None:
+def read_once(
+    where: str,
+    rows: Sequence[int],
+    load: Callable[[int], Any],
+    identity: str,
+    *,
+    seconds_between_lines: float = 10.0,
+) -> None:
     """Read every image of a split, unless that was done before; say how far it is.
 
     Args:
@@ -163,6 +173,7 @@ def read_once(where: str, rows: Sequence[int], load: Callable[[int], Any], ident
         rows: The row of each of its images in its file.
         load: Reads the image of a position among them, and raises if it cannot be read.
         identity: What changes where the images do; empty if it is not known.
+        seconds_between_lines: Least time from one line of the log to the next.
     """
     count = len(rows)
     key = hashlib.sha256(repr((where, list(rows), identity)).encode("utf-8", "surrogateescape"))
@@ -172,11 +183,12 @@ def read_once(where: str, rows: Sequence[int], load: Callable[[int], Any], ident
     told = time.monotonic()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # decoders leave Python's lock
         for start in range(0, count, _BLOCK):
-            for _ in pool.map(load, range(start, min(start + _BLOCK, count))):
+            end = min(start + _BLOCK, count)
+            for _ in pool.map(load, range(start, end)):
                 pass
-            if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+            if time.monotonic() - told > seconds_between_lines:
                 told = time.monotonic()
-                _logger.warning("%s: %s of %s images checked", where, f"{start:,}", f"{count:,}")
+                _logger.warning("%s: %s of %s images checked", where, f"{end:,}", f"{count:,}")
     if identity:
         with suppress(OSError):
             done.parent.mkdir(parents=True, exist_ok=True)

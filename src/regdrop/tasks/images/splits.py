@@ -27,6 +27,7 @@ def load_image_splits(
     config_name: str | None = None,
     train_examples: int | None = None,
     class_names: Sequence[str] | None = None,
+    in_memory: bool | None = None,
 ) -> ImageSplits:
     """Load a folder or a hub id by `datasets.load_dataset`.
 
@@ -44,6 +45,7 @@ def load_image_splits(
         config_name: Configuration of the hub's set.
         train_examples: Size of the part of the training split that is used; None for all.
         class_names: Classes in the order of a trained model's outputs; None for the set's own.
+        in_memory: As in `reader`.
 
     Raises:
         ValueError: For a set that cannot be found, or without a split that is used, an image
@@ -96,7 +98,10 @@ def load_image_splits(
             )
         labels = labels if places is None else torch.tensor(places)[labels]
         read = reader(
-            where, source, image_column, image_size, num_channels, rows=rows, identity=identity
+            *(where, source, image_column, image_size, num_channels),
+            rows=rows,
+            identity=identity,
+            in_memory=in_memory,
         )
         return Images(
             read,

@@ -17,9 +17,6 @@ from regdrop.tasks.images.splits import ROW, check_label, check_labels, find_col
 
 # Images of the training split on which checkpoints are selected: its first ones.
 HELD_OUT_IMAGES = 10_000
-_BUFFER = 10_000
-# As many labels tell whether images come class by class.
-_WATCHED_LABELS = 1_000
 
 
 class StreamedImages(IterableDataset[dict[str, Any]]):
@@ -39,6 +36,7 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
         num_classes: Number of classes.
         where: The split and its data, in words.
         train: Whether images are shuffled and have no end.
+        shuffle_buffer: Images among which the next one of training is drawn.
     """
 
     def __init__(
@@ -53,11 +51,13 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
         where: str,
         augmentation: nn.Module | None = None,
         train: bool = False,
+        shuffle_buffer: int = 10_000,
     ) -> None:
         self.where = where
         self.source, self.train, self.augmentation = source, train, augmentation
         self.columns, self.decode, self.prepare = columns, decode, prepare
         self.num_channels, self.num_classes = num_channels, num_classes
+        self.shuffle_buffer = shuffle_buffer
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         image_column, label_column = self.columns
@@ -78,7 +78,7 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
     def _endless(self) -> Iterator[dict[str, Any]]:
         seed = torch.initial_seed() % 2**32
         for epoch in count():
-            shuffled = self.source.shuffle(seed=seed, buffer_size=_BUFFER)
+            shuffled = self.source.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
             shuffled.set_epoch(epoch)
             yield from shuffled
 
@@ -108,6 +108,9 @@ def stream_image_splits(
     augmentation: nn.Module | None,
     config_name: str | None = None,
     train_examples: int | None = None,
+    held_out_images: int | None = None,
+    shuffle_buffer: int = 10_000,
+    watched_labels: int = 1_000,
 ) -> ImageSplits:
     """Open a folder or a hub id by `datasets.load_dataset`, to be read while it trains.
 
@@ -123,12 +126,17 @@ def stream_image_splits(
         augmentation: Applied to the training split, before images are resized.
         config_name: Configuration of the hub's set.
         train_examples: As many images of the training split as are used; None for all.
+        held_out_images: As many of its first images are the validation split; None for 10,000.
+        shuffle_buffer: Images among which the next one of training is drawn.
+        watched_labels: As many first labels tell whether images come class by class.
 
     Raises:
         ValueError: For a set without a training split, a test split, an image column or a label
             column, one whose training images come class by class, or labels that are none among
             its first ones. While it trains: for other such labels, and images that cannot be read.
     """
+    if held_out_images is None:
+        held_out_images = HELD_OUT_IMAGES
     loaded = open_splits(dataset, config_name, streaming=True)
     tested = next((name for name in ("validation", "test") if name in loaded), None)
     if "train" not in loaded or tested is None:
@@ -141,19 +149,19 @@ def stream_image_splits(
     class_names = list(loaded["train"].features[columns[1]].names)
     wheres = {name: f"split {name!r} of data {dataset!r}" for name in ("train", tested)}
     train, test = (number_rows(loaded[name], columns) for name in ("train", tested))
-    first = loaded["train"].select_columns(columns[1]).take(_WATCHED_LABELS)
+    first = loaded["train"].select_columns(columns[1]).take(watched_labels)
     labels = [row[columns[1]] for row in first]
     check_labels(wheres["train"], labels, len(class_names))
-    if len(labels) == _WATCHED_LABELS and labels == sorted(labels):
+    if len(labels) == watched_labels and labels == sorted(labels):
         raise ValueError(
             f"split 'train' of data {dataset!r} must be in no order of its classes to be streamed, "
-            f"got its first {_WATCHED_LABELS:,} images sorted by {columns[1]!r}: shuffle its files"
+            f"got its first {watched_labels:,} images sorted by {columns[1]!r}: shuffle its files"
         )
-    rest = train.skip(HELD_OUT_IMAGES)
+    rest = train.skip(held_out_images)
     rest = rest if train_examples is None else rest.take(train_examples)
     if next(iter(rest), None) is None:
         raise ValueError(
-            f"split 'train' of data {dataset!r} must have more than the {HELD_OUT_IMAGES:,} images "
+            f"split 'train' of data {dataset!r} must have more than the {held_out_images:,} images "
             "on which checkpoints are selected; without streaming a tenth is held out"
         )
     centre, spread = (torch.tensor(list(x)).reshape(-1, 1, 1) for x in (mean, std))
@@ -174,8 +182,8 @@ def stream_image_splits(
         )
 
     return ImageSplits(
-        split("train", rest, augmentation=augmentation, train=True),
-        split("train", train.take(HELD_OUT_IMAGES)),
+        split("train", rest, augmentation=augmentation, train=True, shuffle_buffer=shuffle_buffer),
+        split("train", train.take(held_out_images)),
         split(tested, test),
         class_names,
     )

@@ -20,8 +20,6 @@ _MAX_RATIO = 1.5
 # Moses' tokenizer does not part the words of these: a ratio of lengths would say nothing.
 _WITHOUT_SPACES = {"ja", "th", "zh"}
 _MAX_TOKENS = 175
-# The largest of these archives hold less than a tenth of it.
-_MOST_BYTES = 2**30
 _BLOCK_BYTES = 2**14
 _TESTS = ("dev2010", "dev2012", "tst2010", "tst2011", "tst2012")
 _DROPPED_LINES = ("<url>", "<talkid>", "<keywords>")
@@ -31,7 +29,7 @@ _SEGMENT = re.compile(r"<seg id=\"\d+\">\s*(.*?)\s*</seg>")
 Pair = tuple[str, str]
 
 
-def prepare_iwslt(archive: Path, output: Path) -> dict[str, int]:
+def prepare_iwslt(archive: Path, output: Path, *, max_bytes: int = 2**30) -> dict[str, int]:
     """Turn an official archive into a folder that `datasets.load_dataset` reads.
 
     Text is lower-cased; training pairs with 1 to 175 tokens a side (Moses' tokenizer) and a ratio
@@ -41,6 +39,8 @@ def prepare_iwslt(archive: Path, output: Path) -> dict[str, int]:
     Args:
         archive: The `.tgz` of one pair of languages, as IWSLT publishes it.
         output: Folder to write; one JSON lines file a split.
+        max_bytes: Unpacked size above which an archive is refused; the largest of IWSLT's hold less
+            than a tenth of the default.
 
     Returns:
         The number of pairs of each split.
@@ -51,7 +51,7 @@ def prepare_iwslt(archive: Path, output: Path) -> dict[str, int]:
     """
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"OUTPUT must be a new or empty folder, got {output}")
-    texts = _read_texts(archive)
+    texts = _read_texts(archive, max_bytes)
     source, target = _languages(archive, texts)
     pairs = list(_training_pairs(archive, texts, source, target))
     is_kept = _length_filter(source, target)
@@ -68,28 +68,28 @@ def prepare_iwslt(archive: Path, output: Path) -> dict[str, int]:
     return {name: len(rows) for name, rows in splits.items()}
 
 
-def _read_texts(archive: Path) -> dict[str, str]:
+def _read_texts(archive: Path, max_bytes: int) -> dict[str, str]:
     """Return the texts of an archive by the names of their files, read in one go through it."""
     texts = {}
     try:
         with tarfile.open(archive) as file:
             for member in file:
-                if member.offset_data + member.size > _MOST_BYTES:
-                    raise ValueError(f"it holds more than {_MOST_BYTES:,} bytes")
+                if member.offset_data + member.size > max_bytes:
+                    raise ValueError(f"it holds more than {max_bytes:,} bytes")
                 if member.isfile() and _is_wanted(member.name):
                     texts[Path(member.name).name] = _read(file, member)
-            _read_to_the_end(file.fileobj)
+            _read_to_the_end(file.fileobj, max_bytes)
     except (EOFError, OSError, ValueError, lzma.LZMAError, tarfile.TarError, zlib.error) as error:
         raise ValueError(f"ARCHIVE {archive} cannot be read: {error}") from error
     return texts
 
 
-def _read_to_the_end(stream: Any) -> None:
+def _read_to_the_end(stream: Any, max_bytes: int) -> None:
     """Read what follows the last file: the checksum of a compressed archive is there."""
-    for _ in range(_MOST_BYTES // _BLOCK_BYTES):
+    for _ in range(max_bytes // _BLOCK_BYTES):
         if not stream.read(_BLOCK_BYTES):
             return
-    raise ValueError(f"more than {_MOST_BYTES:,} bytes follow its last file")
+    raise ValueError(f"more than {max_bytes:,} bytes follow its last file")
 
 
 def _write(output: Path, splits: dict[str, list[dict[str, str]]]) -> None:
