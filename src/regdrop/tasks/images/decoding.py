@@ -14,6 +14,7 @@ from torch import Tensor
 
 from regdrop.tasks.common.folders import cache_folder
 from regdrop.tasks.common.notices import say_once
+from regdrop.tasks.common.shared_work import share_work
 
 _logger = logging.getLogger(__name__)
 
@@ -137,7 +138,13 @@ def reader(
         in_memory = len(source) * num_channels * image_size**2 <= _IN_MEMORY_BYTES
     if not in_memory:
         if identity is not None:
-            read_once(where, rows, load, f"{identity} {num_channels}" if identity else "")
+            kind = f"{identity} {num_channels}" if identity else ""
+            share_work(
+                len(rows),
+                lambda part: read_once(
+                    where, [rows[i] for i in part], lambda i: load(part[i]), kind
+                ),
+            )
         return decode
     blocks = [
         decode(range(start, min(start + _BLOCK, len(source))))

@@ -25,6 +25,7 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
     Those of training never end: epoch follows epoch, each in an order of its own that the seed of
     the run decides. So the n-th image is always the same, and a Trainer that resumes finds its
     place by reading as many again.
+    Of several processes the main one reads for all, as Accelerate has it for such data sets.
 
     Args:
         source: A streaming `datasets.IterableDataset` of numbered rows, as `number_rows` gives it.
