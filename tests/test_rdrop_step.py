@@ -101,6 +101,35 @@ def test_options_of_the_cross_entropy_are_those_of_the_config():
     torch.testing.assert_close(output.kl, symmetric_kl(logits).detach())
 
 
+def nodes(loss):
+    """Return the names of what autograd recorded before a loss."""
+    seen, found = {}, [loss.grad_fn]
+    while found:
+        node = found.pop()
+        if node is not None and node not in seen:
+            seen[node] = node.name()
+            found += [before for before, _ in node.next_functions]
+    return set(seen.values())
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_the_kernel_is_the_one_that_was_asked_for(fraction):
+    """The eager form is recorded operation by operation, the closed form is one node."""
+    model, x, y = network(), inputs(), torch.tensor([0, 3, -100, 1, 2, 0])
+
+    def run(impl):
+        config = RDropConfig(alpha=1.7, impl=impl, fraction=fraction)
+        return seeded(rdrop_step, model, x, y, config=config, step=0)
+
+    eager, chunked = run("eager"), run("chunked")
+    assert eager.kl > 0
+    torch.testing.assert_close(tuple(chunked), tuple(eager), rtol=1e-12, atol=1e-12)
+    assert {"LogSoftmaxBackward0", "GatherBackward0"} <= nodes(eager.loss)
+    assert not {"LogSoftmaxBackward0", "GatherBackward0"} & nodes(chunked.loss)
+    gradients = [gradient(output.loss, model) for output in (chunked, eager)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
 def test_fraternal_dropout_and_terms_of_the_library_with_options():
     model, x, y = network(), inputs(), classes()
     config = RDropConfig(alpha=2.0, method="fraternal")
