@@ -7,7 +7,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from implementations import CPP, HAS_COMPILER, TRITON
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
+from regdrop.kernels import Projection
 from regdrop.kernels.chunked import row_blocks
+from regdrop.loss import linear_cross_entropy_loss
 
 FEATURES, CLASSES = 5, 11
 WEIGHTS = torch.linspace(0.2, 3, CLASSES, dtype=torch.float64)
@@ -516,6 +518,13 @@ def test_arguments_that_do_not_fit_are_refused_by_name(changes, error, message):
     }
     with pytest.raises(error, match=message):
         linear_rdrop_cross_entropy(**{**arguments, **changes})
+
+
+def test_the_loss_of_a_known_layer_has_no_terms_of_every_item():
+    (hidden, weight, _), target = make()
+    options = {"projection": Projection(weight), "alpha": 1.0, "num_passes": 2}
+    with pytest.raises(ValueError, match="linear_cross_entropy_terms returns the terms"):
+        linear_cross_entropy_loss(hidden, target, reduction="none", **options)
 
 
 def test_a_class_masked_in_one_pass_only_is_refused_and_in_all_contributes_nothing():

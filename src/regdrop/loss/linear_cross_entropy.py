@@ -1,7 +1,6 @@
 """R-Drop for one class an item, with the linear layer before it: the full logits never exist."""
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -224,27 +223,38 @@ def linear_cross_entropy_loss(
             unbiased; the others may come from a forward without gradient. None: all.
         items: Positions (n,) of the items that all passes but the first saw: the NLL is that of
             pass 0, the divergence that of the part, weighted by its inverse share.
+
+    Raises:
+        ValueError: For reduction "none", and as in `linear_rdrop_cross_entropy`.
     """
-    options: dict[str, Any] = {
-        "projection": projection,
-        "weight": weight,
-        "ignore_index": ignore_index,
-        "unlabelled_index": unlabelled_index,
-        "label_smoothing": label_smoothing,
-    }
+    if reduction == "none":
+        raise ValueError(
+            "reduction must be 'mean' or 'sum', got 'none'; linear_cross_entropy_terms returns the "
+            "terms of every item"
+        )
+    rows_of = partial(
+        find_valid_rows,
+        projection=projection,
+        weight=weight,
+        ignore_index=ignore_index,
+        unlabelled_index=unlabelled_index,
+        label_smoothing=label_smoothing,
+    )
     graded = num_passes if backward_passes is None else backward_passes
     if items is None:
-        whole = find_valid_rows(hidden, target, num_passes=num_passes, **options)
-        compute = partial(_weighted_sum, whole, projection, graded)
+        whole = rows_of(hidden, target, num_passes=num_passes)
+        weighted_sum = partial(_weighted_sum, whole, projection, graded)
     else:
+        # Pass 0 of the whole batch stands first, then the other passes of those items alone.
         first, others = hidden[: target.shape[0]], hidden[target.shape[0] :]
-        whole = find_valid_rows(first, target, num_passes=1, **options)
+        whole = rows_of(first, target, num_passes=1)
         both = torch.cat([first.index_select(0, items), others])
-        part = find_valid_rows(both, target[items], num_passes=num_passes, **options)
+        part = rows_of(both, target[items], num_passes=num_passes)
         share = target.shape[0] / items.numel()
-        compute = partial(_weighted_sum_of_a_part, whole, part, share, projection, graded)
+        weighted_sum = partial(_weighted_sum_of_a_part, whole, part, share, projection, graded)
+    # It finds the weights of both terms from their counts, then calls `weighted_sum` with them.
     output = reduce_sums(
-        compute,
+        weighted_sum,
         *whole.counts,
         torch.promote_types(hidden.dtype, torch.float32),
         alpha=alpha,
