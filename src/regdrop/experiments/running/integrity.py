@@ -92,9 +92,8 @@ def _damage_inside(checkpoint: Path) -> str | None:
 
 
 def list_checkpoints(work: Path) -> list[Path]:
-    """Return the checkpoints of a run, the first step first."""
-    found = [path for path in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path) >= 0]
-    return sorted(found, key=step_of)
+    """Return the checkpoints of a run that were written to their end, the first step first."""
+    return sorted((path for path in _folders(work) if _was_written(path)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -114,12 +113,12 @@ def choose_checkpoint(work: Path, averaged_steps: Collection[int]) -> tuple[Path
         work: Folder of the run, which may have been moved since.
         averaged_steps: Steps whose checkpoints are averaged at the end; none if the best is taken.
     """
+    for path in _folders(work):
+        if not _was_written(path):  # stopped while it was written
+            shutil.rmtree(path)
     wrong = []
     whole = []
     for checkpoint in list_checkpoints(work):
-        if not any((checkpoint / name).exists() for name in (SEAL_NAME, TRAINER_STATE_NAME)):
-            shutil.rmtree(checkpoint)  # stopped while it was written
-            continue
         problem = damage(checkpoint)
         if problem is None:
             whole.append(checkpoint)
@@ -132,6 +131,15 @@ def choose_checkpoint(work: Path, averaged_steps: Collection[int]) -> tuple[Path
         return None, wrong
     _note_place(whole[-1])
     return whole[-1], wrong
+
+
+def _folders(work: Path) -> list[Path]:
+    return [path for path in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path) >= 0]
+
+
+def _was_written(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has what is written last; that can be damaged."""
+    return any((checkpoint / name).exists() for name in (SEAL_NAME, TRAINER_STATE_NAME))
 
 
 def _is_complete(checkpoints: Sequence[Path], averaged_steps: Collection[int]) -> bool:

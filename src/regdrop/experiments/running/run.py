@@ -309,7 +309,10 @@ def _find_checkpoint(work: Path, arm: Arm, config: dict[str, Any]) -> Path | Non
     """Return the last whole checkpoint of an interrupted run with the same settings."""
     path = work / "config.json"
     if not list_checkpoints(work):  # stopped before its first: whatever it was, nothing is lost
-        write_json(path, config)
+        if is_main_process():  # what it learned may be of other settings or data
+            shutil.rmtree(work)
+            work.mkdir()
+            write_json(path, config)
         return None
     check_same_config(path, read_object(path, "the settings of an interrupted run"), config)
     if not is_main_process():  # which has looked before
