@@ -311,10 +311,13 @@ def test_frames_are_labelled_by_rows_of_one_and_zeros():
     name = "Wav2Vec2ForAudioFrameClassification"
     model = tiny_model(name)
     batch = tiny_batch(model, name)
-    with pytest.raises(
-        ValueError, match=r"must be one-hot, \(batch, frames, 3\), .* got shape \(4, "
-    ):
-        find_head(model, batch | {"labels": batch["labels"].argmax(-1)})
+    labels = batch["labels"]
+    # Indices, also of as many frames as there are classes; rows of another number of classes.
+    for wrong in (labels.argmax(-1), labels[:, 0], F.pad(labels, (0, 1))):
+        with pytest.raises(
+            ValueError, match=r"must be one-hot, \(batch, frames, 3\), .* got shape \(4, "
+        ):
+            find_head(model, batch | {"labels": wrong})
 
 
 def test_class_weights_and_unlabelled_items_reach_every_head_of_classes():
