@@ -411,7 +411,16 @@ def shifted(name):
     return model
 
 
-def _worker(rank, port, folder, name, options):
+# What two processes are trained on, one after the other: starting them takes longer than training.
+TOGETHER = [
+    ("gpt2", {}),
+    ("gpt2", {"gradient_accumulation_steps": 2}),
+    ("bart", {"ddp_find_unused_parameters": False}),
+    ("gpt2", {"ddp_static_graph": True, "ddp_find_unused_parameters": False}),
+]
+
+
+def _worker(rank, port, folder):
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -420,9 +429,12 @@ def _worker(rank, port, folder, name, options):
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    result = _train_shifted(folder, name, True, ddp_backend="gloo", **options)
-    if rank == 0:
-        torch.save(result, folder / "result.pt")
+    for i, (name, options) in enumerate(TOGETHER):
+        size = 2 // options.get("gradient_accumulation_steps", 1)
+        options = {"per_device_train_batch_size": size, "ddp_backend": "gloo", **options}
+        result = _train_shifted(folder, name, True, **options)
+        if rank == 0:
+            torch.save(result, folder / f"{i}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -434,23 +446,13 @@ def _train_shifted(folder, name, fused, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        pytest.param("gpt2", {}, marks=pytest.mark.long),
-        ("gpt2", {"gradient_accumulation_steps": 2}),
-        ("bart", {"ddp_find_unused_parameters": False}),
-        ("gpt2", {"ddp_static_graph": True, "ddp_find_unused_parameters": False}),
-    ],
-)
-def test_two_processes_are_one(tmp_path, name, options):
+def test_two_processes_are_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    size = 2 // options.get("gradient_accumulation_steps", 1)
-    worker_options = {"per_device_train_batch_size": size, **options}
-    torch.multiprocessing.spawn(_worker, (port, tmp_path, name, worker_options), nprocs=2)
-    two = torch.load(tmp_path / "result.pt", weights_only=False)
-    assert set(two[1]) == {1}
-    for fused in (True, False):
-        assert_same(two, _train_shifted(tmp_path, name, fused))
+    torch.multiprocessing.spawn(_worker, (port, tmp_path), nprocs=2)
+    for i, (name, _) in enumerate(TOGETHER):
+        two = torch.load(tmp_path / f"{i}.pt", weights_only=False)
+        assert set(two[1]) == {1}
+        for fused in (True, False):
+            assert_same(two, _train_shifted(tmp_path, name, fused))
