@@ -3,6 +3,7 @@
 import json
 import shutil
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -13,7 +14,8 @@ from commands import Attack
 from PIL import Image
 
 from regdrop.tasks import PRESETS
-from regdrop.tasks.images import decoding, streaming
+from regdrop.tasks.images.splits import load_image_splits
+from regdrop.tasks.images.streaming import stream_image_splits
 from text_data import write_encoder, write_glue, write_rows
 
 WRONG_ROWS = (
@@ -60,32 +62,33 @@ def give_wrong_rows(attack: Attack) -> None:
         model=str(write_encoder(folder / "model")),
         train_examples=None,
     )
-    _must_refuse(attack, task, f"{kind} {wrong if kind == 'row' else ''} in row {row} of {split}")
+
+    def load() -> list[Any]:
+        splits = task.prepare().splits
+        return [splits[name] for name in splits]
+
+    _must_refuse(attack, load, f"{kind} {wrong if kind == 'row' else ''} in row {row} of {split}")
     shutil.rmtree(folder)
 
 
 def give_wrong_images(attack: Attack) -> None:
-    """Put a wrong image or label into a split, kept in memory, read while it trains, or streamed.
-
-    Sets are small here: what is large is made so by the limits.
-    """
+    """Put a wrong image or label into a split, kept in memory, on disk, or streamed."""
     folder = attack.folder / f"images-{attack.counts['tried']}"
     split = attack.random.choice(("train", "test"))
     row = attack.random.randrange({"train": 20, "test": 6}[split])
     kind = attack.random.choice(WRONG_IMAGES)
     way = attack.random.choice(("memory", "disk", "stream"))
     write_images(folder, split, row, kind)
-    decoding._IN_MEMORY_BYTES = 0 if way == "disk" else 2**29
-    streaming.HELD_OUT_IMAGES = 4
-    task = replace(
-        PRESETS["fashion-mnist-part"],
-        dataset=str(folder),
-        image_size=28,
-        train_examples=None,
-        streaming=way == "stream",
-    )
+    options = {"image_size": 28, "num_channels": 1, "mean": [0.5], "std": [0.5]}
+    options["augmentation"] = None
+
+    def load() -> list[Any]:
+        if way == "stream":
+            return list(stream_image_splits(str(folder), held_out_images=4, **options)[:3])
+        return list(load_image_splits(str(folder), in_memory=way == "memory", **options)[:3])
+
     what = f"{kind} in row {row} of {split}, {way}"
-    _must_refuse(attack, task, what, f"row {row} of split '{split}'", f"in row {row}")
+    _must_refuse(attack, load, what, f"row {row} of split '{split}'", f"in row {row}")
     shutil.rmtree(folder)
 
 
@@ -125,13 +128,12 @@ def _file(image: Any, kind: str = "PNG") -> dict[str, Any]:
     return {"bytes": file.getvalue(), "path": None}
 
 
-def _must_refuse(attack: Attack, task: Any, what: str, *named: str) -> None:
+def _must_refuse(attack: Attack, load: Callable[[], list[Any]], what: str, *named: str) -> None:
     """Note whether wrong data is refused, by one of some names, before its last row is read."""
     try:
-        prepared = task.prepare()
-        for name in prepared.splits:
+        for split in load():
             # A stream of training has no end.
-            for _, _ in zip(range(100), prepared.splits[name], strict=False):
+            for _, _ in zip(range(100), split, strict=False):
                 pass
     except ValueError as error:
         is_named = not named or any(each in str(error) for each in named)
