@@ -58,14 +58,17 @@ def apply_tuned(arms: Sequence[Arm], study: str, path: Path) -> list[Arm]:
             f"lacks {', '.join(missing)}: `regdrop tune` takes them too, and trains none for which "
             "nothing of what is varied matters"
         )
-    return [with_settings(arm, chosen[arm.name]["settings"]) for arm in arms]
+    try:
+        return [with_settings(arm, chosen[arm.name]["settings"]) for arm in arms]
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
 
 
 def _load_tuned(path: Path, study: str) -> dict[str, dict[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found, arms = content["study"], content["arms"]
-        result = {name: {**own, "settings": dict(own["settings"])} for name, own in arms.items()}
+        result = {name: {**own, "settings": dict(**own["settings"])} for name, own in arms.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must be a file of `regdrop tune`: {error}") from error
     if found != study:

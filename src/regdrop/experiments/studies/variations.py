@@ -6,10 +6,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from regdrop.arguments import nearest
+from regdrop.config import RDropConfig
 from regdrop.experiments.arms import Arm
 from regdrop.tasks.configure import parse_value
 
 Setting = float | int | str
+
+# What an arm has of its own.
+_PARTS = ("rdrop", "training")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def parse_variation(text: str) -> Variation:
     """
     name, _, right = text.partition("=")
     parts = right.split(":")
-    if not right or name.split(".")[0] not in ("rdrop", "training") or "." not in name:
+    if not right or name.split(".")[0] not in _PARTS or "." not in name:
         raise ValueError(
             f"a variation must be rdrop.NAME=... or training.NAME=... with values by commas or "
             f"LOW:HIGH[:log], got {text!r}"
@@ -68,11 +72,11 @@ def with_settings(arm: Arm, settings: Mapping[str, Setting]) -> Arm:
         ValueError: For a setting that there is not, or a value that it refuses.
     """
     for name, value in settings.items():
-        if name == "rdrop.alpha" and arm.dropout_odds != 1:
-            # The penalty that R-Drop has by this alpha.
-            arm = replace(arm, dropout_odds=1 + float(value))
-            continue
         part, _, own = name.partition(".")
+        if part not in _PARTS:
+            raise ValueError(
+                f"a setting of an arm must be rdrop.NAME or training.NAME, got {name!r}"
+            )
         holder: Any = getattr(arm, part)
         known = [known.name for known in fields(holder)]
         if own not in known:
@@ -81,6 +85,12 @@ def with_settings(arm: Arm, settings: Mapping[str, Setting]) -> Arm:
             )
         if _is_number(getattr(holder, own)) and not _is_number(value):
             raise ValueError(f"{name} must be a number, got {value!r}")
+        if name == "rdrop.alpha" and arm.dropout_odds != 1:
+            # The penalty that R-Drop has by this alpha, which must be one that it takes.
+            alpha = float(value)
+            RDropConfig(alpha=alpha)
+            arm = replace(arm, dropout_odds=1 + alpha)
+            continue
         try:
             arm = replace(arm, **{part: replace(holder, **{own: value})})
         except TypeError as error:
