@@ -211,12 +211,12 @@ def test_a_config_is_frozen_and_hashable():
         (
             {"likelihood": "model", "class_weight": (1.0, 2.0)},
             ValueError,
-            "class_weight needs a likelihood that regdrop computes",
+            "class_weight needs an NLL that regdrop computes",
         ),
         (
             {"likelihood": "model", "unlabelled_index": -1},
             ValueError,
-            "unlabelled_index needs a likelihood that regdrop computes",
+            "unlabelled_index needs an NLL that regdrop computes",
         ),
         (
             {"likelihood": "model", "method": "r3f"},

@@ -56,6 +56,25 @@ def imported_modules(path):
     return found & MODULES.keys()
 
 
+def folders(root):
+    return {path.parent.relative_to(root) for path in root.rglob("*.py")}
+
+
+def test_tests_stand_in_the_folders_of_what_they_test():
+    tests = Path(__file__).parent
+    # Libraries that load apart, or have their own tests beside one integration's.
+    further = {"accelerate", "peft", "apart_deepspeed", "apart_timm"}
+    further = {Path("integrations", name) for name in further} | {Path("reliability")}
+    integrations = {Path("integrations", path.stem) for path in PACKAGE.glob("integrations/*.py")}
+    assert folders(tests) - further <= folders(PACKAGE) | integrations
+    # The command line is tested as a whole, and the book of the demo holds no code.
+    assert folders(PACKAGE) - folders(tests) <= {
+        Path("commands"),
+        Path("tasks", "texts"),
+        Path("tasks", "texts", "alice"),
+    }
+
+
 def room_of(floor, module):
     parts = module.removeprefix(f"regdrop.{floor}").lstrip(".").split(".")
     return parts[0] or "front"

@@ -43,7 +43,7 @@ CONVENTIONS = {
     ),
 }
 _WITHOUT_EQUIVALENT = {
-    "official-roberta": "its loss holds half of one likelihood only: no alpha gives the same loss"
+    "official-roberta": "its loss holds half of one NLL only: no alpha gives the same loss"
 }
 
 

@@ -228,7 +228,7 @@ class RDropConfig:
             for name in ("class_weight", "unlabelled_index"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"{name} needs a likelihood that regdrop computes, got likelihood='model': "
+                        f"{name} needs an NLL that regdrop computes, got likelihood='model': "
                         "give the model's own loss its weights, or use likelihood='auto'"
                     )
             for name, default in (("method", "rdrop"), ("impl", "auto")):

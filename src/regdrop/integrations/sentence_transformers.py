@@ -52,7 +52,7 @@ _COMPARED: dict[type[nn.Module], str | None] = {
 class RDropLoss(nn.Module):
     """A loss of sentence-transformers with R-Drop, in whose place the trainers take it.
 
-    The likelihood is the loss. The divergence is that of what the loss reads: the KL of a
+    The NLL is the loss. The divergence is that of what the loss reads: the KL of a
     cross-encoder's scores (under `MSELoss` their squared difference), the KL of each pass's own
     softmax over the candidates in the batch, or the squared difference of the similarities of
     pairs. Rows are stacked; those of the other pass are no negatives. Evaluation is the loss's own.

@@ -26,14 +26,14 @@ def eager_terms(logits: Tensor, target: Target, *, backward_passes: int) -> tupl
     if target.valid is not None:
         x = x.masked_fill(~target.valid[None, :, None], 0)
     log_p = x.log_softmax(-1)
-    nll = torch.stack([_likelihood(row, target) for row in log_p]).mean(0)
+    nll = torch.stack([_nll(row, target) for row in log_p]).mean(0)
     kl = _mean_symmetric_kl(log_p)
     if target.valid is not None:
         nll, kl = (term.masked_fill(~target.valid, 0) for term in (nll, kl))
     return nll, kl
 
 
-def _likelihood(log_p: Tensor, target: Target) -> Tensor:
+def _nll(log_p: Tensor, target: Target) -> Tensor:
     if target.probabilities is not None:
         dense = target.dense(log_p.dtype)
         return -torch.where(dense == 0, 0, dense * log_p).sum(-1)

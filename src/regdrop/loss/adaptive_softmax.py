@@ -82,7 +82,7 @@ def adaptive_softmax_terms(
     classes = target.reshape(-1)[rows]
     passes = hidden.reshape(num_passes, target.numel(), hidden.shape[-1])[:, rows]
     graded = num_passes if backward_passes is None else backward_passes
-    compute = _likelihood if num_passes == 1 else _both_terms
+    compute = _nll if num_passes == 1 else _both_terms
     parts = [
         checkpoint(compute, states, wanted, in_head, softmax, graded, use_reentrant=False)
         if torch.is_grad_enabled()
@@ -111,7 +111,7 @@ def adaptive_log_softmax(hidden: Tensor, softmax: AdaptiveSoftmax) -> Tensor:
     return torch.cat([head[:, :first], *tails], dim=-1)
 
 
-def _likelihood(
+def _nll(
     passes: Tensor,
     classes: Tensor,
     head_classes: Tensor,

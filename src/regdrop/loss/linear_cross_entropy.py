@@ -308,9 +308,11 @@ def _weighted_sum_of_a_part(
         nll_weight: Weight of the NLL.
         kl_weight: Weight of the divergence.
     """
-    likelihood, nll, _ = _weighted_sum(whole, projection, 1, nll_weight=nll_weight, kl_weight=None)
+    weighted_nll, nll, _ = _weighted_sum(
+        whole, projection, 1, nll_weight=nll_weight, kl_weight=None
+    )
     kl_weight = None if kl_weight is None else kl_weight * share
-    divergence, _, kl = _weighted_sum(
+    weighted_kl, _, kl = _weighted_sum(
         part, projection, backward_passes, nll_weight=None, kl_weight=kl_weight
     )
-    return likelihood + divergence, nll, kl * share
+    return weighted_nll + weighted_kl, nll, kl * share

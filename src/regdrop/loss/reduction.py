@@ -32,7 +32,7 @@ def combine_terms(
         scale: "sum" for num_passes NLLs plus alpha times the divergence, "mean" for
             that over num_passes.
         num_items: Replaces both denominators under "mean".
-        num_weight: Replaces the likelihood's denominator under "mean"; defaults to num_items.
+        num_weight: Replaces the NLL's denominator under "mean"; defaults to num_items.
 
     Returns:
         The loss, and the two terms as detached means over valid items.

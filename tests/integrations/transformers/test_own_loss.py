@@ -456,9 +456,9 @@ def test_pairs_are_compared_by_the_chance_of_the_better_row(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"class_weight": (1.0, 2.0, 3.0)}, r"class_weight=\(1.0, 2.0, 3.0\) needs a likelihood"),
-        ({"unlabelled_index": -1}, "unlabelled_index=-1 needs a likelihood that regdrop computes"),
-        ({"method": "fraternal"}, "method='fraternal' needs a likelihood that regdrop computes"),
+        ({"class_weight": (1.0, 2.0, 3.0)}, r"class_weight=\(1.0, 2.0, 3.0\) needs an NLL"),
+        ({"unlabelled_index": -1}, "unlabelled_index=-1 needs an NLL that regdrop computes"),
+        ({"method": "fraternal"}, "method='fraternal' needs an NLL that regdrop computes"),
     ],
 )
 def test_options_of_a_likelihood_of_ours_are_refused(tmp_path, options, message):

@@ -150,7 +150,7 @@ def test_another_loss_of_ones_own_is_said_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train(tmp_path, tiny_bert(), text_rows(), RDropConfig(), own(focal_terms))
     assert len(said(caplog)) == 1
-    assert "rdrop_head gives a likelihood of" in said(caplog)[0]
+    assert "rdrop_head gives an NLL of" in said(caplog)[0]
     assert "the former is minimised" in said(caplog)[0]
 
 

@@ -116,7 +116,7 @@ def _look(run: Callable[..., Any], labels: Sequence[str], inputs: dict[str, Any]
 
 
 def _agreeing(look: _Look, inputs: Mapping[str, Any], labels: Sequence[str]) -> list[Recipe]:
-    """Return the recipes whose likelihood is the model's own loss; one for each reading."""
+    """Return the recipes whose NLL is the model's own loss; one for each reading."""
     if look.loss is None or not look.loss.isfinite():
         return []
     found: list[Recipe] = []

@@ -84,7 +84,7 @@ def find_head(
     Args:
         model: An unwrapped Hugging Face model; PEFT may have wrapped it.
         inputs: A batch with its labels; never changed.
-        label_smoothing: Smoothing of the likelihood's target.
+        label_smoothing: Smoothing of the NLL's target.
         class_weight: Weight of each class in the NLL.
         unlabelled_index: Label of items that count in the divergence alone.
         label_names: What the batch calls its labels, for the message where that is another name

@@ -1,4 +1,4 @@
-"""What every head is made from: a batch with its labels, its model, the likelihood's options."""
+"""What every head is made from: a batch with its labels, its model, the NLL's options."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ class LabelledBatch:
     Attributes:
         model: The model, without what PEFT wraps around it.
         inputs: The batch, a dictionary of its own; a head takes the labels out of it.
-        label_smoothing: Smoothing of the likelihood's target.
+        label_smoothing: Smoothing of the NLL's target.
         class_weight: Weight of each class in the NLL.
         unlabelled_index: Label of items that count in the divergence alone.
         label_names: What the batch calls its labels, where somebody said so.

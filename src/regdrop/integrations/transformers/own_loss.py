@@ -1,4 +1,4 @@
-"""The model's or the trainer's own loss as the likelihood, beside the divergence of the logits.
+"""The model's or the trainer's own loss as the NLL, beside the divergence of the logits.
 
 Whatever the loss is, it is computed by whoever computes it without R-Drop, for every pass.
 """

@@ -1,4 +1,4 @@
-"""Which likelihood a trainer minimises: by the model's name, its own loss or its first batch."""
+"""Which NLL a trainer minimises: by the model's name, its own loss or its first batch."""
 
 import logging
 from collections.abc import Mapping
@@ -37,11 +37,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """Where the head of every batch and its likelihood come from, as the first batch told.
+    """Where the head of every batch and its NLL come from, as the first batch told.
 
     Attributes:
         recipe: The head of a model that no name tells.
-        own: The likelihood is the model's or the trainer's own loss; None where R-Drop computes it.
+        own: The NLL is the model's or the trainer's own loss; None where R-Drop computes it.
         count: Rule of `COUNT_RULES` by which the items of terms of one's own are counted.
         obstacle: Why the passes of the first batch cannot be stacked; None if they can.
     """
@@ -196,7 +196,7 @@ class HeadSelection(TrainerInternals):
                 "your own"
             )
         self._tell(
-            f"rdrop_head gives a likelihood of {ours:.6g} on the first batch, where the model's "
+            f"rdrop_head gives an NLL of {ours:.6g} on the first batch, where the model's "
             f"own loss is {own:.6g}; the former is minimised"
         )
 
@@ -212,7 +212,7 @@ class HeadSelection(TrainerInternals):
         for name, value in options.items():
             if value is not None:
                 raise ValueError(
-                    f"{name}={value!r} needs a likelihood that regdrop computes, and here it is "
+                    f"{name}={value!r} needs an NLL that regdrop computes, and here it is "
                     "the model's or the trainer's own loss: leave it out, or override rdrop_head"
                 )
         model = self._unwrapped(self.model)

@@ -44,7 +44,7 @@ class RDropTrainerMixin(RunState):
     under gradient accumulation and over several processes, also for models whose own loss is not.
     The config is saved beside every checkpoint as `rdrop_config.json`.
 
-    The likelihood is the one that R-Drop knows for the model's class; for an unknown class the one
+    The NLL is the one that R-Drop knows for the model's class; for an unknown class the one
     of a few that agrees with the model's own loss on the first batch; else, and where a class below
     the mixin has a `compute_loss` of its own, that loss as it is (`likelihood="model"`), which is
     said.
@@ -242,25 +242,25 @@ class RDropTrainerMixin(RunState):
         num_items: Tensor | int | None,
     ) -> Tensor:
         """Return the loss of a micro-batch from the own loss of its passes and the divergence."""
-        likelihood = torch.stack(reading.losses).mean()
+        own_loss = torch.stack(reading.losses).mean()
         if self.rdrop.fraction < 1:
-            likelihood = reading.losses[0]  # that of pass 0, which alone has all rows
+            own_loss = reading.losses[0]  # that of pass 0, which alone has all rows
         batches = self._num_micro_batches()
         divergence = result.loss * self._gradient_shares(num_items)
         if num_items is None:
             divergence = result.loss / batches
-        weight = torch.ones((), device=likelihood.device)
-        nll = likelihood.detach()
+        weight = torch.ones((), device=own_loss.device)
+        nll = own_loss.detach()
         if own.counts_items and self._own_num_items is not None:
             # It is a share of the window's mean; the window's items are shared out alike.
             nll = nll * batches
         else:
-            likelihood = likelihood / batches
+            own_loss = own_loss / batches
         self._note_step(plan, nll, kl, ItemCounts(weight, head.counts().kl))
         factor = plan.factor
         if plan.num_passes > 1:
             factor = term_weights(plan.alpha, plan.num_passes, self.rdrop.scale)[0]
-        return likelihood * factor + divergence
+        return own_loss * factor + divergence
 
     def _gradient_shares(self, num_items: Tensor | int | None) -> int:
         """Return over how many processes gradients are averaged that were counted together."""

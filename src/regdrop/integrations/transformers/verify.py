@@ -23,7 +23,7 @@ from regdrop.loss import ItemTerms, combine_terms, is_counted
 
 
 class Comparison(NamedTuple):
-    """A model's own loss of one batch, and the likelihood that R-Drop would minimise.
+    """A model's own loss of one batch, and the NLL that R-Drop would minimise.
 
     Attributes:
         own: The model's; None where it returns none.

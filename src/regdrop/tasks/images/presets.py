@@ -45,7 +45,7 @@ DIGITS = ImageClassification(
 # 384 px by the paper; issue 25 of the authors' repository reports the gain at 224 px with other
 # settings. The weight of the KL has two readings. The paper's text has 0.6, and so do the presets.
 # The authors' code sums 0.3 times both directions over a micro-batch of 32 images, where the
-# likelihood is a mean: alpha 2 * 0.3 * 32 = 19.2 (`--alpha 19.2`). Their rate of dropout inside
+# NLL is a mean: alpha 2 * 0.3 * 32 = 19.2 (`--alpha 19.2`). Their rate of dropout inside
 # attention could not be checked; here it is 0.1.
 _SIZES = {"base": ("ViT-B/16", "base"), "large": ("ViT-L/16", "large")}
 _DATA = {
