@@ -27,9 +27,16 @@ def test_triton_runs_from_turing_on_and_in_bfloat16_from_ampere_on(
     assert choose(torch.device("cuda", 0), dtype) == can_run
 
 
-def test_triton_needs_a_c_compiler(monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "found", "can_run"),
+    [(None, None, False), ("my-cc", None, True), (None, "gcc", True)],
+)
+def test_triton_needs_a_c_compiler_that_is_given_or_found(monkeypatch, given, found, can_run):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(selection, "find_spec", lambda name: name)
-    monkeypatch.setattr(selection.shutil, "which", lambda name: None)
+    monkeypatch.setattr(selection.shutil, "which", lambda name: name if name == found else None)
     monkeypatch.delenv("CC", raising=False)
-    assert not selection._can_run_triton.__wrapped__(torch.device("cuda", 0), torch.float32)
+    if given is not None:
+        monkeypatch.setenv("CC", given)
+    device = torch.device("cuda", 0)
+    assert selection._can_run_triton.__wrapped__(device, torch.float32) == can_run
