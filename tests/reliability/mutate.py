@@ -50,6 +50,9 @@ TRAINER = [
     "integrations/transformers/test_features.py",
     "integrations/transformers/test_interplay.py",
     "integrations/transformers/test_selection.py",
+    "integrations/transformers/test_batches.py",
+    "integrations/transformers/test_own_loss.py",
+    "integrations/transformers/test_two_processes.py",
 ]
 # The tests of each module, the nearest and quickest first; a folder's stands for its modules.
 TESTS = {
@@ -61,8 +64,13 @@ TESTS = {
     "kernels/rows.cpp": ["kernels/test_cpp_rows.py", "kernels/test_whole_loss.py", *LOSS],
     "kernels/fused_linear.py": LINEAR,
     "kernels/linear_chunks.py": LINEAR,
-    "kernels/projection.py": [*LINEAR, "integrations/transformers/test_fused.py"],
+    "kernels/projection.py": [
+        *LINEAR,
+        "kernels/test_class_blocks.py",
+        "integrations/transformers/test_fused.py",
+    ],
     "kernels/selection.py": ["kernels/test_kernel_choice.py", *LOSS, *LINEAR],
+    "kernels/target.py": [*LOSS, *LINEAR, "kernels/test_cpp_rows.py"],
     "kernels/triton_programs.py": ["kernels/test_triton_rows.py", "kernels/test_class_blocks.py"],
     "kernels/triton_rows.py": ["kernels/test_triton_rows.py", "kernels/test_class_blocks.py"],
     "kernels": [*LOSS, "loss/test_forward_mode.py", "loss/test_every_reduction.py", *LINEAR],
