@@ -256,7 +256,9 @@ def test_efficientnet_lite_is_fine_tuned_and_saved(tmp_path):
 
 def test_bad_settings_are_named(tmp_path):
     for changed, message in (
-        (replace(DIGITS, train_examples=20), "neither streaming nor train_examples applies"),
+        (replace(DIGITS, train_examples=20), "neither streaming nor train_examples nor"),
+        (replace(DIGITS, streaming=True), "neither streaming nor train_examples nor"),
+        (replace(DIGITS, dataset_config="a"), "nor dataset_config applies"),
         (
             replace(IMAGES, model=None, model_config={"model_type": "vit"}, image_size=None),
             "image_size must be given where there is no model",

@@ -173,8 +173,12 @@ class ImageClassification(OldNames):
 
     def _load(self, class_names: Sequence[str] | None) -> ImageSplits:
         if self.dataset == DIGITS_NAME:
-            if self.streaming or self.train_examples is not None:
-                raise ValueError("digits are a few: neither streaming nor train_examples applies")
+            given = (self.train_examples, self.dataset_config)
+            if self.streaming or any(value is not None for value in given):
+                raise ValueError(
+                    "digits come with scikit-learn and are a few: neither streaming nor "
+                    "train_examples nor dataset_config applies"
+                )
             return load_digits_splits(build_augmentation(self.augmentation, 8))
         image_size = self._image_size()
         mean, std = self._normalisation()
