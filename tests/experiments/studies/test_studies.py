@@ -268,6 +268,8 @@ def test_the_old_name_of_the_comparison_as_a_study_warns():
     with pytest.warns(DeprecationWarning, match="regdrop compare"):
         arms = study_arms("curves", DIGITS)
     assert arms == list(build_arms(DIGITS).values())
+    with pytest.raises(ValueError, match=r"'curves' varies no number and takes no grid, got \[2\]"):
+        study_arms("curves", DIGITS, [2])
 
 
 @pytest.mark.parametrize("study", STUDIES)

@@ -44,17 +44,19 @@ def study_arms(name: str, task: Task, grid: Sequence[float] | None = None) -> li
     Raises:
         ValueError: For an unknown study, or a grid that it cannot have.
     """
-    if name == "curves":
+    is_comparison = name == "curves"
+    if not is_comparison:
+        check_choice("STUDY", name, STUDIES)
+    if grid is not None and (is_comparison or not STUDIES[name].grid):
+        raise ValueError(f"study {name!r} varies no number and takes no grid, got {list(grid)}")
+    if is_comparison:
         warnings.warn(
             "the study curves is now the comparison that `regdrop compare` makes",
             DeprecationWarning,
             stacklevel=2,
         )
         return list(build_arms(task).values())
-    check_choice("STUDY", name, STUDIES)
     study = STUDIES[name]
-    if grid is not None and not study.grid:
-        raise ValueError(f"study {name!r} varies no number and takes no grid, got {list(grid)}")
     values = list(study.grid if grid is None else grid)
     if not all(map(math.isfinite, values)):
         raise ValueError(f"grid must hold finite numbers, got {values}")
