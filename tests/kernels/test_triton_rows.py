@@ -91,6 +91,13 @@ def test_error_is_at_most_that_of_eager(dtype, shape, num_passes, inplace):
         assert ours <= eager + granted
 
 
+def test_a_lone_class_is_certain_and_has_no_gradient():
+    logits, target = make(2, 3, 1)
+    output = rdrop_cross_entropy(logits, target, alpha=1.0, impl="triton")
+    assert output.loss == output.nll == output.kl == 0
+    assert torch.equal(gradient(logits, target, alpha=1.0, impl="triton"), logits * 0)
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     num_passes=st.integers(1, 5),
