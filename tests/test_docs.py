@@ -128,7 +128,7 @@ class Graph(nn.Module):
         return self.layer(self.dropout(torch.cat([nodes, sums], 1)))
 
 
-@pytest.mark.parametrize(("name", "count"), [("recipes.md", 5), ("recipes-batches.md", 5)])
+@pytest.mark.parametrize(("name", "count"), [("recipes.md", 6), ("recipes-batches.md", 5)])
 def test_recipes_run(name, count):
     x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
     dropout, classifier = nn.Dropout(0.5), nn.Linear(4, 3)

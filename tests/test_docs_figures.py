@@ -81,6 +81,21 @@ def test_the_decision_table():
         assert_rounded(change, *figures(study)[rdrop_arm(study)][column][2:])
 
 
+def test_twice_the_updates():
+    studies = (
+        "ptb-part",
+        "alice",
+        "fashion-mnist-part",
+        "scitldr-part",
+        "minilm-cola",
+        "minilm-sst2-part",
+    )
+    rows = table("docs/will-it-help.md", "| task | twice the updates")
+    for row, study in zip(rows, studies, strict=True):
+        for cell, arm in zip(row[1:], ("baseline-2x", "rdrop"), strict=True):
+            assert_rounded(cell, *figures(study)[arm]["NLL"][2:])
+
+
 def test_the_run_that_was_lost():
     found = figures("iwslt-size")
     rows = table("docs/will-it-help.md", "| arm")
