@@ -11,7 +11,7 @@ from models import text_rows, tiny_bert, tiny_gpt2, token_rows
 from regdrop import RDropConfig, rdrop_step
 from regdrop.diagnostics import warn_without_dropout
 from regdrop.integrations.transformers import RDropTrainer
-from training import arguments
+from training import arguments, assert_same_rdrop_run, train
 
 ALPHA = 1.5
 LORA = {"target_modules": ["query", "value"], "r": 2, "init_lora_weights": False}
@@ -88,6 +88,18 @@ def test_loss_and_gradient_are_those_of_a_loop_by_hand(kind, tmp_path):
         if parameter.requires_grad:
             torch.testing.assert_close(trained[name], parameter.grad, rtol=1e-5, atol=1e-6)
             assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_recomputes_the_same_masks(tmp_path, use_reentrant):
+    def run(**options):
+        torch.manual_seed(0)
+        return train(tmp_path, KINDS["lora"](), text_rows(), RDropConfig(alpha=ALPHA), **options)
+
+    options = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    checkpointed = run(max_steps=3, gradient_checkpointing=True, **options)
+    assert_same_rdrop_run(checkpointed, run(max_steps=3))
 
 
 def test_only_the_active_adapter_learns():
