@@ -334,3 +334,11 @@ def test_the_command_without_extras_says_what_to_install(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [NoTyper(), *sys.meta_path])
     with pytest.raises(SystemExit, match=r"needs typer.*pip install 'regdrop\[tasks\]'"):
         cli.main()
+
+
+def test_too_little_memory_is_said_in_a_line(tmp_path):
+    options = ("--set", "rdrop.num_passes=1000000000000", "--output", tmp_path / "run")
+    result = run("train", "digits", "--steps", 2, *options)
+    assert result.exit_code == 1
+    assert "Out of memory" in result.stderr
+    assert "training.batch_size" in result.stderr

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -42,7 +43,7 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def usage_errors(*others: type[Exception]) -> Iterator[None]:
-    """Turn the errors of bad input, and of the file system, into messages without a traceback."""
+    """Turn errors of bad input, the file system and memory into messages without a traceback."""
     expected: tuple[type[Exception], ...] = (ValueError, OSError, *others)
     try:
         yield
@@ -50,6 +51,15 @@ def usage_errors(*others: type[Exception]) -> Iterator[None]:
         if not is_main_process():  # the main process says it
             raise typer.Exit(2) from error
         raise typer.BadParameter(str(error)) from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        if is_main_process():
+            said = f" ({error})" if str(error) else ""
+            typer.echo(
+                f"Out of memory{said}: a smaller training.batch_size takes less, and so do fewer "
+                "rdrop.num_passes; training.gradient_accumulation_steps keeps the batch as it is.",
+                err=True,
+            )
+        raise typer.Exit(1) from error
 
 
 def command_line() -> str:
