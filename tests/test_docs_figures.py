@@ -155,6 +155,8 @@ REGRETS = [
     "ramp-16-below-5-every-2",
     "stall-16",
     "ramp-from-stall-16",
+    "ramp-from-stall-16-from-3",
+    "ramp-from-stall-16-from-6",
 ]
 
 
