@@ -306,8 +306,18 @@ def test_examples_are_short(path):
     assert len(path.read_text().splitlines()) < 60
 
 
+# It compares three ways of training.
+LONG = "unlabelled_data"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.long] if path.stem == LONG else [], id=path.stem)
+        for path in EXAMPLES
+    ],
+)
 def test_examples_run_and_learn(path, tmp_path):
     if path.stem == "timm_task" and find_spec("timm") is None:
         pytest.skip("timm is installed apart: tests/integrations/apart_timm runs its example")

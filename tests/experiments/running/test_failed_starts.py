@@ -34,6 +34,7 @@ def train(output, room=None):
     return result.returncode, result.stdout + result.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_full_disk_is_one_line_and_blocks_the_same_command_only_where_there_is_work(tmp_path):
     code, said = train(tmp_path / "run", room=ROOM)

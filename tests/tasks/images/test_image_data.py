@@ -160,6 +160,7 @@ def test_a_set_without_a_training_split_is_there_to_be_tested_on(tmp_path, colou
         load(tmp_path / "other")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_real_photographs():
     folder = Path(os.environ.get("REGDROP_TEST_DATA", "nowhere")) / "cifar10_jpeg"

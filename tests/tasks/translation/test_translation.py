@@ -88,6 +88,7 @@ def test_the_last_checkpoints_are_those_of_the_highest_steps(tmp_path, monkeypat
     arm = build_arms(tiny_translation(tmp_path, training=training))["baseline"]
     for step in (2, 4, 6, 8, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").touch()
     averaged = []
     monkeypatch.setattr(
         run_module, "average_weights", lambda model, folders: averaged.extend(folders)
