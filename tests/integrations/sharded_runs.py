@@ -1,12 +1,10 @@
 """Two processes of the Trainer on a CPU, by whatever distributes them: what it logs and learns."""
 
-import os
-import socket
-
 import torch
 
 import training
 from models import key_dropout, text_rows, tiny_bert, tiny_gpt2, token_rows
+from processes import run_in_two_processes
 from regdrop import RDropConfig
 
 MODELS = {
@@ -35,28 +33,15 @@ def result(trainer):
     return training.outcome(trainer, ("loss", "nll", "kl"))
 
 
-def _worker(rank, port, folder, run, args):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+def _worker(rank, folder, run, args):
     found = run(folder, *args)
     if rank == 0:
         torch.save(found, folder / "result.pt")
-    torch.distributed.destroy_process_group()
 
 
 def in_two_processes(folder, run, *args):
     """Return what `run(folder, *args)` returns in the first of two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (port, folder, run, args), nprocs=2)
+    run_in_two_processes(_worker, folder, run, args)
     return torch.load(folder / "result.pt", weights_only=False)
 
 

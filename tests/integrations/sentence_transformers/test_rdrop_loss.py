@@ -1,8 +1,6 @@
 """R-Drop around the losses of sentence-transformers: equal to a loop by hand, logged, refused."""
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from sentence_transformers.cross_encoder import losses as pair_losses
 from sentence_transformers.sentence_transformer import losses, modules
 from sentence_transformers.util import cos_sim
 
+from processes import run_in_two_processes
 from regdrop import RDropConfig, rdrop_cross_entropy, repeat_batch, symmetric_kl
 from regdrop.integrations.sentence_transformers import FollowSteps, RDropLoss
 from text_data import WORDS, write_encoder
@@ -333,15 +332,7 @@ def test_model_without_dropout_is_warned_about(tmp_path):
         loss([texts(0), texts(1)], torch.ones(ROWS))
 
 
-def _train_in_process(rank, port, folder, output):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+def _train_in_process(rank, folder, output):
     model = encoder(folder)
     data = Dataset.from_dict({"anchor": texts(0, 12), "positive": texts(1, 12)})
     arguments = SentenceTransformerTrainingArguments(
@@ -355,15 +346,11 @@ def _train_in_process(rank, port, folder, output):
     )
     trainer.train()
     torch.save((model.state_dict(), trainer.state.log_history), output / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_keep_one_model(folder, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_train_in_process, (port, folder, tmp_path), nprocs=2)
+    run_in_two_processes(_train_in_process, folder, tmp_path)
     (first, logs), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert all(log["kl"] > 0 for log in logs if "loss" in log)

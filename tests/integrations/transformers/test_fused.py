@@ -1,7 +1,5 @@
 """The last layer and the loss in one: the same training as with logits, without them."""
 
-import os
-import socket
 import warnings
 from dataclasses import replace
 
@@ -14,6 +12,7 @@ from transformers import TrainingArguments
 
 from implementations import CPP
 from models import Rows
+from processes import run_in_two_processes
 from regdrop import RDropConfig
 from regdrop.integrations.transformers import RDropTrainer, find_head
 from regdrop.integrations.transformers.fused import find_fused_head
@@ -420,22 +419,13 @@ TOGETHER = [
 ]
 
 
-def _worker(rank, port, folder):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+def _worker(rank, folder):
     for i, (name, options) in enumerate(TOGETHER):
         size = 2 // options.get("gradient_accumulation_steps", 1)
         options = {"per_device_train_batch_size": size, "ddp_backend": "gloo", **options}
         result = _train_shifted(folder, name, True, **options)
         if rank == 0:
             torch.save(result, folder / f"{i}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def _train_shifted(folder, name, fused, **options):
@@ -447,10 +437,7 @@ def _train_shifted(folder, name, fused, **options):
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (port, tmp_path), nprocs=2)
+    run_in_two_processes(_worker, tmp_path)
     for i, (name, _) in enumerate(TOGETHER):
         two = torch.load(tmp_path / f"{i}.pt", weights_only=False)
         assert set(two[1]) == {1}

@@ -1,7 +1,5 @@
 """The update of a step does not depend on how its batch is cut: masks are keyed by sample."""
 
-import os
-import socket
 from dataclasses import replace
 
 import pytest
@@ -17,6 +15,7 @@ from models import (
     tiny_vit,
     token_rows,
 )
+from processes import run_in_two_processes
 from regdrop import RDropConfig
 from regdrop.integrations.transformers import RDropTrainer
 from training import arguments, assert_same_outcome, outcome
@@ -141,15 +140,7 @@ TOGETHER = [
 ]
 
 
-def _worker(rank, port, folder):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+def _worker(rank, folder):
     for i, (case, config, accumulation) in enumerate(TOGETHER):
         result = train(
             folder,
@@ -162,15 +153,11 @@ def _worker(rank, port, folder):
         )
         if rank == 0:
             torch.save(result, folder / f"{i}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (port, tmp_path), nprocs=2)
+    run_in_two_processes(_worker, tmp_path)
     for i, (case, config, _) in enumerate(TOGETHER):
         two = torch.load(tmp_path / f"{i}.pt", weights_only=False)
         one = train(tmp_path, case, config=config, per_device_train_batch_size=8, size=16)
