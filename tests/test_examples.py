@@ -1,8 +1,6 @@
 """What the examples claim beside running, which `test_docs.py` sees to."""
 
 import importlib.util
-import os
-import socket
 from itertools import chain
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
+from processes import run_in_two_processes
 from regdrop import RDropConfig, rdrop_cross_entropy, repeat_batch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -101,27 +100,15 @@ def test_accelerate_loop_accumulates_the_gradient_of_one_batch(name):
     assert_equal(accumulated(windows[0]), of_one_batch(windows))
 
 
-def _worker(rank, port, folder):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+def _worker(rank, folder):
     for name in WINDOWS:
         found = accumulated(windows_of(name, 2)[rank])
         torch.save(found, folder / f"{name}-{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_accelerate_loop_with_two_processes_has_the_gradient_of_one_batch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (port, tmp_path), nprocs=2)
+    run_in_two_processes(_worker, tmp_path)
     for name in WINDOWS:
         expected = of_one_batch(windows_of(name, 2))
         for rank in range(2):

@@ -1,8 +1,6 @@
 """Features of the Trainer with R-Drop: search, records, cards, batch sizes that are tried."""
 
 import json
-import os
-import socket
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from models import (
     tiny_gpt2,
     token_rows,
 )
+from processes import run_in_two_processes
 from regdrop import RDropConfig, symmetric_kl
 from regdrop.integrations.transformers import RDropTrainer, RDropTrainerMixin
 from training import arguments, assert_same_run, build, logged, record_scores, train
@@ -233,15 +232,7 @@ def evaluate(folder, name, **options):
     return before, trainer.evaluate()["eval_loss"]
 
 
-def _worker(rank, port, folder):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+def _worker(rank, folder):
     options = {
         "ddp_backend": "gloo",
         "per_device_train_batch_size": 4,
@@ -251,15 +242,11 @@ def _worker(rank, port, folder):
     found = {name: evaluate(folder, name, **options) for name in EVALUATED}
     if rank == 0:
         torch.save(found, folder / "found.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_the_evaluation_of_two_processes_is_that_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (port, tmp_path), nprocs=2)
+    run_in_two_processes(_worker, tmp_path)
     two = torch.load(tmp_path / "found.pt", weights_only=False)
     for name in EVALUATED:
         before, after = evaluate(tmp_path, name, learning_rate=0.0, per_device_eval_batch_size=4)

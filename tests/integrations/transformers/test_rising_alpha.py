@@ -1,8 +1,6 @@
 """Alpha that rises in a run of the Trainer: ramps, rules, one pass while it is small."""
 
 import logging
-import os
-import socket
 from dataclasses import replace
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from models import key_dropout, text_rows, tiny_bert
+from processes import run_in_two_processes
 from regdrop import AlphaController, RDropConfig
 from regdrop.alpha import RULES
 from regdrop.integrations.transformers import RDropTrainer
@@ -359,15 +358,7 @@ def test_the_divergence_is_measured_where_a_step_has_one_pass(tmp_path):
 # --- several processes --------------------------------------------------------------------------
 
 
-def _worker(rank, port, folder, options):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+def _worker(rank, folder, options):
     half = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
     trainer = train(folder, replace(AUTO, alpha_rule="gap"), **options, **half)
     torch.save((logged(trainer, "alpha"), parameters(trainer)), folder / f"{rank}.pt")
@@ -375,16 +366,12 @@ def _worker(rank, port, folder, options):
     again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     planned = [again._planner.plan(again.rdrop, step).alpha for step in range(8)]
     torch.save((logged(again, "alpha"), planned), folder / f"again-{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_all_processes_have_the_alphas_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     options = {"losses": HIGH, "save_strategy": "steps", "save_steps": 3, **EVALUATED}
-    torch.multiprocessing.spawn(_worker, (port, tmp_path, options), nprocs=2)
+    run_in_two_processes(_worker, tmp_path, options)
     one = train(tmp_path / "one", replace(AUTO, alpha_rule="gap"), **options)
     (alphas, weights), (_, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert alphas == pytest.approx(logged(one, "alpha"), rel=1e-3, abs=1e-5)
