@@ -1,7 +1,5 @@
 import copy
-import os
 import pickle
-import socket
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -9,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from processes import run_in_two_processes
 from regdrop import RDropConfig, rdrop_cross_entropy, repeat_batch, share_prefix
 from regdrop.loss import cross_entropy_terms
 from regdrop.passes import run_passes, why_not_shared
@@ -658,8 +657,7 @@ def test_a_compiled_model_shares_and_stays_right():
 # --- several processes -----------------------------------------------------------------------
 
 
-def gradients_of_rank(rank, port, folder, shares):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def gradients_of_rank(rank, folder, shares):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     model, (x, _) = build(), batch(8)
@@ -672,15 +670,11 @@ def gradients_of_rank(rank, port, folder, shares):
         run_passes(wrapped, x[4 * rank : 4 * rank + 4], num_passes=2).square().sum().backward()
     if rank == 0:
         torch.save([p.grad for p in model.parameters()], folder / f"{shares}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_get_the_gradients_of_the_plain_run(tmp_path):
     for shares in (True, False):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.multiprocessing.spawn(gradients_of_rank, (port, tmp_path, shares), nprocs=2)
+        run_in_two_processes(gradients_of_rank, tmp_path, shares)
     found, expected = (torch.load(tmp_path / f"{shares}.pt") for shares in (True, False))
     assert_all_close(found, expected)
