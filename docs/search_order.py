@@ -15,7 +15,7 @@ WEIGHTS = {
     "changelog.md": 0.3,
     "experiments": 0.5,
     "ko/": 0.5,
-    "performance.md": 0.5,
+    "performance": 0.5,
     "theory.md": 0.5,
 }
 

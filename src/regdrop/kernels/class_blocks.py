@@ -7,7 +7,7 @@ written once in its own dtype, and into a part of the gradient of the hidden sta
 What decides the cost is which logits are still there in the backward; the others are computed
 again, a fourth product besides the three of a linear layer. They are kept in a scratch buffer, and
 in the memory that the weight's gradient will take: its rows are written from the first class on,
-and the logits of later blocks lie behind them, at its end. `docs/performance.md` counts both.
+and the logits of later blocks lie behind them, at its end. `docs/performance-gpu.md` counts both.
 """
 
 from collections.abc import Iterator

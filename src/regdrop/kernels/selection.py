@@ -10,6 +10,7 @@ import torch
 from regdrop.kernels.chunked import chunked_kernel
 from regdrop.kernels.closed_form import ClosedForm
 from regdrop.kernels.implementation import Implementation, check_implementation
+from regdrop.kernels.jitted_rows import can_compile_elementwise, jitted_kernel
 
 
 def select_kernel(
@@ -46,6 +47,8 @@ def select_kernel(
         from regdrop.kernels.triton_rows import triton_kernel
 
         return triton_kernel(device)
+    if impl == "chunked" and can_compile_elementwise(device):
+        return jitted_kernel()
     return chunked_kernel(compiled=impl == "compiled")
 
 

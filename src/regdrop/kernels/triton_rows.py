@@ -3,7 +3,7 @@
 The forward takes the rows of one item, one of every pass, tile by tile of classes, and keeps
 running maxima and sums relative to them, so that the logits are read once. The backward has one
 program for each tile of an item; it reads the tile of every pass once and writes it once.
-`docs/performance.md` counts the bytes. The formulas are in `closed_form.py`, the kernels in
+`docs/performance-gpu.md` counts the bytes. The formulas are in `closed_form.py`, the kernels in
 `triton_programs.py`; here they are started.
 
 The same kernels take a block of classes of a linear layer (`class_blocks.py`): the sums of the
