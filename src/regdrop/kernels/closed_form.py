@@ -33,7 +33,8 @@ class BackwardKernel(Protocol):
     """Writes the gradient of the logits to `out`: the logits themselves, or memory of its own.
 
     `grad_nll` and `grad_kl`, (N,) or None, are the upstream gradients over the number of passes
-    (less one for the divergence), already scaled for the passes that carry the gradient.
+    (less one for the divergence), already scaled for the passes that carry the gradient. Their
+    stride is 0 where all items have the same.
     """
 
     def __call__(
@@ -229,9 +230,9 @@ class _Sum(Function):
         if ctx.has_gradient:
             found = _scale_gradient(ctx, grad)
         else:
-            items = (ctx.num_items,)
-            slopes = (None if x is None else _filled(items, x, grad) * grad for x in ctx.slopes)
-            found = _write_gradient(ctx, *slopes)
+            slopes = (None if x is None else _scaled(grad, x) for x in ctx.slopes)
+            items = (None if x is None else x.expand(ctx.num_items) for x in slopes)
+            found = _write_gradient(ctx, *items)
         return found, None, None, None, None, None
 
 
@@ -250,10 +251,8 @@ def mix(nll: Tensor, kl: Tensor, nll_weight: Weight, kl_weight: Weight) -> Tenso
     return torch.add(total, kl, alpha=kl_weight)
 
 
-def _filled(shape: tuple[int, ...], value: Tensor | float, like: Tensor) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.to(like.device, like.dtype).expand(shape)
-    return torch.full(shape, value, dtype=like.dtype, device=like.device)
+def _scaled(grad: Tensor, slope: Tensor | float) -> Tensor:
+    return grad * (slope.to(grad.device, grad.dtype) if isinstance(slope, Tensor) else slope)
 
 
 def _save(

@@ -388,6 +388,8 @@ def backward_kernel(
     statistics: tl.tensor,
     grad_nll: tl.tensor,
     grad_kl: tl.tensor,
+    grad_nll_stride: tl.tensor,
+    grad_kl_stride: tl.tensor,
     num_items: tl.tensor,
     width: tl.tensor,
     first: tl.tensor,
@@ -431,10 +433,10 @@ def backward_kernel(
         p = _exp(x) * inverse_sum[:, None]
         slope = tl.zeros([ROWS], dtype)
         if grad_nll is not None:
-            a = tl.load(grad_nll + item)
+            a = tl.load(grad_nll + item * grad_nll_stride)
             slope += a * tl.load(third + PASSES * num_items + item)
         if grad_kl is not None:
-            b = tl.load(grad_kl + item)
+            b = tl.load(grad_kl + item * grad_kl_stride)
             mean_difference = tl.load(third + offset, mask=is_pass, other=0)
             slope += b * (1 - mean_difference)
             difference = _difference(x, rows, PASSES, ROWS)

@@ -123,8 +123,15 @@ def reduce_sums(
 def _nonzero(count: Tensor | float, dtype: torch.dtype) -> Tensor | float:
     """Return a count; where nothing counts it is 1, for a sum that is 0."""
     if isinstance(count, Tensor):
-        return torch.where(count == 0, 1, count).to(dtype)
+        return _at_least_one(count, dtype)
     return float(count) or 1.0
+
+
+def _at_least_one(count: Tensor, dtype: torch.dtype) -> Tensor:
+    # Numbers of items need one operation, sums of weights two.
+    if not count.is_floating_point():
+        return count.clamp(min=1).to(dtype)
+    return torch.where(count == 0, 1, count).to(dtype)
 
 
 def _as_tensor(number: Tensor | float, like: Tensor) -> Tensor:
@@ -144,10 +151,7 @@ def positive_counts(
     nll_count: Tensor, kl_count: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return both terms' counts; where nothing counts in a term it is 1, for a sum that is 0."""
-    return (
-        torch.where(nll_count == 0, 1, nll_count).to(dtype),
-        torch.where(kl_count == 0, 1, kl_count).to(dtype),
-    )
+    return _at_least_one(nll_count, dtype), _at_least_one(kl_count, dtype)
 
 
 def resolve_denominators(
