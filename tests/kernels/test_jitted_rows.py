@@ -91,7 +91,7 @@ def measure(kernel, logits, target, backward_passes=2, inplace=False):
     nll, kl = closed_form_terms(
         leaf * 1, target, kernel, backward_passes=backward_passes, inplace=inplace
     )
-    items = torch.linspace(0.5, 1.5, ITEMS, dtype=nll.dtype)
+    items = torch.linspace(0.5, 1.5, ITEMS, dtype=nll.dtype, device=nll.device)
     (gradient,) = torch.autograd.grad((nll * items + kl * items.flip(0)).sum(), leaf)
     return nll, kl, gradient
 
@@ -172,6 +172,19 @@ def test_a_class_masked_in_one_pass_only_is_infinitely_far(kernel, other):
     kl = kernel.forward(logits, target._replace(classes=torch.zeros_like(target.classes)))[1]
     assert kl[3] > 1e30
     assert kl[torch.arange(ITEMS) != 3].max() < 100
+
+
+def test_no_number_is_read():
+    """Tensors of the meta device hold none."""
+
+    def compiler(text, num_outputs):
+        return lambda *tensors: [torch.broadcast_tensors(*tensors)[0].clone()] * num_outputs
+
+    kernel = jitted_rows.jitted_kernel(compiler, least_logits=0)
+    logits, target = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in draw())
+    classes, valid = torch.zeros(2, ITEMS, dtype=torch.long, device="meta")
+    target = target._replace(classes=classes, valid=valid == 0)
+    assert all(x.device.type == "meta" for x in measure(kernel, logits, target))
 
 
 def test_what_has_no_function_is_left_to_the_chunked_form(kernel, compiler):
