@@ -34,18 +34,9 @@ def figures(study: str) -> dict[str, dict[str, Figure]]:
     }
 
 
-# Without an arm of that name, R-Drop at the constant alpha that is best by the validation metric.
-_RDROP_ARMS = {"multi30k-part-de-en-alpha-schedules": "alpha-3"}
-
-
-def rdrop_arm(study: str) -> str:
-    """Return the arm of R-Drop in a study."""
-    return _RDROP_ARMS.get(study, "rdrop")
-
-
 def alpha(study: str) -> float:
     """Return the alpha of R-Drop in a study, from the record of a seed."""
-    record = min((RESULTS / study / "records").glob(f"{rdrop_arm(study)}-seed*.json"))
+    record = min((RESULTS / study / "records").glob("rdrop-seed*.json"))
     return float(json.loads(record.read_text("utf-8"))["config"]["rdrop"]["alpha"])
 
 

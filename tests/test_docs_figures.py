@@ -10,13 +10,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 
 from draw import DRAWINGS, PICTURES
-from measured import alpha, figures, rdrop_arm, steps_of_a_gpu
+from measured import alpha, figures, steps_of_a_gpu
 
 ROOT = Path(__file__).parent.parent
 
 # The study of each row of the README's table, in its order.
 README_STUDIES = [
-    ("multi30k-part-de-en-alpha-schedules", "BLEU, lower-cased"),
+    ("multi30k-part-tuned", "BLEU, lower-cased"),
     ("ptb-part", "perplexity"),
     ("alice", "perplexity"),
     ("fashion-mnist-part", "accuracy (%)"),
@@ -26,7 +26,7 @@ README_STUDIES = [
     ("iwslt-size", "BLEU, lower-cased"),
 ]
 HELP_STUDIES = [
-    ("multi30k-part-de-en-alpha-schedules", "BLEU, lower-cased"),
+    ("multi30k-part-tuned", "BLEU, lower-cased"),
     ("iwslt-size", "BLEU, lower-cased"),
     ("ptb-part", "perplexity"),
     ("alice", "perplexity"),
@@ -69,8 +69,8 @@ def test_the_table_of_the_readme():
     for (name, _, baseline, change, nll), (study, column) in zip(rows, README_STUDIES, strict=True):
         found = figures(study)
         assert_rounded(baseline, *found["baseline"][column][:2])
-        assert_rounded(change, *found[rdrop_arm(study)][column][2:])
-        assert_rounded(nll, *found[rdrop_arm(study)]["NLL"][2:])
+        assert_rounded(change, *found["rdrop"][column][2:])
+        assert_rounded(nll, *found["rdrop"]["NLL"][2:])
         assert name
 
 
@@ -78,11 +78,12 @@ def test_the_decision_table():
     rows = table("docs/will-it-help.md", "| you train")
     for row, (study, column) in zip(rows, HELP_STUDIES, strict=True):
         change = row[3].removeprefix(re.match(r"\D+(?:-1 )?(?=[+−])", row[3])[0])
-        assert_rounded(change, *figures(study)[rdrop_arm(study)][column][2:])
+        assert_rounded(change, *figures(study)["rdrop"][column][2:])
 
 
 def test_twice_the_updates():
     studies = (
+        "multi30k-part-tuned",
         "ptb-part",
         "alice",
         "fashion-mnist-part",
@@ -132,9 +133,7 @@ def test_what_a_step_costs_on_a_cpu():
 
 def test_the_alphas_that_were_chosen_here():
     rows = {row[0]: row[4] for row in table("docs/alpha.md", "| task | the paper")}
-    assert numbers(rows["translation, from scratch"]) == [
-        alpha("multi30k-part-de-en-alpha-schedules")
-    ]
+    assert numbers(rows["translation, from scratch"]) == [alpha("multi30k-part-tuned")]
     assert numbers(rows["summarisation"]) == [alpha("scitldr-part"), alpha("scitldr-part-longer")]
     assert numbers(rows["language modelling"]) == [alpha("alice"), alpha("ptb-part")]
     assert numbers(rows["images"]) == [alpha("digits"), alpha("fashion-mnist-part")]
@@ -185,12 +184,9 @@ def test_the_regret_of_alphas_that_rise():
             assert numbers(shown)[0] == numbers(recorded)[0]
 
 
-def test_the_alpha_of_translation_is_the_best_by_validation():
-    lines = (ROOT / "results/alpha_regret.md").read_text("utf-8").splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    best = next(row for row in cells if row[0] == "best constant")
-    place = cells[0].index("multi30k-part-de-en")
-    assert best[place] == rdrop_arm("multi30k-part-de-en-alpha-schedules")
+def test_the_alpha_of_translation_is_the_choice_on_validation():
+    chosen = json.loads((ROOT / "results/multi30k-part-tuned-tuning/tuned.json").read_text("utf-8"))
+    assert chosen["arms"]["rdrop"]["settings"]["rdrop.alpha"] == alpha("multi30k-part-tuned")
 
 
 def test_the_part_of_the_gain_that_rising_alphas_keep():
