@@ -67,6 +67,7 @@ CASES = [
     Case(BF16, 256_000, label_smoothing=0.1, inplace=True, backward_passes=1),
     Case(F16, 9, 4, weighted=True),
     Case(F16, 50_257, label_smoothing=0.1, inplace=True),
+    Case(F16, 128_256, label_smoothing=0.1),
     # Many rows: other blocks, and more programs than a GPU runs at once.
     Case(F32, 3, items=20_000),
     Case(BF16, 1000, items=5000, inplace=True),

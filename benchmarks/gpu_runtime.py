@@ -44,6 +44,8 @@ print(loss.item())
 """
 # What the library says of it, or torch's own kernel that reads by the class.
 SAYS = ("class ind", "out of bounds")
+# Of 64 rows of 40 classes or more: as many logits as go through functions of their own.
+LARGE = 5000
 
 
 def run(findings: Findings) -> None:
@@ -117,6 +119,10 @@ def losses(device: str) -> dict[str, Callable[[], Tensor]]:
             rdrop_step(model, half, target, config=RDropConfig(alpha=1.0), step=3).loss
         ),
     }
+    if device == "cuda":
+        found["cross entropy, chunked, large"] = lambda: (
+            rdrop_cross_entropy(logits.repeat(1, LARGE), target, alpha=1.0, impl="chunked").loss
+        )
     for loss in (rdrop_mse_loss, rdrop_l1_loss, rdrop_smooth_l1_loss):
         found[loss.__name__] = lambda loss=loss: loss(logits, numbers, alpha=1.0, mask=mask).loss
     return found
@@ -153,6 +159,7 @@ def graph_losses(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 
     return {
         **{impl: explicit(impl) for impl in implementations(device)},
+        "chunked, large": lambda x, y: explicit("chunked")(x.repeat(1, LARGE), y),
         "fused": lambda x, y: linear_rdrop_cross_entropy(x, layer, y, alpha=1.0).loss,
     }
 
