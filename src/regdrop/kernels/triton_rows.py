@@ -132,7 +132,7 @@ def _tile(width: int, elements: int, options: dict[str, Any]) -> int:
 
 
 def _power_of_2(least: int) -> int:
-    # Triton's own costs a small loss a twentieth of its host's time.
+    # Triton's own takes microseconds, of which a small loss has few.
     return 1 << (least - 1).bit_length()
 
 
