@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from regdrop import rdrop_cross_entropy, repeat_batch
-from regdrop.passes import find_batch_size, take_items
+from regdrop.passes import find_batch_size, run_passes, take_items
 from regdrop.passes.stacking import find_tensors, first_items
 
 Pair = namedtuple("Pair", ["x", "note"])
@@ -446,6 +446,35 @@ def test_a_recurrent_network_gives_every_pass_the_same():
     _, single = network(PACKED["of vectors"])
     _, both = network(repeat_batch(PACKED["of vectors"]))
     torch.testing.assert_close(both, torch.cat([single, single], 1))
+
+
+# --- sparse and nested tensors ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_sparse_tensors_are_stacked_and_taken(layout):
+    dense = torch.tensor([[0.0, 1, 0], [2, 0, 0], [0, 0, 0], [0, 3, 4]])
+    batch = {"words": dense.to_sparse(layout=layout), "length": torch.arange(4)}
+    stacked = repeat_batch(batch)
+    assert stacked["words"].layout == layout
+    assert torch.equal(stacked["words"].to_dense(), torch.cat([dense, dense]))
+    taken = take_items(batch, torch.tensor([3, 3, 0]))
+    assert torch.equal(taken["words"].to_dense(), dense[[3, 3, 0]])
+    assert torch.equal(first_items(batch, 2)["words"].to_dense(), dense[:2])
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_tensor_is_not_stacked(layout):
+    """A stacked one would not fit another of the same lengths, which was stacked by itself."""
+    batch = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(5, 3)], layout=layout)
+    with pytest.raises(TypeError, match=r"a nested tensor, .* passes=.sequential."):
+        repeat_batch({"words": batch})
+
+    def forward(words):
+        return torch.stack([row.sum() for row in words.unbind()])
+
+    outputs = run_passes(forward, batch, num_passes=2, strategy="sequential")
+    assert outputs.tolist() == [6, 15, 6, 15]
 
 
 # --- several documents in one row ------------------------------------------------------------

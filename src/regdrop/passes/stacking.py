@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from regdrop.tracing import is_transformed
+
 Batch = TypeVar("Batch")
 
 # Tensors whose first dimension is the batch size in the Hugging Face libraries.
@@ -52,7 +54,7 @@ def repeat_batch(
         `seq_idx` of one row counts on.
 
     Raises:
-        TypeError: If `num_passes` or `dim` is no integer.
+        TypeError: If `num_passes` or `dim` is no integer, or the batch holds a nested tensor.
         ValueError: If `num_passes` is below 1, no tensor tells the batch size, a name in `shared`
             is nowhere in the batch, or documents in one row are told apart by `position_ids` alone.
     """
@@ -129,7 +131,7 @@ def find_batch_size(batch: Any, dim: int = 0) -> int:
         if isinstance(leaf, PackedSequence):
             return int(leaf.batch_sizes[0])
         if leaf.dim() > dim:
-            return leaf.shape[dim]
+            return leaf.size(dim)  # of a nested tensor there is no shape
     raise ValueError(
         f"batch must hold a tensor with a batch dimension, or batch_size must be given; "
         f"got {type(batch).__name__} without one"
@@ -200,8 +202,15 @@ def _map_items(
 
 def _map(value: Any, change: _Change) -> Any:
     if isinstance(value, Tensor):
-        holds_items = value.dim() > change.dim and value.shape[change.dim] == change.size
-        return change.function(value) if holds_items else value
+        holds_items = value.dim() > change.dim and value.size(change.dim) == change.size
+        if not holds_items:
+            return value
+        if value.is_nested:
+            raise TypeError(
+                "batch holds a nested tensor, which is not stacked: two that share their lengths "
+                'would no longer fit; use passes="sequential", or a padded tensor with its mask'
+            )
+        return _take_sparse(value, change) if _is_sparse(value) else change.function(value)
     if isinstance(value, PackedSequence):
         holds_items = int(value.batch_sizes[0]) == change.size
         return _take_sequences(value, change.index) if holds_items else value
@@ -277,6 +286,7 @@ def _refuse_hidden_documents(value: Mapping[Any, Any], change: _Change) -> None:
         or len(words) != 1
         or value.get("attention_mask") is not None
         or torch.compiler.is_compiling()
+        or is_transformed()
         or len(change.index) < 2
     ):
         return
@@ -287,6 +297,17 @@ def _refuse_hidden_documents(value: Mapping[Any, Any], change: _Change) -> None:
             'use passes="sequential", or a collator that returns cu_seq_lens, as '
             "DataCollatorWithFlattening(return_flash_attn_kwargs=True)"
         )
+
+
+def _is_sparse(value: Tensor) -> bool:
+    return value.layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
+
+
+def _take_sparse(value: Tensor, change: _Change) -> Tensor:
+    index = torch.tensor(change.index, device=value.device)
+    taken = value.to_sparse_coo().index_select(change.dim, index)
+    found: Tensor = taken.to_sparse(layout=value.layout)
+    return found
 
 
 def _take_sequences(packed: PackedSequence, index: list[int]) -> PackedSequence:
