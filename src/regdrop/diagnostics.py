@@ -22,6 +22,7 @@ from regdrop.passes import (
     preserve_random_state,
 )
 from regdrop.schedule import plan_step
+from regdrop.tracing import is_transformed
 
 Output = TypeVar("Output")
 
@@ -95,7 +96,9 @@ def watch_divergence(forward: Callable[..., Any], output: RDropOutput) -> None:
     watch = _WATCHES.setdefault(_identity(forward, modules), _Watch())
     is_looked_at = watch.steps < 2 or watch.steps % _STEPS_BETWEEN_LOOKS == 0
     watch.steps += 1
-    if watch.has_warned or torch.compiler.is_compiling() or _is_captured(output.kl):
+    if watch.has_warned or torch.compiler.is_compiling() or is_transformed():
+        return
+    if _is_captured(output.kl):
         return
     if is_looked_at and output.kl.device.type in ("cpu", "cuda"):
         watch.looks.append(_look(output))

@@ -18,18 +18,28 @@ from regdrop.kernels.fused_linear import linear_loss, linear_terms
 from regdrop.kernels.implementation import Implementation, check_implementation
 from regdrop.kernels.projection import Projection, project
 from regdrop.kernels.selection import select_kernel
+from regdrop.kernels.sharded_classes import (
+    is_distributed,
+    sharded_terms,
+    stack_rows,
+    whole_tensor,
+)
 from regdrop.kernels.target import Target
+from regdrop.tracing import is_transformed
 
 __all__ = [
     "Implementation",
     "Projection",
     "Target",
+    "is_distributed",
     "linear_loss",
     "linear_terms",
     "project",
     "rdrop_sum",
     "rdrop_terms",
+    "stack_rows",
     "whole_loss",
+    "whole_tensor",
 ]
 
 
@@ -44,12 +54,13 @@ def rdrop_terms(
     """Return each item's negative log-likelihood and symmetric KL, both (N,).
 
     Args:
-        logits: (num_passes, N, C), the classes' scores of every pass.
+        logits: (num_passes, N, C), the classes' scores of every pass; also a DTensor whose classes
+            are spread over processes.
         target: What the N items are compared with.
         backward_passes: The first passes that carry the gradient, times num_passes / this.
         inplace: Let the gradient overwrite `logits` in the backward.
-        impl: "auto" takes the eager form where the target itself requires a gradient, or in
-            forward-mode differentiation, else what `select_kernel` takes.
+        impl: "auto" takes the eager form where the target itself requires a gradient, in
+            forward-mode differentiation and in `torch.func`, else what `select_kernel` takes.
 
     Raises:
         ValueError: For an unknown or unavailable `impl`, or one that cannot do what is asked.
@@ -57,6 +68,10 @@ def rdrop_terms(
     kernel = _choose(logits, target, inplace, impl)
     if kernel is None:
         return eager_terms(logits, target, backward_passes=backward_passes)
+    if is_distributed(logits):
+        return sharded_terms(
+            logits, target, kernel, backward_passes=backward_passes, inplace=inplace
+        )
     return closed_form_terms(
         logits, target, kernel, backward_passes=backward_passes, inplace=inplace
     )
@@ -87,8 +102,10 @@ def rdrop_sum(
         ValueError: See above.
     """
     kernel = _choose(logits, target, inplace, impl)
-    if kernel is None:
-        nll, kl = eager_terms(logits, target, backward_passes=backward_passes)
+    if kernel is None or is_distributed(logits):
+        nll, kl = rdrop_terms(
+            logits, target, backward_passes=backward_passes, inplace=inplace, impl=impl
+        )
         nll, kl = nll.sum(), kl.sum()
         return mix(nll, kl, nll_weight, kl_weight), nll.detach(), kl.detach()
     return closed_form_sum(
@@ -119,7 +136,7 @@ def whole_loss(
         impl: "cpp" has such an operation, for usual tensors in a training step or without one.
         options: As `cpp_rows.whole_loss` describes them, and the arguments.
     """
-    if impl != "cpp" or torch.compiler.is_compiling():
+    if impl != "cpp" or torch.compiler.is_compiling() or is_transformed():
         return None
     is_usual = (
         logits.is_cpu
@@ -128,6 +145,7 @@ def whole_loss(
         and classes.is_contiguous()
         and not logits.is_neg()
         and (weight is None or not weight.requires_grad)
+        and not any(map(is_distributed, (logits, classes, weight)))
     )
     if not is_usual or has_tangent(logits, weight):
         return None
@@ -144,11 +162,17 @@ def _choose(
     given = [field for field in target if isinstance(field, Tensor)]
     needs_target_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     is_forward_mode = has_tangent(logits, *given)
-    if impl == "eager" or (impl == "auto" and (needs_target_gradient or is_forward_mode)):
+    needs_definition = needs_target_gradient or is_forward_mode or is_transformed()
+    if impl == "eager" or (impl == "auto" and needs_definition):
         if inplace:
             raise ValueError(
-                "inplace=True needs a closed-form kernel, got impl='eager' "
-                "(or a target that requires a gradient, or forward-mode differentiation)"
+                "inplace=True needs a closed-form kernel, got impl='eager' (or a target that "
+                "requires a gradient, forward-mode differentiation, or torch.func)"
+            )
+        if is_distributed(logits):
+            raise ValueError(
+                "logits whose classes are spread over processes need a closed form, which gives "
+                f"first derivatives of them alone, got impl={impl!r}"
             )
         return None
     if needs_target_gradient:
@@ -158,5 +182,9 @@ def _choose(
     if is_forward_mode:
         raise ValueError(
             f"impl={impl!r} has no forward-mode derivative; use impl='auto' or 'eager'"
+        )
+    if is_transformed():
+        raise ValueError(
+            f"impl={impl!r} has no rule for torch.func (grad, vmap); use impl='auto' or 'eager'"
         )
     return select_kernel(impl, logits.device, logits.dtype)

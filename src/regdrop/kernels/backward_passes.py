@@ -76,6 +76,8 @@ def limit_backward(passes: Tensor, backward_passes: int) -> Tensor:
 class _ScaleGradient(Function):
     """Identity whose gradient is multiplied by a constant."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, factor: float) -> Tensor:
         return x.view_as(x)

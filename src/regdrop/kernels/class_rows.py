@@ -5,6 +5,7 @@ maximum; those of two blocks are added once both are relative to the higher one.
 in plain PyTorch; `triton_rows.py` has one for a GPU.
 """
 
+from functools import reduce
 from typing import NamedTuple, Protocol
 
 import torch
@@ -40,7 +41,8 @@ class RowSums(NamedTuple):
             difference is its mean.
         nll: (n,), the NLL, after the last block.
         kl: (n,), the divergence, after the last block.
-        cross: (num_passes, n), the sum of target times (z - maximum).
+        cross: (num_passes, n), the sum of target times (z - maximum); the last rows of
+            `statistics` where it is carried.
     """
 
     statistics: Tensor
@@ -113,21 +115,41 @@ def collect_columns(
     """Add a block of classes to the sums, as `CollectColumns` describes it."""
     num_passes = len(columns.products)
     for start, stop in row_blocks(columns.products):
-        rows = slice(start, stop)
-        *stored, (mass,) = _split(sums.statistics[:, rows], num_passes)
-        carried = _Sums(stored[0], stored[1], stored[2], sums.cross[:, rows], mass)
+        memory = sums.statistics[:, start:stop]
         found = _sum_up(columns.rows(start, stop), target.rows(start, stop))
         if not is_first:
-            found = _add(carried, found)
-        if is_last:
-            nll, kl, found = _finish(found)
-            if target.valid is not None:
-                valid = target.valid[rows]
-                nll, kl = torch.where(valid, nll, 0), torch.where(valid, kl, 0)
-            sums.nll[rows].copy_(nll)
-            sums.kl[rows].copy_(kl)
-        for kept, new in zip(carried, found, strict=True):
-            kept.copy_(new)
+            found = _add(_carried(memory, num_passes), found)
+        _keep(found, memory, target.rows(start, stop).valid, is_last)
+
+
+def combine_shares(shares: list[Tensor], target: Target, sums: RowSums) -> None:
+    """Write the terms and the statistics of all classes, of which others have collected shares.
+
+    Args:
+        shares: Of each, the memory of its carried sums, which have not seen a last block.
+        target: Of all classes.
+        sums: What is written.
+    """
+    num_passes = len(sums.cross)
+    found = reduce(_add, (_carried(memory, num_passes) for memory in shares))
+    _keep(found, sums.statistics, target.valid, is_last=True)
+
+
+def _carried(memory: Tensor, num_passes: int) -> _Sums:
+    """Return the sums in the memory of a `RowSums`, of all of its rows or some."""
+    maximum, total, weighted, (mass,) = _split(memory, num_passes)
+    return _Sums(maximum, total, weighted, memory[3 * num_passes + 3 :], mass)
+
+
+def _keep(found: _Sums, memory: Tensor, valid: Tensor | None, is_last: bool) -> None:
+    """Write sums to the memory of a `RowSums`, and after the last block the terms."""
+    num_passes = len(found.maximum)
+    if is_last:
+        nll, kl, found = _finish(found)
+        for row, term in enumerate((nll, kl), start=3 * num_passes + 1):
+            memory[row].copy_(term if valid is None else torch.where(valid, term, 0))
+    for kept, new in zip(_carried(memory, num_passes), found, strict=True):
+        kept.copy_(new)
 
 
 def _split(statistics: Tensor, num_passes: int) -> tuple[Tensor, ...]:

@@ -22,6 +22,7 @@ from regdrop.kernels.closed_form import Weight, accumulation_dtype, mix
 from regdrop.kernels.linear_chunks import TermGradients, Wanted, chunked_linear_terms
 from regdrop.kernels.projection import Gradients, Projection, with_dtype
 from regdrop.kernels.target import Target
+from regdrop.tracing import is_transformed
 
 
 def linear_terms(
@@ -40,9 +41,9 @@ def linear_terms(
         passes, both (N,), in float32 at least.
 
     Raises:
-        ValueError: In forward-mode differentiation.
+        ValueError: In forward-mode differentiation and in `torch.func`.
     """
-    _refuse_forward_mode(hidden, projection)
+    _refuse_transforms(hidden, projection)
     projection = with_dtype(hidden, projection)
     if not _needs_gradient(hidden, projection):
         nll, kl, _ = chunked_linear_terms(hidden, projection, target)
@@ -80,9 +81,9 @@ def linear_loss(
         The sum, and the sums of both terms without weight and gradient, all scalars.
 
     Raises:
-        ValueError: In forward-mode differentiation.
+        ValueError: In forward-mode differentiation and in `torch.func`.
     """
-    _refuse_forward_mode(hidden, projection)
+    _refuse_transforms(hidden, projection)
     projection = with_dtype(hidden, projection)
     weights = (nll_weight, kl_weight)
     if not _needs_gradient(hidden, projection):
@@ -306,11 +307,16 @@ def _needs_gradient(hidden: Tensor, projection: Projection) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _refuse_forward_mode(hidden: Tensor, projection: Projection) -> None:
+def _refuse_transforms(hidden: Tensor, projection: Projection) -> None:
+    missing = None
     if has_tangent(hidden, projection.weight, projection.bias):
+        missing = "no forward-mode derivative"
+    elif is_transformed():
+        missing = "no rule for torch.func (grad, vmap)"
+    if missing is not None:
         raise ValueError(
-            "the fused linear layer has no forward-mode derivative; take rdrop_cross_entropy of "
-            "explicit logits, torch.nn.functional.linear(hidden, weight, bias)"
+            f"the fused linear layer has {missing}; take rdrop_cross_entropy of explicit logits, "
+            "torch.nn.functional.linear(hidden, weight, bias)"
         )
 
 

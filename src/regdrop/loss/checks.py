@@ -8,6 +8,7 @@ from torch import Tensor
 
 from regdrop.arguments import check_integer, check_number
 from regdrop.loss.reduction import Reduction, Scale
+from regdrop.tracing import can_read, is_transformed
 
 _REDUCTIONS, _SCALES = get_args(Reduction), get_args(Scale)
 # Above this, which a difference of logits by a billion gives, a divergence is that of a mask.
@@ -79,8 +80,7 @@ def check_counts(reduction: str, **counts: Tensor | float | None) -> None:
         if isinstance(count, Tensor):
             if count.numel() != 1:
                 raise ValueError(f"{name} must be a scalar, got shape {tuple(count.shape)}")
-            is_readable = count.device.type == "cpu" and not torch.compiler.is_compiling()
-            if is_readable and not 0 <= count.item() < math.inf:
+            if can_read(count.device) and not 0 <= count.item() < math.inf:
                 raise ValueError(f"{name} must be finite and at least 0, got {count.item()}")
             continue
         check_number(name, count)
@@ -94,6 +94,11 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} must not be a nested tensor; of tensors that are jagged alike give "
+            f"{name}.values() and target.values()"
+        )
 
 
 def check_stacked(name: str, stacked: Tensor, target: Tensor, num_passes: int) -> None:
@@ -139,9 +144,9 @@ def check_sums(target: Tensor, class_dim: int) -> None:
     The shape does not tell; they sum to 1 there and not along the last dimension.
     """
     is_last = class_dim % target.dim() == target.dim() - 1
-    if not is_last or target.dim() < 3 or target.device.type != "cpu" or not target.numel():
+    if not is_last or target.dim() < 3 or not can_read(target.device) or not target.numel():
         return
-    if torch.compiler.is_compiling() or _sums_to_1(target[:1], -1):
+    if _sums_to_1(target[:1], -1):
         return
     if _sums_to_1(target, 1):
         raise ValueError(
@@ -179,7 +184,7 @@ def check_classes(
     index: Tensor, num_classes: int, ignore_index: int, unlabelled_index: int | None = None
 ) -> None:
     """Raise ValueError on the CPU for an index of an item that counts but names no class."""
-    if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
+    if not can_read(index.device) or not index.numel():
         return
     low, high = int(index.min()), int(index.max())
     if low < 0 or high >= num_classes:
@@ -197,7 +202,7 @@ def all_are_classes(index: Tensor, num_classes: int, ignore_index: int) -> bool:
 
     Known on the CPU, where nobody waits for a device.
     """
-    if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
+    if not can_read(index.device) or not index.numel():
         return False
     lowest, highest = index.aminmax()
     low, high = lowest.item(), highest.item()
@@ -249,8 +254,10 @@ def check_finite_divergence(kl: Tensor) -> None:
     precision's own lowest number, -65504, is too near to ordinary logits to be told.
 
     On CUDA, and inside torch.compile, the check is an assertion on the device, so that training
-    is not stopped for it at every step.
+    is not stopped for it at every step. `torch.func` has none.
     """
+    if is_transformed():
+        return
     if torch.compiler.is_compiling() or kl.device.type == "cuda":
         is_infinite = (kl > LARGEST_DIVERGENCE).any()
         torch._assert_async(~is_infinite, _INFINITE_DIVERGENCE)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX
-from regdrop.kernels import Target
+from regdrop.kernels import Target, stack_rows, whole_tensor
 from regdrop.loss.checks import (
     all_are_classes,
     check_class_dim,
@@ -78,11 +78,10 @@ def enter_classes(
 ) -> ClassItems:
     """Check the arguments and bring them into the form that kernels take."""
     shape = check_classes_of(logits, target, num_passes, weight, class_dim)
+    target, weight = whole_tensor(target), None if weight is None else whole_tensor(weight)
     if inplace:
         check_own_memory("logits", logits)
-    if class_dim not in (-1, logits.dim() - 1):
-        logits = logits.movedim(class_dim, -1)
-    num_items, num_classes = math.prod(shape), logits.shape[-1]
+    num_items, num_classes = math.prod(shape), logits.shape[class_dim]
     labelled: Tensor | None = None
     num_valid: int | Tensor = num_items
     if target.is_floating_point():
@@ -110,10 +109,7 @@ def enter_classes(
             num_valid = valid.sum()
         kernel_target = Target(classes, None, weight, label_smoothing, valid)
     return ClassItems(
-        # Seldom a copy, and the one operation less where it is none.
-        (logits.view if logits.is_contiguous() else logits.reshape)(
-            num_passes, num_items, num_classes
-        ),
+        stack_rows(logits, num_passes, class_dim),
         kernel_target,
         shape,
         labelled,

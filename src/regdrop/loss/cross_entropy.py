@@ -48,7 +48,8 @@ def rdrop_cross_entropy(
     Args:
         logits: (num_passes * batch, ..., C), float16, bfloat16, float32 or float64; pass 0 of the
             whole batch first, then pass 1 (the layout of `repeat_batch`). Half precision is
-            computed in float32.
+            computed in float32. A DTensor may be spread over processes by classes; the target is
+            then the same in each of them.
         target: The original, unstacked target: class indices (batch, ...), int64, or class
             probabilities (batch, ..., C), with the classes where those of `logits` are.
         alpha: Weight of the divergence, the paper's.
@@ -84,7 +85,8 @@ def rdrop_cross_entropy(
     Raises:
         TypeError: For tensors of the wrong kind.
         ValueError: For options out of range, shapes that do not fit, targets out of range (on
-            the CPU), or a class masked with -inf in one pass only.
+            the CPU), a class masked with -inf in one pass only, or a DTensor that is spread in
+            another way than by classes.
     """
     check_options(
         alpha=alpha,

@@ -12,6 +12,7 @@ from regdrop.loss.checks import check_floating, check_stacked
 from regdrop.loss.counts import ItemCounts, counted_by
 from regdrop.loss.symmetric_kl import symmetric_kl
 from regdrop.loss.terms import ItemTerms
+from regdrop.tracing import can_read
 
 CTCReduction = Literal["mean", "sum"]
 
@@ -127,7 +128,7 @@ def _check(
     sizes = len(target), target.shape[1]
     symbols = _first("target_lengths", target_lengths, *sizes, target.device)
     symbols = symbols & (target >= 0) & (target != blank) & (target.long() != ignore_index)
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_read(target.device):
         wrong = target[symbols & (target >= num_classes)]
         if wrong.numel():
             raise ValueError(
@@ -151,7 +152,7 @@ def _first(
         raise ValueError(
             f"{name} must have one entry a sequence, shape ({batch},), got {tuple(lengths.shape)}"
         )
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
+    if can_read(lengths.device) and batch:
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > longest:
             raise ValueError(f"{name} must be from 0 to {longest}, got {low if low < 0 else high}")

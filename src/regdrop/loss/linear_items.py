@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from regdrop.arguments import check_number
-from regdrop.kernels import Projection, Target
+from regdrop.kernels import Projection, Target, is_distributed
 from regdrop.kernels.projection import casts_itself
 from regdrop.loss.checks import (
     check_classes,
@@ -17,6 +17,7 @@ from regdrop.loss.checks import (
 )
 from regdrop.loss.class_items import count_classes
 from regdrop.loss.counts import ItemCounts
+from regdrop.tracing import can_read
 
 
 class ValidRows(NamedTuple):
@@ -71,7 +72,7 @@ def drops_rows(device: torch.device) -> bool:
 
     A compiled function keeps them too, whose shapes would depend on their number.
     """
-    return device.type == "cpu" and not torch.compiler.is_compiling()
+    return can_read(device)
 
 
 def _check(
@@ -83,6 +84,12 @@ def _check(
 ) -> None:
     weight, bias, dtype = projection.weight, projection.bias, projection.dtype
     scale, softcap = projection.scale, projection.softcap
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", projection.bias)):
+        if is_distributed(tensor):
+            raise TypeError(
+                f"{name} must be a plain tensor, got a DTensor; let the layer compute the logits, "
+                "which rdrop_cross_entropy takes also where their classes are spread over processes"
+            )
     check_floating("hidden", hidden)
     check_floating("weight", weight)
     check_stacked("hidden", hidden, target, num_passes)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from regdrop.kernels import Target, rdrop_terms
+from regdrop.kernels import Target, rdrop_terms, stack_rows, whole_tensor
 from regdrop.loss.checks import (
     check_class_dim,
     check_finite_divergence,
@@ -49,20 +49,19 @@ def symmetric_kl(
             f"logits must be (num_passes * batch, ..., classes) with num_passes={num_passes}, "
             f"got shape {tuple(logits.shape)}"
         )
-    logits = logits.movedim(class_dim, -1)
-    passes = logits.reshape(num_passes, logits.shape[0] // num_passes, *logits.shape[1:])
-    items = passes[0, ..., 0]
-    mask = check_mask(mask, items)
+    shape = [logits.shape[0] // num_passes, *logits.shape[1:]]
+    del shape[class_dim]
+    classes = torch.zeros(shape, dtype=torch.long, device=logits.device)
+    mask = None if mask is None else check_mask(whole_tensor(mask), classes)
     valid = None if mask is None else mask.reshape(-1)
-    index = torch.zeros(items.numel(), dtype=torch.long, device=logits.device)
     _, kl = rdrop_terms(
-        passes.reshape(num_passes, items.numel(), logits.shape[-1]),
-        Target(index, None, None, 0.0, valid),
+        stack_rows(logits, num_passes, class_dim),
+        Target(classes.view(-1), None, None, 0.0, valid),
         backward_passes=num_passes,
     )
     check_finite_divergence(kl)
     if reduction == "none":
-        return kl.view(items.shape)
+        return kl.view(classes.shape)
     if reduction == "sum":
         return kl.sum()
     return kl.sum() / (max(1, kl.numel()) if valid is None else valid.sum().clamp(min=1))
