@@ -191,7 +191,7 @@ def gain() -> str:
         ("translation, 2,000 pairs", "multi30k-part-tuned"),
         ("language model, 20,000 words", "ptb-part"),
         ("language model, a book", "alice"),
-        ("summaries, 1,000 abstracts", "scitldr-part"),
+        ("summaries, 1,000 abstracts", "scitldr-part-tuned"),
         ("images, 2,000", "fashion-mnist-part"),
         ("sentences (CoLA), fine-tuned", "minilm-cola"),
         ("six layers a side, 1,200 steps", "iwslt-size"),
@@ -245,7 +245,7 @@ def alphas() -> str:
     """Draw alpha by task: the paper's beside what a validation split chose here."""
     rows = [
         ("translation", [5], [alpha("multi30k-part-tuned")]),
-        ("summarisation", [0.7], [alpha("scitldr-part"), alpha("scitldr-part-longer")]),
+        ("summarisation", [0.7], [alpha("scitldr-part-tuned")]),
         ("language modelling", [1], [alpha("alice"), alpha("ptb-part")]),
         (
             "understanding (GLUE)",
