@@ -25,7 +25,7 @@ from regdrop.loss import (
     mse_terms,
     rdrop_cross_entropy,
 )
-from regdrop.loss.checks import check_counts
+from regdrop.loss.checks import check_counts, check_plain
 from regdrop.passes import find_batch_size, find_tensors, run_passes
 from regdrop.schedule import StepPlan, is_monitored, plan_step
 
@@ -382,6 +382,8 @@ def _partial_terms(
     outputs: Any, target: Tensor, items: Tensor, terms: TermsFunction, **passes: Any
 ) -> ItemTerms:
     """Return the NLL of pass 0 and the divergence of a part, weighted by its inverse."""
+    for output in find_tensors(outputs):
+        check_plain("the output behind fraction", output)
     size = target.shape[0]
     first = _map_outputs(lambda output: output[:size], outputs)
     both = _map_outputs(lambda output: torch.cat([output[:size][items], output[size:]]), outputs)

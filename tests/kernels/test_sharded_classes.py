@@ -1,5 +1,7 @@
 """Classes that are spread over processes: the same loss and gradients as in one process."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from regdrop import (
     RDropConfig,
     linear_rdrop_cross_entropy,
     rdrop_cross_entropy,
+    rdrop_mse_loss,
     rdrop_step,
     symmetric_kl,
 )
@@ -19,6 +22,7 @@ from regdrop.kernels.eager import eager_terms
 from regdrop.kernels.selection import select_kernel
 from regdrop.kernels.sharded_classes import whole_tensor
 from regdrop.kernels.target import Target
+from regdrop.loss import fraternal_terms
 
 CLASSES = 7
 WEIGHT = torch.linspace(0.3, 2, CLASSES, dtype=torch.float64)
@@ -29,7 +33,7 @@ CASES = [
     {"reduction": "sum", "scale": "sum", "num_passes": 3, "backward_passes": 2},
     {"num_items": 11, "num_weight": 9, "unlabelled_index": -1},
     {"class_dim": 1},
-    {"impl": "chunked", "inplace": True},
+    {"impl": "chunked"},
     {"num_passes": 1, "alpha": 0.0},
 ]
 
@@ -98,8 +102,9 @@ def _in_both(rank, folder):
     found = {
         "losses": [_loss(mesh, options) for options in CASES],
         "one class": _loss(mesh, {}, num_classes=1),
+        "mesh of two dimensions": _loss_on_two_dimensions(),
         "model": _train(_parallel_model(mesh)),
-        "refused": _refusals(mesh),
+        "refused": _refusals(mesh, rank),
     }
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
@@ -124,6 +129,17 @@ def _loss(mesh, options, num_classes=CLASSES):
         for one, other in zip(results[0], result, strict=True):
             torch.testing.assert_close(one, other)
     return results[0]
+
+
+def _loss_on_two_dimensions():
+    """Return the loss where a dimension of one process is spread by items, which nothing is."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    logits, target = make({})
+    mesh = init_device_mesh("cpu", (1, 2))
+    spread = distribute_tensor(logits, mesh, [Shard(0), Shard(2)])
+    return rdrop_cross_entropy(spread, target, alpha=1.3).loss
 
 
 class _Model(nn.Module):
@@ -161,29 +177,64 @@ def _train(model):
     return {name: whole_tensor(x) for name, x in weights.items()}
 
 
-def _refusals(mesh):
-    from torch.distributed.tensor import Shard, distribute_tensor
+def _refusals(mesh, rank):
+    """Return what is said of what cannot be done, by name."""
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     spread = distribute_tensor(numbers(8, CLASSES), mesh, [Shard(1)])
     by_items = distribute_tensor(numbers(8, CLASSES), mesh, [Shard(0)])
-    classes = torch.arange(4)
-    probabilities = numbers(4, CLASSES).softmax(-1)
-    plain = numbers(8, CLASSES)
+    widths = 2, 5
+    uneven = DTensor.from_local(
+        numbers(8, widths[rank]), mesh, [Shard(1)], shape=(8, CLASSES), stride=(CLASSES, 1)
+    )
+    classes, numbers_of_items = torch.arange(4), numbers(4, CLASSES)
+    weight = WEIGHT.clone().requires_grad_()
     options = {"alpha": 1.0}
-    messages = []
-    for call in (
-        lambda: rdrop_cross_entropy(by_items, classes, **options),
-        lambda: symmetric_kl(by_items),
-        lambda: rdrop_cross_entropy(spread, probabilities, **options),
-        lambda: rdrop_cross_entropy(spread, classes, impl="eager", **options),
-        lambda: linear_rdrop_cross_entropy(plain, by_items, classes, **options),
-    ):
+    part = {"config": RDropConfig(alpha=1.0, fraction=0.5), "step": 0}
+    calls = {
+        "by items": lambda: rdrop_cross_entropy(by_items, classes, **options),
+        "divergence": lambda: symmetric_kl(by_items),
+        "probabilities": lambda: rdrop_cross_entropy(
+            spread, numbers_of_items.softmax(-1), **options
+        ),
+        "eager": lambda: rdrop_cross_entropy(spread, classes, impl="eager", **options),
+        "weight": lambda: rdrop_cross_entropy(spread, classes, weight=weight, **options),
+        "in place": lambda: rdrop_cross_entropy(spread, classes, inplace=True, **options),
+        "uneven": lambda: rdrop_cross_entropy(uneven, classes, **options),
+        "targets": lambda: rdrop_cross_entropy(spread, classes + rank, **options),
+        "ignored": lambda: rdrop_cross_entropy(spread, classes, ignore_index=rank, **options),
+        "fused": lambda: linear_rdrop_cross_entropy(
+            numbers(8, CLASSES), by_items, classes, **options
+        ),
+        "mse": lambda: rdrop_mse_loss(spread, numbers_of_items, **options),
+        "fraternal": lambda: fraternal_terms(spread, classes, num_passes=2),
+        "fraction": lambda: rdrop_step(lambda x: spread[:6], torch.ones(4, 2), classes, **part),
+    }
+    messages = {}
+    for name, call in calls.items():
         try:
-            messages.append(call())
+            messages[name] = call()
         except (TypeError, ValueError) as error:
-            messages.append(str(error))
+            messages[name] = str(error)
     torch.testing.assert_close(symmetric_kl(spread), symmetric_kl(numbers(8, CLASSES)))
     return messages
+
+
+SAID = {
+    "by items": "logits that are a DTensor must be a copy in every process, or spread by classes",
+    "divergence": "logits that are a DTensor must be a copy in every process, or spread by classes",
+    "probabilities": "target must hold class indices",
+    "eager": "need impl='auto', 'chunked' or 'triton', .* got eager",
+    "weight": "got a target or weight that requires a gradient",
+    "in place": "inplace=True needs plain logits, got a DTensor",
+    "uneven": "logits must be spread over processes as torch.chunk does it, [43] of 7 classes here",
+    "targets": "the processes that share the classes of logits must have the same target",
+    "ignored": "the processes that share the classes of logits must have the same target",
+    "fused": "weight must be a plain tensor, got a DTensor",
+    "mse": "input must be a plain tensor, got a DTensor",
+    "fraternal": "logits must be a plain tensor, got a DTensor",
+    "fraction": "the output behind fraction must be a plain tensor, got a DTensor",
+}
 
 
 def test_two_processes_give_what_one_does(tmp_path):
@@ -196,20 +247,18 @@ def test_two_processes_give_what_one_does(tmp_path):
     for (num_classes, options), found in zip(cases, losses, strict=True):
         logits, target = make(options, num_classes)
         leaf = logits.clone().requires_grad_()
-        plain = {k: v for k, v in options.items() if k not in ("impl", "inplace")}
-        output = rdrop_cross_entropy(leaf, target, impl="eager", **{"alpha": 1.3, **plain})
+        output = rdrop_cross_entropy(leaf, target, **{"alpha": 1.3, **options, "impl": "eager"})
         output.loss.sum().backward()
         for process in found:
             for ours, theirs in zip(process, (*output, leaf.grad), strict=True):
                 torch.testing.assert_close(ours, theirs.detach())
+    for process in (first, second):
+        assert process["mesh of two dimensions"] == process["losses"][0][0]
     expected = _train(_Model())
     for process in (first, second):
         assert process["model"].keys() == expected.keys()
         for name, weight in process["model"].items():
             torch.testing.assert_close(weight, expected[name])
-        by_items, divergence, probabilities, eager, fused = process["refused"]
-        assert by_items == divergence
-        assert by_items.startswith("logits that are a DTensor must be a copy in every process, or")
-        assert "target must hold class indices" in probabilities
-        assert "impl='eager'" in eager
-        assert "weight must be a plain tensor, got a DTensor" in fused
+        assert process["refused"].keys() == SAID.keys()
+        for name, said in SAID.items():
+            assert re.match(f".*{said}", process["refused"][name]), (name, process["refused"])

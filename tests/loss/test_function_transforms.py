@@ -117,18 +117,6 @@ def test_gradient_of_each_sample(by_step):
         torch.testing.assert_close(samples[name].mean(0), expected)
 
 
-def test_masks_differ_from_sample_to_sample_and_pass_to_pass():
-    model = nn.Dropout(0.5)
-
-    def passes(sample):
-        return model(repeat_batch(sample[None]))
-
-    torch.manual_seed(0)
-    outputs = vmap(passes, randomness="different")(torch.ones(3, 64))
-    rows = outputs.flatten(0, 1)
-    assert len({tuple(row.tolist()) for row in rows}) == 6
-
-
 @pytest.mark.parametrize("impl", ["chunked", "compiled", "cpp"])
 def test_other_kernels_are_refused_by_name(impl):
     def loss(x):

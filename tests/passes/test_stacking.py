@@ -463,12 +463,27 @@ def test_sparse_tensors_are_stacked_and_taken(layout):
     assert torch.equal(first_items(batch, 2)["words"].to_dense(), dense[:2])
 
 
+@pytest.mark.parametrize(
+    "make_one",
+    [
+        lambda: torch.eye(4).to_sparse_bsr((2, 2)),
+        lambda: torch.eye(4).expand(3, 4, 4).to_sparse_csr(),
+        lambda: torch.eye(4).to_sparse().requires_grad_(),
+    ],
+)
+def test_a_sparse_tensor_that_cannot_be_stacked_is_named(make_one):
+    with pytest.raises(TypeError, match="a sparse tensor that cannot be stacked: it must be COO"):
+        repeat_batch([make_one()])
+
+
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
-def test_a_nested_tensor_is_not_stacked(layout):
+@pytest.mark.parametrize("name", ["words", "input_ids"])
+def test_a_nested_tensor_is_not_stacked(layout, name):
     """A stacked one would not fit another of the same lengths, which was stacked by itself."""
     batch = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(5, 3)], layout=layout)
     with pytest.raises(TypeError, match=r"a nested tensor, .* passes=.sequential."):
-        repeat_batch({"words": batch})
+        repeat_batch({name: batch, "position_ids": batch})
+    assert repeat_batch({name: batch, "x": torch.ones(2)}, shared=name)["x"].shape == (4,)
 
     def forward(words):
         return torch.stack([row.sum() for row in words.unbind()])

@@ -19,8 +19,8 @@ from regdrop.kernels.implementation import Implementation, check_implementation
 from regdrop.kernels.projection import Projection, project
 from regdrop.kernels.selection import select_kernel
 from regdrop.kernels.sharded_classes import (
+    enter_share,
     is_distributed,
-    sharded_terms,
     stack_rows,
     whole_tensor,
 )
@@ -69,9 +69,7 @@ def rdrop_terms(
     if kernel is None:
         return eager_terms(logits, target, backward_passes=backward_passes)
     if is_distributed(logits):
-        return sharded_terms(
-            logits, target, kernel, backward_passes=backward_passes, inplace=inplace
-        )
+        logits, kernel = enter_share(logits, kernel)
     return closed_form_terms(
         logits, target, kernel, backward_passes=backward_passes, inplace=inplace
     )
@@ -102,12 +100,12 @@ def rdrop_sum(
         ValueError: See above.
     """
     kernel = _choose(logits, target, inplace, impl)
-    if kernel is None or is_distributed(logits):
-        nll, kl = rdrop_terms(
-            logits, target, backward_passes=backward_passes, inplace=inplace, impl=impl
-        )
+    if kernel is None:
+        nll, kl = eager_terms(logits, target, backward_passes=backward_passes)
         nll, kl = nll.sum(), kl.sum()
         return mix(nll, kl, nll_weight, kl_weight), nll.detach(), kl.detach()
+    if is_distributed(logits):
+        logits, kernel = enter_share(logits, kernel)
     return closed_form_sum(
         logits,
         target,
@@ -170,9 +168,10 @@ def _choose(
                 "requires a gradient, forward-mode differentiation, or torch.func)"
             )
         if is_distributed(logits):
+            got = "a target or weight that requires a gradient" if needs_target_gradient else impl
             raise ValueError(
-                "logits whose classes are spread over processes need a closed form, which gives "
-                f"first derivatives of them alone, got impl={impl!r}"
+                "logits whose classes are spread over processes need impl='auto', 'chunked' or "
+                f"'triton', and give first derivatives of logits alone, got {got}"
             )
         return None
     if needs_target_gradient:

@@ -11,7 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.kernels.backward_passes import limit_backward
 from regdrop.kernels.eager import kl_divergence
-from regdrop.loss.checks import check_finite_divergence, check_floating, check_stacked
+from regdrop.loss.checks import (
+    check_finite_divergence,
+    check_floating,
+    check_plain,
+    check_stacked,
+)
 from regdrop.loss.class_items import count_classes
 from regdrop.loss.counts import counted_by
 from regdrop.loss.terms import ItemTerms
@@ -76,6 +81,7 @@ def adaptive_softmax_terms(
         TypeError: For tensors of the wrong kind.
         ValueError: For shapes that do not fit, or targets out of range (on the CPU).
     """
+    check_plain("hidden", hidden)
     _check(hidden, target, softmax, num_passes, ignore_index)
     valid = (target != ignore_index).reshape(-1)
     rows = valid.nonzero()[:, 0]

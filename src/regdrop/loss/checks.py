@@ -1,12 +1,13 @@
 """Checks of the arguments that the losses share: errors name the argument and what it was."""
 
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from regdrop.arguments import check_integer, check_number
+from regdrop.kernels import is_distributed
 from regdrop.loss.reduction import Reduction, Scale
 from regdrop.tracing import can_read, is_transformed
 
@@ -98,6 +99,15 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name} must not be a nested tensor; of tensors that are jagged alike give "
             f"{name}.values() and target.values()"
+        )
+
+
+def check_plain(name: str, tensor: Any) -> None:
+    """Raise TypeError for a DTensor, which only the losses of classes take."""
+    if is_distributed(tensor):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor; rdrop_cross_entropy and symmetric_kl "
+            "alone take one, for logits"
         )
 
 

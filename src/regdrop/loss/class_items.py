@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX
-from regdrop.kernels import Target, stack_rows, whole_tensor
+from regdrop.kernels import Target, is_distributed, stack_rows, whole_tensor
 from regdrop.loss.checks import (
     all_are_classes,
     check_class_dim,
@@ -80,6 +80,11 @@ def enter_classes(
     shape = check_classes_of(logits, target, num_passes, weight, class_dim)
     target, weight = whole_tensor(target), None if weight is None else whole_tensor(weight)
     if inplace:
+        if is_distributed(logits):
+            raise ValueError(
+                "inplace=True needs plain logits, got a DTensor: a layer whose backward needs its "
+                "output would not see that it was overwritten"
+            )
         check_own_memory("logits", logits)
     num_items, num_classes = math.prod(shape), logits.shape[class_dim]
     labelled: Tensor | None = None

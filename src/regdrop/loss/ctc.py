@@ -8,7 +8,7 @@ from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX, check_integer
 from regdrop.kernels.backward_passes import limit_backward
-from regdrop.loss.checks import check_floating, check_stacked
+from regdrop.loss.checks import check_floating, check_plain, check_stacked
 from regdrop.loss.counts import ItemCounts, counted_by
 from regdrop.loss.symmetric_kl import symmetric_kl
 from regdrop.loss.terms import ItemTerms
@@ -66,6 +66,7 @@ def ctc_terms(
         TypeError: For tensors of the wrong kind.
         ValueError: For shapes that do not fit, or targets or lengths out of range (on the CPU).
     """
+    check_plain("logits", logits)
     frames, symbols = _check(
         logits, target, num_passes, blank, logit_lengths, target_lengths, ignore_index, reduction
     )

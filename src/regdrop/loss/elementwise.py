@@ -11,6 +11,7 @@ from regdrop.loss.checks import (
     check_floating,
     check_mask,
     check_options,
+    check_plain,
     check_stacked,
 )
 from regdrop.loss.counts import ItemCounts
@@ -23,6 +24,8 @@ def split_passes(
     name: str, stacked: Tensor, target: Tensor, num_passes: int, backward_passes: int | None
 ) -> Tensor:
     """Return stacked outputs as (num_passes, *target.shape), in float32 at least."""
+    check_plain(name, stacked)
+    check_plain("target", target)
     check_floating(name, stacked)
     check_stacked(name, stacked, target, num_passes)
     if stacked.shape[1:] != target.shape[1:]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.kernels.backward_passes import limit_backward
+from regdrop.loss.checks import check_plain
 from regdrop.loss.class_items import count_classes
 from regdrop.loss.counts import counted_by
 from regdrop.loss.cross_entropy import cross_entropy_terms
@@ -42,6 +43,7 @@ def fraternal_terms(
         label_smoothing: As there.
         backward_passes: As there.
     """
+    check_plain("logits", logits)
     own = cross_entropy_terms(
         logits,
         target,

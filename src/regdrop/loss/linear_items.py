@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from regdrop.arguments import check_number
-from regdrop.kernels import Projection, Target, is_distributed
+from regdrop.kernels import Projection, Target
 from regdrop.kernels.projection import casts_itself
 from regdrop.loss.checks import (
     check_classes,
     check_floating,
+    check_plain,
     check_stacked,
     check_unlabelled_index,
 )
@@ -85,11 +86,7 @@ def _check(
     weight, bias, dtype = projection.weight, projection.bias, projection.dtype
     scale, softcap = projection.scale, projection.softcap
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", projection.bias)):
-        if is_distributed(tensor):
-            raise TypeError(
-                f"{name} must be a plain tensor, got a DTensor; let the layer compute the logits, "
-                "which rdrop_cross_entropy takes also where their classes are spread over processes"
-            )
+        check_plain(name, tensor)
     check_floating("hidden", hidden)
     check_floating("weight", weight)
     check_stacked("hidden", hidden, target, num_passes)

@@ -54,7 +54,8 @@ def repeat_batch(
         `seq_idx` of one row counts on.
 
     Raises:
-        TypeError: If `num_passes` or `dim` is no integer, or the batch holds a nested tensor.
+        TypeError: If `num_passes` or `dim` is no integer, or the batch holds a nested tensor or a
+            sparse one of a kind that cannot be stacked.
         ValueError: If `num_passes` is below 1, no tensor tells the batch size, a name in `shared`
             is nowhere in the batch, or documents in one row are told apart by `position_ids` alone.
     """
@@ -111,7 +112,7 @@ def take_items(
 def first_items(
     batch: Batch, count: int, *, batch_size: int | None = None, shared: Iterable[str] = ()
 ) -> Batch:
-    """Return views of the first `count` items of a batch, by the rules of `repeat_batch`."""
+    """Return the first `count` items, dense tensors as views, by the rules of `repeat_batch`."""
     return _map_items(
         batch, lambda items: items[:count], lambda size: [*range(count)], batch_size, shared
     )
@@ -126,12 +127,12 @@ def find_batch_size(batch: Any, dim: int = 0) -> int:
     for name in _MODEL_INPUTS:
         value = _named(batch, name)
         if isinstance(value, Tensor) and value.dim() > dim:
-            return value.shape[dim]
+            return value.size(dim)  # a nested tensor has no shape
     for leaf in _find_leaves(batch):
         if isinstance(leaf, PackedSequence):
             return int(leaf.batch_sizes[0])
         if leaf.dim() > dim:
-            return leaf.size(dim)  # of a nested tensor there is no shape
+            return leaf.size(dim)
     raise ValueError(
         f"batch must hold a tensor with a batch dimension, or batch_size must be given; "
         f"got {type(batch).__name__} without one"
@@ -202,15 +203,17 @@ def _map_items(
 
 def _map(value: Any, change: _Change) -> Any:
     if isinstance(value, Tensor):
-        holds_items = value.dim() > change.dim and value.size(change.dim) == change.size
-        if not holds_items:
-            return value
         if value.is_nested:
             raise TypeError(
                 "batch holds a nested tensor, which is not stacked: two that share their lengths "
-                'would no longer fit; use passes="sequential", or a padded tensor with its mask'
+                'would no longer fit; use passes="sequential" with fraction=1.0, or a padded '
+                "tensor with its mask"
             )
-        return _take_sparse(value, change) if _is_sparse(value) else change.function(value)
+        holds_items = value.dim() > change.dim and value.shape[change.dim] == change.size
+        if not holds_items:
+            return value
+        is_dense = value.layout == torch.strided
+        return change.function(value) if is_dense else _take_sparse(value, change)
     if isinstance(value, PackedSequence):
         holds_items = int(value.batch_sizes[0]) == change.size
         return _take_sequences(value, change.index) if holds_items else value
@@ -282,6 +285,8 @@ def _refuse_hidden_documents(value: Mapping[Any, Any], change: _Change) -> None:
     if (
         not isinstance(words, Tensor)
         or not isinstance(positions, Tensor)
+        or words.is_nested
+        or positions.is_nested
         or words.shape != positions.shape
         or len(words) != 1
         or value.get("attention_mask") is not None
@@ -299,11 +304,16 @@ def _refuse_hidden_documents(value: Mapping[Any, Any], change: _Change) -> None:
         )
 
 
-def _is_sparse(value: Tensor) -> bool:
-    return value.layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
-
-
 def _take_sparse(value: Tensor, change: _Change) -> Tensor:
+    is_known = value.layout == torch.sparse_coo or (
+        value.layout in (torch.sparse_csr, torch.sparse_csc) and value.dim() == 2
+    )
+    if not is_known or value.requires_grad:
+        raise TypeError(
+            "batch holds a sparse tensor that cannot be stacked: it must be COO, or CSR or CSC of "
+            f"two dimensions, without a gradient, got {value.layout} of shape "
+            f"{tuple(value.shape)} with requires_grad={value.requires_grad}; use its to_dense()"
+        )
     index = torch.tensor(change.index, device=value.device)
     taken = value.to_sparse_coo().index_select(change.dim, index)
     found: Tensor = taken.to_sparse(layout=value.layout)
