@@ -143,7 +143,7 @@ def test_train_and_evaluate_on_real_digits(tmp_path):
     assert "made with other settings" in " ".join(result.output.split())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_training_goes_on_with_resume_alone(tmp_path):
     command, process, unfinished = start(tmp_path, "train", "unfinished")
     process.kill()

@@ -306,15 +306,15 @@ def test_examples_are_short(path):
     assert len(path.read_text().splitlines()) < 60
 
 
-# It compares three ways of training.
-LONG = "unlabelled_data"
+# One compares three ways of training, one fine-tunes by TRL.
+LONG = ("unlabelled_data", "trl_finetuning")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=[pytest.mark.long] if path.stem == LONG else [], id=path.stem)
+        pytest.param(path, marks=[pytest.mark.long] if path.stem in LONG else [], id=path.stem)
         for path in EXAMPLES
     ],
 )

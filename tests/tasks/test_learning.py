@@ -204,7 +204,7 @@ def test_images_from_scratch_learn_as_fast_as_torchs_layers(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["vit-base", "vit-large"])
+@pytest.mark.parametrize("kind", ["vit-base", pytest.param("vit-large", marks=pytest.mark.long)])
 def test_pretrained_images_learn_as_fast_as_torchs_layers(kind, tmp_path):
     """From a checkpoint of the published depth, narrow and drawn anew, at another image size."""
     config = ViTConfig(
@@ -236,7 +236,9 @@ def assert_images_are_learned_as_fast(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bert-base", "roberta-large"])
+@pytest.mark.parametrize(
+    "kind", ["bert-base", pytest.param("roberta-large", marks=pytest.mark.long)]
+)
 def test_pretrained_encoders_learn_as_fast_as_torchs_layers(kind, tmp_path):
     config_class, model_class = {
         "bert-base": (BertConfig, BertForSequenceClassification),

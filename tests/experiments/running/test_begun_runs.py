@@ -52,6 +52,7 @@ def test_an_interrupted_run_keeps_an_entry_that_a_new_run_is_refused(
     ]
 
 
+@pytest.mark.long
 def test_so_does_a_comparison_that_has_records(tmp_path, short):
     task, arm = with_entry(short), build_arms(short)["baseline"]
     run_arm(short, arm, 0, tmp_path)
