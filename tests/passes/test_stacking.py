@@ -492,6 +492,19 @@ def test_a_nested_tensor_is_not_stacked(layout, name):
     assert outputs.tolist() == [6, 15, 6, 15]
 
 
+def test_nested_logits_are_refused_and_their_values_are_taken():
+    rows = [torch.randn(2, 3), torch.randn(5, 3)]
+    logits = torch.nested.nested_tensor([*rows, *rows], layout=torch.jagged)
+    target = torch.nested.nested_tensor(
+        [torch.tensor([0, 2]), torch.tensor([1, 1, 0, 2, 0])], layout=torch.jagged
+    )
+    with pytest.raises(TypeError, match=r"logits must not be a nested tensor; .* logits.values"):
+        rdrop_cross_entropy(logits, target, alpha=1.0)
+    loss = rdrop_cross_entropy(logits.values(), target.values(), alpha=1.0)
+    expected = F.cross_entropy(torch.cat(rows), target.values())
+    torch.testing.assert_close(loss.nll, expected)
+
+
 # --- several documents in one row ------------------------------------------------------------
 
 

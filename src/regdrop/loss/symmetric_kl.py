@@ -26,7 +26,8 @@ def symmetric_kl(
     """Compute the symmetric KL divergence `1/2 [KL(P||Q) + KL(Q||P)]` between passes.
 
     Args:
-        logits: (num_passes * batch, ..., C), floating point; pass 0 of the whole batch first.
+        logits: (num_passes * batch, ..., C), floating point; pass 0 of the whole batch first. A
+            DTensor may be spread over processes by classes; the mask is then the same in each.
         num_passes: Number of passes; more than two are averaged over all pairs.
         mask: Boolean, True where an item counts, broadcastable to (batch, ...).
         class_dim: Dimension of the classes in `logits`; 1 for torch's own layout, (batch, C, ...).
