@@ -128,7 +128,12 @@ class Graph(nn.Module):
         return self.layer(self.dropout(torch.cat([nodes, sums], 1)))
 
 
-@pytest.mark.parametrize(("name", "count"), [("recipes.md", 6), ("recipes-batches.md", 5)])
+class GraphOfPyG(Graph):
+    def forward(self, graph):
+        return super().forward({"nodes": graph.x, "edges": graph.edge_index})
+
+
+@pytest.mark.parametrize(("name", "count"), [("recipes.md", 6), ("recipes-batches.md", 6)])
 def test_recipes_run(name, count):
     x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
     dropout, classifier = nn.Dropout(0.5), nn.Linear(4, 3)
@@ -155,6 +160,7 @@ def test_recipes_run(name, count):
         "slot_labels": tags,
         "encoder": nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 8)),
         "graph_network": Graph(),
+        "gcn": GraphOfPyG(),
         "nodes": torch.randn(8, 4),
         "edges": torch.randint(0, 8, (2, 24)),
         "node_labels": torch.randint(0, 3, (8,)),

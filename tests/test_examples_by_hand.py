@@ -1,4 +1,4 @@
-"""The examples of the Trainers and of Lightning take the steps of a plain loop, to 1e-6.
+"""The examples of frameworks, scripts and lines of a page, take the steps of a plain loop, to 1e-6.
 
 A script is run down to its training; then it takes three steps of SGD, whose update is the
 gradient, and a loop by hand takes them again: two forwards' worth of rows, two cross entropies and
@@ -6,21 +6,25 @@ the KL in both directions as public implementations write them.
 """
 
 import importlib.util
+import re
 import runpy
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from ignite.engine import Events
 from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.util import cos_sim
 from sklearn.datasets import load_digits
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from reference import official_loss
 from regdrop import repeat_batch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+FRAMEWORKS = EXAMPLES.parent / "docs/frameworks.md"
 STEPS, RATE = 3, 0.05
 TRAINS = "trainer.train()"
 
@@ -172,3 +176,70 @@ def test_lightnings_example_is_the_plain_loop():
 
     start = {name.removeprefix("network."): value for name, value in start.items()}
     assert_same_steps(module.network, start, batches, losses, loss_of)
+
+
+def lines_with(name):
+    """Return the lines of the page on frameworks that import a library."""
+    found = re.findall(r"```python\n(.*?)```", FRAMEWORKS.read_text(encoding="utf-8"), re.S)
+    (block,) = [block for block in found if re.search(f"^from {name}", block, re.M)]
+    return block
+
+
+def digits_network():
+    """Return a small network, its digits in batches, and what its plain loop minimises."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 10))
+    x, y = (torch.from_numpy(part)[: STEPS * 32] for part in load_digits(return_X_y=True))
+    batches = list(zip((x.float() / 16).split(32), y.split(32), strict=True))
+
+    def loss_of(model, batch):
+        return classes_by_hand(model(batch[0].repeat(2, 1)), batch[1])
+
+    return model, batches, loss_of
+
+
+def test_skorchs_lines_are_the_plain_loop():
+    model, batches, loss_of = digits_network()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    setting = {"model": nn.Sequential(nn.Linear(64, 10), nn.Dropout(0.1)), "x": x, "y": y}
+    exec(lines_with("skorch"), setting)
+    assert setting["net"].score(x, y) > 0
+    net = setting["RDropClassifier"](
+        model,
+        criterion=nn.CrossEntropyLoss,
+        optimizer=torch.optim.SGD,
+        lr=RATE,
+        batch_size=32,
+        max_epochs=1,
+        train_split=None,
+        verbose=0,
+    )
+    handle = seed_forwards(model)
+    net.fit(x, y)
+    handle.remove()
+    losses = net.history[0, "batches", :, "train_loss"]
+    assert_same_steps(model, start, batches, losses, loss_of)
+
+
+def test_ignites_lines_are_the_plain_loop():
+    model, batches, loss_of = digits_network()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    source = lines_with("ignite")
+    for theirs, ours in (
+        ("torch.optim.AdamW(model.parameters())", "torch.optim.SGD(model.parameters(), lr=RATE)"),
+        ("trainer.run([(x, y)], max_epochs=2)", ""),
+    ):
+        assert source.count(theirs) == 1
+        source = source.replace(theirs, ours)
+    names = "import torch\nfrom regdrop import rdrop_cross_entropy, repeat_batch\n"
+    setting = {"model": model, "RATE": RATE}
+    exec(names + source, setting)
+    losses = []
+    setting["trainer"].add_event_handler(
+        Events.ITERATION_COMPLETED, lambda engine: losses.append(engine.state.output)
+    )
+    handle = seed_forwards(model)
+    setting["trainer"].run(batches, max_epochs=1)
+    handle.remove()
+    assert_same_steps(model, start, batches, losses, loss_of)

@@ -268,11 +268,14 @@ def run_step_passes(
     """
     if plan.num_passes == 1:
         return StepPasses(forward(batch))
-    size = find_batch_size(batch) if batch_size is None else batch_size
+
+    def count_items() -> int:
+        return find_batch_size(batch) if batch_size is None else batch_size
+
     items = None
     if config.fraction < 1:
-        _check_rows_of_fraction(config.fraction, target, size)
-        items = _random_items(size, config.fraction, target.device)
+        _check_rows_of_fraction(config.fraction, target, count_items())
+        items = _random_items(count_items(), config.fraction, target.device)
     outputs = run_passes(
         forward,
         batch,
@@ -280,12 +283,12 @@ def run_step_passes(
         strategy=config.passes,
         backward_passes=config.backward_passes,
         items=items,
-        batch_size=size,
+        batch_size=batch_size,
         shared=shared,
         join=join,
     )
     if config.method == "r3f":  # its NLL is that of the clean pass alone
-        items = torch.arange(size, device=target.device)
+        items = torch.arange(count_items(), device=target.device)
     return StepPasses(outputs, items)
 
 

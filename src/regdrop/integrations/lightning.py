@@ -91,7 +91,7 @@ class RDropMixin(_Base):
             parts |= {"kl": kl, "alpha": plan.alpha}
         elif is_monitored(self.rdrop, step):
             parts["kl"] = kl
-        self.log_dict(parts, batch_size=find_batch_size(inputs))
+        self.log_dict(parts, batch_size=_count_items(inputs, target))
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -105,3 +105,11 @@ class RDropMixin(_Base):
             return None
         steps = self.trainer.estimated_stepping_batches
         return int(steps) if math.isfinite(steps) and steps > 0 else None
+
+
+def _count_items(inputs: Any, target: Any) -> int:
+    """Return the size of a batch; that of the target where the inputs, no structure, tell none."""
+    try:
+        return find_batch_size(inputs)
+    except ValueError:
+        return find_batch_size(target)

@@ -3,10 +3,9 @@
 A stacked tensor holds pass 0 of the whole batch, then pass 1, and so on.
 """
 
-import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, TypeVar
@@ -15,6 +14,22 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from regdrop.passes.containers import (
+    count_graphs,
+    find_graph_tensors,
+    is_container,
+    is_graph,
+    take_from_container,
+)
+from regdrop.passes.structures import (
+    children,
+    find_names,
+    named_children,
+    rebuild_mapping,
+    rebuild_record,
+    record_items,
+    refuse_unseen_items,
+)
 from regdrop.tracing import is_transformed
 
 Batch = TypeVar("Batch")
@@ -38,7 +53,9 @@ def repeat_batch(
     """Return the batch stacked `num_passes` times, in a new structure; the caller's is untouched.
 
     Args:
-        batch: A tensor, or a tuple, list, mapping or dataclass of them, nested at will.
+        batch: A tensor, or a tuple, list, mapping or dataclass of them, nested at will; also a
+            class of attrs or pydantic, a namespace, a TensorDict or tensorclass, and a graph or a
+            batch of graphs of PyTorch Geometric, whose items are its graphs.
         num_passes: How often every item appears.
         batch_size: Number of items; by default the size of `input_ids`, `inputs_embeds`,
             `pixel_values` or `input_features` in `dim`, else of the first tensor.
@@ -48,16 +65,18 @@ def repeat_batch(
 
     Returns:
         A structure of the same type. Tensors whose size in `dim` is the batch size are stacked,
-        (num_passes * batch, ...), as are lists of that length that hold no tensors and a
-        `PackedSequence`; everything else passes through. Beside `cu_seq_lens` (or `cu_seqlens`),
-        which tell the documents of packed rows, those of all passes follow each other, and
-        `seq_idx` of one row counts on.
+        (num_passes * batch, ...), as are lists of that length that hold no tensors, arrays of
+        NumPy and a `PackedSequence`; everything else passes through. Beside `cu_seq_lens` (or
+        `cu_seqlens`), which tell the documents of packed rows, those of all passes follow each
+        other, and `seq_idx` of one row counts on.
 
     Raises:
-        TypeError: If `num_passes` or `dim` is no integer, or the batch holds a nested tensor or a
-            sparse one of a kind that cannot be stacked.
+        TypeError: If `num_passes` or `dim` is no integer, or the batch holds a nested tensor, a
+            sparse one of a kind that cannot be stacked, an object with tensors of the items that is
+            none of these structures, or a list of tensors of different sizes.
         ValueError: If `num_passes` is below 1, no tensor tells the batch size, a name in `shared`
-            is nowhere in the batch, or documents in one row are told apart by `position_ids` alone.
+            is nowhere in the batch, documents in one row are told apart by `position_ids` alone, or
+            nodes are numbered by an `edge_index` outside a graph of PyTorch Geometric.
     """
     for name, value, least in (("num_passes", num_passes, 1), ("dim", dim, 0)):
         if isinstance(value, bool) or not isinstance(value, int):
@@ -66,7 +85,9 @@ def repeat_batch(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     shared = (shared,) if isinstance(shared, str) else tuple(shared)
     _check_names(batch, shared)
-    return repeat_items(batch, num_passes, batch_size=batch_size, shared=shared, dim=dim)
+    size = find_batch_size(batch, dim) if batch_size is None else batch_size
+    refuse_unseen_items(batch, size, dim, shared)
+    return repeat_items(batch, num_passes, batch_size=size, shared=shared, dim=dim)
 
 
 def repeat_items(
@@ -98,15 +119,19 @@ def take_items(
     A position may appear several times.
 
     Raises:
+        TypeError: For what `repeat_batch` refuses.
         ValueError: If the rows are packed (see `repeat_batch`) and some of them are to be taken.
     """
+    size = find_batch_size(batch) if batch_size is None else batch_size
+    shared = (shared,) if isinstance(shared, str) else tuple(shared)
+    refuse_unseen_items(batch, size, 0, shared)
 
     def take(items: Any) -> Any:
         if isinstance(items, Tensor):
             return items.index_select(0, index.to(items.device))
         return [items[position] for position in index.tolist()]
 
-    return _map_items(batch, take, lambda size: index.tolist(), batch_size, shared)
+    return _map_items(batch, take, lambda size: index.tolist(), size, shared)
 
 
 def first_items(
@@ -125,17 +150,20 @@ def find_batch_size(batch: Any, dim: int = 0) -> int:
         ValueError: If there is no tensor with that dimension.
     """
     for name in _MODEL_INPUTS:
-        value = _named(batch, name)
+        value = named_children(batch).get(name)
         if isinstance(value, Tensor) and value.dim() > dim:
             return value.size(dim)  # a nested tensor has no shape
     for leaf in _find_leaves(batch):
         if isinstance(leaf, PackedSequence):
             return int(leaf.batch_sizes[0])
+        if is_graph(leaf):
+            return count_graphs(leaf)
         if leaf.dim() > dim:
-            return leaf.size(dim)
+            return int(leaf.size(dim))
     raise ValueError(
         f"batch must hold a tensor with a batch dimension, or batch_size must be given; "
-        f"got {type(batch).__name__} without one"
+        f"got {type(batch).__name__} without one; tensors are seen in tuples, lists, mappings, "
+        "dataclasses and their like"
     )
 
 
@@ -144,6 +172,8 @@ def find_tensors(value: Any) -> Iterator[Tensor]:
     for leaf in _find_leaves(value):
         if isinstance(leaf, PackedSequence):
             yield from (part for part in leaf if isinstance(part, Tensor))
+        elif is_graph(leaf):
+            yield from find_graph_tensors(leaf)
         else:
             yield leaf
 
@@ -217,16 +247,15 @@ def _map(value: Any, change: _Change) -> Any:
     if isinstance(value, PackedSequence):
         holds_items = int(value.batch_sizes[0]) == change.size
         return _take_sequences(value, change.index) if holds_items else value
+    if is_container(value):
+        return take_from_container(value, change.index, change.size, change.dim)
     if isinstance(value, Mapping):
-        return _rebuild_mapping(value, _map_mapping(value, change))
-    if is_dataclass(value) and not isinstance(value, type):
-        result = copy.copy(value)
-        for field in fields(value):
-            if field.name not in change.shared:
-                item = _map(getattr(value, field.name), change)
-                # A frozen dataclass is filled the way its own __init__ does it.
-                object.__setattr__(result, field.name, item)
-        return result
+        return rebuild_mapping(value, _map_mapping(value, change))
+    record = record_items(value)
+    if record is not None:
+        _refuse_edges(record, change)
+        changed = {n: _map(item, change) for n, item in record.items() if n not in change.shared}
+        return rebuild_record(value, changed)
     if isinstance(value, tuple):
         items = [_map(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -234,13 +263,18 @@ def _map(value: Any, change: _Change) -> Any:
         if all(tensor.dim() == 0 for tensor in find_tensors(value)):
             return change.function(value) if len(value) == change.size else value
         return [_map(item, change) for item in value]
+    if type(value).__module__ == "numpy" and hasattr(value, "shape"):
+        holds_items = value.ndim > change.dim and value.shape[change.dim] == change.size
+        return value.take(change.index, axis=change.dim) if holds_items else value
     return value
 
 
 def _map_mapping(value: Mapping[Any, Any], change: _Change) -> dict[Any, Any]:
-    is_packed = any(_is_named(name, _STARTS) for name in value)
+    names = list(value.keys())  # a TensorDict iterates over its rows
+    is_packed = any(_is_named(name, _STARTS) for name in names)
     if not is_packed:
         _refuse_hidden_documents(value, change)
+    _refuse_edges(value, change)
     changed = {}
     for name, item in value.items():
         if name in change.shared or (is_packed and _is_named(name, _LONGEST)):
@@ -304,6 +338,18 @@ def _refuse_hidden_documents(value: Mapping[Any, Any], change: _Change) -> None:
         )
 
 
+def _refuse_edges(value: Mapping[Any, Any], change: _Change) -> None:
+    """Raise for edges by the numbers of their nodes, whose copies would have none."""
+    edges = value.get("edge_index")
+    is_changed = change.index != [*range(change.size)]
+    if isinstance(edges, Tensor) and is_changed and "edge_index" not in change.shared:
+        raise ValueError(
+            "batch holds edge_index, which numbers the nodes of a graph: stacked nodes would have "
+            "no edges; give a Data or a Batch of PyTorch Geometric, or use "
+            'passes="sequential" with fraction=1.0'
+        )
+
+
 def _take_sparse(value: Tensor, change: _Change) -> Tensor:
     is_known = value.layout == torch.sparse_coo or (
         value.layout in (torch.sparse_csr, torch.sparse_csc) and value.dim() == 2
@@ -327,35 +373,11 @@ def _take_sequences(packed: PackedSequence, index: list[int]) -> PackedSequence:
     )
 
 
-def _rebuild_mapping(original: Mapping[Any, Any], changed: dict[Any, Any]) -> Any:
-    if type(original) is dict:
-        return changed
-    if not isinstance(original, MutableMapping):
-        constructor: Callable[[Any], Any] = type(original)
-        return constructor(changed)
-    result = copy.copy(original)
-    if not isinstance(original, dict):
-        # UserDict, BatchEncoding and their like keep their items in an attribute, which copy()
-        # shares.
-        for name, store in list(getattr(result, "__dict__", {}).items()):
-            if isinstance(store, dict):
-                object.__setattr__(result, name, copy.copy(store))
-    for name, item in changed.items():
-        result[name] = item
-    return result
-
-
-def _named(batch: Any, name: str) -> Any:
-    if isinstance(batch, Mapping):
-        return batch.get(name)
-    return getattr(batch, name, None) if is_dataclass(batch) else None
-
-
 def _check_names(batch: Any, shared: tuple[str, ...]) -> None:
     """Raise for a name in `shared` that is nowhere in the batch."""
     if not shared:
         return
-    names = sorted({name for name in _find_names(batch) if isinstance(name, str)})
+    names = sorted({name for name in find_names(batch) if isinstance(name, str)})
     for name in shared:
         if name not in names:
             close = get_close_matches(name, names, n=1)
@@ -363,29 +385,10 @@ def _check_names(batch: Any, shared: tuple[str, ...]) -> None:
             raise ValueError(f"shared names {name!r}, which is nowhere in the batch; {hint}")
 
 
-def _find_names(value: Any) -> Iterator[Any]:
-    """Yield the names in a structure, at any depth."""
-    if isinstance(value, Mapping):
-        yield from value
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from (field.name for field in fields(value))
-    for child in _children(value):
-        yield from _find_names(child)
-
-
-def _find_leaves(value: Any) -> Iterator[Tensor | PackedSequence]:
-    """Yield the tensors and packed sequences in a structure, in order."""
-    if isinstance(value, (Tensor, PackedSequence)):
+def _find_leaves(value: Any) -> Iterator[Any]:
+    """Yield the tensors, packed sequences and graphs in a structure, in order."""
+    if isinstance(value, (Tensor, PackedSequence)) or is_graph(value):
         yield value
         return
-    for child in _children(value):
+    for child in children(value):
         yield from _find_leaves(child)
-
-
-def _children(value: Any) -> Iterable[Any]:
-    """Return what a structure holds, without what its items hold."""
-    if isinstance(value, Mapping):
-        return value.values()
-    if is_dataclass(value) and not isinstance(value, type):
-        return (getattr(value, field.name) for field in fields(value))
-    return value if isinstance(value, (tuple, list)) else ()

@@ -52,7 +52,8 @@ def run_passes(
     Args:
         forward: Maps a batch to the model's output, (items, ...): a tensor, or a tuple, list or
             mapping of tensors; or whatever `join` takes.
-        batch: The original batch; never changed.
+        batch: The original batch; never changed. Where no forward is stacked and `items` is None,
+            it may be anything that `forward` takes.
         num_passes: Number of passes.
         strategy: "stacked" for one forward of the batch stacked in blocks, "sequential" for one
             forward a pass.
@@ -67,13 +68,12 @@ def run_passes(
     Returns:
         The outputs of pass 0, of pass 1 and so on, along the first dimension.
     """
-    size = find_batch_size(batch) if batch_size is None else batch_size
     selections: list[Tensor | None] = [None, *[items] * (num_passes - 1)]
     graded = num_passes if backward_passes is None else backward_passes
     join = concatenate_outputs if join is None else join
     options: dict[str, Any] = {
         "strategy": strategy,
-        "batch_size": size,
+        "batch_size": batch_size,
         "shared": tuple(shared),
         "join": join,
     }
@@ -111,14 +111,14 @@ def _run(
     selections: list[Tensor | None],
     *,
     strategy: Strategy,
-    batch_size: int,
+    batch_size: int | None,
     shared: tuple[str, ...],
     join: Callable[[Sequence[Any]], Any],
 ) -> Any:
     """Run one pass for each selection of items; None selects the whole batch."""
     if strategy == "stacked" and len(selections) > 1:
-        options: dict[str, Any] = {"batch_size": batch_size, "shared": shared}
-        stacked, rows = _stack(batch, selections, **options)
+        size = find_batch_size(batch) if batch_size is None else batch_size
+        stacked, rows = _stack(batch, selections, batch_size=size, shared=shared)
         token = _ROWS.set(rows)
         try:
             return forward(stacked)

@@ -132,6 +132,32 @@ def test_hook_and_loss_of_ones_own():
     assert module.logs[0]["loss"] == pytest.approx(expected.loss.item(), rel=1e-6)
 
 
+class Opaque:
+    """Inputs that are no structure of tensors, as a graph of another library."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+class Opaques(Classifier):
+    def rdrop_batch(self, batch):
+        return Opaque(batch[0]), batch[1]
+
+    def forward(self, inputs):
+        return self.network(inputs.x)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_sequential_passes_take_inputs_of_any_kind():
+    config = RDropConfig(alpha=ALPHA, passes="sequential")
+    module = fit(Opaques(config), 1)
+    (x, y), model = data().tensors, network()
+    torch.manual_seed(SEED)
+    expected = rdrop_step(model, x[:4], y[:4], config=config, step=0)
+    assert module.logs[0]["nll"] == pytest.approx(expected.nll.item(), rel=1e-6)
+    assert module.logs[0]["kl"] == pytest.approx(expected.kl.item(), rel=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_options_are_saved_with_the_checkpoint(tmp_path):
     module = fit(Classifier(RDropConfig(alpha=ALPHA)), 1)

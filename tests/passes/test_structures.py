@@ -1,0 +1,212 @@
+"""Records of other libraries, arrays, and objects that hide tensors, in a batch."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import attrs
+import numpy as np
+import pydantic
+import pytest
+import torch
+from torch import nn
+
+from regdrop import RDropConfig, rdrop_cross_entropy, rdrop_step, repeat_batch
+from regdrop.passes import find_batch_size, find_tensors, take_items
+
+
+@attrs.define
+class Defined:
+    x: Any
+    note: Any = "kept"
+
+
+@attrs.frozen(slots=False)
+class Fixed:
+    x: Any
+    note: Any = "kept"
+
+
+class Model(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(arbitrary_types_allowed=True, frozen=True)
+    x: Any
+    note: Any = "kept"
+
+
+class OpenModel(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(arbitrary_types_allowed=True, extra="allow")
+    note: Any = "kept"
+
+
+class Namespace(SimpleNamespace):
+    pass
+
+
+RECORDS = {
+    "attrs": Defined,
+    "frozen attrs": Fixed,
+    "pydantic": lambda x: Model(x=x),
+    "pydantic with other fields": lambda x: OpenModel(x=x),
+    "namespace": lambda x: Namespace(x=x, note="kept"),
+}
+
+
+@pytest.fixture(params=RECORDS)
+def make_record(request):
+    return RECORDS[request.param]
+
+
+def test_fields_of_records_are_stacked(make_record):
+    x = torch.randn(3, 2)
+    record = make_record(x)
+    repeated = repeat_batch(record)
+    assert type(repeated) is type(record)
+    assert torch.equal(repeated.x, torch.cat([x, x]))
+    assert repeated.note == "kept"
+    assert record.x is x
+    assert find_batch_size(record) == 3
+    assert [*find_tensors((record, 1))] == [x]
+
+
+def test_records_inside_other_structures_are_stacked_and_taken(make_record):
+    x = torch.randn(3, 2)
+    batch = {"y": torch.arange(3), "deep": [make_record((x, {"z": x + 1}))]}
+    repeated = repeat_batch(batch)["deep"][0].x
+    assert torch.equal(repeated[1]["z"], torch.cat([x, x]) + 1)
+    taken = take_items(batch, torch.tensor([2, 0]))["deep"][0].x
+    assert torch.equal(taken[0], x[[2, 0]])
+
+
+def test_shared_fields_of_records_pass_through(make_record):
+    x = torch.randn(3, 2)
+    repeated = repeat_batch((torch.arange(3), make_record(x)), shared=["x"])
+    assert repeated[1].x is x
+    with pytest.raises(ValueError, match="did you mean 'note'"):
+        repeat_batch((torch.arange(3), make_record(x)), shared=["notes"])
+
+
+def test_an_extra_field_stays_one():
+    repeated = repeat_batch(OpenModel(x=torch.zeros(2)))
+    assert repeated.model_dump().keys() == {"note", "x"}
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_arrays_of_the_items_are_stacked(dim):
+    words = np.array([["a", "b", "c"], ["d", "e", "f"]])
+    words = words if dim else words.T
+    x = torch.randn(2, 3) if dim else torch.randn(3, 2)
+    table, number = np.eye(4), np.float64(3)
+    repeated = repeat_batch({"x": x, "w": words, "table": table, "n": number}, dim=dim)
+    assert repeated["w"].tolist() == np.concatenate([words, words], axis=dim).tolist()
+    assert repeated["table"] is table
+    assert repeated["n"] is number
+    taken = take_items({"x": torch.zeros(3), "w": np.arange(3)}, torch.tensor([2, 2]))
+    assert taken["w"].tolist() == [2, 2]
+
+
+class Hidden:
+    """As DETR's code hands images and their masks over."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+
+class HiddenInSlots:
+    __slots__ = ("tensors",)
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+
+class HiddenDeeper:
+    """As a cache of keys holds its layers."""
+
+    def __init__(self, tensors):
+        self.layers = [Hidden({"keys": tensors})]
+
+
+HIDING = [Hidden, HiddenInSlots, HiddenDeeper]
+
+
+@pytest.mark.parametrize("kind", HIDING)
+@pytest.mark.parametrize("function", [repeat_batch, lambda b: take_items(b, torch.tensor([0]))])
+def test_an_object_that_hides_tensors_of_the_items_is_named(kind, function):
+    batch = {"x": torch.randn(3, 2), "more": [kind(torch.randn(3, 5))]}
+    with pytest.raises(
+        TypeError, match=rf"holds a {kind.__name__}.*shape \(3, 5\) for its 3 items"
+    ):
+        function(batch)
+
+
+@pytest.mark.parametrize("kind", HIDING)
+def test_an_object_without_tensors_of_the_items_passes_through(kind):
+    batch = {"x": torch.randn(3, 2), "settings": kind(torch.randn(4, 3)), "net": nn.Linear(2, 3)}
+    repeated = repeat_batch(batch)
+    assert repeated["settings"] is batch["settings"]
+    assert repeated["net"] is batch["net"]
+
+
+def test_a_hidden_object_may_be_shared_by_name():
+    batch = {"x": torch.randn(3, 2), "prompt": Hidden(torch.randn(3, 2))}
+    assert repeat_batch(batch, shared=["prompt"])["prompt"] is batch["prompt"]
+    with pytest.raises(TypeError, match="Hidden"):
+        repeat_batch(batch, shared=["x"], batch_size=3)
+
+
+def test_an_object_alone_is_named():
+    with pytest.raises(ValueError, match="got Hidden without one; tensors are seen in tuples"):
+        repeat_batch(Hidden(torch.randn(3, 2)))
+
+
+@pytest.mark.parametrize("backward_passes", [None, 1])
+def test_one_pass_after_the_other_takes_any_batch(backward_passes):
+    """Nothing has to be stacked there, so that nothing has to be known of the batch."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 4))
+    x, y = torch.randn(3, 2), torch.tensor([0, 3, 1])
+    config = RDropConfig(passes="sequential", backward_passes=backward_passes)
+
+    def read(batch):
+        return net(batch.tensors)
+
+    torch.manual_seed(1)
+    output = rdrop_step(read, Hidden(x), y, config=config, step=0)
+    output.loss.backward()
+    gradient = net[0].weight.grad.clone()
+    net.zero_grad()
+    torch.manual_seed(1)
+    if backward_passes == 1:  # what carries no gradient runs first
+        with torch.no_grad():
+            second = net(x)
+        passes = [net(x), second]
+    else:
+        passes = [net(x), net(x)]
+    expected = rdrop_cross_entropy(torch.cat(passes), y, alpha=1.0, backward_passes=backward_passes)
+    expected.loss.backward()
+    assert output.kl > 0
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(gradient, net[0].weight.grad)
+
+
+def test_edges_by_the_numbers_of_their_nodes_are_named():
+    nodes, edges = torch.randn(5, 2), torch.randint(0, 5, (2, 9))
+    batch = {"x": nodes, "edge_index": edges}
+    with pytest.raises(ValueError, match="edge_index, which numbers the nodes of a graph"):
+        repeat_batch(batch)
+    with pytest.raises(ValueError, match="edge_index"):
+        repeat_batch(SimpleNamespace(**batch))
+    assert repeat_batch(batch, shared=["edge_index"])["edge_index"] is edges
+    assert repeat_batch(batch, 1)["edge_index"] is not None
+
+
+def test_a_list_of_items_of_different_sizes_is_named():
+    sequences = [torch.zeros(5), torch.zeros(7), torch.zeros(3)]
+    for batch in (sequences, {"x": torch.zeros(2, 3), "sequences": sequences}):
+        with pytest.raises(TypeError, match=r"list of 3 tensors whose sizes differ, \[5, 7, 3\]"):
+            repeat_batch(batch)
+    crops = [torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 4, 4)]
+    assert [len(crop) for crop in repeat_batch(crops)] == [4, 4]
+    table = torch.zeros(7)
+    assert repeat_batch((torch.zeros(5), table))[1] is table
+    assert repeat_batch([torch.zeros(5), torch.zeros(7, 2)])[0].shape == (10,)
+    names = {"x": torch.zeros(2), "tables": [torch.zeros(5), torch.zeros(7)]}
+    assert repeat_batch(names, shared=["tables"])["tables"] is names["tables"]
