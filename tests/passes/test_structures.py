@@ -1,5 +1,6 @@
 """Records of other libraries, arrays, and objects that hide tensors, in a batch."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -210,3 +211,22 @@ def test_a_list_of_items_of_different_sizes_is_named():
     assert repeat_batch([torch.zeros(5), torch.zeros(7, 2)])[0].shape == (10,)
     names = {"x": torch.zeros(2), "tables": [torch.zeros(5), torch.zeros(7)]}
     assert repeat_batch(names, shared=["tables"])["tables"] is names["tables"]
+
+
+@dataclass
+class Plain:
+    x: Any
+    note: Any = "kept"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make", [lambda x: (x, None), lambda x: {"x": [x, 3], "note": "kept"}, lambda x: [x, x], Plain]
+)
+def test_structures_are_stacked_in_one_compiled_graph(make):
+    batch = make(torch.randn(3, 2))
+    compiled = torch.compile(repeat_batch, fullgraph=True, backend="eager")
+    found, expected = compiled(batch), repeat_batch(batch)
+    assert type(found) is type(expected)
+    for ours, theirs in zip(find_tensors(found), find_tensors(expected), strict=True):
+        assert torch.equal(ours, theirs)

@@ -88,8 +88,8 @@ def _take_graphs(value: Any, index: list[int]) -> Any:
 
 
 def _is_tensordict(value: Any) -> bool:
-    size = getattr(value, "batch_size", None)
-    return isinstance(size, torch.Size) and hasattr(type(value), "__torch_function__")
+    is_like_a_tensor = hasattr(type(value), "__torch_function__")
+    return is_like_a_tensor and isinstance(getattr(value, "batch_size", None), torch.Size)
 
 
 def _is_plain_mapping(value: Any) -> bool:

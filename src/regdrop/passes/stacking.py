@@ -341,8 +341,9 @@ def _refuse_hidden_documents(value: Mapping[Any, Any], change: _Change) -> None:
 def _refuse_edges(value: Mapping[Any, Any], change: _Change) -> None:
     """Raise for edges by the numbers of their nodes, whose copies would have none."""
     edges = value.get("edge_index")
-    is_changed = change.index != [*range(change.size)]
-    if isinstance(edges, Tensor) and is_changed and "edge_index" not in change.shared:
+    if not isinstance(edges, Tensor) or "edge_index" in change.shared:
+        return
+    if change.index != [*range(change.size)]:
         raise ValueError(
             "batch holds edge_index, which numbers the nodes of a graph: stacked nodes would have "
             "no edges; give a Data or a Batch of PyTorch Geometric, or use "
