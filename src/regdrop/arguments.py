@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 # What torch's cross entropy and the library of Hugging Face mark an item by that does not count.
@@ -36,6 +36,20 @@ def check_integer(name: str, value: Any, *, low: int | None = None, or_none: boo
         raise TypeError(f"{name} must be an integer{none}, got {type(value).__name__}")
     if low is not None and value < low:
         raise ValueError(f"{name} must be {of_none}at least {low}, got {value}")
+
+
+def check_index(name: str, value: Any) -> None:
+    """Raise TypeError unless the argument is an integer, of Python or of NumPy."""
+    if type(value) is int:  # nearly always, and cheaper to see
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise TypeError unless the argument is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

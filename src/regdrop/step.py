@@ -81,16 +81,19 @@ def rdrop_step(
         The loss and its two parts; `kl` is 0 where the step has one pass that is not monitored.
 
     Raises:
-        TypeError: If `config` is no RDropConfig, `step` no integer, or the output no tensor where
-            the loss takes one.
+        TypeError: For an argument of the wrong type, an output that is no tensor where the loss
+            takes one, or a loss of your own that returns no `ItemTerms`.
         ValueError: For an unknown loss, a count that is not positive, an option that needs a
             trainer, or what the loss and `repeat_batch` refuse.
     """
+    if not callable(forward):
+        raise TypeError(f"forward must be a model or a function, got {type(forward).__name__}")
     if not isinstance(config, RDropConfig):
         raise TypeError(f"config must be an RDropConfig, got {type(config).__name__}")
     check_integer("step", step)
     if total_steps is not None:
-        check_integer("total_steps", total_steps)
+        check_integer("total_steps", total_steps, low=1)
+    check_integer("batch_size", batch_size, low=0, or_none=True)
     if alpha is not None:
         check_number("alpha", alpha)
         if not 0 <= alpha < math.inf:
@@ -155,6 +158,8 @@ def _find_terms(
         )
     if config.method == "r3f":
         raise ValueError("method='r3f' adds noise to a model's embeddings: it needs RDropTrainer")
+    if not isinstance(loss, str) and not callable(loss):
+        raise TypeError(f"loss must be a name or a function of terms, got {type(loss).__name__}")
     if loss == "cross_entropy":
         options: dict[str, Any] = {"unlabelled_index": config.unlabelled_index}
         if config.class_weight is not None:
@@ -204,7 +209,10 @@ def cut_outputs_of(terms: Callable[..., ItemTerms]) -> TermsFunction:
     ) -> ItemTerms:
         if backward_passes is not None and backward_passes < num_passes:
             outputs = _cut(outputs, num_passes, backward_passes)
-        return terms(outputs, target, num_passes=num_passes)
+        found = terms(outputs, target, num_passes=num_passes)
+        if not isinstance(found, ItemTerms):
+            raise TypeError(f"loss must return regdrop.loss.ItemTerms, got {type(found).__name__}")
+        return found
 
     return cut_terms
 

@@ -31,6 +31,7 @@ __all__ = [
     "Implementation",
     "Projection",
     "Target",
+    "check_implementation",
     "is_distributed",
     "linear_loss",
     "linear_terms",

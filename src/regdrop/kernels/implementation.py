@@ -12,5 +12,5 @@ def check_implementation(impl: str) -> None:
     Raises:
         ValueError: If there is no such implementation.
     """
-    if impl not in _IMPLEMENTATIONS:
+    if not isinstance(impl, str) or impl not in _IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {_IMPLEMENTATIONS}, got {impl!r}")

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regdrop.arguments import IGNORE_INDEX
+from regdrop.arguments import IGNORE_INDEX, check_index, check_integer
 from regdrop.kernels.backward_passes import limit_backward
 from regdrop.kernels.eager import kl_divergence
 from regdrop.loss.checks import (
     check_finite_divergence,
     check_floating,
+    check_passes,
     check_plain,
     check_stacked,
 )
@@ -82,6 +83,9 @@ def adaptive_softmax_terms(
         ValueError: For shapes that do not fit, or targets out of range (on the CPU).
     """
     check_plain("hidden", hidden)
+    check_passes(num_passes, backward_passes)
+    check_index("ignore_index", ignore_index)
+    check_integer("chunk_size", chunk_size, low=1)
     _check(hidden, target, softmax, num_passes, ignore_index)
     valid = (target != ignore_index).reshape(-1)
     rows = valid.nonzero()[:, 0]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regdrop.loss.checks import check_broadcastable, check_finite_divergence
+from regdrop.loss.checks import check_broadcastable, check_finite_divergence, check_real
 from regdrop.loss.counts import counted_by
 from regdrop.loss.elementwise import (
     count_elements,
@@ -17,8 +17,7 @@ from regdrop.loss.elementwise import (
     without_masked,
 )
 from regdrop.loss.module import RDropLoss
-from regdrop.loss.output import RDropOutput
-from regdrop.loss.reduction import Reduction, Scale
+from regdrop.loss.output import RDropOutput, Reduction, Scale
 from regdrop.loss.terms import ItemTerms
 
 
@@ -138,6 +137,8 @@ class RDropBCEWithLogitsLoss(RDropLoss):
             scale=scale,
             backward_passes=backward_passes,
         )
+        check_real("weight", weight)
+        check_real("pos_weight", pos_weight)
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from regdrop.arguments import check_integer, check_number
 from regdrop.kernels import is_distributed
-from regdrop.loss.reduction import Reduction, Scale
+from regdrop.loss.output import Reduction, Scale
 from regdrop.tracing import can_read, is_transformed
 
 _REDUCTIONS, _SCALES = get_args(Reduction), get_args(Scale)
@@ -33,23 +33,16 @@ def check_options(
     check_number("alpha", alpha)
     if not (math.isfinite(alpha) and alpha >= 0):
         raise ValueError(f"alpha must be finite and at least 0, got {alpha}")
-    check_num_passes(num_passes, smallest=1)
+    check_passes(num_passes, backward_passes)
     if num_passes == 1 and alpha != 0:
         raise ValueError(
             f"num_passes must be at least 2 for alpha={alpha} (one pass has nothing to be "
             f"compared with), got {num_passes}"
         )
-    if reduction not in _REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
-    if scale not in _SCALES:
+    if not isinstance(scale, str) or scale not in _SCALES:
         raise ValueError(f"scale must be one of {_SCALES}, got {scale!r}")
-    if backward_passes is not None:
-        check_integer("backward_passes", backward_passes)
-        if not 1 <= backward_passes <= num_passes:
-            raise ValueError(
-                f"backward_passes must be None or from 1 to num_passes={num_passes}, "
-                f"got {backward_passes}"
-            )
     check_label_smoothing(label_smoothing)
 
 
@@ -65,6 +58,18 @@ def check_num_passes(num_passes: int, *, smallest: int = 2) -> None:
     check_integer("num_passes", num_passes)
     if num_passes < smallest:
         raise ValueError(f"num_passes must be at least {smallest}, got {num_passes}")
+
+
+def check_passes(num_passes: int, backward_passes: int | None) -> None:
+    """Raise for numbers of passes that are no integers, or not those of any passes."""
+    check_num_passes(num_passes, smallest=1)
+    if backward_passes is not None:
+        check_integer("backward_passes", backward_passes)
+        if not 1 <= backward_passes <= num_passes:
+            raise ValueError(
+                f"backward_passes must be None or from 1 to num_passes={num_passes}, "
+                f"got {backward_passes}"
+            )
 
 
 def check_counts(reduction: str, **counts: Tensor | float | None) -> None:
@@ -100,6 +105,16 @@ def check_floating(name: str, tensor: Tensor) -> None:
             f"{name} must not be a nested tensor; of tensors that are jagged alike give "
             f"{name}.values() and target.values()"
         )
+
+
+def check_real(name: str, tensor: Tensor | None) -> None:
+    """Raise TypeError unless the argument is None or a tensor of real numbers."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
 
 
 def check_plain(name: str, tensor: Any) -> None:
@@ -231,7 +246,8 @@ def check_mask(mask: Tensor | None, target: Tensor) -> Tensor | None:
 
 
 def check_broadcastable(name: str, given: Tensor | None, target: Tensor) -> None:
-    """Raise ValueError for a tensor that cannot be expanded to the shape of the target."""
+    """Raise for what is no tensor that can be expanded to the shape of the target."""
+    check_real(name, given)
     if given is None:
         return
     sizes = zip(reversed(given.shape), reversed(target.shape), strict=False)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regdrop.arguments import IGNORE_INDEX
+from regdrop.arguments import IGNORE_INDEX, check_flag, check_index
 from regdrop.kernels import Target, is_distributed, stack_rows, whole_tensor
 from regdrop.loss.checks import (
     all_are_classes,
@@ -16,6 +16,7 @@ from regdrop.loss.checks import (
     check_classes,
     check_floating,
     check_own_memory,
+    check_real,
     check_stacked,
     check_sums,
     check_unlabelled_index,
@@ -78,6 +79,8 @@ def enter_classes(
 ) -> ClassItems:
     """Check the arguments and bring them into the form that kernels take."""
     shape = check_classes_of(logits, target, num_passes, weight, class_dim)
+    check_index("ignore_index", ignore_index)
+    check_flag("inplace", inplace)
     target, weight = whole_tensor(target), None if weight is None else whole_tensor(weight)
     if inplace:
         if is_distributed(logits):
@@ -148,6 +151,7 @@ def check_classes_of(
     else:
         raise TypeError(f"target must hold integers or probabilities, got {target.dtype}")
     num_classes = logits.shape[class_dim]
+    check_real("weight", weight)
     if weight is not None and tuple(weight.shape) != (num_classes,):
         raise ValueError(
             f"weight must have one entry a class, shape ({num_classes},), got {tuple(weight.shape)}"

@@ -6,21 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regdrop.arguments import IGNORE_INDEX
-from regdrop.kernels import Implementation, rdrop_sum, rdrop_terms, whole_loss
+from regdrop.arguments import IGNORE_INDEX, check_flag, check_index, check_integer
+from regdrop.kernels import Implementation, check_implementation, rdrop_sum, rdrop_terms, whole_loss
 from regdrop.loss.checks import (
     LARGEST_DIVERGENCE,
     check_counts,
     check_finite_divergence,
     check_label_smoothing,
     check_options,
+    check_passes,
+    check_real,
     check_unlabelled_index,
 )
 from regdrop.loss.class_items import ClassItems, check_classes_of, count_classes, enter_classes
 from regdrop.loss.counts import counted_by
 from regdrop.loss.module import RDropLoss
-from regdrop.loss.output import RDropOutput
-from regdrop.loss.reduction import Reduction, Scale, combine_terms, reduce_sums, term_weights
+from regdrop.loss.output import RDropOutput, Reduction, Scale
+from regdrop.loss.reduction import combine_terms, reduce_sums, term_weights
 from regdrop.loss.terms import ItemTerms
 
 
@@ -97,6 +99,7 @@ def rdrop_cross_entropy(
         label_smoothing=label_smoothing,
     )
     check_counts(reduction, num_items=num_items, num_weight=num_weight)
+    check_implementation(impl)
     if impl == "cpp" and class_dim == -1 and unlabelled_index is num_items is num_weight is None:
         output = _whole(
             logits,
@@ -174,6 +177,8 @@ def _whole(
     Small logits then cost little more than the call.
     """
     check_classes_of(logits, target, num_passes, weight, -1)
+    check_index("ignore_index", ignore_index)
+    check_flag("inplace", inplace)
     if reduction == "none" or target.is_floating_point():
         return None
     nll_weight, kl_weight = term_weights(alpha, num_passes, scale)
@@ -211,6 +216,8 @@ def cross_entropy_terms(
     impl: Implementation = "auto",
 ) -> ItemTerms:
     """Return the terms of every item, in the shape of the class indices; see above."""
+    check_passes(num_passes, backward_passes)
+    check_label_smoothing(label_smoothing)
     items = enter_classes(
         logits,
         target,
@@ -273,7 +280,12 @@ class RDropCrossEntropyLoss(RDropLoss):
             backward_passes=backward_passes,
         )
         check_label_smoothing(label_smoothing)
+        check_index("ignore_index", ignore_index)
         check_unlabelled_index(unlabelled_index, ignore_index)
+        check_integer("class_dim", class_dim)
+        check_flag("inplace", inplace)
+        check_implementation(impl)
+        check_real("weight", weight)
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.unlabelled_index = unlabelled_index

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regdrop.arguments import IGNORE_INDEX, check_integer
+from regdrop.arguments import IGNORE_INDEX, check_flag, check_index, check_integer
 from regdrop.kernels.backward_passes import limit_backward
-from regdrop.loss.checks import check_floating, check_plain, check_stacked
+from regdrop.loss.checks import check_floating, check_passes, check_plain, check_stacked
 from regdrop.loss.counts import ItemCounts, counted_by
 from regdrop.loss.symmetric_kl import symmetric_kl
 from regdrop.loss.terms import ItemTerms
@@ -67,6 +67,8 @@ def ctc_terms(
         ValueError: For shapes that do not fit, or targets or lengths out of range (on the CPU).
     """
     check_plain("logits", logits)
+    check_passes(num_passes, backward_passes)
+    check_flag("zero_infinity", zero_infinity)
     frames, symbols = _check(
         logits, target, num_passes, blank, logit_lengths, target_lengths, ignore_index, reduction
     )
@@ -118,9 +120,10 @@ def _check(
         raise ValueError(f"target must be (batch, symbols), got shape {tuple(target.shape)}")
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"target must hold class indices, got {target.dtype}")
-    if reduction not in get_args(CTCReduction):
+    if not isinstance(reduction, str) or reduction not in get_args(CTCReduction):
         raise ValueError(f"reduction must be one of {get_args(CTCReduction)}, got {reduction!r}")
     check_integer("blank", blank)
+    check_index("ignore_index", ignore_index)
     num_classes = logits.shape[-1]
     if not 0 <= blank < num_classes:
         raise ValueError(f"blank must be a class, 0 to {num_classes - 1}, got {blank}")

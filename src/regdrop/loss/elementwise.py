@@ -11,12 +11,14 @@ from regdrop.loss.checks import (
     check_floating,
     check_mask,
     check_options,
+    check_passes,
     check_plain,
+    check_real,
     check_stacked,
 )
 from regdrop.loss.counts import ItemCounts
-from regdrop.loss.output import RDropOutput
-from regdrop.loss.reduction import Reduction, Scale, combine_terms
+from regdrop.loss.output import RDropOutput, Reduction, Scale
+from regdrop.loss.reduction import combine_terms
 from regdrop.loss.terms import ItemTerms
 
 
@@ -27,7 +29,9 @@ def split_passes(
     check_plain(name, stacked)
     check_plain("target", target)
     check_floating(name, stacked)
+    check_passes(num_passes, backward_passes)
     check_stacked(name, stacked, target, num_passes)
+    check_real("target", target)
     if stacked.shape[1:] != target.shape[1:]:
         raise ValueError(
             f"target must have the shape of one pass, "

@@ -8,12 +8,18 @@ from torch import Tensor
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.kernels import Implementation, Projection, linear_loss, linear_terms
 from regdrop.kernels.closed_form import Weight
-from regdrop.loss.checks import check_counts, check_finite_divergence, check_options
+from regdrop.loss.checks import (
+    check_counts,
+    check_finite_divergence,
+    check_label_smoothing,
+    check_options,
+    check_passes,
+)
 from regdrop.loss.class_items import count_classes
 from regdrop.loss.counts import counted_by
 from regdrop.loss.linear_items import ValidRows, find_valid_rows
-from regdrop.loss.output import RDropOutput
-from regdrop.loss.reduction import Reduction, Scale, combine_terms, reduce_sums
+from regdrop.loss.output import RDropOutput, Reduction, Scale
+from regdrop.loss.reduction import combine_terms, reduce_sums
 from regdrop.loss.terms import ItemTerms
 
 
@@ -154,6 +160,8 @@ def linear_cross_entropy_terms(
     backward_passes: int | None = None,
 ) -> ItemTerms:
     """Return the terms of every item, in the shape of the target; see above."""
+    check_passes(num_passes, backward_passes)
+    check_label_smoothing(label_smoothing)
     found = find_valid_rows(
         hidden,
         target,
@@ -227,11 +235,25 @@ def linear_cross_entropy_loss(
     Raises:
         ValueError: For reduction "none", and as in `linear_rdrop_cross_entropy`.
     """
+    check_options(
+        alpha=alpha,
+        num_passes=num_passes,
+        reduction=reduction,
+        scale=scale,
+        backward_passes=backward_passes,
+        label_smoothing=label_smoothing,
+    )
     if reduction == "none":
         raise ValueError(
             "reduction must be 'mean' or 'sum', got 'none'; linear_cross_entropy_terms returns the "
             "terms of every item"
         )
+    check_counts(reduction, num_items=num_items, num_weight=num_weight)
+    if items is not None and (
+        not isinstance(items, Tensor) or items.dtype != torch.int64 or items.dim() != 1
+    ):
+        got = f"shape {tuple(items.shape)}" if isinstance(items, Tensor) else type(items).__name__
+        raise TypeError(f"items must be a tensor of positions, (n,) in int64, got {got}")
     rows_of = partial(
         find_valid_rows,
         projection=projection,

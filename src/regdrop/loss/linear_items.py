@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regdrop.arguments import check_number
-from regdrop.kernels import Projection, Target
+from regdrop.arguments import check_index, check_number
+from regdrop.kernels import Projection, Target, check_implementation
 from regdrop.kernels.projection import casts_itself
 from regdrop.loss.checks import (
     check_classes,
@@ -44,6 +44,7 @@ def find_valid_rows(
 ) -> ValidRows:
     """Check the arguments and drop, where that is free, the items that do not count."""
     _check(hidden, target, projection, num_passes, weight)
+    check_index("ignore_index", ignore_index)
     num_items, num_classes = target.numel(), projection.weight.shape[0]
     check_unlabelled_index(unlabelled_index, ignore_index, num_classes)
     classes = target.reshape(-1).long()
@@ -122,9 +123,12 @@ def _check(
             f"hidden and weight must have one dtype outside autocast, got {hidden.dtype} and "
             f"{weight.dtype}"
         )
+    check_implementation(projection.impl)
     check_number("logit_scale", scale)
     if not math.isfinite(scale):
         raise ValueError(f"logit_scale must be finite, got {scale}")
+    if softcap is not None:
+        check_number("softcap", softcap)
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be None or above 0, got {softcap}")
     for name in ("chunk_size", "block_size"):

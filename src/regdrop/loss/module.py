@@ -3,7 +3,7 @@
 from torch import nn
 
 from regdrop.loss.checks import check_options
-from regdrop.loss.reduction import Reduction, Scale
+from regdrop.loss.output import Reduction, Scale
 
 
 class RDropLoss(nn.Module):

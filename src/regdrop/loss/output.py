@@ -1,8 +1,11 @@
-"""What every loss of the library returns."""
+"""What every loss of the library returns, and how it is reduced."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
+
+Reduction = Literal["mean", "sum", "none"]
+Scale = Literal["sum", "mean"]
 
 
 class RDropOutput(NamedTuple):

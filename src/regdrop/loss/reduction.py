@@ -1,15 +1,13 @@
 """From the two terms of every item to one loss: shared by all output families."""
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from regdrop.loss.output import RDropOutput
+from regdrop.loss.checks import check_counts, check_options
+from regdrop.loss.output import RDropOutput, Reduction, Scale
 from regdrop.loss.terms import ItemTerms
-
-Reduction = Literal["mean", "sum", "none"]
-Scale = Literal["sum", "mean"]
 
 
 def combine_terms(
@@ -36,7 +34,14 @@ def combine_terms(
 
     Returns:
         The loss, and the two terms as detached means over valid items.
+
+    Raises:
+        TypeError, ValueError: For an option that is out of range.
     """
+    if not isinstance(terms, ItemTerms):
+        raise TypeError(f"terms must be ItemTerms, got {type(terms).__name__}")
+    check_options(alpha=alpha, num_passes=num_passes, reduction=reduction, scale=scale)
+    check_counts(reduction, num_items=num_items, num_weight=num_weight)
     nll, kl = terms.nll, terms.kl
     nll_count, kl_count = positive_counts(terms.nll_count, terms.kl_count, nll.dtype)
     total_nll, total_kl = nll.sum(), kl.sum()

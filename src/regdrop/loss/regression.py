@@ -24,8 +24,7 @@ from regdrop.loss.elementwise import (
     without_masked,
 )
 from regdrop.loss.module import RDropLoss
-from regdrop.loss.output import RDropOutput
-from regdrop.loss.reduction import Reduction, Scale
+from regdrop.loss.output import RDropOutput, Reduction, Scale
 from regdrop.loss.terms import ItemTerms
 
 

@@ -12,7 +12,7 @@ from regdrop.loss.checks import (
     check_num_passes,
     check_options,
 )
-from regdrop.loss.reduction import Reduction
+from regdrop.loss.output import Reduction
 
 
 def symmetric_kl(

@@ -1,11 +1,12 @@
 """Dropout rates set from outside: one for all passes, or another for each pass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from regdrop.arguments import check_number
 from regdrop.passes.dropout import RateAttribute, rate_attributes
 from regdrop.passes.stacking import find_tensors
 
@@ -27,11 +28,15 @@ def dropout_rates(model: nn.Module, rates: float | Sequence[float]) -> Iterator[
             training mode cycle, one a forward.
 
     Raises:
-        TypeError: If `model` is no module.
+        TypeError: If `model` is no module, or a rate no number.
         ValueError: For a rate outside [0, 1), a model without an active rate, or one that uses
             gradient checkpointing, whose recomputation would draw with another pass's rate.
     """
-    sequence = (rates,) if isinstance(rates, (int, float)) else tuple(rates)
+    sources = _settable(model)
+    is_one = isinstance(rates, str) or not isinstance(rates, Iterable)
+    sequence: tuple[Any, ...] = (rates,) if is_one else tuple(rates)  # type: ignore[arg-type]
+    for rate in sequence:
+        check_number("rates", rate)
     if not sequence or not all(0 <= rate < 1 for rate in sequence):
         raise ValueError(f"rates must be one or more numbers from 0 up to 1, got {rates}")
     if uses_gradient_checkpointing(model):
@@ -39,7 +44,6 @@ def dropout_rates(model: nn.Module, rates: float | Sequence[float]) -> Iterator[
             "dropout_rates cannot be used with gradient checkpointing: the recomputation would "
             "run with another pass's rate; switch checkpointing off"
         )
-    sources = _settable(model)
     if not sources:
         raise ValueError("model must have a dropout rate above 0 to be changed, found none")
     state = _RateSwitcher(sources, sequence)

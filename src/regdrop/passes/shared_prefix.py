@@ -18,6 +18,7 @@ from regdrop.passes.stacking import (
     take_items,
 )
 from regdrop.passes.strategies import StackedRows, stacked_rows
+from regdrop.passes.structures import as_names
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -121,7 +122,7 @@ class SharedPrefix:
     ) -> None:
         self.num_passes = num_passes
         self._model, self._until, self._check_every = model, until, check_every
-        self._shared = frozenset((shared,) if isinstance(shared, str) else shared)
+        self._shared = frozenset(as_names(shared))
         self._obstacles = list_obstacles(model, until)
         self._calls = 0
         self._running: _Call | None = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from regdrop.arguments import check_integer
 from regdrop.passes.containers import (
     count_graphs,
     find_graph_tensors,
@@ -22,6 +23,7 @@ from regdrop.passes.containers import (
     take_from_container,
 )
 from regdrop.passes.structures import (
+    as_names,
     children,
     find_names,
     named_children,
@@ -71,22 +73,26 @@ def repeat_batch(
         other, and `seq_idx` of one row counts on.
 
     Raises:
-        TypeError: If `num_passes` or `dim` is no integer, or the batch holds a nested tensor, a
-            sparse one of a kind that cannot be stacked, an object with tensors of the items that is
-            none of these structures, or a list of tensors of different sizes.
-        ValueError: If `num_passes` is below 1, no tensor tells the batch size, a name in `shared`
-            is nowhere in the batch, documents in one row are told apart by `position_ids` alone, or
-            nodes are numbered by an `edge_index` outside a graph of PyTorch Geometric.
+        TypeError: For an argument of the wrong type; if the batch holds a nested tensor, a sparse
+            one of a kind that cannot be stacked, an object with tensors of the items that is none
+            of these structures, or a list of tensors of different sizes.
+        ValueError: If `num_passes` is below 1, no tensor tells the batch size, nothing has the one
+            that is given, a name in `shared` is nowhere in the batch, documents in one row are told
+            apart by `position_ids` alone, or nodes are numbered by an `edge_index` outside a graph
+            of PyTorch Geometric.
     """
-    for name, value, least in (("num_passes", num_passes, 1), ("dim", dim, 0)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    shared = (shared,) if isinstance(shared, str) else tuple(shared)
+    check_integer("num_passes", num_passes, low=1)
+    check_integer("dim", dim, low=0)
+    check_integer("batch_size", batch_size, low=0, or_none=True)
+    shared = as_names(shared)
     _check_names(batch, shared)
     size = find_batch_size(batch, dim) if batch_size is None else batch_size
     refuse_unseen_items(batch, size, dim, shared)
+    if batch_size is not None and not _holds_items(batch, size, dim):
+        raise ValueError(
+            f"batch_size={batch_size} is the size of nothing in the batch in dimension {dim}, so "
+            "that nothing would be repeated"
+        )
     return repeat_items(batch, num_passes, batch_size=size, shared=shared, dim=dim)
 
 
@@ -98,7 +104,7 @@ def repeat_items(
     shared: Iterable[str] = (),
     dim: int = 0,
 ) -> Batch:
-    """Return the batch stacked as by `repeat_batch`, which may lack names in `shared`."""
+    """Return the batch stacked as by `repeat_batch`, unchecked: it may lack names in `shared`."""
 
     def repeat(items: Any) -> Any:
         if isinstance(items, Tensor):
@@ -123,7 +129,7 @@ def take_items(
         ValueError: If the rows are packed (see `repeat_batch`) and some of them are to be taken.
     """
     size = find_batch_size(batch) if batch_size is None else batch_size
-    shared = (shared,) if isinstance(shared, str) else tuple(shared)
+    shared = as_names(shared)
     refuse_unseen_items(batch, size, 0, shared)
 
     def take(items: Any) -> Any:
@@ -226,7 +232,7 @@ def _map_items(
     dim: int = 0,
 ) -> Batch:
     size = find_batch_size(batch, dim) if batch_size is None else batch_size
-    names = frozenset((shared,) if isinstance(shared, str) else shared)
+    names = frozenset(as_names(shared))
     mapped: Batch = _map(batch, _Change(function, find_index, size, names, dim))
     return mapped
 
@@ -239,14 +245,13 @@ def _map(value: Any, change: _Change) -> Any:
                 'would no longer fit; use passes="sequential" with fraction=1.0, or a padded '
                 "tensor with its mask"
             )
-        holds_items = value.dim() > change.dim and value.shape[change.dim] == change.size
-        if not holds_items:
+        if not _is_of_items(value, change.size, change.dim):
             return value
         is_dense = value.layout == torch.strided
         return change.function(value) if is_dense else _take_sparse(value, change)
     if isinstance(value, PackedSequence):
-        holds_items = int(value.batch_sizes[0]) == change.size
-        return _take_sequences(value, change.index) if holds_items else value
+        is_of_items = _is_of_items(value, change.size, change.dim)
+        return _take_sequences(value, change.index) if is_of_items else value
     if is_container(value):
         return take_from_container(value, change.index, change.size, change.dim)
     if isinstance(value, Mapping):
@@ -263,10 +268,33 @@ def _map(value: Any, change: _Change) -> Any:
         if all(tensor.dim() == 0 for tensor in find_tensors(value)):
             return change.function(value) if len(value) == change.size else value
         return [_map(item, change) for item in value]
-    if type(value).__module__ == "numpy" and hasattr(value, "shape"):
-        holds_items = value.ndim > change.dim and value.shape[change.dim] == change.size
-        return value.take(change.index, axis=change.dim) if holds_items else value
+    if _is_array(value) and _is_of_items(value, change.size, change.dim):
+        return value.take(change.index, axis=change.dim)
     return value
+
+
+def _is_array(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and hasattr(value, "shape")
+
+
+def _is_of_items(value: Any, size: int, dim: int) -> bool:
+    """Return whether a tensor, packed sequences, graphs or an array are those of the items."""
+    if isinstance(value, PackedSequence):
+        return int(value.batch_sizes[0]) == size
+    if is_graph(value):
+        return count_graphs(value) == size
+    if isinstance(value, Tensor) and value.is_nested:
+        return value.size(dim) == size
+    return len(value.shape) > dim and value.shape[dim] == size
+
+
+def _holds_items(value: Any, size: int, dim: int) -> bool:
+    """Return whether something in a structure is of the items."""
+    if isinstance(value, (Tensor, PackedSequence)) or is_graph(value) or _is_array(value):
+        return _is_of_items(value, size, dim)
+    if isinstance(value, list) and len(value) == size:
+        return True
+    return any(_holds_items(child, size, dim) for child in children(value))
 
 
 def _map_mapping(value: Mapping[Any, Any], change: _Change) -> dict[Any, Any]:

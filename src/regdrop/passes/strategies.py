@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regdrop.passes.stacking import find_batch_size, repeat_batch, take_items
+from regdrop.passes.structures import as_names
 
 Strategy = Literal["stacked", "sequential"]
 
@@ -74,7 +75,7 @@ def run_passes(
     options: dict[str, Any] = {
         "strategy": strategy,
         "batch_size": batch_size,
-        "shared": tuple(shared),
+        "shared": as_names(shared),
         "join": join,
     }
     rest = None

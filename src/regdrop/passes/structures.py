@@ -71,6 +71,21 @@ def rebuild_mapping(original: Mapping[Any, Any], changed: dict[Any, Any]) -> Any
     return result
 
 
+def as_names(shared: Any) -> tuple[str, ...]:
+    """Return the names in `shared`, one or several.
+
+    Raises:
+        TypeError: If it is neither a name nor several.
+    """
+    if isinstance(shared, str):
+        return (shared,)
+    names = tuple(shared) if isinstance(shared, Iterable) else (shared,)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"shared must be a name or several, got a {type(name).__name__}")
+    return names
+
+
 def children(value: Any) -> Iterable[Any]:
     """Return what a structure holds, without what its items hold."""
     if isinstance(value, (tuple, list)):
