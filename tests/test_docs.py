@@ -297,6 +297,7 @@ def test_versions_tried_are_those_of_the_constraints():
     pins = re.findall(r"^([a-z-]+)==([\d.]+)", (ROOT / "constraints.txt").read_text("utf-8"), re.M)
     names = {"torch", "transformers", "accelerate", "lightning", "timm", "trl", "peft"}
     names |= {"sentence-transformers", "deepspeed"}
+    names |= {"skorch", "pytorch-ignite", "torch-geometric", "tensordict"}
     for name, version in pins:
         if name in names:
             assert f"| {name} | {version} |" in page, name

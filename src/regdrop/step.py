@@ -58,7 +58,8 @@ def rdrop_step(
         forward: Maps a batch without its target to the model's output, (items, ...) with classes
             last: the model itself, or a function around it. With a loss of your own the output may
             also be a tuple, list or mapping of tensors.
-        batch: The original batch, as `repeat_batch` takes it; never changed.
+        batch: The original batch, as `repeat_batch` takes it; never changed. With
+            passes="sequential" and fraction 1 it may be anything that `forward` takes.
         target: The original target, (batch, ...); with a loss of your own also a structure.
         config: The options. `dropout_rates` and method="r3f" need a trainer.
         step: Optimiser step, counted from 0; the same for all micro-batches of an accumulation
@@ -158,9 +159,8 @@ def _find_terms(
         )
     if config.method == "r3f":
         raise ValueError("method='r3f' adds noise to a model's embeddings: it needs RDropTrainer")
-    if not isinstance(loss, str) and not callable(loss):
-        raise TypeError(f"loss must be a name or a function of terms, got {type(loss).__name__}")
-    if loss == "cross_entropy":
+    name_of_loss = loss if isinstance(loss, str) else None
+    if name_of_loss == "cross_entropy":
         options: dict[str, Any] = {"unlabelled_index": config.unlabelled_index}
         if config.class_weight is not None:
             options["weight"] = torch.tensor(config.class_weight, device=device)
@@ -178,9 +178,9 @@ def _find_terms(
                 f"{name}={getattr(config, name)!r} is an option of loss='cross_entropy'; bind it "
                 "to your terms by functools.partial"
             )
-    if loss == "binary_cross_entropy":
+    if name_of_loss == "binary_cross_entropy":
         return binary_cross_entropy_terms
-    if loss == "mse":
+    if name_of_loss == "mse":
         return mse_terms
     if not callable(loss):
         raise ValueError(

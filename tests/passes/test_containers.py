@@ -10,7 +10,7 @@ from torch_geometric.loader import DataLoader
 from torch_geometric.nn import GCNConv, global_mean_pool
 
 from regdrop import RDropConfig, rdrop_cross_entropy, rdrop_step, repeat_batch
-from regdrop.passes import find_batch_size, find_tensors, take_items
+from regdrop.passes import find_batch_size, find_tensors, run_passes, take_items
 
 
 def ring(size, label=0):
@@ -101,6 +101,87 @@ def test_graphs_that_cannot_be_stacked_are_named():
     sampled.batch_size = 2
     with pytest.raises(ValueError, match="with batch_size, so that it is a sampled neighbourhood"):
         repeat_batch(sampled)
+
+
+def without_edges(graphs):
+    graphs.edge_index = graphs.edge_index[:, :-2]
+
+
+def with_edges(graphs):
+    graphs.edge_index = torch.cat([graphs.edge_index, graphs.edge_index.flip(0)], 1)
+
+
+def with_positions(graphs):
+    graphs.position = torch.randn(graphs.num_nodes, 2)
+
+
+@pytest.mark.parametrize("change", [without_edges, with_edges, with_positions])
+def test_a_batch_that_was_changed_after_it_was_joined_is_named(graphs, change):
+    change(graphs)
+    with pytest.raises(ValueError, match="DataBatch that was changed after its graphs were joined"):
+        repeat_batch(graphs)
+
+
+def test_values_may_be_changed_after_the_graphs_were_joined(graphs):
+    graphs.x = graphs.x * 3
+    graphs.edge_index = graphs.edge_index[:, torch.randperm(graphs.num_edges)]
+    repeated = repeat_batch(graphs)
+    assert torch.equal(repeated.x, graphs.x.repeat(2, 1))
+    expected = torch.cat([graphs.edge_index, graphs.edge_index + graphs.num_nodes], 1)
+    assert torch.equal(repeated.edge_index, expected)
+
+
+class Pair(Data):
+    """Two graphs of one item, as PyG's guide has them."""
+
+    def __inc__(self, key, value, *args, **kwargs):
+        for side in ("s", "t"):
+            if key == f"edge_index_{side}":
+                return self[f"x_{side}"].size(0)
+        return super().__inc__(key, value, *args, **kwargs)
+
+
+def test_batches_that_follow_an_attribute_follow_it_on():
+    pairs = [
+        Pair(
+            x_s=torch.randn(size, 2),
+            edge_index_s=torch.tensor([[0], [1]]),
+            x_t=torch.randn(size + 1, 2),
+            edge_index_t=torch.tensor([[1], [2]]),
+        )
+        for size in (2, 3)
+    ]
+    (batch,) = DataLoader(pairs, 2, follow_batch=["x_s", "x_t"])
+    repeated = repeat_batch(batch)
+    assert repeated.x_s_batch.tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+    assert repeated.edge_index_t.tolist() == [[1, 4, 8, 11], [2, 5, 9, 12]]
+
+
+def test_tensors_of_nodes_beside_a_graph_are_named(graphs):
+    features = torch.randn(graphs.num_nodes, 2)
+    for batch in ((graphs, features), {"features": features, "graph": graphs}):
+        with pytest.raises(ValueError, match=r"tensor of shape .* for its 12 nodes"):
+            repeat_batch(batch)
+
+
+def test_graphs_have_only_a_first_dimension(graphs):
+    with pytest.raises(ValueError, match="dim must be 0 for graphs, got 1"):
+        repeat_batch(graphs, dim=1)
+
+
+@pytest.mark.parametrize("backward_passes", [None, 1])
+def test_a_forward_that_writes_into_the_graph_changes_no_other_pass(graphs, backward_passes):
+    network = Network(by_node=True).eval()
+
+    def forward(graph):
+        graph.x = network(graph)
+        return graph.x
+
+    before = graphs.x.clone()
+    options = {"num_passes": 2, "strategy": "sequential", "backward_passes": backward_passes}
+    found = run_passes(forward, graphs, **options)
+    torch.testing.assert_close(found, network(graphs).repeat(2, 1))
+    assert torch.equal(graphs.x, before)
 
 
 def test_a_list_of_graphs_is_named():
@@ -208,7 +289,48 @@ def test_a_tensorclass_without_the_dimension_of_the_items_is_named():
     assert repeat_batch({"z": torch.zeros(3), "rows": rows}, shared=["rows"])["rows"] is rows
 
 
+def test_a_name_inside_a_tensordict_cannot_be_shared():
+    batch = {"x": torch.zeros(3), "more": TensorDict(tensors(3), [3])}
+    with pytest.raises(ValueError, match="shared names 'deep', which is nowhere in the batch"):
+        repeat_batch(batch, shared=["deep"])
+
+
+@pytest.mark.parametrize("size", [[3], []])
+def test_outputs_may_be_tensordicts(size):
+    layer = nn.Linear(2, 4)
+
+    def forward(x):
+        return TensorDict({"logits": layer(x)}, size)
+
+    found = run_passes(forward, torch.randn(3, 2), num_passes=2, strategy="sequential")
+    assert found["logits"].shape == (6, 4)
+
+
 def test_the_gradient_flows_back_into_a_tensordict():
     x = torch.randn(3, 2, requires_grad=True)
     F.mse_loss(repeat_batch(TensorDict({"x": x}, [3]))["x"], torch.zeros(6, 2)).backward()
     torch.testing.assert_close(x.grad, x.detach() / 3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: TensorDict({"x": x}, [3]),
+        lambda x: TensorDict({"x": x}, []),
+        lambda x: Rows(x=x, y=torch.arange(3), batch_size=[3]),
+    ],
+)
+def test_a_forward_that_writes_into_a_tensordict_changes_no_other_pass(make):
+    layer, x = nn.Linear(2, 2), torch.randn(3, 2)
+
+    def forward(batch):
+        if isinstance(batch, Rows):
+            batch.x = layer(batch.x)
+            return batch.x
+        batch["x"] = layer(batch["x"])
+        return batch["x"]
+
+    batch = make(x)
+    found = run_passes(forward, batch, num_passes=2, strategy="sequential")
+    torch.testing.assert_close(found, layer(x).repeat(2, 1))
+    assert torch.equal(batch.x if isinstance(batch, Rows) else batch["x"], x)

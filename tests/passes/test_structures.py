@@ -1,6 +1,11 @@
 """Records of other libraries, arrays, and objects that hide tensors, in a batch."""
 
+import enum
+import functools
+import time
+from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +17,7 @@ import torch
 from torch import nn
 
 from regdrop import RDropConfig, rdrop_cross_entropy, rdrop_step, repeat_batch
-from regdrop.passes import find_batch_size, find_tensors, take_items
+from regdrop.passes import find_batch_size, find_tensors, run_passes, take_items
 
 
 @attrs.define
@@ -102,6 +107,8 @@ def test_arrays_of_the_items_are_stacked(dim):
     assert repeated["n"] is number
     taken = take_items({"x": torch.zeros(3), "w": np.arange(3)}, torch.tensor([2, 2]))
     assert taken["w"].tolist() == [2, 2]
+    assert repeat_batch(np.ma.array([1, 2], mask=[0, 1])).mask.tolist() == [False, True] * 2
+    assert find_batch_size({"ids": np.zeros(4), "x": torch.zeros(3)}) == 3
 
 
 class Hidden:
@@ -125,7 +132,50 @@ class HiddenDeeper:
         self.layers = [Hidden({"keys": tensors})]
 
 
-HIDING = [Hidden, HiddenInSlots, HiddenDeeper]
+class HiddenInOneSlot:
+    __slots__ = "__tensors"
+
+    def __init__(self, tensors):
+        self.__tensors = tensors
+
+
+class HiddenInADeque:
+    def __init__(self, tensors):
+        self.last = deque([tensors])
+
+
+class HiddenArray:
+    def __init__(self, tensors):
+        self.rows = tensors.numpy()
+
+
+@dataclass
+class HiddenBesideFields:
+    note: Any
+
+    def __post_init__(self):
+        self.mask, self.note = self.note, 0
+
+
+class HiddenInPydantic(pydantic.BaseModel):
+    note: int = 0
+    _mask: Any = None
+
+    def __init__(self, tensors):
+        super().__init__()
+        self._mask = tensors
+
+
+HIDING = [
+    Hidden,
+    HiddenInSlots,
+    HiddenDeeper,
+    HiddenInOneSlot,
+    HiddenInADeque,
+    HiddenArray,
+    HiddenBesideFields,
+    HiddenInPydantic,
+]
 
 
 @pytest.mark.parametrize("kind", HIDING)
@@ -142,8 +192,64 @@ def test_an_object_that_hides_tensors_of_the_items_is_named(kind, function):
 def test_an_object_without_tensors_of_the_items_passes_through(kind):
     batch = {"x": torch.randn(3, 2), "settings": kind(torch.randn(4, 3)), "net": nn.Linear(2, 3)}
     repeated = repeat_batch(batch)
-    assert repeated["settings"] is batch["settings"]
+    assert type(repeated["settings"]) is kind
     assert repeated["net"] is batch["net"]
+
+
+def test_one_pass_hides_nothing():
+    batch = {"x": torch.randn(3, 2), "more": Hidden(torch.randn(3, 5))}
+    assert repeat_batch(batch, 1)["more"] is batch["more"]
+
+
+@attrs.define
+class Unset:
+    x: Any
+    later: Any = attrs.field(init=False)
+
+
+class Awkward:
+    """What a look into an object must not stumble over."""
+
+    __slots__ = ("never_set",)
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Unset(3),
+        Awkward(),
+        Hidden(nn.LazyLinear(3).weight),
+        Hidden(Unset(3)),
+        functools.partial(print, torch.zeros(4)),
+        torch.Generator(),
+        torch.float32,
+        Path(),
+        enum.Enum("Colour", "red"),
+        iter([1]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_objects_of_all_kinds_pass_through(other):
+    repeated = repeat_batch({"x": torch.zeros(3, 2), "other": other})
+    assert type(repeated["other"]) is type(other)
+    assert repeated["x"].shape == (6, 2)
+
+
+def test_fields_that_are_not_set_stay_so():
+    repeated = repeat_batch(Unset(torch.zeros(3)))
+    assert len(repeated.x) == 6
+    assert not hasattr(repeated, "later")
+
+
+def test_a_large_object_is_not_read_through():
+    data = Hidden([(i, str(i)) for i in range(200_000)])
+    batch = {"x": torch.zeros(3, 2), "data": data}
+    start = time.perf_counter()
+    repeat_batch(batch)
+    assert time.perf_counter() - start < 0.05
 
 
 def test_a_hidden_object_may_be_shared_by_name():
@@ -188,6 +294,20 @@ def test_one_pass_after_the_other_takes_any_batch(backward_passes):
     torch.testing.assert_close(gradient, net[0].weight.grad)
 
 
+def test_a_forward_that_changes_its_batch_changes_no_other_pass():
+    net = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5)).eval()
+
+    def forward(batch):
+        x = batch.pop("x")
+        batch["rows"].append(x)
+        return net(x)
+
+    batch = {"x": torch.randn(3, 2), "rows": [1]}
+    found = run_passes(forward, batch, num_passes=3, strategy="sequential")
+    torch.testing.assert_close(found, net(batch["x"]).repeat(3, 1))
+    assert batch["rows"] == [1]
+
+
 def test_edges_by_the_numbers_of_their_nodes_are_named():
     nodes, edges = torch.randn(5, 2), torch.randint(0, 5, (2, 9))
     batch = {"x": nodes, "edge_index": edges}
@@ -197,20 +317,37 @@ def test_edges_by_the_numbers_of_their_nodes_are_named():
         repeat_batch(SimpleNamespace(**batch))
     assert repeat_batch(batch, shared=["edge_index"])["edge_index"] is edges
     assert repeat_batch(batch, 1)["edge_index"] is not None
+    padded = {"x": torch.randn(3, 5, 2), "edge_index": torch.randint(0, 5, (3, 2, 7))}
+    assert repeat_batch(padded)["edge_index"].shape == (6, 2, 7)
 
 
 def test_a_list_of_items_of_different_sizes_is_named():
     sequences = [torch.zeros(5), torch.zeros(7), torch.zeros(3)]
-    for batch in (sequences, {"x": torch.zeros(2, 3), "sequences": sequences}):
-        with pytest.raises(TypeError, match=r"list of 3 tensors whose sizes differ, \[5, 7, 3\]"):
+    for batch in (sequences, {"sequences": sequences}, {"x": torch.zeros(3), "s": sequences}):
+        with pytest.raises(TypeError, match=r"list of 3 tensors.* differ, \[5, 7, 3\]"):
             repeat_batch(batch)
+    samples = [{"x": torch.zeros(5), "n": torch.ones(5)}, {"x": torch.zeros(7), "n": torch.ones(7)}]
+    with pytest.raises(TypeError, match=r"mappings of them.* differ, \[\(5, 5\), \(7, 7\)\]"):
+        repeat_batch(samples)
+
+
+def test_lists_that_are_structures_are_stacked():
     crops = [torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 4, 4)]
     assert [len(crop) for crop in repeat_batch(crops)] == [4, 4]
     table = torch.zeros(7)
     assert repeat_batch((torch.zeros(5), table))[1] is table
     assert repeat_batch([torch.zeros(5), torch.zeros(7, 2)])[0].shape == (10,)
+    anchors = {"x": torch.zeros(8, 3), "anchors": [torch.zeros(100, 4), torch.zeros(25, 4)]}
+    assert [len(rows) for rows in repeat_batch(anchors)["anchors"]] == [100, 25]
     names = {"x": torch.zeros(2), "tables": [torch.zeros(5), torch.zeros(7)]}
     assert repeat_batch(names, shared=["tables"])["tables"] is names["tables"]
+
+
+def test_a_list_of_objects_of_the_items_is_repeated():
+    """As detectron2 hands instances over, of which one may have as many rows as there are items."""
+    instances = [Hidden(torch.zeros(rows, 4)) for rows in (5, 3, 7)]
+    repeated = repeat_batch({"x": torch.zeros(3, 2), "instances": instances})
+    assert repeated["instances"] == instances * 2
 
 
 @dataclass

@@ -107,9 +107,11 @@ class RDropMixin(_Base):
         return int(steps) if math.isfinite(steps) and steps > 0 else None
 
 
-def _count_items(inputs: Any, target: Any) -> int:
-    """Return the size of a batch; that of the target where the inputs, no structure, tell none."""
-    try:
-        return find_batch_size(inputs)
-    except ValueError:
-        return find_batch_size(target)
+def _count_items(*parts: Any) -> int | None:
+    """Return the size of a batch by the first of its parts that tells it."""
+    for part in parts:
+        try:
+            return find_batch_size(part)
+        except ValueError:
+            continue
+    return None

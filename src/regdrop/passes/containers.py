@@ -4,12 +4,20 @@ The classes of tensordict select items by themselves. The graphs of PyTorch Geom
 one, whose edges count its nodes, so that they are taken apart and joined again.
 """
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# What a batch of graphs writes down about them.
+_RECORDED = re.compile(r"(^|_)(batch|ptr)$")
+_CHANGED = (
+    "batch holds a {} that was changed after its graphs were joined ({}): transform the graphs "
+    'before, or use passes="sequential" with fraction=1.0'
+)
 
 
 def is_container(value: Any) -> bool:
@@ -52,7 +60,9 @@ def take_from_container(value: Any, index: list[int], size: int, dim: int) -> An
             tensors of the items whose container has no such dimension.
     """
     if is_graph(value):
-        return _take_graphs(value, index) if count_graphs(value) == size and not dim else value
+        if dim:
+            raise ValueError(f"dim must be 0 for graphs, got {dim}")
+        return _take_graphs(value, index) if count_graphs(value) == size else value
     if len(value.batch_size) <= dim:
         for item in value.values():
             if isinstance(item, Tensor) and item.dim() > dim and item.shape[dim] == size:
@@ -69,22 +79,55 @@ def take_from_container(value: Any, index: list[int], size: int, dim: int) -> An
 
 
 def _take_graphs(value: Any, index: list[int]) -> Any:
-    if hasattr(value, "to_data_list"):
-        graphs = value.to_data_list()
-    else:
-        for name, meaning in (
-            ("batch", "joins several graphs by itself: give a Batch, as PyG's DataLoader does"),
-            ("batch_size", "is a sampled neighbourhood, of whose nodes only the first count"),
-        ):
-            if name in value:
-                raise ValueError(
-                    f"batch holds a {type(value).__name__} with {name}, so that it {meaning}; or "
-                    'use passes="sequential" with fraction=1.0'
-                )
-        graphs = [value]
     # The core imports torch alone; whoever made the graph has loaded its library.
     library = sys.modules["torch_geometric.data"]
-    return library.Batch.from_data_list([graphs[position] for position in index])
+    if not hasattr(value, "to_data_list"):
+        _refuse_joined(value)
+        return library.Batch.from_data_list([value] * len(index))
+    try:
+        graphs = value.to_data_list()
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(_CHANGED.format(type(value).__name__, error)) from error
+    _refuse_changed(value, graphs)
+    followed = [
+        name.removesuffix("_batch")
+        for store in value.stores
+        for name in store
+        if name.endswith("_batch") and name.removesuffix("_batch") in store
+    ]
+    return library.Batch.from_data_list([graphs[i] for i in index], follow_batch=followed)
+
+
+def _refuse_joined(value: Any) -> None:
+    """Raise for one graph that is several, or a part of one."""
+    for name, meaning in (
+        ("batch", "joins several graphs by itself: give a Batch, as PyG's DataLoader does"),
+        ("batch_size", "is a sampled neighbourhood, of whose nodes only the first count"),
+    ):
+        if name in value:
+            raise ValueError(
+                f"batch holds a {type(value).__name__} with {name}, so that it {meaning}; or use "
+                'passes="sequential" with fraction=1.0'
+            )
+
+
+def _refuse_changed(value: Any, graphs: list[Any]) -> None:
+    """Raise where the graphs of a batch, taken apart, hold less than the batch does.
+
+    Their places are those of the time when they were joined.
+    """
+    for number, store in enumerate(value.stores):
+        for name, item in store.items():
+            if not isinstance(item, Tensor) or _RECORDED.search(name):
+                continue
+            dim = value.__cat_dim__(name, item, store)
+            if dim is not None and not isinstance(dim, int):
+                continue
+            parts = [g.stores[number][name] for g in graphs if name in g.stores[number]]
+            found = len(parts) if dim is None else sum(part.size(dim) for part in parts)
+            if found != item.size(dim or 0):
+                reason = f"{found} of the {item.size(dim or 0)} rows of {name} belong to its graphs"
+                raise ValueError(_CHANGED.format(type(value).__name__, reason))
 
 
 def _is_tensordict(value: Any) -> bool:

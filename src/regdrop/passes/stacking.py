@@ -23,15 +23,18 @@ from regdrop.passes.containers import (
     take_from_container,
 )
 from regdrop.passes.structures import (
+    SIMPLE,
     as_names,
     children,
+    find_leaves,
     find_names,
+    is_array,
     named_children,
     rebuild_mapping,
     rebuild_record,
     record_items,
-    refuse_unseen_items,
 )
+from regdrop.passes.unseen import refuse_unseen_items
 from regdrop.tracing import is_transformed
 
 Batch = TypeVar("Batch")
@@ -56,21 +59,21 @@ def repeat_batch(
 
     Args:
         batch: A tensor, or a tuple, list, mapping or dataclass of them, nested at will; also a
-            class of attrs or pydantic, a namespace, a TensorDict or tensorclass, and a graph or a
-            batch of graphs of PyTorch Geometric, whose items are its graphs.
+            class of attrs or pydantic, a `SimpleNamespace`, a TensorDict or tensorclass, and a
+            graph or a batch of graphs of PyTorch Geometric, whose items are its graphs.
         num_passes: How often every item appears.
         batch_size: Number of items; by default the size of `input_ids`, `inputs_embeds`,
             `pixel_values` or `input_features` in `dim`, else of the first tensor.
-        shared: Names in mappings and dataclasses that pass through as they are.
+        shared: Names in mappings and of fields that pass through as they are.
         dim: Dimension of the items in every tensor: 1 for sequences (length, batch). The losses
             take the batch first: transpose what the model returns, and the target.
 
     Returns:
-        A structure of the same type. Tensors whose size in `dim` is the batch size are stacked,
-        (num_passes * batch, ...), as are lists of that length that hold no tensors, arrays of
-        NumPy and a `PackedSequence`; everything else passes through. Beside `cu_seq_lens` (or
-        `cu_seqlens`), which tell the documents of packed rows, those of all passes follow each
-        other, and `seq_idx` of one row counts on.
+        A structure of the same type; for one graph a batch of graphs. Tensors whose size in `dim`
+        is the batch size are stacked, (num_passes * batch, ...), as are lists of that length that
+        hold no tensors, arrays of NumPy and a `PackedSequence`; everything else passes through.
+        Beside `cu_seq_lens` (or `cu_seqlens`), which tell the documents of packed rows, those of
+        all passes follow each other, and `seq_idx` of one row counts on.
 
     Raises:
         TypeError: For an argument of the wrong type; if the batch holds a nested tensor, a sparse
@@ -87,7 +90,8 @@ def repeat_batch(
     shared = as_names(shared)
     _check_names(batch, shared)
     size = find_batch_size(batch, dim) if batch_size is None else batch_size
-    refuse_unseen_items(batch, size, dim, shared)
+    if num_passes > 1:
+        refuse_unseen_items(batch, size, dim, shared)
     if batch_size is not None and not _holds_items(batch, size, dim):
         raise ValueError(
             f"batch_size={batch_size} is the size of nothing in the batch in dimension {dim}, so "
@@ -155,17 +159,23 @@ def find_batch_size(batch: Any, dim: int = 0) -> int:
     Raises:
         ValueError: If there is no tensor with that dimension.
     """
+    named = named_children(batch)
     for name in _MODEL_INPUTS:
-        value = named_children(batch).get(name)
+        value = named.get(name)
         if isinstance(value, Tensor) and value.dim() > dim:
             return value.size(dim)  # a nested tensor has no shape
-    for leaf in _find_leaves(batch):
+    of_arrays = None
+    for leaf in find_leaves(batch):
         if isinstance(leaf, PackedSequence):
             return int(leaf.batch_sizes[0])
         if is_graph(leaf):
             return count_graphs(leaf)
-        if leaf.dim() > dim:
-            return int(leaf.size(dim))
+        if leaf.ndim > dim:
+            if isinstance(leaf, Tensor):
+                return int(leaf.size(dim))
+            of_arrays = leaf.shape[dim] if of_arrays is None else of_arrays
+    if of_arrays is not None:
+        return int(of_arrays)
     raise ValueError(
         f"batch must hold a tensor with a batch dimension, or batch_size must be given; "
         f"got {type(batch).__name__} without one; tensors are seen in tuples, lists, mappings, "
@@ -174,13 +184,13 @@ def find_batch_size(batch: Any, dim: int = 0) -> int:
 
 
 def find_tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a structure of tuples, lists, mappings and dataclasses, in order."""
-    for leaf in _find_leaves(value):
+    """Yield the tensors in a structure, as `repeat_batch` looks for them, in order."""
+    for leaf in find_leaves(value):
         if isinstance(leaf, PackedSequence):
             yield from (part for part in leaf if isinstance(part, Tensor))
         elif is_graph(leaf):
             yield from find_graph_tensors(leaf)
-        else:
+        elif isinstance(leaf, Tensor):
             yield leaf
 
 
@@ -238,6 +248,8 @@ def _map_items(
 
 
 def _map(value: Any, change: _Change) -> Any:
+    if isinstance(value, SIMPLE):
+        return value
     if isinstance(value, Tensor):
         if value.is_nested:
             raise TypeError(
@@ -268,13 +280,9 @@ def _map(value: Any, change: _Change) -> Any:
         if all(tensor.dim() == 0 for tensor in find_tensors(value)):
             return change.function(value) if len(value) == change.size else value
         return [_map(item, change) for item in value]
-    if _is_array(value) and _is_of_items(value, change.size, change.dim):
+    if is_array(value) and _is_of_items(value, change.size, change.dim):
         return value.take(change.index, axis=change.dim)
     return value
-
-
-def _is_array(value: Any) -> bool:
-    return type(value).__module__ == "numpy" and hasattr(value, "shape")
 
 
 def _is_of_items(value: Any, size: int, dim: int) -> bool:
@@ -290,7 +298,7 @@ def _is_of_items(value: Any, size: int, dim: int) -> bool:
 
 def _holds_items(value: Any, size: int, dim: int) -> bool:
     """Return whether something in a structure is of the items."""
-    if isinstance(value, (Tensor, PackedSequence)) or is_graph(value) or _is_array(value):
+    if isinstance(value, (Tensor, PackedSequence)) or is_graph(value) or is_array(value):
         return _is_of_items(value, size, dim)
     if isinstance(value, list) and len(value) == size:
         return True
@@ -369,7 +377,7 @@ def _refuse_hidden_documents(value: Mapping[Any, Any], change: _Change) -> None:
 def _refuse_edges(value: Mapping[Any, Any], change: _Change) -> None:
     """Raise for edges by the numbers of their nodes, whose copies would have none."""
     edges = value.get("edge_index")
-    if not isinstance(edges, Tensor) or "edge_index" in change.shared:
+    if not isinstance(edges, Tensor) or edges.dim() != 2 or "edge_index" in change.shared:
         return
     if change.index != [*range(change.size)]:
         raise ValueError(
@@ -412,12 +420,3 @@ def _check_names(batch: Any, shared: tuple[str, ...]) -> None:
             close = get_close_matches(name, names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it has {names}"
             raise ValueError(f"shared names {name!r}, which is nowhere in the batch; {hint}")
-
-
-def _find_leaves(value: Any) -> Iterator[Any]:
-    """Yield the tensors, packed sequences and graphs in a structure, in order."""
-    if isinstance(value, (Tensor, PackedSequence)) or is_graph(value):
-        yield value
-        return
-    for child in children(value):
-        yield from _find_leaves(child)

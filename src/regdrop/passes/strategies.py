@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regdrop.passes.stacking import find_batch_size, repeat_batch, take_items
-from regdrop.passes.structures import as_names
+from regdrop.passes.structures import as_names, copy_structure
 
 Strategy = Literal["stacked", "sequential"]
 
@@ -54,7 +54,8 @@ def run_passes(
         forward: Maps a batch to the model's output, (items, ...): a tensor, or a tuple, list or
             mapping of tensors; or whatever `join` takes.
         batch: The original batch; never changed. Where no forward is stacked and `items` is None,
-            it may be anything that `forward` takes.
+            it may be anything that `forward` takes; an object that is no structure is handed to
+            every forward as it is.
         num_passes: Number of passes.
         strategy: "stacked" for one forward of the batch stacked in blocks, "sequential" for one
             forward a pass.
@@ -96,7 +97,8 @@ def concatenate_outputs(outputs: Sequence[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.cat(list(outputs))
     if isinstance(first, Mapping):
-        return {name: concatenate_outputs([output[name] for output in outputs]) for name in first}
+        names = list(first.keys())  # a TensorDict iterates over its rows
+        return {name: concatenate_outputs([output[name] for output in outputs]) for name in names}
     if isinstance(first, (tuple, list)):
         parts = [concatenate_outputs(part) for part in zip(*outputs, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
@@ -125,10 +127,13 @@ def _run(
             return forward(stacked)
         finally:
             _ROWS.reset(token)
-    outputs = [
-        forward(batch if s is None else take_items(batch, s, batch_size=batch_size, shared=shared))
-        for s in selections
-    ]
+    outputs = []
+    for selection in selections:
+        if selection is None:
+            items = copy_structure(batch)  # a forward may change what it is given
+        else:
+            items = take_items(batch, selection, batch_size=batch_size, shared=shared)
+        outputs.append(forward(items))
     return outputs[0] if len(outputs) == 1 else join(outputs)
 
 

@@ -4,48 +4,52 @@ Structures are mappings, tuples, lists, and records: objects whose class lists t
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from regdrop.passes.containers import count_graphs, is_container, is_graph
+from regdrop.passes.containers import is_container, is_graph
 
-# What cannot hold tensors, and what may hold them without being part of a batch.
-_NO_PARTS = (str, bytes, int, float, complex, type(None))
-_NO_BATCH = (Tensor, PackedSequence, nn.Module, type, FunctionType, ModuleType)
-# How deep tensors are looked for in an object: a cache of keys holds layers, which hold tensors.
-_DEPTH = 4
+# What most leaves of a batch are that are no tensors: nothing is looked for in them.
+SIMPLE = (str, bytes, int, float, complex, type(None))
+_UNSET = object()
 
 
 def record_items(value: Any) -> dict[str, Any] | None:
-    """Return the fields of a dataclass, of a class of attrs or pydantic, or of a namespace.
+    """Return the fields of a dataclass, a class of attrs or pydantic, or a `SimpleNamespace`.
 
-    None for anything else.
+    Those that are not set are left out. None for anything else.
     """
     if isinstance(value, type):
         return None
     if is_dataclass(value):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, SimpleNamespace):
+        names = [field.name for field in fields(value)]
+    elif isinstance(value, SimpleNamespace):
         return dict(vars(value))
-    attributes = getattr(type(value), "__attrs_attrs__", None)
-    if attributes is not None:
-        return {attribute.name: getattr(value, attribute.name) for attribute in attributes}
-    if _is_pydantic(value):
-        return {**vars(value), **(value.__pydantic_extra__ or {})}
-    return None
+    elif hasattr(type(value), "__attrs_attrs__"):
+        names = [attribute.name for attribute in type(value).__attrs_attrs__]
+    elif is_pydantic(value):
+        names = [*type(value).model_fields, *(value.__pydantic_extra__ or {})]
+    else:
+        return None
+    items = {name: getattr(value, name, _UNSET) for name in names}
+    return {name: item for name, item in items.items() if item is not _UNSET}
 
 
 def rebuild_record(original: Any, changed: Mapping[str, Any]) -> Any:
     """Return a copy of a record with other values in some of its fields."""
-    if _is_pydantic(original):
+    if is_pydantic(original):
         return original.model_copy(update=dict(changed))
-    result = copy.copy(original)
+    try:
+        result = copy.copy(original)
+    except AttributeError:  # slots of attrs that are not set cannot be copied
+        result = object.__new__(type(original))
+        changed = {**(record_items(original) or {}), **changed}
     for name, item in changed.items():
         # A frozen dataclass is filled the way its own __init__ does it.
         object.__setattr__(result, name, item)
@@ -71,6 +75,70 @@ def rebuild_mapping(original: Mapping[Any, Any], changed: dict[Any, Any]) -> Any
     return result
 
 
+def copy_structure(value: Any) -> Any:
+    """Return new structures around the same leaves, and graphs around the same tensors.
+
+    Who adds, changes or takes away items there leaves the original as it is. What is no structure
+    is itself.
+    """
+    if isinstance(value, (*SIMPLE, Tensor, PackedSequence)):
+        return value
+    if is_container(value):
+        return copy.copy(value)
+    if isinstance(value, Mapping):
+        return rebuild_mapping(value, {name: copy_structure(item) for name, item in value.items()})
+    record = record_items(value)
+    if record is not None:
+        return rebuild_record(value, {name: copy_structure(part) for name, part in record.items()})
+    if isinstance(value, (tuple, list)):
+        parts = [copy_structure(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def children(value: Any) -> Iterable[Any]:
+    """Return what a structure holds, without what its items hold."""
+    if isinstance(value, (tuple, list)):
+        return value
+    return named_children(value).values()
+
+
+def named_children(value: Any) -> Mapping[Any, Any]:
+    """Return what a mapping or a record holds, by its names; nothing for anything else."""
+    if isinstance(value, Mapping):
+        return value
+    return {} if isinstance(value, SIMPLE) else record_items(value) or {}
+
+
+def find_names(value: Any) -> Iterator[Any]:
+    """Yield the names in a structure, at any depth."""
+    if isinstance(value, (*SIMPLE, Tensor)) or is_container(value):
+        return
+    yield from named_children(value).keys()  # a TensorDict iterates over its rows
+    for child in children(value):
+        yield from find_names(child)
+
+
+def find_leaves(value: Any) -> Iterator[Any]:
+    """Yield the tensors, packed sequences, graphs and arrays in a structure, in order."""
+    if isinstance(value, SIMPLE):
+        return
+    is_builtin = type(value) in (dict, list, tuple)
+    if isinstance(value, (Tensor, PackedSequence)) or (
+        not is_builtin and (is_graph(value) or is_array(value))
+    ):
+        yield value
+        return
+    for child in children(value):
+        yield from find_leaves(child)
+
+
+def is_array(value: Any) -> bool:
+    """Return whether a value is an array of NumPy, which only then is loaded."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
 def as_names(shared: Any) -> tuple[str, ...]:
     """Return the names in `shared`, one or several.
 
@@ -86,103 +154,6 @@ def as_names(shared: Any) -> tuple[str, ...]:
     return names
 
 
-def children(value: Any) -> Iterable[Any]:
-    """Return what a structure holds, without what its items hold."""
-    if isinstance(value, (tuple, list)):
-        return value
-    return named_children(value).values()
-
-
-def named_children(value: Any) -> Mapping[Any, Any]:
-    """Return what a mapping or a record holds, by its names; nothing for anything else."""
-    if isinstance(value, Mapping):
-        return value
-    return record_items(value) or {}
-
-
-def find_names(value: Any) -> Iterator[Any]:
-    """Yield the names in a structure, at any depth."""
-    yield from named_children(value).keys()  # a TensorDict iterates over its rows
-    for child in children(value):
-        yield from find_names(child)
-
-
-def refuse_unseen_items(value: Any, size: int, dim: int, shared: Iterable[str]) -> None:
-    """Raise where items of a batch would not be seen: in an object, or one by one in a list.
-
-    Args:
-        value: The batch.
-        size: Number of items.
-        dim: Their dimension in tensors.
-        shared: Names that pass through, whatever they hold.
-
-    Raises:
-        TypeError: For an object that is no structure and holds tensors of the items, and for a list
-            of tensors of different sizes or of single graphs, which are items themselves.
-    """
-    if isinstance(value, (*_NO_PARTS, *_NO_BATCH)) or is_container(value):
-        return
-    if torch.compiler.is_compiling():
-        return
-    if isinstance(value, (tuple, list)):
-        if type(value) is list:
-            _refuse_list_of_items(value, dim)
-        parts = list(value)
-    elif isinstance(value, Mapping) or record_items(value) is not None:
-        parts = [item for name, item in named_children(value).items() if name not in shared]
-    else:
-        _refuse_hidden_tensors(value, size, dim)
-        return
-    for part in parts:
-        refuse_unseen_items(part, size, dim, shared)
-
-
-def _refuse_list_of_items(values: list[Any], dim: int) -> None:
-    if len(values) < 2:
-        return
-    if all(is_graph(value) and count_graphs(value) == 1 for value in values):
-        raise TypeError(
-            f"batch holds a list of {len(values)} graphs; give one graph that joins them, "
-            "Batch.from_data_list of PyTorch Geometric"
-        )
-    if not all(isinstance(value, Tensor) and not value.is_nested for value in values):
-        return
-    kinds = {(value.dim(), value.dtype) for value in values}
-    if len(kinds) > 1 or values[0].dim() <= dim:
-        return
-    sizes = [value.shape[dim] for value in values]
-    if len(set(sizes)) > 1:
-        raise TypeError(
-            f"batch holds a list of {len(values)} tensors whose sizes differ, {sizes[:4]}; if "
-            "they are the items, pad or pack them (torch.nn.utils.rnn), or use "
-            'passes="sequential" with fraction=1.0; if they are none, put them into a tuple'
-        )
-
-
-def _refuse_hidden_tensors(value: Any, size: int, dim: int) -> None:
-    for tensor in _hidden_tensors(value, _DEPTH):
-        if not tensor.is_nested and tensor.dim() > dim and tensor.shape[dim] == size:
-            raise TypeError(
-                f"batch holds a {type(value).__name__}, an object with a tensor of shape "
-                f"{tuple(tensor.shape)} for its {size} items, which is not seen in it; give a "
-                "mapping, a dataclass or a tuple of tensors instead, name the object in shared, or "
-                'use passes="sequential" with fraction=1.0'
-            )
-
-
-def _hidden_tensors(value: Any, depth: int) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and not isinstance(value, (*_NO_PARTS, *_NO_BATCH)):
-        slots = [
-            getattr(value, name, None)
-            for kind in type(value).__mro__
-            for name in kind.__dict__.get("__slots__", ())
-            if name not in ("__dict__", "__weakref__")
-        ]
-        for part in (*children(value), *getattr(value, "__dict__", {}).values(), *slots):
-            yield from _hidden_tensors(part, depth - 1)
-
-
-def _is_pydantic(value: Any) -> bool:
+def is_pydantic(value: Any) -> bool:
+    """Return whether a value is a model of pydantic, 2 or newer."""
     return hasattr(type(value), "model_fields") and hasattr(value, "__pydantic_extra__")

@@ -1,0 +1,177 @@
+"""Items of a batch that stacking would miss, refused by name before a model sees half of them."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
+
+from regdrop.passes.containers import count_graphs, is_container, is_graph
+from regdrop.passes.structures import (
+    SIMPLE,
+    children,
+    find_leaves,
+    is_array,
+    is_pydantic,
+    named_children,
+    record_items,
+)
+
+# What is no structure, and what holds tensors that are none of a batch.
+_LEAVES = (
+    *(*SIMPLE, Tensor, PackedSequence),
+    *(nn.Module, type, FunctionType, ModuleType, torch.Generator),
+)
+# How deep, and among how many parts, an object is looked into: a cache of keys holds layers, which
+# hold tensors; a data set holds too much.
+_DEPTH, _PARTS = 4, 1000
+
+
+def refuse_unseen_items(batch: Any, size: int, dim: int, shared: Iterable[str]) -> None:
+    """Raise where items would be missed: in an object, or one by one in a list.
+
+    Compiled code is not looked at.
+
+    Args:
+        batch: The batch.
+        size: Number of items.
+        dim: Their dimension in tensors.
+        shared: Names that pass through, whatever they hold.
+
+    Raises:
+        TypeError: For an object that is no structure and holds tensors of the items, and for a list
+            of tensors of different sizes or of single graphs, which are items themselves.
+        ValueError: For tensors of the nodes of a graph beside it.
+    """
+    if torch.compiler.is_compiling():
+        return
+    _refuse_tensors_of_nodes(batch, size)
+    _refuse(batch, next(find_leaves(batch), None), size, dim, frozenset(shared))
+
+
+def _refuse(value: Any, first: Any, size: int, dim: int, shared: frozenset[str]) -> None:
+    if isinstance(value, _LEAVES):
+        return
+    is_builtin = type(value) in (dict, list, tuple)  # nearly always, and cheaper to see
+    if not is_builtin and (is_container(value) or is_array(value)):
+        return
+    record = None if is_builtin else record_items(value)
+    if isinstance(value, list):
+        if len(value) == size and next(find_leaves(value), None) is None:
+            return  # a list of the items, repeated as such
+        _refuse_list_of_items(value, first, size, dim)
+    if isinstance(value, (tuple, list)):
+        parts = list(value)
+    elif isinstance(value, Mapping) or record is not None:
+        parts = [item for name, item in named_children(value).items() if name not in shared]
+        if record is not None:
+            _refuse_hidden(value, _attributes(value, without=record), size, dim)
+    else:
+        _refuse_hidden(value, [value], size, dim)
+        return
+    for part in parts:
+        _refuse(part, first, size, dim, shared)
+
+
+def _refuse_list_of_items(values: list[Any], first: Any, size: int, dim: int) -> None:
+    """Raise for a list of items by themselves: as long as the batch, or what told its size."""
+    if len(values) < 2:
+        return
+    if all(is_graph(value) and count_graphs(value) == 1 for value in values):
+        raise TypeError(
+            f"batch holds a list of {len(values)} graphs; give one graph that joins them, "
+            "Batch.from_data_list of PyTorch Geometric"
+        )
+    kinds = [_sizes(value, dim) for value in values]
+    if None in kinds or len({names for names, _ in kinds if names is not None}) > 1:
+        return
+    told_the_size = any(leaf is first for leaf in find_leaves(values))
+    if len(set(kinds)) > 1 and (len(values) == size or told_the_size):
+        raise TypeError(
+            f"batch holds a list of {len(values)} tensors, or mappings of them, whose sizes "
+            f"differ, {[sizes for _, sizes in kinds[:4]]}; if they are the items, pad or pack them "
+            '(torch.nn.utils.rnn), or use passes="sequential" with fraction=1.0; if they are none, '
+            "put them into a tuple"
+        )
+
+
+def _sizes(value: Any, dim: int) -> Any:
+    """Return what a tensor, or a mapping of tensors, is, and its size; None for anything else."""
+    if isinstance(value, Tensor):
+        is_plain = not is_lazy(value) and not value.is_nested and value.dim() > dim
+        return ((value.dim(), value.dtype), value.shape[dim]) if is_plain else None
+    if not isinstance(value, Mapping) or not value or is_container(value):
+        return None
+    found = {name: _sizes(item, dim) for name, item in value.items()}
+    if any(of is None for of in found.values()):
+        return None
+    return tuple((name, kind) for name, (kind, _) in found.items()), tuple(
+        sizes for _, sizes in found.values()
+    )
+
+
+def _refuse_tensors_of_nodes(batch: Any, size: int) -> None:
+    """Raise for a tensor of the nodes of a graph that is stacked by graphs, or not at all."""
+    leaves = list(find_leaves(batch))
+    for graph in leaves:
+        if not is_graph(graph) or graph.num_nodes == size == count_graphs(graph):
+            continue
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == graph.num_nodes:
+                raise ValueError(
+                    f"batch holds a {type(graph).__name__} and, beside it, a tensor of shape "
+                    f"{tuple(leaf.shape)} for its {graph.num_nodes} nodes; make the tensor an "
+                    'attribute of the graph, or use passes="sequential" with fraction=1.0'
+                )
+
+
+def _refuse_hidden(value: Any, places: Iterable[Any], size: int, dim: int) -> None:
+    for found in islice(_hidden(places, _DEPTH), _PARTS):
+        is_one = isinstance(found, Tensor) and not is_lazy(found) and not found.is_nested
+        if (is_one or is_array(found)) and found.ndim > dim and found.shape[dim] == size:
+            raise TypeError(
+                f"batch holds a {type(value).__name__}, an object with a tensor of shape "
+                f"{tuple(found.shape)} for its {size} items, which is not seen in it; give a "
+                "mapping, a dataclass or a tuple of tensors instead, name the object in shared, "
+                "leave it out of the batch, or use "
+                'passes="sequential" with fraction=1.0'
+            )
+
+
+def _hidden(values: Iterable[Any], depth: int) -> Iterator[Any]:
+    """Yield everything in some objects, tensors among it."""
+    for value in values:
+        yield value
+        if depth and not isinstance(value, _LEAVES) and not is_array(value):
+            inside = value if isinstance(value, (deque, set, frozenset)) else children(value)
+            yield from _hidden(inside, depth - 1)
+            yield from _hidden(_attributes(value), depth - 1)
+
+
+def _attributes(value: Any, without: Iterable[str] = ()) -> list[Any]:
+    """Return the attributes of an object, in its dictionary and its slots, but for some names."""
+    found = dict(_own(value, "__dict__") or {})
+    if is_pydantic(value):
+        found.update(value.__pydantic_private__ or {})
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name.endswith("__"):  # what Python keeps there itself, as __dict__
+                continue
+            is_private = name.startswith("__")
+            full = f"_{kind.__name__.lstrip('_')}{name}" if is_private else name
+            found[full] = _own(value, full)
+    return [item for name, item in found.items() if name not in without]
+
+
+def _own(value: Any, name: str) -> Any:
+    """Return an attribute that an object has by itself; None where it is not set."""
+    try:
+        return object.__getattribute__(value, name)
+    except AttributeError:
+        return None
