@@ -118,6 +118,8 @@ def _sizes(value: Any, dim: int) -> Any:
 def _refuse_tensors_of_nodes(batch: Any, size: int) -> None:
     """Raise for a tensor of the nodes of a graph that is stacked by graphs, or not at all."""
     leaves = list(find_leaves(batch))
+    if len(leaves) == 1:
+        return
     for graph in leaves:
         if not is_graph(graph) or graph.num_nodes == size == count_graphs(graph):
             continue
