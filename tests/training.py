@@ -122,7 +122,8 @@ def record_scores(model, name="scores"):
     seen = []
 
     def note(module, args, kwargs, output):
-        if module.training:
+        # Looks at a loss before the first step have no gradient.
+        if module.training and torch.is_grad_enabled():
             scores = output[name] if isinstance(output, dict) else getattr(output, name)
             seen.append(scores.detach().clone())
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from regdrop.arguments import check_integer
+from regdrop.arguments import check_index, check_integer
 from regdrop.config import AlphaRule, RDropConfig
 
 # By how much an evaluation may change alpha.
@@ -252,11 +253,13 @@ class AlphaController:
                 nats for "gap".
 
         Raises:
-            ValueError: If `step` is negative.
+            TypeError: If `step` is no integer.
+            ValueError: If it is negative.
         """
+        check_index("step", step)
         if step < 0:
             raise ValueError(f"step must be at least 0, got {step}")
-        self._next_step = step + 1
+        self._next_step = int(step) + 1
         self.should_restore = False
         for name, value in (("nll", nll), ("kl", kl)):
             if value is not None:
@@ -314,8 +317,15 @@ class AlphaController:
         return self.alpha_max / max(1, self.total_steps - self.start_step)
 
     def _add(self, name: str, value: Tensor | float) -> None:
-        value = value.detach() if isinstance(value, Tensor) else value
-        count = (value != 0) * 1.0 if name == "kl" else 1.0
+        count: Tensor | float
+        # A step that overflowed, which a scaler of gradients leaves out, says nothing.
+        if isinstance(value, Tensor):
+            value = value.detach()
+            counts = value.isfinite() & (value != 0) if name == "kl" else value.isfinite()
+            value, count = torch.where(counts, value, 0), counts * 1.0
+        else:
+            count = float(math.isfinite(value) and not (name == "kl" and value == 0))
+            value = value if count else 0.0
         for key, term in ((name, value), (f"{name}_count", count)):
             self._sums[key] = self._sums.get(key, 0.0) + term
 

@@ -5,6 +5,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -17,6 +18,7 @@ from regdrop.disagreement import measure_disagreement as measure_disagreement
 from regdrop.loss import RDropOutput, TermsFunction
 from regdrop.passes import (
     concatenate_outputs,
+    copy_structure,
     find_dropout,
     preserve_buffers,
     preserve_random_state,
@@ -36,6 +38,10 @@ _COST_OPTIONS = (
 _LONG_RUN = 1000
 # How deep in containers and objects a model is looked for.
 _DEPTH = 3
+# Among how many items of a container.
+_ITEMS = 100
+# A divergence that rounding may give.
+_ROUNDING = 1e-6
 # Steps from one look at a divergence to the next.
 _STEPS_BETWEEN_LOOKS = 100
 
@@ -47,8 +53,8 @@ class _Watch:
     steps: int = 0
     zeros: int = 0
     has_warned: bool = False
-    # Each tells whether the passes of a step were the same, and None while nobody can tell.
-    looks: list[Callable[[], bool | None]] = field(default_factory=list)
+    # Each tells the NLL and the divergence of a step, and None while nobody can.
+    looks: list[Callable[[], list[float] | None]] = field(default_factory=list)
 
 
 _WATCHES: WeakKeyDictionary[Any, _Watch] = WeakKeyDictionary()
@@ -63,8 +69,9 @@ def warn_without_dropout(model: nn.Module) -> bool:
     if any(source.active for source in find_dropout(model)):
         return False
     warnings.warn(
-        "R-Drop has nothing to compare: the model has no active source of dropout, so all passes "
-        "are the same and the KL is exactly 0 at a multiple of the cost. "
+        "R-Drop has nothing to compare: the model has no active source of dropout that could be "
+        "found. Unless one is hidden in its code, all passes are the same and the KL is exactly 0 "
+        "at a multiple of the cost. "
         f"{_advice(model)}",
         stacklevel=2,
     )
@@ -103,13 +110,16 @@ def watch_divergence(forward: Callable[..., Any], output: RDropOutput) -> None:
     if is_looked_at and output.kl.device.type in ("cpu", "cuda"):
         watch.looks.append(_look(output))
     while watch.looks and not watch.has_warned:
-        are_same = watch.looks[0]()
-        if are_same is None:
+        found = watch.looks[0]()
+        if found is None:
             return
         del watch.looks[0]
-        if are_same:
-            watch.zeros += 1
-            watch.has_warned = _warn_of_zeros(watch.zeros, modules)
+        nll, kl = found
+        if nll == 0 or abs(kl) > _ROUNDING * max(1.0, abs(nll)):  # without a NLL nothing counts
+            continue
+        # The halves of a stacked batch may differ by rounding alone.
+        watch.zeros += kl == 0
+        watch.has_warned = _warn_of_zeros(watch.zeros, modules)
 
 
 def _warn_of_zeros(count: int, modules: list[nn.Module]) -> bool:
@@ -121,21 +131,21 @@ def _warn_of_zeros(count: int, modules: list[nn.Module]) -> bool:
     return count > 1
 
 
-def _look(output: RDropOutput) -> Callable[[], bool | None]:
-    """Return what tells whether the passes are the same; None while the numbers are on the way."""
+def _look(output: RDropOutput) -> Callable[[], list[float] | None]:
+    """Return what tells both terms of a step; None while the numbers are on the way."""
     # From CUDA this goes to pinned memory, and nobody waits.
     numbers = torch.stack([output.nll, output.kl]).to("cpu", non_blocking=True)
     arrival: torch.cuda.Event | None = None
     if output.kl.is_cuda:
         arrival = torch.cuda.current_stream(output.kl.device).record_event()
 
-    def are_same() -> bool | None:
+    def read() -> list[float] | None:
         if arrival is not None and not arrival.query():
             return None
-        nll, kl = numbers.tolist()
-        return bool(kl == 0 and nll != 0)  # without a NLL nothing counts
+        found: list[float] = numbers.tolist()
+        return found
 
-    return are_same
+    return read
 
 
 def _is_captured(tensor: Tensor) -> bool:
@@ -171,11 +181,16 @@ def reached_modules(forward: Callable[..., Any]) -> Iterator[nn.Module]:
 
 
 def _held_by(value: Any) -> Iterable[Any]:
-    """Return what a container or an object holds, modules and what is code excepted."""
+    """Return what a container or an object holds, modules and what is code excepted.
+
+    Of a large container, a vocabulary or a data set, the first items alone.
+    """
     if isinstance(value, Mapping):
-        return value.values()
+        return islice(value.values(), _ITEMS)
     if isinstance(value, (tuple, list)):
-        return value
+        return value[:_ITEMS]
+    if isinstance(value, (str, bytes, int, float, Tensor)):
+        return ()
     if isinstance(value, (nn.Module, type, types.ModuleType, types.FunctionType)):
         return ()
     return list(getattr(value, "__dict__", {}).values())
@@ -288,7 +303,7 @@ def extra_pass(model: nn.Module, forward: Callable[[Any], Output], batch: Any) -
     with torch.no_grad(), preserve_random_state(), preserve_buffers(model):
         # Without a new seed the pass would draw the very masks of the pass that follows.
         torch.manual_seed(int(torch.randint(2**62, ()).item()))
-        return forward(batch)
+        return forward(copy_structure(batch, clones=True))
 
 
 def _advice(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regdrop.arguments import IGNORE_INDEX
-from regdrop.passes import preserve_buffers, preserve_random_state
+from regdrop.passes import copy_structure, preserve_buffers, preserve_random_state
 
 # A class that is masked has no probability: so large a number times 0 is 0, and stays finite in
 # sums over masks.
@@ -136,11 +136,9 @@ def measure_disagreement(
             if isinstance(batch, Mapping) and not total.items:
                 _check_own_loss(output, deployed, labels)
             _switch_dropout_on(model)
-            total.add(
-                deployed,
-                (_log_probabilities(predict(), target, counted, labels) for _ in range(num_masks)),
-                labels,
-            )
+            masks = (_keeping_buffers(model, predict) for _ in range(num_masks))
+            submodels = (_log_probabilities(mask, target, counted, labels) for mask in masks)
+            total.add(deployed, submodels, labels)
     result = total.result()
     if result.epkl < _ROUNDING:
         warnings.warn(
@@ -263,7 +261,8 @@ def _enter(
             raise ValueError(f'a batch must hold "labels", got {sorted(batch)}')
         if forward is not None:
             raise ValueError("forward needs batches that are pairs (inputs, target), got a mapping")
-        return (lambda: model(**batch)), _checked_target(batch["labels"])
+        target = _checked_target(batch["labels"])
+        return (lambda: model(**copy_structure(dict(batch), clones=True))), target
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(
             "batches must hold pairs (inputs, target) or mappings with labels, got "
@@ -271,7 +270,13 @@ def _enter(
         )
     inputs, target = batch
     run = model if forward is None else forward
-    return (lambda: run(inputs)), _checked_target(target)
+    return (lambda: run(copy_structure(inputs, clones=True))), _checked_target(target)
+
+
+def _keeping_buffers(model: nn.Module, predict: Callable[[], Any]) -> Any:
+    """Return what a forward in training mode gives, which updates no statistics for the next."""
+    with preserve_buffers(model):
+        return predict()
 
 
 def _checked_target(target: Any) -> Tensor:

@@ -26,7 +26,7 @@ from regdrop.loss import (
     rdrop_cross_entropy,
 )
 from regdrop.loss.checks import check_counts, check_plain
-from regdrop.passes import find_batch_size, find_tensors, run_passes
+from regdrop.passes import copy_structure, find_batch_size, find_tensors, run_passes
 from regdrop.schedule import StepPlan, is_monitored, plan_step
 
 Loss = Literal["cross_entropy", "binary_cross_entropy", "mse"]
@@ -209,7 +209,15 @@ def cut_outputs_of(terms: Callable[..., ItemTerms]) -> TermsFunction:
     ) -> ItemTerms:
         if backward_passes is not None and backward_passes < num_passes:
             outputs = _cut(outputs, num_passes, backward_passes)
-        found = terms(outputs, target, num_passes=num_passes)
+        try:
+            found = terms(outputs, target, num_passes=num_passes)
+        except TypeError as error:
+            if "num_passes" not in str(error):
+                raise
+            raise TypeError(
+                "loss must be a name or a function of stacked outputs, the target and num_passes "
+                f"that returns regdrop.loss.ItemTerms, got {terms!r} ({error})"
+            ) from error
         if not isinstance(found, ItemTerms):
             raise TypeError(f"loss must return regdrop.loss.ItemTerms, got {type(found).__name__}")
         return found
@@ -226,9 +234,11 @@ def _cut(outputs: Any, num_passes: int, backward_passes: int) -> Any:
 
 
 def _map_outputs(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:
-    """Return the outputs of a model, one tensor or several, each changed by a function."""
+    """Return the outputs of a model, those of items changed by a function."""
+    if outputs is None:
+        return None
     if isinstance(outputs, Tensor):
-        return function(outputs)
+        return function(outputs) if outputs.dim() else outputs
     if isinstance(outputs, Mapping):
         return {name: _map_outputs(function, part) for name, part in outputs.items()}
     parts = [_map_outputs(function, part) for part in outputs]
@@ -275,7 +285,7 @@ def run_step_passes(
         ValueError: For a fraction of a batch whose target is not one row an item.
     """
     if plan.num_passes == 1:
-        return StepPasses(forward(batch))
+        return StepPasses(forward(copy_structure(batch)))
 
     def count_items() -> int:
         return find_batch_size(batch) if batch_size is None else batch_size
@@ -400,6 +410,6 @@ def _partial_terms(
     both = _map_outputs(lambda output: torch.cat([output[:size][items], output[size:]]), outputs)
     whole = terms(first, target, num_passes=1)
     part = terms(both, target[items], **passes)
-    weight = size / items.numel()
+    weight = size / max(1, items.numel())
     kl = part.kl.new_zeros(size, *part.kl.shape[1:]).index_add(0, items, part.kl * weight)
     return whole._replace(kl=kl)

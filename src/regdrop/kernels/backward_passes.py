@@ -9,6 +9,13 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import Function
 
+from regdrop.tracing import is_batched
+
+_NO_BATCHED = (
+    "the closed form of the R-Drop loss gives one gradient at a time, not a batch of them "
+    "(is_grads_batched, vectorize); use rdrop_cross_entropy with impl='eager'"
+)
+
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse to differentiate a function's gradient again, by name.
@@ -19,6 +26,8 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def refused_twice(ctx: Any, *grads: Any) -> Any:
+        if not torch.compiler.is_compiling() and any(map(is_batched, grads)):
+            raise RuntimeError(_NO_BATCHED)
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
         with torch.no_grad():

@@ -87,6 +87,7 @@ def adaptive_softmax_terms(
     check_index("ignore_index", ignore_index)
     check_integer("chunk_size", chunk_size, low=1)
     _check(hidden, target, softmax, num_passes, ignore_index)
+    target = target.long()
     valid = (target != ignore_index).reshape(-1)
     rows = valid.nonzero()[:, 0]
     classes = target.reshape(-1)[rows]

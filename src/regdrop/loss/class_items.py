@@ -152,6 +152,8 @@ def check_classes_of(
         raise TypeError(f"target must hold integers or probabilities, got {target.dtype}")
     num_classes = logits.shape[class_dim]
     check_real("weight", weight)
+    if weight is not None and weight.requires_grad:
+        raise ValueError("weight must not require a gradient, got one that does; detach it")
     if weight is not None and tuple(weight.shape) != (num_classes,):
         raise ValueError(
             f"weight must have one entry a class, shape ({num_classes},), got {tuple(weight.shape)}"

@@ -42,8 +42,14 @@ def fraternal_terms(
         class_dim: As there.
         label_smoothing: As there.
         backward_passes: As there.
+
+    Raises:
+        TypeError: For class probabilities, and as `rdrop_cross_entropy`.
+        ValueError: As there.
     """
     check_plain("logits", logits)
+    if isinstance(target, Tensor) and target.is_floating_point():
+        raise TypeError(f"target must hold class indices, got {target.dtype}")
     own = cross_entropy_terms(
         logits,
         target,
@@ -58,8 +64,14 @@ def fraternal_terms(
     passes = logits.movedim(class_dim, -1).reshape(num_passes, *own.nll.shape, -1)
     passes = passes if passes.dtype == torch.float64 else passes.float()
     passes = limit_backward(passes, num_passes if backward_passes is None else backward_passes)
-    pairs = [(a - b).square().mean(-1) for a, b in combinations(passes, 2)]
+    pairs = [_difference(a, b).square().mean(-1) for a, b in combinations(passes, 2)]
     if not pairs:
         return own
-    difference = torch.stack(pairs).mean(0).masked_fill(target == ignore_index, 0)
+    difference = torch.stack(pairs).mean(0).masked_fill(target.long() == ignore_index, 0)
     return own._replace(kl=difference)
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    # A class masked with the same infinity in both passes contributes nothing.
+    is_masked = (a == b) & torch.isinf(a)
+    return a.masked_fill(is_masked, 0) - b.masked_fill(is_masked, 0)

@@ -128,7 +128,7 @@ def reduce_sums(
 def _nonzero(count: Tensor | float, dtype: torch.dtype) -> Tensor | float:
     """Return a count; where nothing counts it is 1, for a sum that is 0."""
     if isinstance(count, Tensor):
-        return _at_least_one(count, dtype)
+        return _at_least_one(count if count.dim() == 0 else count.reshape(()), dtype)
     return float(count) or 1.0
 
 
@@ -149,14 +149,15 @@ def _as_tensor(number: Tensor | float, like: Tensor) -> Tensor:
 def term_weights(alpha: float, num_passes: int, scale: Scale) -> tuple[float, float]:
     """Return the weights of the NLL and of the divergence in the loss."""
     factor = float(num_passes if scale == "sum" else 1)
-    return factor, alpha * factor / num_passes
+    return factor, float(alpha) * factor / num_passes
 
 
 def positive_counts(
     nll_count: Tensor, kl_count: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return both terms' counts; where nothing counts in a term it is 1, for a sum that is 0."""
-    return _at_least_one(nll_count, dtype), _at_least_one(kl_count, dtype)
+    counts = [torch.as_tensor(count) for count in (nll_count, kl_count)]
+    return _at_least_one(counts[0], dtype), _at_least_one(counts[1], dtype)
 
 
 def resolve_denominators(
@@ -176,5 +177,5 @@ def resolve_denominators(
 
 def _positive(count: Tensor | float, like: Tensor) -> Tensor:
     """Return the denominator as a tensor; an empty window counts as one item, its sum is 0."""
-    count = torch.as_tensor(count, dtype=like.dtype, device=like.device)
+    count = torch.as_tensor(count, dtype=like.dtype, device=like.device).reshape(())
     return torch.where(count == 0, 1, count)

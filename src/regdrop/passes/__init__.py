@@ -12,6 +12,7 @@ from regdrop.passes.rates import (
 from regdrop.passes.shared_prefix import SharedPrefix, share_prefix, why_not_shared
 from regdrop.passes.stacking import find_batch_size, find_tensors, repeat_batch, take_items
 from regdrop.passes.strategies import Strategy, concatenate_outputs, run_passes
+from regdrop.passes.structures import copy_structure
 
 __all__ = [
     "DropoutOdds",
@@ -19,6 +20,7 @@ __all__ = [
     "SharedPrefix",
     "Strategy",
     "concatenate_outputs",
+    "copy_structure",
     "dropout_rates",
     "embedding_noise",
     "find_batch_size",

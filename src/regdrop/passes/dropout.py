@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any, NamedTuple
 
 from torch import nn
 
 _DROPOUT_CLASS = re.compile(r"Drop(out|Path|Block|Connect)|StochasticDepth", re.IGNORECASE)
 _RATE_ATTRIBUTES = ("p", "drop_prob", "prob", "drop_rate", "rate")
-_RATE_NAME = re.compile(r"drop(out|_?prob|_?rate|_?path)|pdrop|layer_?drop", re.IGNORECASE)
+_RATE_NAME = re.compile(r"drop(out|_?prob|_?rate|_?path|_?p$)|p_?drop|layer_?drop", re.IGNORECASE)
+# Numbers of something else, or of what is kept.
+_NO_RATE_NAME = re.compile(r"keep|^num_|^n_|_(num|count|seed|mode|type|layers)$", re.IGNORECASE)
 
 
 class DropoutSource(NamedTuple):
@@ -70,7 +73,7 @@ def _module_rates(module: nn.Module) -> list[str]:
             return own[:1]
     if isinstance(module, nn.RNNBase) and module.num_layers == 1:
         return []  # dropout acts between layers
-    names = [n for n, value in vars(module).items() if _RATE_NAME.search(n) and _is_rate(value)]
+    names = [n for n, value in vars(module).items() if _is_rate_name(n) and _is_rate(value)]
     if (getattr(module, "neftune_noise_alpha", None) or 0) > 0:
         names.append("neftune_noise_alpha")
     return names
@@ -82,13 +85,17 @@ def _config_rates(model: nn.Module, known: set[float]) -> Iterator[RateAttribute
     if config is None or not hasattr(config, "__dict__"):
         return
     for key, value in vars(config).items():
-        if _RATE_NAME.search(key) and _is_rate(value) and value > 0 and value not in known:
+        if _is_rate_name(key) and _is_rate(value) and value > 0 and value not in known:
             source = DropoutSource(f"config.{key}", _kind(key, ""), value, model.training)
             yield RateAttribute(source, config, key)
 
 
+def _is_rate_name(name: str) -> bool:
+    return bool(_RATE_NAME.search(name)) and not _NO_RATE_NAME.search(name)
+
+
 def _is_rate(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
 
 
 def _kind(name: str, class_name: str) -> str:

@@ -27,13 +27,18 @@ def preserve_random_state() -> Iterator[None]:
 
 @contextmanager
 def preserve_buffers(model: nn.Module) -> Iterator[None]:
-    """Put the values of a model's buffers back on exit, BatchNorm statistics among them."""
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    """Put a model's buffers and their values back on exit, BatchNorm statistics among them."""
+    kept = [
+        (module, name, buffer, None if buffer is None else buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in kept:
+            for module, name, buffer, value in kept:
+                module._buffers[name] = buffer
                 # A graph may hold the buffer: what did not change is not written to.
-                if not torch.equal(buffer, value):
+                if buffer is not None and value is not None and not torch.equal(buffer, value):
                     buffer.copy_(value)

@@ -1,9 +1,11 @@
 """Dropout rates set from outside: one for all passes, or another for each pass."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from regdrop.arguments import check_number
@@ -11,6 +13,10 @@ from regdrop.passes.dropout import RateAttribute, rate_attributes
 from regdrop.passes.stacking import find_tensors
 
 _SETTABLE = ("dropout", "attention", "lora")
+_CHECKPOINTING = (
+    "dropout_rates cannot be used with gradient checkpointing: the recomputation would run with "
+    "another pass's rate; switch checkpointing off"
+)
 
 
 @contextmanager
@@ -40,10 +46,7 @@ def dropout_rates(model: nn.Module, rates: float | Sequence[float]) -> Iterator[
     if not sequence or not all(0 <= rate < 1 for rate in sequence):
         raise ValueError(f"rates must be one or more numbers from 0 up to 1, got {rates}")
     if uses_gradient_checkpointing(model):
-        raise ValueError(
-            "dropout_rates cannot be used with gradient checkpointing: the recomputation would "
-            "run with another pass's rate; switch checkpointing off"
-        )
+        raise ValueError(_CHECKPOINTING)
     if not sources:
         raise ValueError("model must have a dropout rate above 0 to be changed, found none")
     state = _RateSwitcher(sources, sequence)
@@ -59,6 +62,12 @@ def dropout_rates(model: nn.Module, rates: float | Sequence[float]) -> Iterator[
         for hook in hooks:
             hook.remove()
         state.restore()
+        if len(sequence) > 1 and not state.calls:
+            warnings.warn(
+                "dropout_rates changed nothing: no forward of the model itself ran in training "
+                "mode; call the module, not a method of it",
+                stacklevel=3,
+            )
 
 
 class DropoutOdds:
@@ -131,6 +140,8 @@ class _RateSwitcher:
 
     def before_forward(self, model: nn.Module, args: Any) -> None:
         if model.training:
+            if len(self.sequence) > 1 and torch._C._current_graph_task_id() != -1:
+                raise ValueError(_CHECKPOINTING)  # a recomputation, inside the backward
             self.set(self.sequence[self.calls % len(self.sequence)])
             self.calls += 1
 

@@ -71,9 +71,9 @@ def repeat_batch(
     Returns:
         A structure of the same type; for one graph a batch of graphs. Tensors whose size in `dim`
         is the batch size are stacked, (num_passes * batch, ...), as are lists of that length that
-        hold no tensors, arrays of NumPy and a `PackedSequence`; everything else passes through.
-        Beside `cu_seq_lens` (or `cu_seqlens`), which tell the documents of packed rows, those of
-        all passes follow each other, and `seq_idx` of one row counts on.
+        hold no tensors, tuples of as many texts, arrays of NumPy and a `PackedSequence`; everything
+        else passes through. Beside `cu_seq_lens` (or `cu_seqlens`), which tell the documents of
+        packed rows, those of all passes follow each other, and `seq_idx` of one row counts on.
 
     Raises:
         TypeError: For an argument of the wrong type; if the batch holds a nested tensor, a sparse
@@ -273,6 +273,8 @@ def _map(value: Any, change: _Change) -> Any:
         _refuse_edges(record, change)
         changed = {n: _map(item, change) for n, item in record.items() if n not in change.shared}
         return rebuild_record(value, changed)
+    if _are_texts(value, change.size):
+        return tuple(change.function(list(value)))
     if isinstance(value, tuple):
         items = [_map(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -283,6 +285,12 @@ def _map(value: Any, change: _Change) -> Any:
     if is_array(value) and _is_of_items(value, change.size, change.dim):
         return value.take(change.index, axis=change.dim)
     return value
+
+
+def _are_texts(value: Any, size: int) -> bool:
+    """Return whether a value is a tuple of one text an item, as torch's own collation gives."""
+    is_of_items = type(value) is tuple and len(value) == size > 0
+    return is_of_items and all(isinstance(item, (str, bytes)) for item in value)
 
 
 def _is_of_items(value: Any, size: int, dim: int) -> bool:
@@ -300,7 +308,7 @@ def _holds_items(value: Any, size: int, dim: int) -> bool:
     """Return whether something in a structure is of the items."""
     if isinstance(value, (Tensor, PackedSequence)) or is_graph(value) or is_array(value):
         return _is_of_items(value, size, dim)
-    if isinstance(value, list) and len(value) == size:
+    if (isinstance(value, list) and len(value) == size) or _are_texts(value, size):
         return True
     return any(_holds_items(child, size, dim) for child in children(value))
 

@@ -90,12 +90,17 @@ def run_passes(
 def concatenate_outputs(outputs: Sequence[Any]) -> Any:
     """Return several outputs of one structure as one, along the first dimension.
 
+    Numbers without a dimension, such as an auxiliary loss of each forward, become their mean.
+
     Raises:
-        TypeError: For an output that is no tensor, tuple, list or mapping of them.
+        TypeError: For an output that is no tensor, None, or a tuple, list or mapping of them.
     """
     first = outputs[0]
+    if first is None:
+        return None
     if isinstance(first, Tensor):
-        return torch.cat(list(outputs))
+        is_number = first.dim() == 0 and first.is_floating_point()
+        return torch.stack(list(outputs)).mean(0) if is_number else torch.cat(list(outputs))
     if isinstance(first, Mapping):
         names = list(first.keys())  # a TensorDict iterates over its rows
         return {name: concatenate_outputs([output[name] for output in outputs]) for name in names}
@@ -130,7 +135,8 @@ def _run(
     outputs = []
     for selection in selections:
         if selection is None:
-            items = copy_structure(batch)  # a forward may change what it is given
+            # A forward may change what it is given, for the next one or for the caller.
+            items = copy_structure(batch, clones=True, shared=shared)
         else:
             items = take_items(batch, selection, batch_size=batch_size, shared=shared)
         outputs.append(forward(items))

@@ -75,25 +75,42 @@ def rebuild_mapping(original: Mapping[Any, Any], changed: dict[Any, Any]) -> Any
     return result
 
 
-def copy_structure(value: Any) -> Any:
+def copy_structure(value: Any, *, clones: bool = False, shared: Iterable[str] = ()) -> Any:
     """Return new structures around the same leaves, and graphs around the same tensors.
 
-    Who adds, changes or takes away items there leaves the original as it is. What is no structure
-    is itself.
+    Who adds, changes or takes away items there leaves the original as it is; who changes a tensor
+    in place, where they are clones. What is no structure is itself.
+
+    Args:
+        value: The structure.
+        clones: Whether tensors and arrays are cloned; the gradient goes through.
+        shared: Names whose items are themselves, not clones.
     """
-    if isinstance(value, (*SIMPLE, Tensor, PackedSequence)):
+    if isinstance(value, (Tensor, PackedSequence)) or is_array(value):
+        return _clone(value) if clones else value
+    if isinstance(value, SIMPLE):
         return value
     if is_container(value):
-        return copy.copy(value)
+        return value.clone() if clones else copy.copy(value)
+
+    def inside(item: Any, name: Any = None) -> Any:
+        return copy_structure(item, clones=clones and name not in shared, shared=shared)
+
     if isinstance(value, Mapping):
-        return rebuild_mapping(value, {name: copy_structure(item) for name, item in value.items()})
+        return rebuild_mapping(value, {name: inside(item, name) for name, item in value.items()})
     record = record_items(value)
     if record is not None:
-        return rebuild_record(value, {name: copy_structure(part) for name, part in record.items()})
+        return rebuild_record(value, {name: inside(item, name) for name, item in record.items()})
     if isinstance(value, (tuple, list)):
-        parts = [copy_structure(part) for part in value]
+        parts = [inside(part) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
+
+
+def _clone(leaf: Any) -> Any:
+    if isinstance(leaf, PackedSequence):
+        return leaf._replace(data=leaf.data.clone())
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf.copy()
 
 
 def children(value: Any) -> Iterable[Any]:

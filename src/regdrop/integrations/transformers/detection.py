@@ -13,11 +13,13 @@ from regdrop.diagnostics import extra_pass
 from regdrop.integrations.transformers.evaluation import (
     evaluation_mode,
     shaken,
+    training_mode,
     with_other_labels,
 )
 from regdrop.integrations.transformers.outputs import Key, find_loss, named_tensors
 from regdrop.integrations.transformers.recipe import ELEMENTWISE, Recipe
 from regdrop.loss import combine_terms
+from regdrop.passes import copy_structure
 
 # What words are padded with where labels are padded by a word.
 _PADDING = (0, 1)
@@ -62,9 +64,26 @@ def detect_recipe(
             return None
         # A mean of the rows' means is another loss, where rows have other numbers of labels.
         fewer = _with_fewer_labels(inputs, found[0])
-        if fewer is not None and not _look_again(model, run, fewer, labels, found[:1]):
-            return None
-    return found[0]
+        if fewer is not None:
+            try:
+                found = _look_again(model, run, fewer, labels, found[:1])
+            except Exception:  # whatever a model raises for a label that it does not ignore
+                return None
+    return found[0] if found and _agrees_in_training(model, run, inputs, found[0]) else None
+
+
+def _agrees_in_training(
+    model: nn.Module, run: Callable[..., Any], inputs: Mapping[str, Any], recipe: Recipe
+) -> bool:
+    """Return whether a recipe is the model's own loss in training mode too, by one forward."""
+    with training_mode(model):
+        output = extra_pass(model, lambda batch: run(**batch), dict(inputs))
+    look = _Look(find_loss(output), list(named_tensors(output)), recipe.keeps_label)
+    if look.loss is None or not look.loss.isfinite():
+        return True
+    # With labels the logits may stand in another place.
+    found = {replace(other, logits=None) for other in _agreeing(look, inputs, [recipe.label])}
+    return replace(recipe, logits=None) in found
 
 
 def _look_again(
@@ -106,7 +125,7 @@ class _Look:
 
 
 def _look(run: Callable[..., Any], labels: Sequence[str], inputs: dict[str, Any]) -> _Look:
-    whole = run(**inputs)
+    whole = run(**copy_structure(inputs, clones=True))
     rest = {name: value for name, value in inputs.items() if name not in labels}
     try:
         output, keeps_label = run(**rest), False

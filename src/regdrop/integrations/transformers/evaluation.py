@@ -1,4 +1,4 @@
-"""Looks at a model that leave it as it is: in evaluation mode, shaken, with labels moved."""
+"""Looks at a model that leave it as it is: in one mode or the other, shaken, with labels moved."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from regdrop.arguments import IGNORE_INDEX
+from regdrop.passes.dropout import rate_attributes
 
 # How far parameters are moved, in their own deviation and at least.
 _SHAKE, _SMALLEST_SHAKE = 0.5, 0.05
@@ -17,9 +18,43 @@ _SHAKE, _SMALLEST_SHAKE = 0.5, 0.05
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Run a model in evaluation mode; the modes of all its modules come back on exit."""
+    with _kept_modes(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Run a model in training mode; the modes of all its modules come back on exit."""
+    with _kept_modes(model):
+        model.train()
+        yield
+
+
+@contextmanager
+def training_without_dropout(model: nn.Module) -> Iterator[None]:
+    """Run a model in training mode, all rates of dropout that are known at 0, as its BatchNorm is.
+
+    What a loss does in training alone is seen there, and nothing else.
+    """
+    sources = [found for found in rate_attributes(model) if found.source.rate > 0]
+    try:
+        for found in sources:
+            setattr(found.owner, found.attribute, 0.0)
+        with training_mode(model):
+            for module in model.modules():
+                if getattr(module, "running_mean", None) is not None:
+                    module.training = False
+            yield
+    finally:
+        for found in sources:
+            setattr(found.owner, found.attribute, found.source.rate)
+
+
+@contextmanager
+def _kept_modes(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
         yield
     finally:
         for module, mode in modes.items():

@@ -23,10 +23,20 @@ from regdrop.reading import Reading
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
-def read_logits_of(model: nn.Module, head: Head, inputs: dict[str, Any]) -> Reading:
-    """Run a model, wrapped as it is trained, and read the logits."""
+def read_logits_of(
+    model: nn.Module, head: Head, has_experts: bool, inputs: dict[str, Any]
+) -> Reading:
+    """Run a model, wrapped as it is trained, and read the logits.
+
+    Args:
+        model: The model.
+        head: Reads the logits.
+        has_experts: Whether an auxiliary loss that it returns is a part of its own.
+        inputs: The batch, of one pass or several.
+    """
     output = model(**inputs)
-    return Reading(head.outputs(output), output, _expert_losses(model, output))
+    losses = _expert_losses(model, output) if has_experts else ()
+    return Reading(head.outputs(output), output, losses)
 
 
 def read_states_of(model: nn.Module, fused: FusedHead, inputs: dict[str, Any]) -> Reading:

@@ -230,7 +230,16 @@ class TrainerInternals(_Base):
         return getattr(self, "current_gradient_accumulation_steps", 1)
 
     def _on_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a batch on the model's device, as the Trainer brings it there."""
+        """Return a batch on the model's device, as the Trainer brings it there.
+
+        Raises:
+            TypeError: For a batch that is no mapping.
+        """
+        if not isinstance(inputs, Mapping):
+            raise TypeError(
+                f"a batch must be a mapping from names to tensors, got {type(inputs).__name__}: "
+                "let the data collator return a dictionary"
+            )
         prepared: dict[str, Any] = self._prepare_inputs(dict(inputs))
         return prepared
 

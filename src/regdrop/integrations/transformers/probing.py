@@ -15,10 +15,20 @@ from regdrop.arguments import IGNORE_INDEX
 from regdrop.diagnostics import extra_pass
 from regdrop.heads import Head
 from regdrop.integrations.transformers.divergence import Divergence
-from regdrop.integrations.transformers.evaluation import evaluation_mode, shaken
+from regdrop.integrations.transformers.evaluation import (
+    evaluation_mode,
+    shaken,
+    training_without_dropout,
+)
 from regdrop.integrations.transformers.outputs import find_logits, find_tensor
 from regdrop.integrations.transformers.own_loss import ComputeLoss, OwnLoss
-from regdrop.passes import find_batch_size, preserve_buffers, preserve_random_state, repeat_batch
+from regdrop.passes import (
+    copy_structure,
+    find_batch_size,
+    preserve_buffers,
+    preserve_random_state,
+    repeat_batch,
+)
 
 # A number of items that no batch has.
 _SOME_ITEMS = 37.0
@@ -53,6 +63,9 @@ def probe_own_loss(
             other = _try_loss(model, compute, inputs, counts_items)
     counts_items = trial.counts_items or other.counts_items
     is_rowwise = trial.is_rowwise and other.is_rowwise
+    if is_rowwise:
+        with training_without_dropout(model):
+            is_rowwise = _is_rowwise_in_training(model, compute, inputs, counts_items)
     divergence = None
     if head is None:
         rows = find_batch_size(inputs)
@@ -94,6 +107,18 @@ def _try_loss(
     return _Trial(counts_items, is_rowwise, loss, output)
 
 
+def _is_rowwise_in_training(
+    model: nn.Module, compute: ComputeLoss, inputs: Mapping[str, Any], counts_items: bool
+) -> bool:
+    """Return whether a loss is one of rows in training mode too, as far as can be told."""
+    try:
+        trials = [_try_loss(model, compute, inputs, counts_items) for _ in range(2)]
+    except Exception:  # a loss may need what only a training step gives
+        return True
+    # Where two looks differ, chance acts that is no known dropout.
+    return not _are_close(*(trial.loss for trial in trials)) or trials[0].is_rowwise
+
+
 def _predicts_next(
     model: nn.Module,
     compute: ComputeLoss,
@@ -111,7 +136,7 @@ def _predicts_next(
         preserve_buffers(model),
         torch.enable_grad(),
     ):
-        loss, output = compute(dict(inputs), items)
+        loss, output = compute(copy_structure(dict(inputs), clones=True), items)
         logits = find_tensor(output, divergence.logits)
         if valid.dim() < 2 or not (loss.requires_grad and logits.requires_grad):
             return False
@@ -139,6 +164,12 @@ def _find_divergence(
 ) -> Divergence:
     """Return how the logits of an output are compared, by their shape and that of the labels."""
     key, logits = find_logits(output, rows)
+    if _are_probabilities(logits):
+        raise ValueError(
+            f"the model's output {key!r} holds probabilities, which sum to 1, and the KL needs "
+            "scores: return the logits, or override rdrop_head of the trainer with outputs that "
+            "take their logarithm"
+        )
     name = next(
         (n for n in (*label_names, "labels", "label") if isinstance(inputs.get(n), Tensor)), None
     )
@@ -182,6 +213,15 @@ def _find_divergence(
     ):
         return Divergence("classes", key, mask=name)
     return Divergence("classes", key, mask="attention_mask" if is_attended else None)
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    """Return whether every row is a distribution over several classes, as behind a softmax."""
+    if logits.dim() < 2 or logits.shape[-1] < 2 or not logits.is_floating_point():
+        return False
+    rows = logits.float()
+    sums = rows.sum(-1)
+    return bool((rows >= 0).all()) and bool(torch.isclose(sums, torch.ones_like(sums)).all())
 
 
 def _are_pairs(logits: Tensor, loss: Tensor) -> bool:

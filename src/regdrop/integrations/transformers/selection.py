@@ -26,7 +26,9 @@ from regdrop.integrations.transformers.recipe import Recipe
 from regdrop.integrations.transformers.verify import (
     Comparison,
     agrees_when_shaken,
+    compare_in_training,
     compare_losses,
+    why_rows_depend,
 )
 from regdrop.loss import binary_cross_entropy_terms, cross_entropy_terms, is_counted, mse_terms
 from regdrop.passes import find_batch_size
@@ -57,6 +59,7 @@ class HeadSelection(TrainerInternals):
 
     rdrop: RDropConfig
     _source: Source | None = None
+    _has_told_of_loss = False
 
     def rdrop_head(self, model: nn.Module, inputs: Mapping[str, Any]) -> Head:
         """Return how a batch with its labels enters the unwrapped model, and its outputs the loss.
@@ -81,11 +84,21 @@ class HeadSelection(TrainerInternals):
             source = self._find_source(first)
             head = self._head_of(source, first)
             obstacle = why_not_stacked(head.inputs, head.rows)
+            if obstacle is None:
+                obstacle = self._why_rows_depend(source, head)
             self._source = replace(source, obstacle=obstacle)
             if self.accelerator.num_processes > 1:
                 # All processes do as the main one does, whose first batch is another.
                 self._source = broadcast_object_list([self._source])[0]
         return self._head_of(self._source, inputs)
+
+    def _why_rows_depend(self, source: Source, head: Head) -> str | None:
+        """Return why a model that is not the library's cannot be stacked; None if it can."""
+        model = self._unwrapped(self.model)
+        is_known = source.recipe is None and _is_of_library(base_model(model))
+        if source.own is not None or is_known or self._splits_parameters():
+            return None
+        return why_rows_depend(model, head)
 
     def _head_of(self, source: Source, inputs: Mapping[str, Any]) -> Head:
         if source.own is not None and source.own.divergence is not None:
@@ -133,16 +146,16 @@ class HeadSelection(TrainerInternals):
                 raise
             reason = f"{name} is not what its name says ({error})".replace(";", ",")
         else:
-            find = partial(self.rdrop_head, model)
-            if found is None or (
-                found.agrees and not (is_own_class and not agrees_when_shaken(model, find, inputs))
-            ):
+            if found is None or self._is_its_kind(model, head, found, is_own_class, inputs):
                 return Source()
-            assert found.own is not None
-            reason = (
-                f"{name} has a loss of its own ({found.own.item():.6g} on the first batch, where "
-                f"that of its kind is {found.ours.item():.6g})"
-            )
+            reason = f"{name} has a loss of its own"
+            if found.own is None:
+                reason += ", in training mode alone"
+            elif not found.agrees_closely:
+                reason += (
+                    f" ({found.own.item():.6g} on the first batch, where that of its kind is "
+                    f"{found.ours.item():.6g})"
+                )
         recipe = self._detect(inputs)
         if recipe is not None:
             self._tell(f"{reason}; its own loss on the first batch is {recipe}, which is minimised")
@@ -156,6 +169,46 @@ class HeadSelection(TrainerInternals):
             ) from error
         self._tell_own(f"{reason}, and its own loss is none that regdrop knows", source)
         return source
+
+    def _is_its_kind(
+        self,
+        model: nn.Module,
+        head: Head,
+        found: Comparison,
+        is_own_class: bool,
+        inputs: Mapping[str, Any],
+    ) -> bool:
+        """Return whether a model's loss is that of its kind, as far as the first batch tells."""
+        if not is_own_class:
+            return found.agrees
+        find = partial(self.rdrop_head, model)
+        return (
+            found.agrees_closely
+            and agrees_when_shaken(model, find, inputs)
+            and compare_in_training(model, head, inputs).agrees_closely
+        )
+
+    def _note_later_loss(self, head: Head, inputs: Mapping[str, Any]) -> None:
+        """Say once where a later batch shows that somebody's own class has another loss."""
+        assert self._source is not None
+        model = self._unwrapped(self.model)
+        if (
+            self._source.own is not None
+            or self._splits_parameters()
+            or _is_of_library(base_model(model))
+            or type(self).rdrop_head is not HeadSelection.rdrop_head
+        ):
+            return
+        found = compare_in_training(model, head, inputs)
+        if not found.agrees:
+            assert found.own is not None
+            self._has_told_of_loss = True
+            self._tell(
+                f"in step {self.state.global_step} the loss of {type(base_model(model)).__name__} "
+                f"is {found.own.item():.6g}, where {found.ours.item():.6g} is minimised: it is "
+                "another loss than the first batch showed; RDropConfig(likelihood='model') "
+                "minimises it as it is"
+            )
 
     def _detect(self, inputs: Mapping[str, Any]) -> Recipe | None:
         return detect_recipe(
@@ -177,7 +230,9 @@ class HeadSelection(TrainerInternals):
         if not found.agrees:
             self._compare_readings(head, found, inputs)
         if head.count is None and not is_counted(head.terms):
+            assert found.terms is not None
             return Source(count=find_count_rule(head.target, found.terms))
+        assert found.terms is not None
         require_counts(head, found.terms)
         return Source()
 

@@ -35,6 +35,10 @@ from regdrop.reading import Reading, check_implementation, head_terms, join_read
 from regdrop.schedule import StepPlan, is_monitored
 from regdrop.step import compute_passes_loss, run_step_passes
 
+# Steps at which a later batch is asked whether somebody's own class has the loss that the first
+# one showed.
+_LATER_LOOKS = (1, 10, 100, 1000)
+
 
 class RDropTrainerMixin(RunState):
     """R-Drop for a `transformers.Trainer` or a subclass of it; list it first among the bases.
@@ -76,12 +80,14 @@ class RDropTrainerMixin(RunState):
             self._require_several_forwards(f"passes={self.rdrop.passes!r} and {graded} graded")
         self._take_over_counting()
         self._num_weight: Tensor | None = None
+        self._first_counts: ItemCounts | None = None
+        self._looked_at = -1
         self._own_num_items: Tensor | int | None = None
         self._meter = LossMeter()
         max_steps = self.args.max_steps
         self._planner = StepPlanner(self.rdrop, max_steps if max_steps > 0 else None)
         self._is_dropout_checked = self._has_told_of_passes = False
-        self._is_fused = self._was_computed = False
+        self._is_fused = self._was_computed = self._is_in_step = False
         self._given_rdrop = self.rdrop
         self.callback_handler.callbacks.insert(0, RecordOptions(self))
 
@@ -94,10 +100,13 @@ class RDropTrainerMixin(RunState):
     ) -> Any:
         """Compute the loss; with R-Drop in training, as the Trainer does in evaluation.
 
+        Training is a training step, and a model in training mode whose gradient is asked for.
+
         With `return_outputs` in training, the outputs are those of the forward with pass 0, of
         stacked passes all of them.
         """
-        if not model.training:
+        is_training = self._is_in_step or (model.training and torch.is_grad_enabled())
+        if not is_training:
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         self._was_computed = True
         step = self.state.global_step
@@ -106,6 +115,10 @@ class RDropTrainerMixin(RunState):
         assert self._source is not None
         own = self._source.own
         self._check(model, head, plan.num_passes, own)
+        self._check_counts(head)
+        if step in _LATER_LOOKS and step != self._looked_at and not self._has_told_of_loss:
+            self._looked_at = step
+            self._note_later_loss(head, inputs)
         if self.rdrop.method == "fraternal":
             head = fraternal_head(head)
 
@@ -138,6 +151,9 @@ class RDropTrainerMixin(RunState):
             self._note_step(plan, result.nll, kl, head.counts())
             loss = result.loss + weigh_expert_loss(reading, head, self.rdrop, num_items_in_batch)
             loss = loss * self._gradient_shares(num_items_in_batch)
+            if num_items_in_batch is None and self._is_in_step:
+                # A mean over this micro-batch, which nobody else divides.
+                loss = loss / self._num_micro_batches()
         else:
             loss = self._add_own_loss(own, head, reading, result, plan, kl, num_items_in_batch)
         self._note_reading(inputs, head, reading)
@@ -174,6 +190,19 @@ class RDropTrainerMixin(RunState):
             self._is_dropout_checked = True
             self._has_warned = warn_without_dropout(model)
 
+    def _check_counts(self, head: Head) -> None:
+        """Raise where the first micro-batch has other labels than those that were counted."""
+        if self._first_counts is None or not self._is_in_step:
+            return
+        counted, self._first_counts = self._first_counts, None
+        found = head.counts()
+        if not all(a.item() == b.item() for a, b in zip(counted, found, strict=True)):
+            raise ValueError(
+                f"a micro-batch must have the labels with which its window was counted, "
+                f"{counted.kl.item():g} items, got {found.kl.item():g} in compute_loss: change "
+                "labels in the data collator, not in training_step or _prepare_inputs"
+            )
+
     def _reader(
         self, model: nn.Module, head: Head, own: OwnLoss | None, return_outputs: bool
     ) -> Callable[[dict[str, Any]], Reading]:
@@ -184,7 +213,9 @@ class RDropTrainerMixin(RunState):
         # Who asks for the outputs wants their logits.
         if self._is_fused and not return_outputs:
             return partial(read_states_of, model, find_fused_head(self._unwrapped(model)))
-        return partial(read_logits_of, model, head)
+        assert self._source is not None
+        # What a recipe agreed with had no other part.
+        return partial(read_logits_of, model, head, self._source.recipe is None)
 
     def _terms(
         self, head: Head, own: OwnLoss | None, reading: Reading, return_outputs: bool
@@ -289,9 +320,12 @@ class RDropTrainerMixin(RunState):
             # Where passes are not treated alike, chance decides which rate each of them gets.
             shuffled = [rates[i] for i in torch.randperm(len(rates)).tolist()]
             context = dropout_rates(self._unwrapped(model), shuffled)
-        self._was_computed = False
-        with context:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._was_computed, self._is_in_step = False, True
+        try:
+            with context:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._is_in_step = False
         if not self._was_computed:
             raise ValueError(
                 f"{type(self).__name__} must call RDropTrainerMixin.compute_loss, and a class "
@@ -309,6 +343,8 @@ class RDropTrainerMixin(RunState):
         if not samples:
             return num_items
         counts = [self._head(sample).counts() for sample in samples]
+        if not self.state.global_step:
+            self._first_counts = counts[0]
         pairs = [torch.stack([nll.float(), kl.float()]) for nll, kl in counts]
         totals = torch.stack(pairs).sum(0).to(device)
         if self.args.average_tokens_across_devices:
