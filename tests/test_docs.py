@@ -313,8 +313,8 @@ def test_examples_are_short(path):
     assert len(path.read_text().splitlines()) < 60
 
 
-# One compares three ways of training, one fine-tunes by TRL.
-LONG = ("unlabelled_data", "trl_finetuning")
+# One compares three ways of training; of the others a test takes the first steps by hand.
+LONG = ("unlabelled_data", "trl_finetuning", "transformers_trainer", "sentence_embeddings")
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def test_an_error_in_a_run_reaches_the_caller(tmp_path, short):
         run_arms(changed, compared_arms(changed, ["baseline"]), seeds=[0], folder=tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_beside_one_that_fails_is_brought_to_its_end(tmp_path, short):
     good = build_arms(short)["baseline"]
     bad = replace(good, name="bad", rdrop=replace(good.rdrop, class_weight=(1.0,)))
@@ -72,7 +72,7 @@ def test_a_run_beside_one_that_fails_is_brought_to_its_end(tmp_path, short):
     assert [path.name for path in (tmp_path / "records").iterdir()] == ["baseline-seed0.json"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_commands_share_the_runs_of_a_comparison(tmp_path, short):
     arms = [build_arms(short)[name] for name in ("baseline", "rdrop", "rdrop-one-backward")]
     alone = run_arms(short, arms, seeds=[0], folder=tmp_path / "alone")

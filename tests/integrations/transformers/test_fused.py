@@ -435,7 +435,7 @@ def _train_shifted(folder, name, fused, **options):
         return run(folder, name, rdrop, shifted(name), **options)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_are_one(tmp_path):
     run_in_two_processes(_worker, tmp_path)
     for i, (name, _) in enumerate(TOGETHER):

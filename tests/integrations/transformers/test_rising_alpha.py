@@ -368,7 +368,7 @@ def _worker(rank, folder, options):
     torch.save((logged(again, "alpha"), planned), folder / f"again-{rank}.pt")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_processes_have_the_alphas_of_one(tmp_path):
     options = {"losses": HIGH, "save_strategy": "steps", "save_steps": 3, **EVALUATED}
     run_in_two_processes(_worker, tmp_path, options)
