@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from regdrop import (
     AlphaController,
     RDropConfig,
+    rdrop_binary_cross_entropy_with_logits,
     rdrop_cross_entropy,
     rdrop_mse_loss,
     rdrop_step,
@@ -127,6 +128,20 @@ def test_fraternal_dropout_leaves_masked_classes_out():
     assert logits.grad.isfinite().all()
     with pytest.raises(TypeError, match="target must hold class indices"):
         fraternal_terms(logits, torch.rand(2, 3), num_passes=2)
+
+
+@pytest.mark.parametrize("mask", [-torch.inf, torch.inf])
+def test_a_label_masked_in_every_pass_costs_nothing(mask):
+    logits, target = torch.randn(4, 3), torch.ones(2, 3)
+    logits[:, 2], target[:, 2] = mask, float(mask > 0)
+    logits.requires_grad_()
+    output = rdrop_binary_cross_entropy_with_logits(logits, target, alpha=1.0, reduction="sum")
+    output.loss.backward()
+    expected = rdrop_binary_cross_entropy_with_logits(
+        logits.detach()[:, :2], target[:, :2], alpha=1.0, reduction="sum"
+    )
+    torch.testing.assert_close(output.loss.detach(), expected.loss)
+    assert bool((logits.grad[:, 2] == 0).all())
 
 
 def test_an_adaptive_softmax_takes_labels_of_any_integer_type():

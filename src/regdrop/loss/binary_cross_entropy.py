@@ -93,8 +93,10 @@ def binary_cross_entropy_terms(
     check_broadcastable("weight", weight, target)
     check_broadcastable("pos_weight", pos_weight, target)
     passes, target = without_masked(passes, target, mask)
+    limits = torch.finfo(passes.dtype)
     nll = F.binary_cross_entropy_with_logits(
-        passes,
+        # A label that is masked by an infinity, and is not there, costs nothing.
+        passes.clamp(limits.min, limits.max),
         target.to(passes.dtype).expand_as(passes),
         weight=None if weight is None else weight.to(passes.dtype),
         pos_weight=None if pos_weight is None else pos_weight.to(passes.dtype),
