@@ -225,7 +225,7 @@ SAID = {
     "divergence": "logits that are a DTensor must be a copy in every process, or spread by classes",
     "probabilities": "target must hold class indices",
     "eager": "need impl='auto', 'chunked' or 'triton', .* got eager",
-    "weight": "got a target or weight that requires a gradient",
+    "weight": "weight must not require a gradient",
     "in place": "inplace=True needs plain logits, got a DTensor",
     "uneven": "logits must be spread over processes as torch.chunk does it, [43] of 7 classes here",
     "targets": "the processes that share the classes of logits must have the same target",
