@@ -193,7 +193,7 @@ def gain() -> str:
         ("language model, a book", "alice"),
         ("summaries, 1,000 abstracts", "scitldr-part-tuned"),
         ("images, 2,000", "fashion-mnist-part"),
-        ("sentences (CoLA), fine-tuned", "minilm-cola"),
+        ("sentences (CoLA), fine-tuned", "minilm-cola-tuned"),
         ("six layers a side, 1,200 steps", "iwslt-size"),
     ]
     arms = [
@@ -250,7 +250,7 @@ def alphas() -> str:
         (
             "understanding (GLUE)",
             [0.1, 1],
-            [alpha("minilm-sst2-part"), alpha("minilm-cola"), alpha("minilm-mrpc-part")],
+            [alpha("minilm-sst2-part"), alpha("minilm-cola-tuned"), alpha("minilm-mrpc-part")],
         ),
         ("images", [0.6], [alpha("digits"), alpha("fashion-mnist-part")]),
     ]

@@ -21,7 +21,7 @@ README_STUDIES = [
     ("alice", "perplexity"),
     ("fashion-mnist-part", "accuracy (%)"),
     ("scitldr-part-tuned", "ROUGE-1"),
-    ("minilm-cola", "Matthews"),
+    ("minilm-cola-tuned", "Matthews"),
     ("minilm-sst2-part", "accuracy (%)"),
     ("iwslt-size", "BLEU, lower-cased"),
 ]
@@ -33,7 +33,7 @@ HELP_STUDIES = [
     ("fashion-mnist-part", "accuracy (%)"),
     ("digits-tuned", "accuracy (%)"),
     ("scitldr-part-tuned", "ROUGE-1"),
-    ("minilm-cola", "Matthews"),
+    ("minilm-cola-tuned", "Matthews"),
     ("minilm-sst2-part", "accuracy (%)"),
 ]
 
@@ -88,7 +88,7 @@ def test_twice_the_updates():
         "alice",
         "fashion-mnist-part",
         "scitldr-part-tuned",
-        "minilm-cola",
+        "minilm-cola-tuned",
         "minilm-sst2-part",
     )
     rows = table("docs/will-it-help.md", "| task | twice the updates")
@@ -139,7 +139,7 @@ def test_the_alphas_that_were_chosen_here():
     assert numbers(rows["images"]) == [alpha("digits"), alpha("fashion-mnist-part")]
     glue = [alpha(study) for study in ("minilm-sst2-part", "minilm-mrpc-part")]
     assert numbers(rows["understanding (GLUE)"]) == glue
-    assert glue[0] < alpha("minilm-cola") < glue[1]
+    assert glue[0] <= alpha("minilm-cola-tuned") <= glue[1]
 
 
 # The rows of the log's table of regret, as the record names them.
