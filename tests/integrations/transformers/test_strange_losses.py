@@ -144,6 +144,7 @@ def in_the_batch(samples):
     return {"x": x, "labels": torch.arange(len(x))}
 
 
+@pytest.mark.filterwarnings("ignore:R-Drop has nothing to compare")
 def test_rows_that_are_scored_against_each_other_are_not_stacked(tmp_path, caplog):
     expected = first_loss(lambda: TwoTowers(0.0), tmp_path, Trainer, collate=in_the_batch)
     with caplog.at_level(logging.WARNING):
@@ -158,6 +159,7 @@ def test_rows_that_are_scored_against_each_other_are_not_stacked(tmp_path, caplo
     assert any(reason in line for line in said(caplog))
 
 
+@pytest.mark.filterwarnings("ignore:R-Drop has nothing to compare")
 def test_a_table_of_as_many_rows_as_the_batch_is_not_stacked(tmp_path):
     class Prototypes(nn.Module):
         def __init__(self):
