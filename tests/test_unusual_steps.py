@@ -1,7 +1,7 @@
 """Steps, losses and rules of alpha on numbers and outputs that a usual run does not have."""
 
 import json
-import time
+import timeit
 import warnings
 
 import numpy as np
@@ -212,10 +212,10 @@ def test_a_function_that_names_a_large_vocabulary_costs_no_time():
     def forward(x):
         return net(x) + len(words) * 0
 
-    rdrop_step(forward, X, Y, config=RDropConfig(), step=0)
-    start = time.perf_counter()
-    rdrop_step(forward, X, Y, config=RDropConfig(), step=1)
-    assert time.perf_counter() - start < 0.05
+    def step():
+        rdrop_step(forward, X, Y, config=RDropConfig(), step=0)
+
+    assert min(timeit.repeat(step, number=1, repeat=5)) < 0.05
 
 
 def test_symmetric_kl_of_nothing_is_nothing():

@@ -2,7 +2,7 @@
 
 import enum
 import functools
-import time
+import timeit
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,9 +247,7 @@ def test_fields_that_are_not_set_stay_so():
 def test_a_large_object_is_not_read_through():
     data = Hidden([(i, str(i)) for i in range(200_000)])
     batch = {"x": torch.zeros(3, 2), "data": data}
-    start = time.perf_counter()
-    repeat_batch(batch)
-    assert time.perf_counter() - start < 0.05
+    assert min(timeit.repeat(lambda: repeat_batch(batch), number=1, repeat=5)) < 0.05
 
 
 def test_a_hidden_object_may_be_shared_by_name():
