@@ -28,10 +28,11 @@ def follow(rule, losses, *, every=10, parts=(), **options):
 # --- each rule ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("begin", [0.0, 3.0])
 @pytest.mark.parametrize("start", [0, 20])
-def test_the_ramp_is_the_one_of_the_config_and_reads_no_loss(start):
-    controller = AlphaController(STEPS, alpha_max=12.0, start_step=start)
-    config = RDropConfig(alpha="auto", alpha_max=12.0, start_step=start)
+def test_the_ramp_is_the_one_of_the_config_and_reads_no_loss(start, begin):
+    config = RDropConfig(alpha="auto", alpha_start=begin, alpha_max=12.0, start_step=start)
+    controller = AlphaController.from_config(config, STEPS)
     for step in range(STEPS):
         assert controller.alpha == pytest.approx(scheduled_alpha(config, step, STEPS))
         controller.update(step, validation_loss=float(step % 3))
@@ -195,6 +196,13 @@ def test_a_run_that_had_to_follow_the_ramp_goes_on_so():
         ({"start_step": -1}, ValueError, "start_step must be at least 0, got -1"),
         ({"alpha_max": 0}, ValueError, "alpha_max must be finite and above 0, got 0"),
         ({"alpha_min": 0}, ValueError, "alpha_min must be finite and above 0, got 0"),
+        ({"alpha_start": 17}, ValueError, r"alpha_start must be from 0 to alpha_max=16\.0, got 17"),
+        ({"alpha_start": -1}, ValueError, r"alpha_start must be from 0 to alpha_max=16\.0, got -1"),
+        (
+            {"alpha_start": 2, "rule": "gap"},
+            ValueError,
+            "alpha_start=2 needs rule='ramp', got 'gap'",
+        ),
         ({"rule": "best"}, ValueError, "rule must be one of ramp, stall, .*; got 'best'"),
     ],
 )

@@ -1,5 +1,5 @@
 import json
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ def test_defaults_are_two_stacked_passes_on_the_baselines_scale():
         "alpha_schedule": "constant",
         "alpha_warmup_steps": 0,
         "alpha_warmup_ratio": None,
+        "alpha_start": 0.0,
         "alpha_rule": "ramp",
         "alpha_max": 16.0,
         "alpha_min": 1.0,
@@ -54,18 +55,20 @@ def test_an_alpha_that_nobody_chose_goes_through_json_too():
         alpha="auto", alpha_rule="stall", alpha_max=8, alpha_min=3, single_pass_below=2
     )
     assert RDropConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    ramp = RDropConfig(alpha=4.0, alpha_schedule="linear", alpha_warmup_ratio=0.5)
+    ramp = RDropConfig(alpha=4.0, alpha_schedule="linear", alpha_warmup_ratio=0.5, alpha_start=2.0)
     assert RDropConfig.from_dict(json.loads(json.dumps(ramp.to_dict()))) == ramp
 
 
 def test_a_config_that_was_saved_before_there_was_a_rule_loads():
     saved = RDropConfig(alpha=3.0, alpha_schedule="linear", alpha_warmup_steps=9).to_dict()
-    names = ("alpha_warmup_ratio", "alpha_rule", "alpha_max", "alpha_min", "single_pass_below")
+    names = ("alpha_warmup_ratio", "alpha_start", "alpha_rule", "alpha_max", "alpha_min")
+    names += ("single_pass_below",)
     for name in names:
         del saved[name]
     assert RDropConfig.from_dict(saved).to_dict() == {
         **saved,
         "alpha_warmup_ratio": None,
+        "alpha_start": 0.0,
         "alpha_rule": "ramp",
         "alpha_max": 16.0,
         "alpha_min": 1.0,
@@ -83,6 +86,14 @@ def test_another_alpha_leaves_what_reads_it_behind():
         fraction=0.5,
     )
     assert auto.with_alpha(0.0) == RDropConfig(alpha=0.0, fraction=0.5)
+    ramp = RDropConfig(alpha="auto", alpha_start=3.0, alpha_max=10.0)
+    assert ramp.with_alpha(6.0) == RDropConfig(alpha=6.0)
+
+
+def test_no_step_of_a_ramp_has_more_than_another_alpha():
+    ramp = RDropConfig(alpha=4.0, alpha_schedule="linear", alpha_warmup_steps=9, alpha_start=2.0)
+    assert ramp.with_alpha(6.0) == replace(ramp, alpha=6.0)
+    assert ramp.with_alpha(0.0) == replace(ramp, alpha=0.0, alpha_start=0.0)
 
 
 def test_a_config_is_frozen_and_hashable():
@@ -175,6 +186,30 @@ def test_a_config_is_frozen_and_hashable():
             {"alpha": "auto", "alpha_min": 3.0},
             ValueError,
             r"alpha_min=3\.0 needs an alpha_rule that reads the validation loss",
+        ),
+        ({"alpha_start": -1}, ValueError, "alpha_start must be finite and at least 0, got -1"),
+        (
+            {"alpha_start": 2.0},
+            ValueError,
+            r"alpha_start=2\.0 needs alpha_schedule='linear' or 'cosine', or alpha='auto'",
+        ),
+        (
+            {"alpha": "auto", "alpha_start": 20.0},
+            ValueError,
+            r"alpha_start must be at most alpha_max=16\.0: alpha='auto' rises, got 20\.0",
+        ),
+        (
+            {"alpha": "auto", "alpha_rule": "stall", "alpha_start": 2.0},
+            ValueError,
+            r"alpha_start=2\.0 needs alpha_rule='ramp', got 'stall', which begins at alpha_min",
+        ),
+        (
+            {
+                **{"alpha": 0, "num_passes": 1, "alpha_start": 2.0},
+                **{"alpha_schedule": "linear", "alpha_warmup_steps": 2},
+            },
+            ValueError,
+            r"num_passes=1 needs alpha_start=0, got alpha_start=2\.0",
         ),
         ({"single_pass_below": -1}, ValueError, "single_pass_below must be finite and at least 0"),
         (

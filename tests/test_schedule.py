@@ -54,6 +54,31 @@ def test_a_ratio_is_a_part_of_the_steps_from_the_start_on(schedule, ratio, start
     assert ends == ([] if ratio == 1 else list(range(start + (24 - start) // 2, 24)))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [3, 4.75, 6.5, 8.25, 10, 10]),
+        ("cosine", [3 + 3.5 * (1 - math.cos(math.pi * t / 4)) for t in range(5)] + [10]),
+    ],
+)
+def test_a_ramp_begins_where_it_is_said_to_and_may_fall(schedule, expected):
+    ramp = {"alpha_schedule": schedule, "alpha_warmup_steps": 4}
+    assert alphas(6, alpha=10.0, alpha_start=3.0, **ramp) == pytest.approx(expected)
+    fallen = alphas(6, alpha=3.0, alpha_start=10.0, **ramp)
+    assert fallen == pytest.approx([13 - alpha for alpha in expected])
+    # What falls has one pass in the end.
+    single = plans(6, alpha=3.0, alpha_start=10.0, single_pass_below=6.0, **ramp)
+    assert [plan.num_passes for plan in single] == [2, 2, 2, 1, 1, 1]
+
+
+def test_auto_begins_where_it_is_said_to():
+    ramp = {"alpha": "auto", "alpha_start": 3.0, "alpha_max": 10.0}
+    assert alphas(7, total_steps=7, **ramp) == pytest.approx([3, 4, 5, 6, 7, 8, 9])
+    late = alphas(9, total_steps=9, start_step=2, **ramp)
+    assert late == pytest.approx([0, 0, 3, 4, 5, 6, 7, 8, 9])
+    assert alphas(9, total_steps=7, **ramp)[-2:] == [10.0, 10.0]
+
+
 def test_auto_is_the_ramp_over_the_whole_run():
     assert alphas(8, total_steps=8, alpha="auto") == [16 * step / 8 for step in range(8)]
     found = alphas(8, total_steps=8, alpha="auto", alpha_max=3.0, start_step=2)

@@ -125,8 +125,8 @@ def _between(value: float, low: float, high: float) -> float:
     return min(high, max(low, value))
 
 
-# "ramp": linear from 0 to alpha_max over the run. The others act at evaluations, and begin at
-# alpha_min.
+# "ramp": linear from alpha_start to alpha_max over the run. The others act at evaluations, and
+# begin at alpha_min.
 RULES: Mapping[AlphaRule, Rule] = {
     "ramp": _ramp,
     "stall": _stall,
@@ -149,6 +149,7 @@ class AlphaController:
         total_steps: Optimiser steps of the whole run.
         rule: One of `RULES`.
         alpha_max: The most that alpha may be; the end of the "ramp".
+        alpha_start: Where the "ramp" begins; 0 for the other rules.
         alpha_min: Where the other rules begin, and the least that they step back to ("gap" goes
             down to 0). A higher one gives way to `alpha_max`.
         start_step: First step with R-Drop, as in `RDropConfig`; alpha is 0 before it, and
@@ -165,6 +166,7 @@ class AlphaController:
         *,
         rule: AlphaRule = "ramp",
         alpha_max: float = 16.0,
+        alpha_start: float = 0.0,
         alpha_min: float = 1.0,
         start_step: int = 0,
     ) -> None:
@@ -180,7 +182,17 @@ class AlphaController:
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
         self.total_steps, self.start_step = total_steps, start_step
+        if not 0 <= alpha_start <= alpha_max:
+            raise ValueError(
+                f"alpha_start must be from 0 to alpha_max={alpha_max}, got {alpha_start}"
+            )
+        if alpha_start and rule != "ramp":
+            raise ValueError(
+                f"alpha_start={alpha_start} needs rule='ramp', got {rule!r}, which begins at "
+                "alpha_min"
+            )
         self.alpha_max, self.alpha_min = alpha_max, min(alpha_min, alpha_max)
+        self.alpha_start = alpha_start
         self.rule: AlphaRule = rule
         self.should_restore = False
         self._next_step = 0
@@ -209,6 +221,7 @@ class AlphaController:
             total_steps,
             rule=config.alpha_rule,
             alpha_max=config.alpha_max,
+            alpha_start=config.alpha_start,
             alpha_min=config.alpha_min,
             start_step=config.start_step,
         )
@@ -228,7 +241,7 @@ class AlphaController:
     def follow_ramp(self) -> None:
         """Follow the "ramp" from now on, as where a run turns out to have no validation loss."""
         self.rule = "ramp"
-        self._state = AlphaState(0.0, self._slope, self.start_step)
+        self._state = AlphaState(self.alpha_start, self._slope, self.start_step)
 
     def update(
         self,
@@ -314,7 +327,8 @@ class AlphaController:
 
     @property
     def _slope(self) -> float:
-        return self.alpha_max / max(1, self.total_steps - self.start_step)
+        rise = self.alpha_max - self.alpha_start
+        return rise / max(1, self.total_steps - self.start_step)
 
     def _add(self, name: str, value: Tensor | float) -> None:
         count: Tensor | float

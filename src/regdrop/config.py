@@ -34,10 +34,12 @@ class RDropConfig:
         every_n_steps: Apply R-Drop on every n-th step only.
         rescale: Multiply alpha by every_n_steps on those steps, so that its mean stays alpha.
         start_step: First step with R-Drop.
-        alpha_schedule: "constant", or a "linear" or "cosine" ramp from 0 to alpha, then constant.
+        alpha_schedule: "constant", or a "linear" or "cosine" ramp from `alpha_start` to alpha, then
+            constant.
         alpha_warmup_steps: Length of the ramp, counted from start_step.
         alpha_warmup_ratio: Length of the ramp as a part of the steps from start_step to the end of
             the run, instead of alpha_warmup_steps; 1.0 is all of them.
+        alpha_start: Where that ramp begins, and the "ramp" of alpha="auto". Above alpha it falls.
         alpha_rule: How alpha="auto" rises; see `regdrop.alpha.RULES`. "ramp" needs no validation;
             the others act at evaluations, by the validation loss.
         alpha_max: What alpha="auto" reaches at most; the end of the "ramp".
@@ -84,6 +86,7 @@ class RDropConfig:
     alpha_schedule: AlphaSchedule = "constant"
     alpha_warmup_steps: int = 0
     alpha_warmup_ratio: float | None = None
+    alpha_start: float = 0.0
     alpha_rule: AlphaRule = "ramp"
     alpha_max: float = _DEFAULT_ALPHA_MAX
     alpha_min: float = _DEFAULT_ALPHA_MIN
@@ -133,6 +136,7 @@ class RDropConfig:
         return replace(
             self,
             alpha=alpha,
+            alpha_start=min(self.alpha_start, alpha) if self.alpha != "auto" else 0.0,
             alpha_rule="ramp",
             alpha_max=_DEFAULT_ALPHA_MAX,
             alpha_min=_DEFAULT_ALPHA_MIN,
@@ -144,6 +148,7 @@ class RDropConfig:
             if isinstance(self.alpha, str):
                 raise TypeError(f"alpha must be a number, got str {self.alpha!r}; or 'auto'")
             check_range("alpha", self.alpha, low=0)
+        check_range("alpha_start", self.alpha_start, low=0)
         check_range("alpha_max", self.alpha_max, low=0)
         check_range("alpha_min", self.alpha_min, low=0)
         if self.alpha_warmup_ratio is not None:
@@ -204,8 +209,9 @@ class RDropConfig:
                 raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
 
     def _check_combinations(self) -> None:
-        if self.num_passes == 1 and self.alpha != 0:
-            raise ValueError(f"num_passes=1 needs alpha=0, got alpha={self.alpha!r}")
+        for name in ("alpha", "alpha_start"):
+            if self.num_passes == 1 and getattr(self, name) != 0:
+                raise ValueError(f"num_passes=1 needs {name}=0, got {name}={getattr(self, name)!r}")
         if self.backward_passes is not None and self.backward_passes > self.num_passes:
             raise ValueError(
                 f"backward_passes must be at most num_passes={self.num_passes}, "
@@ -279,10 +285,20 @@ class RDropConfig:
                 raise ValueError(
                     f"alpha_min must be at most alpha_max={self.alpha_max}, got {self.alpha_min}"
                 )
+            if self.alpha_start > self.alpha_max:
+                raise ValueError(
+                    f"alpha_start must be at most alpha_max={self.alpha_max}: alpha='auto' rises, "
+                    f"got {self.alpha_start}; alpha_schedule='linear' may fall"
+                )
+            if self.alpha_start and self.alpha_rule != "ramp":
+                raise ValueError(
+                    f"alpha_start={self.alpha_start} needs alpha_rule='ramp', got "
+                    f"{self.alpha_rule!r}, which begins at alpha_min"
+                )
             if self.alpha_rule == "ramp" and self.alpha_min != _DEFAULT_ALPHA_MIN:
                 raise ValueError(
                     f"alpha_min={self.alpha_min} needs an alpha_rule that reads the validation "
-                    "loss: the 'ramp' begins at 0"
+                    "loss: the 'ramp' begins at alpha_start"
                 )
         else:
             for name, default in (
@@ -312,13 +328,18 @@ class RDropConfig:
             )
         if self.alpha_schedule == "constant" and ramp:
             raise ValueError(f"{given} needs alpha_schedule='linear' or 'cosine', got 'constant'")
+        if self.alpha_start and self.alpha != "auto" and self.alpha_schedule == "constant":
+            raise ValueError(
+                f"alpha_start={self.alpha_start} needs alpha_schedule='linear' or 'cosine', or "
+                "alpha='auto', got 'constant'"
+            )
         if self.single_pass_below is not None:
             if self.num_passes == 1:
                 raise ValueError(
                     f"single_pass_below={self.single_pass_below} needs num_passes above 1, got 1"
                 )
             name = "alpha_max" if self.alpha == "auto" else "alpha"
-            if getattr(self, name) < self.single_pass_below:
+            if max(getattr(self, name), self.alpha_start) < self.single_pass_below:
                 raise ValueError(
                     f"single_pass_below must be at most {name}={getattr(self, name)}, else no step "
                     f"has R-Drop, got {self.single_pass_below}"

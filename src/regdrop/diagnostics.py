@@ -32,7 +32,7 @@ Output = TypeVar("Output")
 _FORWARD_SHARE = 1 / 3
 # What an estimated cost comes from, and how many steps with R-Drop a long run has at least.
 _COST_OPTIONS = (
-    *("alpha", "alpha_rule", "alpha_max", "alpha_schedule", "alpha_warmup_ratio"),
+    *("alpha", "alpha_start", "alpha_rule", "alpha_max", "alpha_schedule", "alpha_warmup_ratio"),
     *("num_passes", "backward_passes", "fraction", "every_n_steps", "single_pass_below"),
 )
 _LONG_RUN = 1000
@@ -232,7 +232,9 @@ def _share_of_full_steps(config: RDropConfig, total_steps: int | None) -> float:
         config = config.with_alpha(config.alpha_max)
     if total_steps is None:
         if config.alpha_warmup_steps:
-            config = replace(config, alpha_schedule="constant", alpha_warmup_steps=0)
+            config = replace(
+                config, alpha_schedule="constant", alpha_warmup_steps=0, alpha_start=0.0
+            )
         config, total_steps = replace(config, start_step=0), _LONG_RUN * config.every_n_steps
     plans = (plan_step(config, step, total_steps=total_steps) for step in range(total_steps))
     return sum(plan.num_passes == config.num_passes for plan in plans) / total_steps
@@ -267,7 +269,7 @@ def dropout_report(model: nn.Module, config: RDropConfig | None = None) -> list[
 
 def _cost_options(config: RDropConfig) -> str:
     """Return the options that the cost of a step comes from, without those left as they are."""
-    names = _COST_OPTIONS if config.single_pass_below is not None else _COST_OPTIONS[5:]
+    names = _COST_OPTIONS if config.single_pass_below is not None else _COST_OPTIONS[6:]
     given = {one.name: getattr(config, one.name) for one in fields(config) if one.name in names}
     defaults = {one.name: one.default for one in fields(config)}
     changed = {n: v for n, v in given.items() if v != defaults[n] or n == "num_passes"}

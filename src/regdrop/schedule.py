@@ -78,7 +78,8 @@ def scheduled_alpha(config: RDropConfig, step: int, total_steps: int | None = No
                 f"alpha_rule={config.alpha_rule!r} follows the validation loss: give "
                 "alpha=controller.alpha of a regdrop.AlphaController"
             )
-        return config.alpha_max * _progress(elapsed, _ramp_steps(config, 1.0, total_steps))
+        progress = _progress(elapsed, _ramp_steps(config, 1.0, total_steps))
+        return _between(config.alpha_start, config.alpha_max, progress)
     if config.alpha_schedule == "constant":
         return config.alpha
     length: float = config.alpha_warmup_steps
@@ -87,7 +88,7 @@ def scheduled_alpha(config: RDropConfig, step: int, total_steps: int | None = No
     progress = _progress(elapsed, length)
     if config.alpha_schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
-    return config.alpha * progress
+    return _between(config.alpha_start, config.alpha, progress)
 
 
 def is_monitored(config: RDropConfig, step: int) -> bool:
@@ -103,6 +104,10 @@ def _ramp_steps(config: RDropConfig, ratio: float, total_steps: int | None) -> f
             "whole run"
         )
     return ratio * (total_steps - config.start_step)
+
+
+def _between(start: float, end: float, progress: float) -> float:
+    return start * (1 - progress) + end * progress
 
 
 def _progress(elapsed: int, length: float) -> float:

@@ -125,7 +125,9 @@ def optional_arms(task: Task) -> dict[str, Arm]:
     # It compares logits, which no kernel of the loss does.
     fraternal = replace(base, alpha=0.3, method="fraternal", fused_linear="auto", impl="auto")
     # Of an alpha that rises, the mean over the run.
-    alpha = task.rdrop.alpha_max / 2 if task.rdrop.alpha == "auto" else task.rdrop.alpha
+    alpha = task.rdrop.alpha
+    if alpha == "auto":
+        alpha = (task.rdrop.alpha_start + task.rdrop.alpha_max) / 2
     arms = (
         replace(
             baseline_arm(task),

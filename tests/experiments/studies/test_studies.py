@@ -24,6 +24,7 @@ from regdrop.tasks.images.presets import DIGITS
 
 VARIED = (
     "alpha",
+    "alpha_start",
     "alpha_rule",
     "alpha_max",
     "alpha_min",
@@ -87,6 +88,8 @@ def test_schedules_of_alpha_are_constants_ramps_rules_and_cheaper_ramps():
     assert arms["ramp-16-below-8"] == replace(ramp, single_pass_below=8)
     assert arms["ramp-16-every-2"] == replace(ramp, every_n_steps=2)
     assert arms["ramp-16-below-5-every-2"] == replace(ramp, every_n_steps=2, single_pass_below=5)
+    narrow = arms["narrow-ramp-10"]
+    assert narrow == replace(ramp, alpha_start=3, alpha_max=10)
     late = arms["late-start"]
     # Its mean over the run is that of the ramp to 16.
     assert (late.alpha, late.start_step) == (16, DIGITS.training.max_steps / 2)
@@ -105,6 +108,7 @@ def test_schedules_of_a_task_that_has_one_itself_begin_without_it():
     for rdrop in (
         auto,
         RDropConfig(alpha=2.0, alpha_schedule="linear", alpha_warmup_ratio=0.5, start_step=3),
+        RDropConfig(alpha="auto", alpha_start=3.0, alpha_max=10.0),
     ):
         task = replace(DIGITS, rdrop=rdrop)
         found, plain = (study_arms("alpha-schedules", t, [0, 6]) for t in (task, DIGITS))

@@ -63,6 +63,11 @@ def test_auto_is_a_ramp_over_the_whole_run_however_its_length_is_given(tmp_path,
     assert_same_run(found, train(tmp_path, ramp, validation=False))
 
 
+def test_the_ramp_begins_where_it_is_said_to(tmp_path):
+    auto = RDropConfig(alpha="auto", alpha_start=2.0, alpha_max=10.0)
+    assert logged(train(tmp_path, auto), "alpha") == pytest.approx([2, 3, 4, 5, 6, 7, 8, 9])
+
+
 def test_a_ratio_is_a_part_of_the_run(tmp_path):
     config = RDropConfig(
         alpha=6.0, alpha_schedule="linear", alpha_warmup_ratio=0.5, start_step=2, every_n_steps=2

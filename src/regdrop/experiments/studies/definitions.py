@@ -16,6 +16,8 @@ from regdrop.tasks.common.accepted import check_choice
 # The settings of every rule for alpha: the end of a ramp, the most that another may give.
 _ALPHA_ENDS = (8.0, 16.0, 32.0)
 _ALPHA_STARTS = (3.0, 6.0)
+# Ramps around the constants that are good on most tasks: their begin and their end.
+_NARROW_RAMPS = ((3.0, 10.0), (4.0, 12.0))
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,15 @@ def _ramps(task: Task) -> list[Arm]:
     return [
         _rising(task, f"ramp-{end:g}", f"from 0 to {end:g} over the run", alpha_max=end)
         for end in _ALPHA_ENDS
+    ] + [
+        _rising(
+            task,
+            f"narrow-ramp-{end:g}",
+            f"from {start:g} to {end:g} over the run",
+            alpha_start=start,
+            alpha_max=end,
+        )
+        for start, end in _NARROW_RAMPS
     ]
 
 
@@ -180,6 +191,7 @@ def _without_schedule(rdrop: RDropConfig) -> RDropConfig:
     return replace(
         rdrop.with_alpha(1.0),
         alpha_schedule="constant",
+        alpha_start=0.0,
         alpha_warmup_steps=0,
         alpha_warmup_ratio=None,
         start_step=0,
