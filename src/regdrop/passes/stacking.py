@@ -3,7 +3,6 @@
 A stacked tensor holds pass 0 of the whole batch, then pass 1, and so on.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -22,6 +21,12 @@ from regdrop.passes.containers import (
     is_graph,
     take_from_container,
 )
+from regdrop.passes.packed_rows import (
+    find_repetition,
+    is_longest,
+    refuse_hidden_documents,
+    tell_documents,
+)
 from regdrop.passes.structures import (
     SIMPLE,
     as_names,
@@ -35,16 +40,11 @@ from regdrop.passes.structures import (
     record_items,
 )
 from regdrop.passes.unseen import refuse_unseen_items
-from regdrop.tracing import is_transformed
 
 Batch = TypeVar("Batch")
 
 # Tensors whose first dimension is the batch size in the Hugging Face libraries.
 _MODEL_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features")
-
-# Where each document begins in rows that are read as one, and the longest of them.
-_STARTS = re.compile(r"cu_?seq_?lens")
-_LONGEST = re.compile(r"max_(length_|seq_?len)")
 
 
 def repeat_batch(
@@ -314,72 +314,20 @@ def _holds_items(value: Any, size: int, dim: int) -> bool:
 
 
 def _map_mapping(value: Mapping[Any, Any], change: _Change) -> dict[Any, Any]:
-    names = list(value.keys())  # a TensorDict iterates over its rows
-    is_packed = any(_is_named(name, _STARTS) for name in names)
+    is_packed = tell_documents(value.keys())  # a TensorDict itself iterates over its rows
     if not is_packed:
-        _refuse_hidden_documents(value, change)
+        refuse_hidden_documents(value, lambda: len(change.index))
     _refuse_edges(value, change)
     changed = {}
     for name, item in value.items():
-        if name in change.shared or (is_packed and _is_named(name, _LONGEST)):
+        repetition = find_repetition(name, item, change.size)
+        if name in change.shared or (is_packed and is_longest(name)):
             changed[name] = item
-        elif _is_named(name, _STARTS) and isinstance(item, Tensor) and item.dim() == 1:
-            changed[name] = _repeat_starts(item, change.times(name))
-        elif name == "seq_idx" and isinstance(item, Tensor) and change.size == len(item) == 1:
-            changed[name] = _repeat_numbers(item, change.times(name))
+        elif repetition is not None:
+            changed[name] = repetition(item, change.times(name))
         else:
             changed[name] = _map(item, change)
     return changed
-
-
-def _is_named(name: Any, pattern: re.Pattern[str]) -> bool:
-    return isinstance(name, str) and pattern.match(name) is not None
-
-
-def _repeat_starts(starts: Tensor, times: int) -> Tensor:
-    """Return where documents begin, and the last one ends, of packed rows that follow each other.
-
-    Args:
-        starts: (documents + 1,), from 0 to the number of tokens.
-        times: How often the rows appear.
-    """
-    return torch.cat([starts, *(starts[1:] + starts[-1] * i for i in range(1, times))])
-
-
-def _repeat_numbers(numbers: Tensor, times: int) -> Tensor:
-    """Return the number of every token's document, (times, tokens), counted on from row to row."""
-    if not numbers.numel():
-        return numbers.repeat(times, 1)
-    rows = torch.arange(times, dtype=numbers.dtype, device=numbers.device)
-    return numbers + rows[:, None] * (numbers.max() + 1)
-
-
-def _refuse_hidden_documents(value: Mapping[Any, Any], change: _Change) -> None:
-    """Raise where documents in one row are told apart by their positions alone.
-
-    Flash attention looks for them in one row; in several rows they attend from one to the other.
-    """
-    words, positions = value.get("input_ids"), value.get("position_ids")
-    if (
-        not isinstance(words, Tensor)
-        or not isinstance(positions, Tensor)
-        or words.is_nested
-        or positions.is_nested
-        or words.shape != positions.shape
-        or len(words) != 1
-        or value.get("attention_mask") is not None
-        or torch.compiler.is_compiling()
-        or is_transformed()
-        or len(change.index) < 2
-    ):
-        return
-    if bool((positions.diff() < 1).any()):
-        raise ValueError(
-            "input_ids hold several documents in one row, which position_ids alone tell apart; "
-            "flash attention finds them in one row only, stacked they would attend to each other; "
-            'use passes="sequential", or a collator that returns cu_seq_lens, as '
-            "DataCollatorWithFlattening(return_flash_attn_kwargs=True)"
-        )
 
 
 def _refuse_edges(value: Mapping[Any, Any], change: _Change) -> None:
