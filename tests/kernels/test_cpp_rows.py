@@ -45,7 +45,7 @@ def test_gradcheck(num_passes):
 
 @built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(3, 5), (7, 1000), (3, 2048), (5, 4097)])
+@pytest.mark.parametrize("shape", [(3, 5), (35, 17), (33, 128), (7, 1000), (3, 2048), (5, 4097)])
 @pytest.mark.parametrize(
     ("num_passes", "settings"),
     [(2, {}), (2, {"label_smoothing": 0.1}), (3, {"backward_passes": 1}), (4, {})],
@@ -83,9 +83,9 @@ def test_error_is_at_most_that_of_eager(dtype, shape, num_passes, settings, inpl
 @settings(max_examples=60, deadline=None)
 @given(
     num_passes=st.integers(1, 5),
-    batch=st.integers(0, 6),
+    batch=st.one_of(st.integers(0, 6), st.integers(7, 40)),
     classes=st.one_of(
-        st.integers(1, 70), st.integers(1000, 2100), st.sampled_from([1024, 1056, 2048])
+        st.integers(1, 140), st.integers(1000, 2100), st.sampled_from([1024, 1056, 2048])
     ),
     backward_passes=st.integers(1, 5),
     label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
@@ -170,18 +170,21 @@ def test_a_nan_anywhere_in_a_row_reaches_the_loss(position, bits, num_passes):
 
 @built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("position", [5, 1030, 2099])
-def test_a_nan_reaches_the_gradient_of_its_item_alone(dtype, position):
-    logits = torch.randn(2 * 2, 2100).to(dtype)
+@pytest.mark.parametrize(
+    ("classes", "position"), [(8, 5), (30, 29), (2100, 5), (2100, 1030), (2100, 2099)]
+)
+def test_a_nan_reaches_the_gradient_of_its_item_alone(dtype, classes, position):
+    logits = torch.randn(2 * 2, classes).to(dtype)
     logits[1, position] = math.nan
-    grad = gradient(logits, torch.tensor([7, 8]), alpha=1.0, impl="cpp")
+    grad = gradient(logits, torch.tensor([7, 6]), alpha=1.0, impl="cpp")
     assert grad[[1, 3]].isnan().all()
     assert grad[[0, 2]].isfinite().all()
 
 
 @built
-def test_logits_far_apart_lose_no_digits():
-    logits, target = torch.randn(2 * 50, 3000) * 40, torch.randint(0, 3000, (50,))
+@pytest.mark.parametrize("classes", [30, 3000])
+def test_logits_far_apart_lose_no_digits(classes):
+    logits, target = torch.randn(2 * 50, classes) * 40, torch.randint(0, classes, (50,))
     truth = rdrop_cross_entropy(logits.double(), target, alpha=1.0, impl="eager")
     output = rdrop_cross_entropy(logits, target, alpha=1.0, impl="cpp")
     for ours, exact in zip(output, truth, strict=True):
@@ -189,6 +192,54 @@ def test_logits_far_apart_lose_no_digits():
     grad = gradient(logits, target, alpha=1.0, impl="cpp")
     exact = gradient(logits.double(), target, alpha=1.0, impl="eager")
     assert (grad - exact).norm() < 1e-5 * exact.norm()
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [2, 30])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_many_items_of_few_classes(dtype, classes, inplace):
+    """More than one thread takes; every third does not count, and holds what is no number."""
+    items = 40_001
+    logits, target = torch.randn(2 * items, classes).to(dtype), torch.randint(0, classes, (items,))
+    target[::3] = -100
+    logits.view(2, items, classes)[:, ::3] = math.nan
+    options = {"alpha": 2.0, "weight": torch.rand(classes) + 0.5}
+    truth = rdrop_cross_entropy(logits.double(), target, impl="eager", **options)
+    output = rdrop_cross_entropy(logits, target, impl="cpp", inplace=inplace, **options)
+    for ours, exact in zip(output, truth, strict=True):
+        assert ours.item() == pytest.approx(exact.item(), rel=1e-6)
+    found = gradient(logits, target, impl="cpp", inplace=inplace, **options)
+    exact = gradient(logits.double(), target, impl="eager", **options)
+    close = (
+        {"rtol": 1e-4, "atol": 1e-10} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-8}
+    )
+    torch.testing.assert_close(found.double(), exact, **close)
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 3), (20, 30), (9, 500)])
+def test_a_graph_that_is_kept_gives_the_same_gradient_again(dtype, shape):
+    batch, classes = shape
+    logits = torch.randn(2 * batch, classes).to(dtype).requires_grad_()
+    target = torch.randint(0, classes, (batch,))
+    loss = rdrop_cross_entropy(logits, target, alpha=1.0, impl="cpp").loss
+    loss.backward(retain_graph=True)
+    first = logits.grad.clone()
+    for times in (2, 3):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(logits.grad, first * times)
+
+
+@built
+def test_a_gradient_is_scaled_before_it_is_rounded_to_half():
+    logits, target = torch.randn(2 * 4000, 4).half() * 3, torch.randint(0, 4, (4000,))
+    found = gradient(logits, target, 1024.0, alpha=1.0, impl="cpp")
+    exact = gradient(logits.double(), target, 1024.0, alpha=1.0, impl="eager")
+    smallest = 2.0**-24
+    assert ((exact / 1024).abs() < smallest).any()
+    torch.testing.assert_close(found.double(), exact, rtol=2**-10, atol=smallest)
 
 
 @built

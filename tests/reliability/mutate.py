@@ -54,6 +54,7 @@ TRAINER = [
     "integrations/transformers/test_own_loss.py",
     "integrations/transformers/test_two_processes.py",
 ]
+CPP = ["kernels/test_cpp_rows.py", "kernels/test_whole_loss.py", *LOSS]
 # The tests of each module, the nearest and quickest first; a folder's stands for its modules.
 TESTS = {
     "kernels/__init__.py": ["kernels/test_whole_loss.py", "kernels/test_cpp_rows.py", *LOSS],
@@ -61,7 +62,9 @@ TESTS = {
     "kernels/class_blocks.py": ROWS,
     "kernels/class_rows.py": ROWS,
     "kernels/cpp_rows.py": ["kernels/test_cpp_rows.py", *LOSS],
-    "kernels/rows.cpp": ["kernels/test_cpp_rows.py", "kernels/test_whole_loss.py", *LOSS],
+    "kernels/rows.cpp": CPP,
+    "kernels/row_parts.h": CPP,
+    "kernels/narrow_rows.h": CPP,
     "kernels/fused_linear.py": LINEAR,
     "kernels/linear_chunks.py": LINEAR,
     "kernels/projection.py": [
@@ -111,7 +114,8 @@ TESTS = {
 QUICK = ["-m", "not slow and not long", "-k", "not triton and not compiled"]
 WHOLE = ["-m", "not long"]
 BUILT = ("kernels/__init__.py", "kernels/cpp_rows.py", "kernels/selection.py")
-BUILT += ("kernels/rows.cpp", "kernels/triton_programs.py", "kernels/triton_rows.py")
+BUILT += ("kernels/rows.cpp", "kernels/row_parts.h", "kernels/narrow_rows.h")
+BUILT += ("kernels/triton_programs.py", "kernels/triton_rows.py")
 BUILD = (
     "from regdrop.kernels.cpp_rows import cpp_kernel; import torch; cpp_kernel(torch.device('cpu'))"
 )
@@ -121,7 +125,7 @@ NO_TESTS = 5  # pytest's code for a file of which none is chosen
 def mutants(module: str) -> list[Mutant]:
     """Return every fault that a module can be given."""
     text = (ROOT / PACKAGE / module).read_text()
-    return cpp_mutants(text) if module.endswith(".cpp") else python_mutants(text)
+    return cpp_mutants(text) if module.endswith((".cpp", ".h")) else python_mutants(text)
 
 
 def compiles(folder: Path) -> bool:
@@ -204,7 +208,7 @@ def main(modules: list[str], sample: int, seed: int, is_thorough: bool, output: 
                 content = text.encode()
                 new = content[: mutant.start] + mutant.new.encode() + content[mutant.end :]
                 path.write_bytes(new)
-                if module.endswith(".cpp") and not compiles(folder):
+                if module.endswith((".cpp", ".h")) and not compiles(folder):
                     path.write_text(text)
                     continue
                 failed = run_tests(folder, files, 60 + 4 * seconds[tests], chosen_tests)

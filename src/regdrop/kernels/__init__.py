@@ -1,7 +1,5 @@
 """How the R-Drop terms are computed: one function, several implementations of it."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,6 +11,7 @@ from regdrop.kernels.closed_form import (
     closed_form_terms,
     mix,
 )
+from regdrop.kernels.cpp_rows import whole_loss
 from regdrop.kernels.eager import eager_terms
 from regdrop.kernels.fused_linear import linear_loss, linear_terms
 from regdrop.kernels.implementation import Implementation, check_implementation
@@ -116,41 +115,6 @@ def rdrop_sum(
         backward_passes=backward_passes,
         inplace=inplace,
     )
-
-
-def whole_loss(
-    logits: Tensor,
-    classes: Tensor,
-    weight: Tensor | None,
-    *,
-    impl: Implementation,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return the loss of class indices and the means of both terms by one operation, where one is.
-
-    Args:
-        logits: (num_passes * batch, ..., C).
-        classes: (batch, ...).
-        weight: (C,) or None.
-        impl: "cpp" has such an operation, for usual tensors in a training step or without one.
-        options: As `cpp_rows.whole_loss` describes them, and the arguments.
-    """
-    if impl != "cpp" or torch.compiler.is_compiling() or is_transformed():
-        return None
-    is_usual = (
-        logits.is_cpu
-        and classes.dtype == torch.int64
-        and logits.is_contiguous()
-        and classes.is_contiguous()
-        and not logits.is_neg()
-        and (weight is None or not weight.requires_grad)
-        and not any(map(is_distributed, (logits, classes, weight)))
-    )
-    if not is_usual or has_tangent(logits, weight):
-        return None
-    from regdrop.kernels import cpp_rows
-
-    return cpp_rows.whole_loss(logits, classes, weight, **options)
 
 
 def _choose(

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regdrop.kernels.backward_passes import has_tangent
 from regdrop.kernels.closed_form import ClosedForm, accumulation_dtype
 from regdrop.kernels.target import Target
+from regdrop.tracing import is_transformed
 
 # The vector types of ATen are chosen by these, as torch's own build does for each kind of CPU;
 # of AVX512_BF16 torch has none, it is the kernel's own.
@@ -65,6 +67,9 @@ def whole_loss(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return the loss of class indices and the means of both terms, in one operation.
 
+    Around small logits its call is most of the time, so that the operation itself looks whether
+    shapes and types are those that it takes.
+
     Args:
         logits: (num_passes * batch, ..., C), contiguous, on a CPU.
         classes: (batch, ...), int64, contiguous.
@@ -79,10 +84,24 @@ def whole_loss(
         inplace: Overwrite `logits` with the gradient in the backward.
         largest_divergence: Mean divergence above which None is returned.
 
+    Returns:
+        None for tensors that are not as above, or of another type, and inside of `torch.compile`
+        and `torch.func`.
+
     Raises:
         ValueError: For an index that is neither a class nor ignored.
     """
+    if (
+        type(logits) is not Tensor
+        or type(classes) is not Tensor
+        or not logits.is_cpu
+        or torch.compiler.is_compiling()
+        or is_transformed()
+    ):
+        return None
     if weight is not None:
+        if weight.requires_grad or has_tangent(weight) or type(weight.detach()) is not Tensor:
+            return None
         weight = weight.detach().resolve_neg().to(accumulation_dtype(logits.dtype)).contiguous()
     found = _library().rows_loss.default(
         logits,

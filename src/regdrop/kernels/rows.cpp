@@ -1,4 +1,5 @@
-// The R-Drop terms in closed form on a CPU, an item at a time (see cpp_rows.py, closed_form.py).
+// The R-Drop terms in closed form on a CPU (see cpp_rows.py, closed_form.py): rows of many classes
+// an item at a time, those of few as narrow_rows.h has it.
 //
 // An item's rows, one of every pass, are taken in blocks that fit into the first-level cache. The
 // forward keeps running maxima and sums relative to them, the backward writes the gradient once.
@@ -11,8 +12,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
@@ -27,92 +26,15 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
+#include "narrow_rows.h"
+#include "row_parts.h"
+
 namespace {
 
-using at::Tensor;
-using at::vec::Vectorized;
-
-constexpr int64_t kBlock = 1024;
 constexpr int64_t kGrain = 65536;  // numbers a thread takes at least
-
-// What the likelihood is compared with, as `Target` holds it. Items are left out by `valid`, or by a
-// class that is `ignored`.
-struct Target {
-  std::optional<Tensor> classes, probabilities, weight, valid;
-  double label_smoothing;
-  std::optional<int64_t> ignored = std::nullopt;
-};
-
-// The same as raw pointers, null where not given.
-template <typename acc_t>
-struct TargetRows {
-  TargetRows(const Target& target, int64_t num_classes)
-      : classes(target.classes ? target.classes->const_data_ptr<int64_t>() : nullptr),
-        probabilities(target.probabilities ? target.probabilities->const_data_ptr<acc_t>()
-                                           : nullptr),
-        weight(target.weight ? target.weight->const_data_ptr<acc_t>() : nullptr),
-        valid(target.valid ? target.valid->const_data_ptr<bool>() : nullptr),
-        ignored(target.ignored),
-        kept(1 - target.label_smoothing),
-        share(target.label_smoothing / num_classes),
-        num_classes(num_classes) {}
-
-  bool counts(int64_t item) const {
-    return (valid == nullptr || valid[item]) && !(ignored && classes[item] == *ignored);
-  }
-
-  bool has_spread() const { return share > 0 || probabilities != nullptr; }
-
-  // The mass on a class, but for that on the class index itself.
-  acc_t spread(int64_t item, int64_t at) const {
-    const acc_t given = probabilities ? probabilities[item * num_classes + at] * kept : acc_t(0);
-    return (share + given) * (weight ? weight[at] : acc_t(1));
-  }
-
-  // The same of a block of classes.
-  void spread(acc_t* out, int64_t item, int64_t start, int64_t size) const {
-    if (probabilities || weight) {
-      for (int64_t v = 0; v < size; ++v) out[v] = spread(item, start + v);
-    } else {
-      std::fill(out, out + size, share);
-    }
-    std::fill(out + size, out + kBlock, acc_t(0));
-  }
-
-  acc_t class_mass(int64_t item) const { return weight ? kept * weight[classes[item]] : kept; }
-
-  const int64_t* classes;
-  const acc_t* probabilities;
-  const acc_t* weight;
-  const bool* valid;
-  const std::optional<int64_t> ignored;
-  const acc_t kept;
-  const acc_t share;
-  const int64_t num_classes;
-};
-
-// One number for each pass: in registers where their number is known, else in memory.
-template <typename value_t, int kPasses>
-struct EachPass : std::array<value_t, kPasses> {
-  explicit EachPass(int64_t) {}
-};
-template <typename value_t>
-struct EachPass<value_t, 0> : std::vector<value_t> {
-  explicit EachPass(int64_t passes) : std::vector<value_t>(passes) {}
-};
-
-// Call a function with 0, 1, ..., kCount - 1, written out: a loop over an array of vectors would
-// keep it in memory. Where kCount is 0 it is not known and `count` holds.
-template <int kCount, typename function_t>
-inline void for_each(int64_t count, const function_t& function) {
-  if constexpr (kCount > 1) for_each<kCount - 1>(count, function);
-  if constexpr (kCount > 0) return function(kCount - 1);
-  for (int64_t i = 0; i < count; ++i) function(i);
-}
 
 // The vectors of the accumulator's type that a vector of the logits fills: two of a half type.
 template <typename scalar_t>
@@ -207,51 +129,6 @@ struct Block {
   std::vector<scalar_t> buffer;
 };
 
-// Below this an exponential is 0 or next to it, and a difference counts as 0.
-template <typename acc_t>
-constexpr acc_t kLeast = std::is_same_v<acc_t, float> ? -87.33 : -746;
-
-// z - mean of z over passes; 0, where it might be inf - inf or the mean is not finite since masks of
-// the least finite number were added, in a pass in which a class has no probability.
-template <typename acc_t>
-Vectorized<acc_t> difference(Vectorized<acc_t> x, Vectorized<acc_t> mean) {
-  return (x - mean) & (x >= Vectorized<acc_t>(kLeast<acc_t>));
-}
-
-#ifdef CPU_CAPABILITY_AVX512
-// The same without a mask in a vector.
-inline Vectorized<float> difference(Vectorized<float> x, Vectorized<float> mean) {
-  const auto possible = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kLeast<float>), _CMP_GE_OQ);
-  return _mm512_maskz_sub_ps(possible, x, mean);
-}
-#endif
-
-// The exponential of numbers of at most 0, and of nan.
-inline Vectorized<double> exponential(Vectorized<double> x) { return x.exp(); }
-
-inline Vectorized<float> exponential(Vectorized<float> x) {
-#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
-  // 2^n 2^f, n the nearest integer of x log2(e), f what remains. Where n and the exponents' bias
-  // are added to a large number, the last bits of the sum are those of 2^n; of the least n, that of
-  // -88 and less, they are 0. 2^f is the polynomial of degree 5 with the least relative error
-  // (9e-8) on [-1/2, 1/2] that is 1 at 0.
-  using Vec = Vectorized<float>;
-  using Bits = Vectorized<int32_t>;
-  const Vec large(12582912.f + 127.f), least(-88.f), log2e(1.44269504f);
-  const Vec bounded = at::vec::clamp_min(x, least);
-  const Vec shifted = at::vec::fmadd(bounded, log2e, large);
-  const Vec f = at::vec::fmadd(bounded, log2e, large - shifted);
-  Vec power = at::vec::fmadd(f, Vec(0.00132647273f), Vec(0.00967151299f));
-  power = at::vec::fmadd(f, power, Vec(0.0555073358f));
-  power = at::vec::fmadd(f, power, Vec(0.240222424f));
-  power = at::vec::fmadd(f, power, Vec(0.693147004f));
-  power = at::vec::fmadd(f, power, Vec(1.f));
-  return power * at::vec::cast<float>(at::vec::cast<int32_t>(shifted) << Bits(23));
-#else
-  return x.exp_u20();
-#endif
-}
-
 template <typename acc_t>
 acc_t sum_of(Vectorized<acc_t> x) {
   using Vec = Vectorized<acc_t>;
@@ -292,21 +169,6 @@ void with_passes(int64_t passes, const function_t& function) {
     default: return function(std::integral_constant<int, 0>());
   }
 }
-
-// Of each item the likelihood, the divergence and the mass of the target; of each of its rows the
-// maximum, one over the sum of exponentials, and the mean difference.
-template <typename acc_t>
-struct Statistics {
-  Statistics(acc_t* memory, int64_t passes, int64_t items)
-      : nll(memory),
-        kl(nll + items),
-        mass(kl + items),
-        maximum(mass + items),
-        inverse_sum(maximum + passes * items),
-        mean_difference(inverse_sum + passes * items) {}
-
-  acc_t *nll, *kl, *mass, *maximum, *inverse_sum, *mean_difference;
-};
 
 template <typename scalar_t, typename acc_t, int kPasses>
 void forward_items(const Tensor& logits, const TargetRows<acc_t>& target,
@@ -427,32 +289,18 @@ Tensor run_forward(const Tensor& logits, const Target& target) {
         with_passes(passes, [&](auto constant) {
           at::parallel_for(0, items, grain(passes * num_classes), [&](int64_t begin, int64_t end) {
             constexpr int known = decltype(constant)::value;
-            forward_items<scalar_t, acc_t, known>(logits, rows, out, begin, end);
+            if (!is_narrow(logits, target))
+              return forward_items<scalar_t, acc_t, known>(logits, rows, out, begin, end);
+            NarrowRows<scalar_t, acc_t, known> narrow(logits, rows);
+            each_group(begin, end, narrow.kLanes, [&](int64_t first, int64_t size) {
+              narrow.compare(first, size);
+              narrow.store(out, first, size, items);
+            });
           });
         });
       });
   return memory;
 }
-
-// The gradient of a term: a number for all items, or one an item, or none.
-struct Slope {
-  std::optional<double> number = std::nullopt;
-  std::optional<Tensor> items = std::nullopt;
-};
-
-template <typename acc_t>
-struct SlopeRows {
-  explicit SlopeRows(const Slope& slope)
-      : number(slope.number.value_or(0)),
-        items(slope.items ? slope.items->const_data_ptr<acc_t>() : nullptr),
-        is_given(slope.number || slope.items) {}
-
-  acc_t operator[](int64_t item) const { return items ? items[item] : number; }
-
-  const acc_t number;
-  const acc_t* items;
-  const bool is_given;
-};
 
 // Writes p (mass a + b (1 - E + d)) - b mean(p) - a target for the first passes, else 0.
 template <typename scalar_t, typename acc_t, int kPasses>
@@ -572,8 +420,14 @@ void run_backward(const Tensor& out, const Tensor& logits, const Target& target,
         with_passes(passes, [&](auto constant) {
           at::parallel_for(0, items, grain(passes * num_classes), [&](int64_t begin, int64_t end) {
             constexpr int known = decltype(constant)::value;
-            backward_items<scalar_t, acc_t, known>(out, logits, rows, in, nll, kl,
-                                                   backward_passes, begin, end);
+            if (!is_narrow(logits, target, kFewClassesAgain))
+              return backward_items<scalar_t, acc_t, known>(out, logits, rows, in, nll, kl,
+                                                            backward_passes, begin, end);
+            NarrowRows<scalar_t, acc_t, known> narrow(logits, rows);
+            each_group(begin, end, narrow.kLanes, [&](int64_t first, int64_t size) {
+              narrow.compare(first, size);
+              narrow.template differentiate<scalar_t>(out, first, size, backward_passes, nll, kl);
+            });
           });
         });
       });
@@ -620,9 +474,58 @@ double count_items(const Target& target, int64_t num_classes, bool is_weighted) 
   return count;
 }
 
+// Returns what the terms of all items add up to, and writes the gradient of a loss that weights
+// them, if its memory is given; in the accumulator's type, as its upstream gradient is not known.
+Sums run_both(const Tensor& logits, const Target& target, const Tensor& gradient,
+              double nll_slope, double kl_slope, bool compares, int64_t backward_passes) {
+  const int64_t passes = logits.size(0), items = logits.size(1), num_classes = logits.size(2);
+  Sums sums;
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kBFloat16, at::kHalf, logits.scalar_type(), "rdrop_both", [&] {
+        using acc_t = at::opmath_type<scalar_t>;
+        const TargetRows<acc_t> rows(target, num_classes);
+        const SlopeRows<acc_t> nll({nll_slope});
+        const SlopeRows<acc_t> kl({compares ? std::optional(kl_slope) : std::nullopt});
+        with_passes(passes, [&](auto constant) {
+          NarrowRows<scalar_t, acc_t, decltype(constant)::value> narrow(logits, rows);
+          each_group(0, items, narrow.kLanes, [&](int64_t first, int64_t size) {
+            narrow.compare(first, size);
+            narrow.add_to(sums);
+            if (gradient.defined())
+              narrow.template differentiate<acc_t>(gradient, first, size, backward_passes, nll, kl);
+          });
+        });
+      });
+  return sums;
+}
+
+// The same of what the forward returned.
+Sums sum_terms(const Tensor& memory, int64_t items) {
+  Sums sums;
+  AT_DISPATCH_FLOATING_TYPES(memory.scalar_type(), "rdrop_sum", [&] {
+    const scalar_t* terms = memory.const_data_ptr<scalar_t>();
+    for (int64_t item = 0; item < items; ++item) sums.nll += terms[item];
+    for (int64_t item = 0; item < items; ++item) sums.kl += terms[items + item];
+  });
+  return sums;
+}
+
+// Returns a tensor in the accumulator's type times a number, in the type of the logits.
+Tensor scaled(const Tensor& tensor, double factor, at::ScalarType type) {
+  const Tensor out = at::empty(tensor.sizes(), tensor.options().dtype(type));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "rdrop_scaled", [&] {
+    using acc_t = at::opmath_type<scalar_t>;
+    const acc_t* from = tensor.const_data_ptr<acc_t>();
+    scalar_t* to = out.mutable_data_ptr<scalar_t>();
+    const acc_t number = factor;
+    for (int64_t at = 0; at < tensor.numel(); ++at) to[at] = scalar_t(from[at] * number);
+  });
+  return out;
+}
+
 // The whole loss of class indices, and its autograd: around small logits, Python and single
-// operations of torch take longer than everything else. Logits are (passes * batch, ..., classes),
-// contiguous.
+// operations of torch take longer than everything else. Of those the gradient is computed in the
+// forward, and the backward multiplies it. Logits are (passes * batch, ..., classes), contiguous.
 struct Loss : torch::autograd::Function<Loss> {
   using Variables = torch::autograd::variable_list;
 
@@ -632,36 +535,47 @@ struct Loss : torch::autograd::Function<Loss> {
                            std::optional<double> kl_weight, bool is_mean, int64_t passes,
                            int64_t backward_passes, bool inplace, double largest_divergence) {
     const Target target{classes, {}, weight, {}, label_smoothing, ignored};
-    const int64_t items = classes.numel(), num_classes = logits.size(-1);
+    const int64_t num_classes = logits.size(-1);
+    const Tensor rows = logits.view({passes, classes.numel(), num_classes});
     const double count = count_items(target, num_classes, false);
     const double kl_count = count == 0 ? 1 : count;
     double nll_count = weight ? count_items(target, num_classes, true) : count;
     if (nll_count == 0) nll_count = 1;
-    const Tensor memory = run_forward(logits.view({passes, items, num_classes}), target);
-    double nll = 0, kl = 0;
-    AT_DISPATCH_FLOATING_TYPES(memory.scalar_type(), "rdrop_sum", [&] {
-      const scalar_t* terms = memory.const_data_ptr<scalar_t>();
-      for (int64_t item = 0; item < items; ++item) nll += terms[item];
-      for (int64_t item = 0; item < items; ++item) kl += terms[items + item];
-    });
-    if (passes > 1 && kl / kl_count > largest_divergence) return {};
     if (is_mean) nll_weight /= nll_count;
     if (is_mean && kl_weight) *kl_weight /= kl_count;
+    const bool compares = kl_weight && passes > 1;
+    const double nll_slope = nll_weight / backward_passes;
+    const double kl_slope = compares ? *kl_weight * passes / backward_passes / (passes - 1) : 0;
+    const auto options = logits.options().dtype(at::toOpMathType(logits.scalar_type()));
+    const bool is_small = !inplace && logits.numel() <= kGrain && is_narrow(rows, target);
+    Sums sums;
+    Tensor memory;
+    if (is_small) {
+      if (logits.requires_grad()) memory = at::empty(logits.sizes(), options);
+      const Tensor gradient = memory.defined() ? memory.view(rows.sizes()) : memory;
+      sums = run_both(rows, target, gradient, nll_slope, kl_slope, compares, backward_passes);
+    } else {
+      memory = run_forward(rows, target);
+      sums = sum_terms(memory, classes.numel());
+    }
+    if (passes > 1 && sums.kl / kl_count > largest_divergence) return {};
     const auto number = [&](double value) {
-      const Tensor tensor = at::empty({}, memory.options());
+      const Tensor tensor = at::empty({}, options);
       AT_DISPATCH_FLOATING_TYPES(tensor.scalar_type(), "rdrop_number",
                                  [&] { *tensor.mutable_data_ptr<scalar_t>() = value; });
       return tensor;
     };
-    const double total = nll_weight * nll + (kl_weight ? *kl_weight * kl : 0);
-    const Variables found{number(total), number(nll / nll_count), number(kl / kl_count)};
+    const double total = nll_weight * sums.nll + (kl_weight ? *kl_weight * sums.kl : 0);
+    const Variables found{number(total), number(sums.nll / nll_count), number(sums.kl / kl_count)};
     context->mark_non_differentiable({found[1], found[2]});
     context->set_materialize_grads(false);
-    context->save_for_backward({logits, classes, weight.value_or(Tensor()), memory});
-    const bool compares = kl_weight && passes > 1;
-    context->saved_data["numbers"] = std::vector<double>{
-        label_smoothing, nll_weight / backward_passes,
-        compares ? *kl_weight * passes / backward_passes / (passes - 1) : 0};
+    if (is_small) {
+      context->save_for_backward({memory});
+      context->saved_data["type"] = int64_t(logits.scalar_type());
+      return found;
+    }
+    context->save_for_backward({memory, logits, classes, weight.value_or(Tensor())});
+    context->saved_data["numbers"] = std::vector<double>{label_smoothing, nll_slope, kl_slope};
     context->saved_data["integers"] =
         std::vector<int64_t>{ignored, passes, backward_passes, inplace, compares};
     return found;
@@ -685,16 +599,19 @@ struct Loss : torch::autograd::Function<Loss> {
 
   static Tensor gradient(torch::autograd::AutogradContext* context, double grad) {
     const Variables saved = context->get_saved_variables();
+    // What is small has its gradient since the forward, but for the upstream one.
+    if (saved.size() == 1)
+      return scaled(saved[0], grad, at::ScalarType(context->saved_data["type"].toInt()));
     const auto numbers = context->saved_data["numbers"].toDoubleVector();
     const auto integers = context->saved_data["integers"].toIntVector();
     const int64_t passes = integers[1];
     const bool inplace = integers[3], compares = integers[4];
-    const Tensor logits = saved[0].detach();
+    const Tensor logits = saved[1].detach();
     const Tensor out = inplace ? logits : at::empty_like(logits);
-    const std::array<int64_t, 3> shape{passes, saved[1].numel(), logits.size(-1)};
-    const auto weight = saved[2].defined() ? std::optional<Tensor>(saved[2]) : std::nullopt;
+    const std::array<int64_t, 3> shape{passes, saved[2].numel(), logits.size(-1)};
+    const auto weight = saved[3].defined() ? std::optional<Tensor>(saved[3]) : std::nullopt;
     run_backward(out.view(shape), logits.view(shape),
-                 {saved[1], {}, weight, {}, numbers[0], integers[0]}, saved[3],
+                 {saved[2], {}, weight, {}, numbers[0], integers[0]}, saved[0],
                  {numbers[1] * grad}, {compares ? std::optional(numbers[2] * grad) : std::nullopt},
                  integers[2]);
     if (inplace) out.unsafeGetTensorImpl()->bump_version();
@@ -702,11 +619,33 @@ struct Loss : torch::autograd::Function<Loss> {
   }
 };
 
+// Whether these are the tensors that the loss below takes; others go another way, or are refused.
+bool are_usual(const Tensor& logits, const Tensor& classes, const std::optional<Tensor>& weight,
+               int64_t passes) {
+  const auto dims = logits.dim();
+  if (!logits.device().is_cpu() || logits.layout() != at::kStrided || !logits.is_contiguous() ||
+      logits.is_neg() || !at::isFloatingType(logits.scalar_type()) || dims < 2)
+    return false;
+  if (!classes.device().is_cpu() || classes.layout() != at::kStrided || !classes.is_contiguous() ||
+      classes.is_neg() || classes.scalar_type() != at::kLong || classes.dim() != dims - 1)
+    return false;
+  if (logits.size(0) != passes * classes.size(0) ||
+      !std::equal(classes.sizes().begin() + 1, classes.sizes().end(), logits.sizes().begin() + 1))
+    return false;
+  // Forward mode has no rule here.
+  if (logits._fw_grad(0).defined()) return false;
+  if (!weight) return true;
+  return weight->device().is_cpu() && weight->dim() == 1 && weight->is_contiguous() &&
+         weight->size(0) == logits.size(-1) &&
+         weight->scalar_type() == at::toOpMathType(logits.scalar_type());
+}
+
 std::vector<Tensor> loss(const Tensor& logits, const Tensor& classes,
                          const std::optional<Tensor>& weight, int64_t ignored,
                          double label_smoothing, double nll_weight,
                          std::optional<double> kl_weight, bool is_mean, int64_t passes,
                          int64_t backward_passes, bool inplace, double largest_divergence) {
+  if (!are_usual(logits, classes, weight, passes)) return {};
   return Loss::apply(logits, classes, weight, ignored, label_smoothing, nll_weight, kl_weight,
                      is_mean, passes, backward_passes, inplace, largest_divergence);
 }

@@ -18,7 +18,7 @@ from regdrop.loss.checks import (
     check_real,
     check_unlabelled_index,
 )
-from regdrop.loss.class_items import ClassItems, check_classes_of, count_classes, enter_classes
+from regdrop.loss.class_items import ClassItems, count_classes, enter_classes
 from regdrop.loss.counts import counted_by
 from regdrop.loss.module import RDropLoss
 from regdrop.loss.output import RDropOutput, Reduction, Scale
@@ -176,17 +176,15 @@ def _whole(
 
     Small logits then cost little more than the call.
     """
-    check_classes_of(logits, target, num_passes, weight, -1)
     check_index("ignore_index", ignore_index)
     check_flag("inplace", inplace)
-    if reduction == "none" or target.is_floating_point():
+    if reduction == "none":
         return None
     nll_weight, kl_weight = term_weights(alpha, num_passes, scale)
     found = whole_loss(
         logits,
         target,
         weight,
-        impl="cpp",
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         nll_weight=nll_weight,
