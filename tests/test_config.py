@@ -1,6 +1,7 @@
 import json
 from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,6 +95,14 @@ def test_no_step_of_a_ramp_has_more_than_another_alpha():
     ramp = RDropConfig(alpha=4.0, alpha_schedule="linear", alpha_warmup_steps=9, alpha_start=2.0)
     assert ramp.with_alpha(6.0) == replace(ramp, alpha=6.0)
     assert ramp.with_alpha(0.0) == replace(ramp, alpha=0.0, alpha_start=0.0)
+
+
+def test_numbers_of_numpy_are_those_of_python():
+    given = RDropConfig(alpha=np.float32(0.5), num_passes=np.int64(3), fraction=np.float64(0.5))
+    plain = RDropConfig(alpha=0.5, num_passes=3, fraction=0.5)
+    assert json.dumps(given.to_dict()) == json.dumps(plain.to_dict())
+    with pytest.raises(TypeError, match="num_passes must be an integer, got float"):
+        RDropConfig(num_passes=np.float32(2))
 
 
 def test_a_config_is_frozen_and_hashable():

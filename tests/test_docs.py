@@ -174,7 +174,28 @@ def test_recipes_run(name, count):
         if "loss" in setting:
             seen += 1
             assert setting["loss"].isfinite()
+        if "both_heads" in setting:
+            check_two_heads(setting.pop("both_heads"))
     assert seen == count
+
+
+def check_two_heads(both_heads):
+    """Each head's mean is over its own labels, of which any may be absent."""
+    outputs = {"intent": torch.randn(6, 4).double(), "slots": torch.randn(6, 5, 4).double()}
+    target = {"intent": torch.tensor([1, 2, 3]), "slots": torch.randint(0, 4, (3, 5))}
+    for absent in ([], ["slots"], ["intent"], ["slots", "intent"]):
+        for name in absent:
+            target[name] = torch.full_like(target[name], -100)
+        target["slots"][0, 2:] = target["intent"][:1] = -100
+        found = regdrop.loss.combine_terms(
+            both_heads(outputs, target, num_passes=2), alpha=1.5, num_passes=2
+        )
+        heads = [
+            regdrop.rdrop_cross_entropy(outputs[name], target[name], alpha=1.5, impl="eager")
+            for name in ("intent", "slots")
+        ]
+        torch.testing.assert_close(found.loss, sum(head.loss for head in heads))
+        assert found.loss.isfinite()
 
 
 @pytest.mark.slow

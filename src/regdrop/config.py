@@ -108,6 +108,11 @@ class RDropConfig:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _as_numbers(name, value))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            # A number of NumPy, which JSON cannot hold.
+            if isinstance(value, Real) and hasattr(value, "item"):
+                object.__setattr__(self, field.name, value.item())
         self._check_numbers()
         self._check_choices()
         self._check_combinations()

@@ -10,8 +10,10 @@ from torch import nn
 
 from regdrop.kernels import Projection
 from regdrop.loss import (
+    ItemTerms,
     adaptive_softmax_terms,
     binary_cross_entropy_terms,
+    combine_terms,
     count_items,
     cross_entropy_terms,
     fraternal_terms,
@@ -108,3 +110,12 @@ def test_options_of_an_inner_partial_count_too():
 
 def test_of_terms_from_elsewhere_nobody_knows():
     assert count_items(lambda outputs, target, num_passes: None, torch.zeros(3)) is None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(6,), (3, 1), ()])
+def test_one_likelihood_and_one_divergence_an_item(reduction, shape):
+    count = torch.tensor(3.0)
+    terms = ItemTerms(torch.ones(shape), torch.ones(3), nll_count=count, kl_count=count)
+    with pytest.raises(ValueError, match=r"got nll of shape .* and kl of shape \(3,\)"):
+        combine_terms(terms, alpha=1.0, num_passes=2, reduction=reduction)

@@ -36,10 +36,16 @@ def combine_terms(
         The loss, and the two terms as detached means over valid items.
 
     Raises:
-        TypeError, ValueError: For an option that is out of range.
+        TypeError, ValueError: For an option that is out of range, or terms of two shapes.
     """
     if not isinstance(terms, ItemTerms):
         raise TypeError(f"terms must be ItemTerms, got {type(terms).__name__}")
+    if terms.nll.shape != terms.kl.shape:
+        raise ValueError(
+            "terms must have one NLL and one divergence an item, got nll of shape "
+            f"{tuple(terms.nll.shape)} and kl of shape {tuple(terms.kl.shape)}; the NLL of stacked "
+            "rows is .view(num_passes, -1).mean(0)"
+        )
     check_options(alpha=alpha, num_passes=num_passes, reduction=reduction, scale=scale)
     check_counts(reduction, num_items=num_items, num_weight=num_weight)
     nll, kl = terms.nll, terms.kl
