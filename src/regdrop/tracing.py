@@ -1,9 +1,12 @@
-"""Whether torch compiles or transforms what runs: then values cannot be read."""
+"""Whether torch compiles, transforms or traces what runs: then values cannot be read."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_transformed() -> bool:
@@ -14,9 +17,20 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def is_traced() -> bool:
+    """Return whether tensors have shapes alone, by `FakeTensorMode`, or `make_fx` takes notes."""
+    look = torch._C._get_dispatch_mode
+    return look(_FAKE) is not None or look(_PROXY) is not None
+
+
 def can_read(device: torch.device) -> bool:
     """Return whether a check may read values: where nobody waits for a device, nor traces."""
-    return device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+    return (
+        device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not is_transformed()
+        and not is_traced()
+    )
 
 
 def is_batched(tensor: Any) -> bool:

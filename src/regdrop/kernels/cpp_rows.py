@@ -19,7 +19,7 @@ from torch import Tensor
 from regdrop.kernels.backward_passes import has_tangent
 from regdrop.kernels.closed_form import ClosedForm, accumulation_dtype
 from regdrop.kernels.target import Target
-from regdrop.tracing import is_transformed
+from regdrop.tracing import is_traced, is_transformed
 
 # The vector types of ATen are chosen by these, as torch's own build does for each kind of CPU;
 # of AVX512_BF16 torch has none, it is the kernel's own.
@@ -97,6 +97,7 @@ def whole_loss(
         or not logits.is_cpu
         or torch.compiler.is_compiling()
         or is_transformed()
+        or is_traced()
     ):
         return None
     if weight is not None:

@@ -11,6 +11,7 @@ from regdrop.kernels.chunked import chunked_kernel
 from regdrop.kernels.closed_form import ClosedForm
 from regdrop.kernels.implementation import Implementation, check_implementation
 from regdrop.kernels.jitted_rows import can_compile_elementwise, jitted_kernel
+from regdrop.tracing import is_traced
 
 
 def select_kernel(
@@ -19,8 +20,8 @@ def select_kernel(
     """Return the kernel of a name for logits of a dtype on a device.
 
     "auto" takes the Triton kernel on a GPU where it can run, else the chunked form; it never builds
-    anything and never calls torch.compile. Inside torch.compile every kernel is the chunked form,
-    which the compiler fuses.
+    anything and never calls torch.compile. Inside torch.compile, and where `make_fx` or
+    `FakeTensorMode` trace, every kernel is the chunked form: the compiler fuses it.
 
     Raises:
         ValueError: For "eager", which is no closed form, an unknown name, or a kernel that is not
@@ -29,7 +30,7 @@ def select_kernel(
     check_implementation(impl)
     if impl == "eager":
         raise ValueError("impl='eager' keeps full logits; use 'auto' or another kernel")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_traced():
         return chunked_kernel()
     if impl == "auto":
         can_run = device.type == "cuda" and _can_run_triton(device, dtype)

@@ -288,7 +288,7 @@ def check_finite_divergence(kl: Tensor) -> None:
         is_infinite = (kl > LARGEST_DIVERGENCE).any()
         torch._assert_async(~is_infinite, _INFINITE_DIVERGENCE)
     # The highest of one number is itself, without an operation.
-    elif kl.device.type == "cpu" and kl.numel() and _highest(kl) > LARGEST_DIVERGENCE:
+    elif can_read(kl.device) and kl.numel() and _highest(kl) > LARGEST_DIVERGENCE:
         raise ValueError(_INFINITE_DIVERGENCE)
 
 
