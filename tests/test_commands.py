@@ -138,9 +138,16 @@ def test_train_and_evaluate_on_real_digits(tmp_path):
     result = run("train", "digits", *options)
     assert result.exit_code == 0, result.output
     assert "Finished before" in result.output
-    result = run("train", "digits", "--alpha", 9, *options)
-    assert result.exit_code == 2
-    assert "made with other settings" in " ".join(result.output.split())
+    for changed in (("--alpha", 9), ("--seed", 4)):
+        result = run("train", "digits", *options, *changed)
+        assert result.exit_code == 2
+        assert "made with other settings" in " ".join(result.output.split())
+    # Nor is an evaluation by one of other settings, or of other data of the same name.
+    for changed in ((), ("--set", "training.batch_size=7")):
+        assert run("evaluate", tmp_path, *changed).exit_code == 0
+    names = {path.name for path in tmp_path.glob("evaluation-*")}
+    assert names == {"evaluation-test.json", "evaluation-test-2.json"}
+    assert json.loads((tmp_path / "evaluation-test.json").read_text()) == evaluation
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Losses where torch traces: shapes alone (`FakeTensorMode`), or a graph of what runs (`make_fx`)."""
+"""Losses where torch traces: shapes alone (`FakeTensorMode`), or a graph (`make_fx`)."""
 
 import pytest
 import torch

@@ -21,7 +21,7 @@ from regdrop.commands.options import (
 )
 from regdrop.experiments.recording.manifest import COMPARISON, TUNING, check_study
 from regdrop.experiments.recording.processes import require_one_process
-from regdrop.experiments.studies.choices import save_tuned
+from regdrop.experiments.studies.choices import check_tuned, save_tuned
 from regdrop.experiments.studies.tuning import tune as run_tuning
 from regdrop.experiments.studies.variations import parse_variation
 
@@ -73,6 +73,7 @@ def tune(
         variations = [parse_variation(text) for text in vary]
         folder = runs.output or Path("runs") / f"{chosen.name}-tuning"
         check_study(folder, TUNING)
+        check_tuned(folder, study, tuned_arms, variations)
         is_search = any(not variation.values for variation in variations)
         machine = runs.machine(runs.seeds if is_search else None)
         announce(chosen.name, f"{chosen.description}; results in {folder}")

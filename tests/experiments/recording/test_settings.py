@@ -49,3 +49,14 @@ def test_what_was_added_removed_or_changed_is_named(config, name, value, shown):
 @pytest.mark.parametrize("name", ["training/average_checkpoints", "dropout_rises", "data"])
 def test_a_field_that_was_none_then_does_not_differ(config, name):
     check_same_config(Path("record.json"), changed(config, name, None), config)
+
+
+def test_the_same_files_may_lie_elsewhere_and_others_may_not(config):
+    moved = changed(config, "dataset", "another/folder")
+    check_same_config(Path("record.json"), config, moved)
+    with pytest.raises(ValueError, match=r"other settings \(data\.test\.jsonl, dataset\)"):
+        check_same_config(Path("record.json"), config, changed(moved, "data/test.jsonl", "c"))
+    # Data that cannot be looked at is the same by its name alone.
+    unseen = changed(moved, "data", None)
+    with pytest.raises(ValueError, match=r"other settings \(dataset\)"):
+        check_same_config(Path("record.json"), config, unseen)

@@ -14,7 +14,7 @@ from regdrop.experiments.recording.ownership import HeldError, hold
 from regdrop.experiments.recording.record import record_path
 from regdrop.experiments.running import building
 from regdrop.experiments.running.integrity import list_checkpoints
-from regdrop.experiments.running.run import RunPaths
+from regdrop.experiments.running.run import RunPaths, train_run
 from regdrop.experiments.studies.definitions import study_arms
 from regdrop.tasks import Metric
 from regdrop.tasks.common.full_precision import TaskTrainer
@@ -152,6 +152,21 @@ def test_results_of_other_settings_are_never_mixed_or_overwritten(
         ValueError, match=r"other settings \(dropout, rdrop\.alpha\); choose another"
     ):
         run_arm(changed, build_arms(changed)["rdrop"], 0, tmp_path)
+
+
+def test_another_seed_neither_takes_a_finished_run_nor_goes_on_with_its_checkpoint(
+    tmp_path, short, monkeypatch
+):
+    arm, finished, begun = build_arms(short)["rdrop"], tmp_path / "finished", tmp_path / "begun"
+    train_run(short, arm, 0, RunPaths.alone(finished))
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "TaskTrainer", interrupt_after_a_step)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(short, arm, 0, RunPaths.alone(begun))
+    for folder in (finished, begun):
+        with pytest.raises(ValueError, match=r"made with other settings \(seed\)"):
+            train_run(short, arm, 3, RunPaths.alone(folder))
+        assert train_run(short, arm, 0, RunPaths.alone(folder)).seed == 0
 
 
 def test_seeds_of_other_settings_are_never_averaged(tmp_path, short):

@@ -5,7 +5,7 @@ import pytest
 
 from regdrop.experiments import build_arms, run_arm
 from regdrop.experiments.studies import tuning
-from regdrop.experiments.studies.choices import apply_tuned, save_tuned
+from regdrop.experiments.studies.choices import TunedArm, apply_tuned, check_tuned, save_tuned
 from regdrop.experiments.studies.tuning import tune
 from regdrop.experiments.studies.variations import (
     Variation,
@@ -180,6 +180,19 @@ def test_what_was_chosen_is_taken_for_every_arm_of_its_study(tmp_path, short, ru
     path.write_text("[]")
     with pytest.raises(ValueError, match="must be a file of `regdrop tune`"):
         apply_tuned(arms, "compare", path)
+
+
+def test_a_search_of_less_does_not_drop_what_was_chosen_before(tmp_path, short):
+    arms = [build_arms(short)[name] for name in ("baseline", "rdrop")]
+    alpha = Variation("rdrop.alpha", values=(1, 3))
+    rate = Variation("training.learning_rate", values=(1e-3, 1e-2))
+    check_tuned(tmp_path, "compare", arms, [alpha])
+    chosen = {"training.learning_rate": 1e-3}
+    save_tuned(tmp_path, "compare", {"baseline": TunedArm(chosen, 0.9, 2)})
+    check_tuned(tmp_path, "compare", arms[1:], [alpha])
+    check_tuned(tmp_path, "compare", arms, [alpha, rate])
+    with pytest.raises(ValueError, match=r"a choice of training.learning_rate for baseline"):
+        check_tuned(tmp_path, "compare", arms, [alpha])
 
 
 def test_settings_that_there_are_not_are_named_before_anything_runs(tmp_path, short, runs):

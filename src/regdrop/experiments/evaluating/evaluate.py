@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from regdrop.experiments.arms import baseline_arm
 from regdrop.experiments.bootstrap import Interval, interval, resample
-from regdrop.experiments.recording.files import write_json
+from regdrop.experiments.recording.files import read_object, write_json
 from regdrop.experiments.recording.record import RunRecord
 from regdrop.experiments.running.building import build_trainer
 from regdrop.experiments.running.progress import quiet_libraries
@@ -98,7 +99,6 @@ def evaluate(
     model = load_saved_model(prepared, folder)
     trainer = build_trainer(changed, baseline_arm(changed), record.seed, folder, prepared, model)
     statistics: np.ndarray = prepared.example_statistics(trainer.predict(dataset))
-    name = split if data is None else f"{split}-{Path(data).name}"
     result = Evaluation(
         task=changed,
         split=split,
@@ -109,11 +109,21 @@ def evaluate(
             for name, values in resample(changed.compute_metrics, [statistics]).items()
         },
         signatures=prepared.signatures,
-        path=folder / f"evaluation-{name}.json",
+        path=_free_path(folder, split, data, settings),
         unknown_words=0.0 if data is None else _unknown_words(prepared, dataset),
     )
     write_json(result.path, _content(result, data, settings))
     return result
+
+
+def _free_path(folder: Path, split: str, data: str | None, settings: Sequence[str]) -> Path:
+    """Return where an evaluation is written: not over that of other data of the same name."""
+    name = split if data is None else f"{split}-{Path(data).name}"
+    made_with = {"data": data, "settings": list(settings)}
+    path, further = folder / f"evaluation-{name}.json", count(2)
+    while path.exists() and not made_with.items() <= read_object(path, "an evaluation").items():
+        path = folder / f"evaluation-{name}-{next(further)}.json"
+    return path
 
 
 def _unknown_words(prepared: PreparedTask, dataset: Any) -> float:

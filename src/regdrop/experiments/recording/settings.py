@@ -51,6 +51,8 @@ def check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any])
         found = {**found, "rdrop": {**RDropConfig().to_dict(), **found["rdrop"]}}
     if "data" not in wanted:  # it cannot be looked at now
         found = {name: value for name, value in found.items() if name != "data"}
+    elif found.get("data") == wanted["data"]:  # the same files, wherever they lie
+        wanted = {**wanted, "dataset": found.get("dataset")}
     if names := _differences(found, wanted):
         raise ValueError(
             f"{path} was made with other settings ({', '.join(names)}); "

@@ -140,10 +140,10 @@ def train_run(
     check_optimiser(arm.training)
     config = resolved_config(task, arm)
     if paths.record.exists() and not paths.work.exists():
-        return _load_finished(paths, config)
+        return _load_finished(paths, seed, config)
     with _owned(paths):
         if paths.record.exists():  # stopped after it was written, or written this moment
-            record = _load_finished(paths, config)
+            record = _load_finished(paths, seed, config)
             if is_main_process():
                 shutil.rmtree(paths.work, ignore_errors=True)
             return record
@@ -173,9 +173,10 @@ def _owned(paths: RunPaths) -> Iterator[None]:
             remove_empty([paths.lock.parent])
 
 
-def _load_finished(paths: RunPaths, config: dict[str, Any]) -> RunRecord:
+def _load_finished(paths: RunPaths, seed: int, config: dict[str, Any]) -> RunRecord:
     record = RunRecord.load(paths.record)
-    check_same_config(paths.record, record.config, config)
+    found, wanted = {**record.config, "seed": record.seed}, {**config, "seed": seed}
+    check_same_config(paths.record, found, wanted)
     return record
 
 
@@ -242,7 +243,7 @@ def _prepare(
     """Return the checkpoint to go on from, the data, all of it loaded, and a new model."""
     with main_process_first():
         paths.work.mkdir(parents=True, exist_ok=True)
-        checkpoint = _find_checkpoint(paths.work, arm, config)
+        checkpoint = _find_checkpoint(paths.work, arm, {**config, "seed": seed})
     set_seed(seed)
     check_batch_size(arm)
     try:

@@ -9,7 +9,12 @@ from typing import Any
 from regdrop.experiments.arms import Arm
 from regdrop.experiments.recording.files import write_json
 from regdrop.experiments.recording.ownership import hold
-from regdrop.experiments.studies.variations import Setting, with_settings
+from regdrop.experiments.studies.variations import (
+    Setting,
+    Variation,
+    is_varied,
+    with_settings,
+)
 
 TUNED_NAME = "tuned.json"
 # Others hold the file of choices for a moment.
@@ -30,6 +35,25 @@ class TunedArm:
     settings: dict[str, Setting] = field(default_factory=dict)
     metric: float | None = None
     tried: int = 0
+
+
+def check_tuned(
+    folder: Path, study: str, arms: Sequence[Arm], variations: Sequence[Variation]
+) -> None:
+    """Check, before a search, that its choice keeps every setting that was chosen before.
+
+    Raises:
+        ValueError: If a setting was chosen for one of the arms that is not varied now.
+    """
+    path = folder / TUNED_NAME
+    before = _load_tuned(path, study) if path.exists() else {}
+    for arm in arms:
+        varied = {variation.name for variation in variations if is_varied(arm, variation)}
+        if lost := sorted(before.get(arm.name, {"settings": {}})["settings"].keys() - varied):
+            raise ValueError(
+                f"{path} holds a choice of {', '.join(lost)} for {arm.name}, which this search "
+                "would drop; vary that too, or choose another output folder"
+            )
 
 
 def save_tuned(folder: Path, study: str, tuned: Mapping[str, TunedArm]) -> Path:
