@@ -325,7 +325,18 @@ def test_doctor_on_the_model_of_a_script(tmp_path, monkeypatch):
     assert str(tmp_path) not in sys.path
 
 
-def test_the_command_without_extras_says_what_to_install(monkeypatch):
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (
+            ModuleNotFoundError("No module named 'typer'", name="typer"),
+            r"needs typer.*pip install 'regdrop\[tasks\]'",
+        ),
+        (KeyboardInterrupt(), "130"),
+    ],
+    ids=["extras", "interrupt"],
+)
+def test_the_command_that_cannot_load_says_why_in_a_line(monkeypatch, raised, said):
     from regdrop import cli
 
     monkeypatch.setitem(sys.modules, "regdrop.commands", None)
@@ -334,13 +345,21 @@ def test_the_command_without_extras_says_what_to_install(monkeypatch):
     class NoTyper:
         def find_spec(self, name, path=None, target=None):
             if name == "typer":
-                raise ModuleNotFoundError("No module named 'typer'", name="typer")
+                raise raised
 
     for name in [name for name in sys.modules if name.startswith("regdrop.commands")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [NoTyper(), *sys.meta_path])
-    with pytest.raises(SystemExit, match=r"needs typer.*pip install 'regdrop\[tasks\]'"):
+    with pytest.raises(SystemExit, match=said):
         cli.main()
+
+
+def test_a_file_is_no_folder_of_results(tmp_path):
+    (tmp_path / "file").touch()
+    for command in (("train", "digits"), ("compare", "digits"), ("sweep", "alpha")):
+        result = run(*command, "--output", tmp_path / "file")
+        assert result.exit_code == 2
+        assert "'--output'" in result.output
 
 
 def test_too_little_memory_is_said_in_a_line(tmp_path):

@@ -14,4 +14,6 @@ def main() -> None:
             f"regdrop: the command line needs {error.name}, which is not installed; "
             "install the extras: pip install 'regdrop[tasks]'"
         )
+    except KeyboardInterrupt:  # the libraries take seconds to load
+        sys.exit(130)
     app()

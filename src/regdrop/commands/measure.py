@@ -24,7 +24,9 @@ def measure(
     ] = 1000,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder of the results; the run's if absent."),
+        typer.Option(
+            "--output", "-o", file_okay=False, help="Folder of the results; the run's if absent."
+        ),
     ] = None,
 ) -> None:
     """Show how far dropout's sub-models are apart, on training and on held-out items.

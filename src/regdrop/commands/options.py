@@ -71,7 +71,9 @@ TunedFile = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Folder of the results; in runs/ if absent."),
+    typer.Option(
+        "--output", "-o", file_okay=False, help="Folder of the results; in runs/ if absent."
+    ),
 ]
 
 

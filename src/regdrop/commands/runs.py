@@ -54,7 +54,12 @@ def train(
     arm: Annotated[str, typer.Option(help="Way of training: see `regdrop compare`.")] = "rdrop",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder of the run; runs/PRESET-ARM-seedN if absent."),
+        typer.Option(
+            "--output",
+            "-o",
+            file_okay=False,
+            help="Folder of the run; runs/PRESET-ARM-seedN if absent.",
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted run in the folder.")
