@@ -10,7 +10,7 @@ from PIL import Image
 
 from regdrop.tasks.common import folders
 from regdrop.tasks.common.data import check_texts, load_raw_splits
-from regdrop.tasks.common.folders import check_files, data_digests
+from regdrop.tasks.common.folders import data_digests
 from regdrop.tasks.images.decoding import convert_image, reader
 from regdrop.tasks.images.splits import load_image_splits
 from text_data import write_rows
@@ -27,27 +27,6 @@ def write(folder, **files):
     for name, content in files.items():
         (folder / name.replace("_", ".")).write_bytes(content)
     return folder
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"train_csv": b""}, "train.csv is empty"),
-        ({"train_csv": b"\xef\xbb\xbfa,b\n"}, "train.csv begins with a byte order mark of UTF-8"),
-        ({"train_jsonl": b"\xff\xfe{"}, "begins with a byte order mark of UTF-16: save it as"),
-        ({"test_csv": b"a", "test_jsonl": b"{}"}, r"one file for 'test', got .*csv.*jsonl"),
-        ({"train_csv": b"a", "test_jsonl": b"{}"}, r"files of one kind, got \['.csv', '.jsonl'\]"),
-    ],
-)
-def test_files_that_cannot_be_data_are_named(tmp_path, files, message):
-    with pytest.raises(ValueError, match=message):
-        check_files("it", write(tmp_path / "data", **files))
-
-
-def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="'it' is a file"):
-        check_files("it", tmp_path / "file")
 
 
 def test_a_digest_is_of_content_and_computed_once(tmp_path, cache, monkeypatch):

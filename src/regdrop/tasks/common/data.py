@@ -1,18 +1,15 @@
 """Data sets by folder or hub id, through `datasets.load_dataset`; errors name what is wrong."""
 
+import errno
 import glob
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from regdrop.tasks.common.folders import (
-    check_files,
-    data_digests,
-    find_folder,
-    holds_files_alone,
-    plain_path,
-)
+from regdrop.tasks.common.file_kinds import BUILDERS
+from regdrop.tasks.common.folders import data_digests, find_folder, plain_path
+from regdrop.tasks.common.layout import Layout, find_layout
 
 # The part of a training split held out where a set has no split of its own to select on, and the
 # seed by which it is drawn: the same for every seed of a training.
@@ -20,17 +17,13 @@ HELD_OUT = 0.1
 SPLIT_SEED = 0
 
 
-def load_raw_splits(
-    dataset: str, config_name: str | None = None, split_names: Sequence[str] = ()
-) -> dict[str, Any]:
+def load_raw_splits(dataset: str, config_name: str | None = None) -> dict[str, Any]:
     """Load all splits of a local folder or a hub id.
 
     Args:
         dataset: Folder of data files, one or more a split, hub id, or "alice" for the book that
             comes with the package.
         config_name: Configuration of the hub's set; a folder has none.
-        split_names: Splits that a folder holds as files of these names; `datasets` would join
-            "validation_matched" and "validation_mismatched".
 
     Returns:
         From the names of the splits to `datasets.Dataset`.
@@ -38,7 +31,7 @@ def load_raw_splits(
     Raises:
         ValueError: If it cannot be found or read, or a split is empty.
     """
-    loaded = open_splits(dataset, config_name, split_names)
+    loaded = open_splits(dataset, config_name)
     for name, split in loaded.items():
         if len(split) == 0:
             raise ValueError(f"split {name!r} of data {dataset!r} is empty")
@@ -46,11 +39,7 @@ def load_raw_splits(
 
 
 def open_splits(
-    dataset: str,
-    config_name: str | None = None,
-    split_names: Sequence[str] = (),
-    *,
-    streaming: bool = False,
+    dataset: str, config_name: str | None = None, *, streaming: bool = False
 ) -> dict[str, Any]:
     """Return the splits as `load_raw_splits` does, with `streaming` to be read while used."""
     import datasets
@@ -59,38 +48,63 @@ def open_splits(
     folder = find_folder(dataset)
     if dataset.startswith((".", "/", "~")) and folder is None:
         raise ValueError(f"data must be a folder or a hub id; there is no folder {dataset!r}")
-    options: dict[str, Any] = {"streaming": True} if streaming else {}
+    layout = None if folder is None else find_layout(dataset, folder)
     try:
         if folder is not None:
-            check_files(dataset, folder)
-            files: dict[str, Any] = {
-                path.stem: path.name
-                for path in sorted(folder.iterdir())
-                if path.is_file() and path.stem in split_names
-            }
-            if not streaming:
-                # The library tells changed files by their time alone.
-                content = hashlib.sha256(repr(data_digests(dataset)).encode()).hexdigest()[:16]
-                options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE, content))
-            path = str(plain_path(folder))
-            if not files and holds_files_alone(folder):
-                found = datasets.load_dataset_builder(path).config.data_files
-                # They are taken as patterns again.
-                files = {str(name): list(map(glob.escape, own)) for name, own in found.items()}
-            if not files:
-                return dict(datasets.load_dataset(path, **options))
-            # Each by itself: read together, all are made what the first one is, numbers and lists
-            # to text.
-            return {
-                name: datasets.load_dataset(path, data_files={name: file}, split=name, **options)
-                for name, file in files.items()
-            }
+            return _open_folder(dataset, folder, layout, streaming=streaming)
+        options: dict[str, Any] = {"streaming": True} if streaming else {}
         return dict(datasets.load_dataset(dataset, config_name, **options))
     except (DatasetNotFoundError, ConnectionError, OSError) as error:
-        raise ValueError(f"data {dataset!r} cannot be found: {error}") from error
+        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+            raise ValueError(
+                f"data {dataset!r} cannot be kept in the cache "
+                f"{datasets.config.HF_DATASETS_CACHE}, which HF_HOME moves: {error}"
+            ) from error
+        nowhere = "" if folder else "; there is no folder of that name here"
+        raise ValueError(f"data {dataset!r} cannot be found: {error}{nowhere}") from error
     except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError) as error:
         reason = error.__cause__ or error
         raise ValueError(f"data {dataset!r} cannot be read: {reason}") from error
+
+
+def _open_folder(
+    dataset: str, folder: Path, layout: Layout | None, *, streaming: bool
+) -> dict[str, Any]:
+    import datasets
+
+    if streaming:
+        options: dict[str, Any] = {"streaming": True}
+    else:
+        # The library tells changed files by their time alone.
+        content = hashlib.sha256(repr(data_digests(dataset)).encode()).hexdigest()[:16]
+        options = {"cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE, content))}
+    if layout is None:
+        return dict(datasets.load_dataset(str(plain_path(folder)), **options))
+    builder, reading = BUILDERS[layout.kind]
+    patterns = {name: [_pattern(path) for path in own] for name, own in layout.splits.items()}
+    options |= reading
+    if layout.kind == "images":  # their classes are those of all splits
+        return dict(datasets.load_dataset(builder, data_files=patterns, **options))
+    # Each by itself: read together, all are made what the first one is, numbers and lists to text.
+    return {name: _open_files(name, builder, own, options) for name, own in patterns.items()}
+
+
+def _open_files(name: str, builder: str, files: list[str], options: dict[str, Any]) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(builder, data_files={name: files}, split=name, **options)
+    except ValueError as error:
+        if "corresponds to no data" in str(error):  # a table of a header alone
+            raise ValueError(f"split {name!r} is empty") from None
+        raise
+
+
+def _pattern(path: Path) -> str:
+    """Return what matches a file, or all files in a folder, and no other."""
+    if path.is_dir():
+        return f"{plain_path(path)}/**"
+    return f"{plain_path(path.parent).absolute()}/{glob.escape(path.name)}"
 
 
 def require_columns(dataset: str, splits: Mapping[str, Any], columns: Iterable[str]) -> None:

@@ -1,9 +1,8 @@
-"""Folders of data, and what the hub has: the identity of their content, and wrong files."""
+"""Folders of data, and what the hub has: where they are, and the identity of their content."""
 
 import glob
 import hashlib
 import os
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -15,9 +14,6 @@ from regdrop.whole_files import write_text
 DIGITS_NAME = "digits"
 # What comes with the package, by name: folders with a file for each split.
 _SHIPPED = {"alice": Path(__file__).parents[1] / "texts" / "alice"}
-_TEXT_SUFFIXES = {".csv", ".json", ".jsonl", ".tsv", ".txt"}
-_SUFFIXES = {*_TEXT_SUFFIXES, ".arrow", ".parquet"}
-_MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _BLOCK_BYTES = 2**20
 _HUB_SECONDS = 10.0
 
@@ -42,42 +38,6 @@ def data_digests(dataset: str) -> dict[str, str]:
         return {}
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     return {path.name: _digest(path) for path in entries}
-
-
-def check_files(dataset: str, folder: Path) -> None:
-    """Check the data files of a folder before they are read.
-
-    Raises:
-        ValueError: If it is no folder, a file is empty or begins with a byte order mark, there are
-            several for one split, or they are of several kinds.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"data must be a folder or a hub id; {dataset!r} is a file")
-    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _SUFFIXES]
-    by_split: dict[str, list[str]] = defaultdict(list)
-    for path in files:
-        by_split[path.stem].append(path.name)
-        with path.open("rb") as file:
-            start = file.read(3)
-        if not start:
-            raise ValueError(f"{path} is empty")
-        for mark, encoding in _MARKS.items():
-            if path.suffix.lower() in _TEXT_SUFFIXES and start.startswith(mark):
-                raise ValueError(
-                    f"{path} begins with a byte order mark of {encoding}: save it as UTF-8 without"
-                )
-    for split, names in by_split.items():
-        if len(names) > 1:
-            raise ValueError(f"data {dataset!r} must have one file for {split!r}, got {names}")
-    kinds = sorted({path.suffix.lower() for path in files})
-    if len(kinds) > 1:
-        raise ValueError(f"data {dataset!r} must have files of one kind, got {kinds}")
-
-
-def holds_files_alone(folder: Path) -> bool:
-    """Return whether a folder holds data files alone: no folders, and nothing that describes it."""
-    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    return all(path.is_file() and path.suffix.lower() in _SUFFIXES for path in entries)
 
 
 def plain_path(folder: Path) -> Path:
