@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from regdrop.config import RDropConfig
 from regdrop.disagreement import Disagreement as Disagreement
 from regdrop.disagreement import measure_disagreement as measure_disagreement
-from regdrop.loss import RDropOutput, TermsFunction
+from regdrop.loss import RDropOutput, TermsFunction, combine_terms
 from regdrop.passes import (
     concatenate_outputs,
     copy_structure,
@@ -288,7 +288,7 @@ def measure_divergence(outputs: Any, other: Any, target: Any, terms: TermsFuncti
     # Terms may draw masks of their own, as an adaptive softmax does.
     with torch.no_grad(), preserve_random_state():
         both = terms(concatenate_outputs([outputs, other]), target, num_passes=2)
-        return both.kl.sum() / both.kl_count.clamp(min=1)
+        return combine_terms(both, alpha=0.0, num_passes=2).kl
 
 
 def extra_pass(model: nn.Module, forward: Callable[[Any], Output], batch: Any) -> Output:

@@ -1,7 +1,7 @@
 """One training step, from the plan over the passes to the loss: shared by every integration."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +26,15 @@ from regdrop.loss import (
     rdrop_cross_entropy,
 )
 from regdrop.loss.checks import check_counts, check_plain
-from regdrop.passes import copy_structure, find_batch_size, find_tensors, run_passes
+from regdrop.passes import (
+    copy_structure,
+    count_rows,
+    find_batch_size,
+    find_tensors,
+    map_rows,
+    refuse_other_rows,
+    run_passes,
+)
 from regdrop.schedule import StepPlan, is_monitored, plan_step
 
 Loss = Literal["cross_entropy", "binary_cross_entropy", "mse"]
@@ -57,7 +65,9 @@ def rdrop_step(
     Args:
         forward: Maps a batch without its target to the model's output, (items, ...) with classes
             last: the model itself, or a function around it. With a loss of your own the output may
-            also be a tuple, list or mapping of tensors.
+            also be packed sequences, or a tuple, list, mapping or dataclass of tensors, numbers and
+            texts. One forward's output is handed on as it is. Those of several forwards are joined,
+            each part with one row an item; a float becomes its mean over the passes.
         batch: The original batch, as `repeat_batch` takes it; never changed. With
             passes="sequential" and fraction 1 it may be anything that `forward` takes.
         target: The original target, (batch, ...); with a loss of your own also a structure.
@@ -83,9 +93,11 @@ def rdrop_step(
 
     Raises:
         TypeError: For an argument of the wrong type, an output that is no tensor where the loss
-            takes one, or a loss of your own that returns no `ItemTerms`.
+            takes one or an object that cannot be joined, or a loss of your own that returns no
+            `ItemTerms`.
         ValueError: For an unknown loss, a count that is not positive, an option that needs a
-            trainer, or what the loss and `repeat_batch` refuse.
+            trainer, outputs to be joined or cut that have other rows than the items, or what the
+            loss and `repeat_batch` refuse.
     """
     if not callable(forward):
         raise TypeError(f"forward must be a model or a function, got {type(forward).__name__}")
@@ -112,6 +124,8 @@ def rdrop_step(
         passes, target, terms, config, plan, num_items=num_items, num_weight=num_weight
     )
     if other is not None:
+        both, groups = [passes.outputs, other], [[None], [None]]
+        refuse_other_rows(both, groups, batch, batch_size=batch_size, rows=_rows_of(target))
         return output._replace(kl=measure_divergence(passes.outputs, other, target, terms))
     if plan.num_passes > 1:
         watch_divergence(forward, output)
@@ -220,7 +234,10 @@ def cut_outputs_of(terms: Callable[..., ItemTerms]) -> TermsFunction:
             ) from error
         if not isinstance(found, ItemTerms):
             raise TypeError(f"loss must return regdrop.loss.ItemTerms, got {type(found).__name__}")
-        return found
+        # Who counts may do so in Python.
+        return found._replace(
+            nll_count=torch.as_tensor(found.nll_count), kl_count=torch.as_tensor(found.kl_count)
+        )
 
     return cut_terms
 
@@ -230,19 +247,7 @@ def _cut(outputs: Any, num_passes: int, backward_passes: int) -> Any:
         passes = output.unflatten(0, (num_passes, -1))
         return limit_backward(passes, backward_passes).flatten(0, 1)
 
-    return _map_outputs(cut, outputs)
-
-
-def _map_outputs(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:
-    """Return the outputs of a model, those of items changed by a function."""
-    if outputs is None:
-        return None
-    if isinstance(outputs, Tensor):
-        return function(outputs) if outputs.dim() else outputs
-    if isinstance(outputs, Mapping):
-        return {name: _map_outputs(function, part) for name, part in outputs.items()}
-    parts = [_map_outputs(function, part) for part in outputs]
-    return type(outputs)(*parts) if hasattr(outputs, "_fields") else type(outputs)(parts)
+    return map_rows(cut, outputs)
 
 
 class StepPasses(NamedTuple):
@@ -303,6 +308,7 @@ def run_step_passes(
         items=items,
         batch_size=batch_size,
         shared=shared,
+        rows=_rows_of(target),
         join=join,
     )
     if config.method == "r3f":  # its NLL is that of the clean pass alone
@@ -357,6 +363,10 @@ def compute_passes_loss(
     )
 
 
+def _rows_of(target: Any) -> list[int]:
+    return [tensor.size(0) for tensor in find_tensors(target) if tensor.dim()]
+
+
 def _check_rows_of_fraction(fraction: float, target: Any, size: int) -> None:
     if not isinstance(target, Tensor):
         raise ValueError(
@@ -367,6 +377,16 @@ def _check_rows_of_fraction(fraction: float, target: Any, size: int) -> None:
             f"fraction={fraction} needs one row an item, got {size} rows for "
             f"{target.shape[0]} items; use fraction=1.0"
         )
+
+
+def _check_rows_of_parts(outputs: Any, size: int, total: int) -> None:
+    for name, rows in count_rows(outputs).items():
+        if rows != total:
+            raise ValueError(
+                f"forward must return {name} with one row an item beside a part of the batch, "
+                f"{total} for {size} items and their parts, got {rows}; leave it out, repeat it "
+                "for every item, or use fraction=1.0"
+            )
 
 
 def _random_items(batch_size: int, fraction: float, device: torch.device) -> Tensor:
@@ -406,8 +426,9 @@ def _partial_terms(
     for output in find_tensors(outputs):
         check_plain("the output behind fraction", output)
     size = target.shape[0]
-    first = _map_outputs(lambda output: output[:size], outputs)
-    both = _map_outputs(lambda output: torch.cat([output[:size][items], output[size:]]), outputs)
+    _check_rows_of_parts(outputs, size, size + (passes["num_passes"] - 1) * len(items))
+    first = map_rows(lambda output: output[:size], outputs)
+    both = map_rows(lambda output: torch.cat([output[:size][items], output[size:]]), outputs)
     whole = terms(first, target, num_passes=1)
     part = terms(both, target[items], **passes)
     weight = size / max(1, items.numel())

@@ -2,6 +2,7 @@
 
 from regdrop.passes.dropout import DropoutSource, find_dropout
 from regdrop.passes.noise import embedding_noise
+from regdrop.passes.outputs import concatenate_outputs, count_rows, map_rows
 from regdrop.passes.preserved_state import preserve_buffers, preserve_random_state
 from regdrop.passes.rates import (
     DropoutOdds,
@@ -11,7 +12,7 @@ from regdrop.passes.rates import (
 )
 from regdrop.passes.shared_prefix import SharedPrefix, share_prefix, why_not_shared
 from regdrop.passes.stacking import find_batch_size, find_tensors, repeat_batch, take_items
-from regdrop.passes.strategies import Strategy, concatenate_outputs, run_passes
+from regdrop.passes.strategies import Strategy, refuse_other_rows, run_passes
 from regdrop.passes.structures import copy_structure
 
 __all__ = [
@@ -21,13 +22,16 @@ __all__ = [
     "Strategy",
     "concatenate_outputs",
     "copy_structure",
+    "count_rows",
     "dropout_rates",
     "embedding_noise",
     "find_batch_size",
     "find_dropout",
     "find_tensors",
+    "map_rows",
     "preserve_buffers",
     "preserve_random_state",
+    "refuse_other_rows",
     "repeat_batch",
     "run_passes",
     "scale_dropout_odds",

@@ -1,14 +1,18 @@
 """How several passes of a batch go through a model: in one forward or one after the other."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
+from regdrop.passes.containers import is_graph
+from regdrop.passes.outputs import concatenate_outputs, count_rows
 from regdrop.passes.stacking import find_batch_size, repeat_batch, take_items
-from regdrop.passes.structures import as_names, copy_structure
+from regdrop.passes.structures import as_names, copy_structure, find_leaves
 
 Strategy = Literal["stacked", "sequential"]
 
@@ -46,13 +50,15 @@ def run_passes(
     items: Tensor | None = None,
     batch_size: int | None = None,
     shared: Iterable[str] = (),
+    rows: Iterable[int] = (),
     join: Callable[[Sequence[Any]], Any] | None = None,
 ) -> Any:
     """Run a batch several times through a model and return the stacked outputs.
 
     Args:
-        forward: Maps a batch to the model's output, (items, ...): a tensor, or a tuple, list or
-            mapping of tensors; or whatever `join` takes.
+        forward: Maps a batch to the model's output, (items, ...): a tensor, or what
+            `concatenate_outputs` takes besides; or whatever `join` takes. Of one forward alone it
+            may be anything.
         batch: The original batch; never changed. Where no forward is stacked and `items` is None,
             it may be anything that `forward` takes; an object that is no structure is handed to
             every forward as it is.
@@ -64,67 +70,113 @@ def run_passes(
         items: Positions (n,) of the items that all passes but the first see. None: all items.
         batch_size: As in `repeat_batch`.
         shared: As in `repeat_batch`.
-        join: Makes one of the outputs of several forwards, in the order of their passes;
-            `concatenate_outputs` by default.
+        rows: Numbers of rows of a pass that an output may have besides those of the items, such as
+            those of the target.
+        join: Makes one of the outputs of several forwards, in the order of their passes; by default
+            `concatenate_outputs` of what `refuse_other_rows` lets through.
 
     Returns:
-        The outputs of pass 0, of pass 1 and so on, along the first dimension.
+        The outputs of pass 0, of pass 1 and so on, along the first dimension; of one forward alone
+        they are as it returned them.
+
+    Raises:
+        TypeError, ValueError: For what is refused where outputs are joined.
     """
     selections: list[Tensor | None] = [None, *[items] * (num_passes - 1)]
     graded = num_passes if backward_passes is None else backward_passes
-    join = concatenate_outputs if join is None else join
-    options: dict[str, Any] = {
-        "strategy": strategy,
-        "batch_size": batch_size,
-        "shared": as_names(shared),
-        "join": join,
-    }
-    rest = None
-    if graded < num_passes:
-        with torch.no_grad():
-            rest = _run(forward, batch, selections[graded:], **options)
-    outputs = _run(forward, batch, selections[:graded], **options)
-    return outputs if rest is None else join([outputs, rest])
+    run = partial(_run, forward, batch, batch_size=batch_size, shared=as_names(shared))
+    first, others = _group(selections[:graded], strategy), _group(selections[graded:], strategy)
+    with torch.no_grad():
+        rest = [run(group) for group in others]
+    outputs = [*map(run, first), *rest]
+    if len(outputs) == 1:
+        return outputs[0]
+    if join is not None:
+        return join(outputs)
+    groups = [*first, *others]
+    refuse_other_rows(outputs, groups, batch, batch_size=batch_size, rows=rows)
+    passes = [len(group) for group in groups]
+    return concatenate_outputs(outputs, passes=passes, backward_passes=graded)
 
 
-def concatenate_outputs(outputs: Sequence[Any]) -> Any:
-    """Return several outputs of one structure as one, along the first dimension.
+def refuse_other_rows(
+    outputs: Sequence[Any],
+    groups: Sequence[Sequence[Tensor | None]],
+    batch: Any,
+    *,
+    batch_size: int | None = None,
+    rows: Iterable[int] = (),
+) -> None:
+    """Raise for a tensor in outputs that are to be joined whose rows are not those of a pass.
 
-    Numbers without a dimension, such as an auxiliary loss of each forward, become their mean.
+    It must have one row an item, or several, or a number of rows that is named, or that of packed
+    tokens. Where the batch does not tell its items, or holds graphs or nested tensors, whose nodes
+    and tokens are rows too, all passes must only have as many as each other.
+
+    Args:
+        outputs: Those of several forwards.
+        groups: For each forward, what each of its passes saw: positions of items, or None for all.
+        batch: The original batch.
+        batch_size: As in `repeat_batch`.
+        rows: Numbers of rows that a pass of all items may have, such as those of the target.
 
     Raises:
-        TypeError: For an output that is no tensor, None, or a tuple, list or mapping of them.
+        ValueError: For such a tensor, by its name.
+        TypeError: For what `concatenate_outputs` refuses.
     """
-    first = outputs[0]
-    if first is None:
+    passes = [len(group) for group in groups]
+    leaves = list(find_leaves(batch))
+    size = _tell_batch_size(batch, leaves) if batch_size is None else batch_size
+    scales = [passes]
+    if size is not None:
+        seen = [sum(size if s is None else len(s) for s in group) for group in groups]
+        tokens = [len(leaf.data) for leaf in leaves if isinstance(leaf, PackedSequence)]
+        scales = [seen, *([times * count for times in passes] for count in (*rows, *tokens))]
+    counts = [count_rows(output) for output in outputs]
+    for name in counts[0]:
+        found = [count[name] for count in counts if name in count]
+        if len(found) < len(counts):
+            continue  # outputs of different structures are refused where they are joined
+        if not any(_are_multiples(found, scale) for scale in scales):
+            raise ValueError(
+                f"forward must return {name} with one row an item (or several), or as a number, "
+                "since the outputs of several forwards are joined along the first dimension: got "
+                f"{found} rows for {scales[0]} {'passes' if size is None else 'items'}; leave it "
+                "out, repeat it for every item, or give batch_size if these are not the items"
+            )
+
+
+def _are_multiples(found: Sequence[int], scale: Sequence[int]) -> bool:
+    times = found[0] // scale[0] if scale[0] else 0
+    return all(rows == times * unit for rows, unit in zip(found, scale, strict=True))
+
+
+def _tell_batch_size(batch: Any, leaves: Iterable[Any]) -> int | None:
+    if any(is_graph(leaf) or getattr(leaf, "is_nested", False) for leaf in leaves):
         return None
-    if isinstance(first, Tensor):
-        is_number = first.dim() == 0 and first.is_floating_point()
-        return torch.stack(list(outputs)).mean(0) if is_number else torch.cat(list(outputs))
-    if isinstance(first, Mapping):
-        names = list(first.keys())  # a TensorDict iterates over its rows
-        return {name: concatenate_outputs([output[name] for output in outputs]) for name in names}
-    if isinstance(first, (tuple, list)):
-        parts = [concatenate_outputs(part) for part in zip(*outputs, strict=True)]
-        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    raise TypeError(
-        "forward must return a tensor, or a tuple, list or mapping of tensors, "
-        f"got {type(first).__name__}"
-    )
+    try:
+        return find_batch_size(batch)
+    except ValueError:
+        return None
+
+
+def _group(selections: list[Tensor | None], strategy: Strategy) -> list[list[Tensor | None]]:
+    """Return what the passes of each forward see."""
+    if strategy == "stacked" and selections:
+        return [selections]
+    return [[selection] for selection in selections]
 
 
 def _run(
     forward: Callable[[Any], Any],
     batch: Any,
-    selections: list[Tensor | None],
+    selections: Sequence[Tensor | None],
     *,
-    strategy: Strategy,
     batch_size: int | None,
     shared: tuple[str, ...],
-    join: Callable[[Sequence[Any]], Any],
 ) -> Any:
-    """Run one pass for each selection of items; None selects the whole batch."""
-    if strategy == "stacked" and len(selections) > 1:
+    """Run one forward, of a pass for each selection of items; None selects the whole batch."""
+    if len(selections) > 1:
         size = find_batch_size(batch) if batch_size is None else batch_size
         stacked, rows = _stack(batch, selections, batch_size=size, shared=shared)
         token = _ROWS.set(rows)
@@ -132,19 +184,14 @@ def _run(
             return forward(stacked)
         finally:
             _ROWS.reset(token)
-    outputs = []
-    for selection in selections:
-        if selection is None:
-            # A forward may change what it is given, for the next one or for the caller.
-            items = copy_structure(batch, clones=True, shared=shared)
-        else:
-            items = take_items(batch, selection, batch_size=batch_size, shared=shared)
-        outputs.append(forward(items))
-    return outputs[0] if len(outputs) == 1 else join(outputs)
+    if selections[0] is None:
+        # A forward may change what it is given, for the next one or for the caller.
+        return forward(copy_structure(batch, clones=True, shared=shared))
+    return forward(take_items(batch, selections[0], batch_size=batch_size, shared=shared))
 
 
 def _stack(
-    batch: Any, selections: list[Tensor | None], *, batch_size: int, shared: tuple[str, ...]
+    batch: Any, selections: Sequence[Tensor | None], *, batch_size: int, shared: tuple[str, ...]
 ) -> tuple[Any, StackedRows]:
     """Return the batch stacked in blocks, one for each selection, and what repeats what."""
     options: dict[str, Any] = {"batch_size": batch_size, "shared": shared}
