@@ -140,6 +140,52 @@ def test_hidden_labels_are_not_tested_and_a_lone_training_split_is_refused(colou
     assert [len(split) for split in load(tmp_path / "data")[:3]] == [27, 3, 4]
 
 
+TONES = {"dark": 0, "middle": 120, "light": 255}
+
+
+def write_classes(folder, **names):
+    """Write a file a split, with images of the tones that its classes are named after."""
+    import datasets
+
+    folder.mkdir()
+    for split, own in names.items():
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=own)}
+        )
+        images = [Image.new("L", (8, 8), TONES[name]) for name in own] * 10
+        rows = {"image": images, "label": list(range(len(own))) * 10}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("test", [["light", "middle", "dark"], ["light", "dark"], ["middle"]])
+def test_classes_are_those_that_each_split_names(tmp_path, test):
+    train = ["dark", "middle", "light"]
+    folder = write_classes(tmp_path / "data", train=train, test=test)
+    splits = load(folder, num_channels=1, mean=[0], std=[1])
+    found = {round(float(x["pixel_values"].mean()) * 255): int(x["labels"]) for x in splits.test}
+    assert found == {TONES[name]: train.index(name) for name in test}
+
+
+def test_a_class_that_is_not_learned_is_said_or_refused(tmp_path, caplog):
+    folder = write_classes(tmp_path / "more", train=["dark", "light"], test=["dark", "middle"])
+    with pytest.raises(ValueError, match=r"split 'test' .* of split 'train', .*\['middle'\]"):
+        load(folder, num_channels=1, mean=[0], std=[1])
+    for split, names in (("train", ["cat", "dog"]), ("test", ["cat", "dog", "Cat"])):
+        for name in names:
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(10):
+                Image.new("L", (8, 8)).save(tmp_path / "data" / split / name / f"{i}.png")
+    load(tmp_path / "data")
+    assert "has no image of the classes ['Cat']: they are not learned" in caplog.text
+
+
+def test_a_stream_has_its_classes_in_one_order(tmp_path):
+    folder = write_classes(tmp_path / "data", train=["dark", "light"], test=["light", "dark"])
+    with pytest.raises(ValueError, match=r"split 'test' .* in their order to be streamed"):
+        stream(folder)
+
+
 def test_a_set_without_images_is_refused(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\na,0\nb,1\n")
     with pytest.raises(ValueError, match="must have a column of images and one of class labels"):

@@ -7,7 +7,12 @@ import pytest
 
 from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.understanding.glue import GLUE
-from regdrop.tasks.understanding.labels import check_labels, say_converted_labels
+from regdrop.tasks.understanding.labels import (
+    check_labels,
+    check_variety,
+    match_labels,
+    say_converted_labels,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +46,50 @@ def test_a_conversion_is_said_once(values, task, kind, caplog):
 def test_numbers_of_the_tasks_kind_need_no_word(caplog):
     assert say([0, 1], "cola", caplog) == say([0.5, 1.0], "stsb", caplog) == []
     assert say([0, 1], "stsb", caplog) == []
+
+
+def named(labels, names):
+    features = None
+    if names is not None:
+        kinds = {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        features = datasets.Features(kinds)
+    rows = {"sentence": ["a"] * len(labels), "label": labels}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "expected"),
+    [
+        (["negative", "positive"], ["negative", "positive"], [0, 1, 1]),
+        (["negative", "positive"], ["positive", "negative"], [1, 0, 0]),
+        (["positive", "negative"], ["positive", "negative"], [1, 0, 0]),
+        (["no", "yes"], ["no", "yes"], [0, 1, 1]),
+        (["no", "yes"], ["yes", "no"], [1, 0, 0]),
+        (["no", "yes"], None, [0, 1, 1]),
+        (None, None, [0, 1, 1]),
+    ],
+)
+def test_labels_are_matched_by_the_names_of_each_split(train, test, expected):
+    """To the task's own names, or else to those of the first split."""
+    splits = {"train": named([0, 1], train), "test": named([0, 1, 1], test)}
+    assert match_labels("it", splits, GLUE["sst2"])["test"]["label"][:] == expected
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (["no", "yes"], ["no", "maybe"], r"classes of split 'train', .*; got others, \['maybe'\]"),
+        (["negative", "positive"], ["no", "yes"], r"classes of SST-2, .* \['no', 'yes'\]"),
+        (["positive", "negative"], None, "split 'test' .* got numbers without names"),
+    ],
+)
+def test_classes_that_cannot_be_matched_are_refused(train, test, message):
+    splits = {"train": named([0, 1], train), "test": named([0, 1], test)}
+    with pytest.raises(ValueError, match=message):
+        match_labels("it", splits, GLUE["sst2"])
+
+
+def test_one_score_in_all_rows_is_nothing_to_learn_from():
+    split = datasets.Dataset.from_dict({"label": [2.0] * 5})
+    with pytest.raises(ValueError, match=r"must hold several scores, got 2\.0 in all 5 rows"):
+        check_variety("it", split, GLUE["stsb"])

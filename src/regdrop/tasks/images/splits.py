@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regdrop.tasks.common.data import hold_out, load_raw_splits, take_part
+from regdrop.tasks.common.class_names import label_names, renumber_classes
+from regdrop.tasks.common.data import hold_out, load_raw_splits, require_columns, take_part
 from regdrop.tasks.common.folders import data_digests
+from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.images.dataset import Images, ImageSplits
 from regdrop.tasks.images.decoding import reader
 
@@ -62,8 +64,8 @@ def load_image_splits(
             f"dataset {dataset!r} must have a split named train, validation or test, "
             f"got {sorted(loaded)}"
         )
-    image_column, label_column = find_columns(dataset, known[0])
-    if test is not None and set(test[label_column][:]) == {-1}:  # they are hidden
+    image_column, label_column = columns = find_columns(dataset, known[0])
+    if test is not None and _hides_labels(test, label_column):
         test = None
     origins = {name: name for name in ("train", "validation", "test")}
     if train is not None:
@@ -75,12 +77,18 @@ def load_image_splits(
                 f"dataset {dataset!r} must have a split 'test' or 'validation' with labels, "
                 f"got {sorted(loaded)}"
             )
+        if class_names is None:
+            _say_unlearned(f"split 'train' of data {dataset!r}", train, label_column)
         if held_out is None:
             train, held_out = hold_out(train)
             origins["validation"] = "train"
         train = take_part(train, train_examples)
+    used = {"train": train, "validation": held_out, "test": test}
+    require_columns(dataset, {origins[k]: x for k, x in used.items() if x is not None}, columns)
     own_names = list(known[0].features[label_column].names)
-    places = match_classes(dataset, own_names, class_names)
+    wanted = own_names if class_names is None else list(class_names)
+    first = next(name for name in ("train", "validation", "test") if name in loaded)
+    whose = f"split {first!r}" if class_names is None else "the model"
     identity = None  # a trained model is evaluated on a part: the others are not read for it
     if class_names is None:
         digests = data_digests(dataset)
@@ -90,13 +98,14 @@ def load_image_splits(
         if source is None:
             return None
         where, rows = f"split {origins[name]!r} of data {dataset!r}", source[ROW][:]
-        labels = check_labels(where, source[label_column][:], len(own_names), rows)
+        names = label_names(source, label_column) or own_names
+        labels = check_labels(where, source[label_column][:], len(names), rows)
         if name == "train" and len(labels.unique()) == 1:
             raise ValueError(
                 f"the labels of {where} must be of several classes, got {labels[0]} in all "
                 f"{len(labels)} rows"
             )
-        labels = labels if places is None else torch.tensor(places)[labels]
+        labels = torch.tensor(renumber_classes(where, labels.tolist(), names, wanted, whose))
         read = reader(
             *(where, source, image_column, image_size, num_channels),
             rows=rows,
@@ -112,7 +121,7 @@ def load_image_splits(
         )
 
     splits = split("train", train, augmentation), split("validation", held_out), split("test", test)
-    return ImageSplits(*splits, own_names if class_names is None else list(class_names))
+    return ImageSplits(*splits, wanted)
 
 
 def check_labels(
@@ -134,29 +143,23 @@ def check_label(where: str, row: int, label: Any, num_classes: int) -> None:
     Raises:
         ValueError: If it is missing, or no class of the set.
     """
-    if label is None or not 0 <= label < num_classes:
+    if not isinstance(label, int) or not 0 <= label < num_classes:
         raise ValueError(
             f"the labels of {where} must be classes from 0 to {num_classes - 1}, got "
             f"{'null' if label is None else label} in row {row}"
         )
 
 
-def match_classes(
-    dataset: str, own: Sequence[str], wanted: Sequence[str] | None
-) -> list[int] | None:
-    """Return the place of each of a set's classes among a model's; None where it is its own.
+def _hides_labels(split: Any, column: str) -> bool:
+    return column not in split.column_names or set(split[column][:]) == {-1}
 
-    Raises:
-        ValueError: If the set has a class that the model does not know.
-    """
-    if wanted is None:
-        return None
-    if unknown := sorted(set(own) - set(wanted)):
-        raise ValueError(
-            f"data {dataset!r} must have the classes of the model, {list(wanted)}; "
-            f"got others, {unknown}"
-        )
-    return [list(wanted).index(name) for name in own]
+
+def _say_unlearned(where: str, train: Any, column: str) -> None:
+    """Say which classes have no image to learn from."""
+    missing = set(range(len(train.features[column].names))) - set(train[column][:])
+    if missing:
+        names = [train.features[column].names[i] for i in sorted(missing)]
+        say_once(f"{where} has no image of the classes {names}: they are not learned")
 
 
 def find_columns(dataset: str, split: Any) -> tuple[str, str]:

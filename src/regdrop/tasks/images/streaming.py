@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from regdrop.tasks.common.class_names import label_names
 from regdrop.tasks.common.data import open_splits
 from regdrop.tasks.images.augmentation import augment
 from regdrop.tasks.images.dataset import ImageSplits
@@ -148,6 +149,12 @@ def stream_image_splits(
     columns = find_columns(dataset, loaded["train"])
     decode = loaded["train"].features[columns[0]].decode_example
     class_names = list(loaded["train"].features[columns[1]].names)
+    tested_names = label_names(loaded[tested], columns[1])
+    if tested_names not in (None, class_names):
+        raise ValueError(
+            f"split {tested!r} of data {dataset!r} must have the classes of split 'train' in their "
+            f"order to be streamed, {class_names}; got {tested_names}"
+        )
     wheres = {name: f"split {name!r} of data {dataset!r}" for name in ("train", tested)}
     train, test = (number_rows(loaded[name], columns) for name in ("train", tested))
     first = loaded["train"].select_columns(columns[1]).take(watched_labels)

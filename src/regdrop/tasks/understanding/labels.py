@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from regdrop.tasks.common.class_names import label_names, renumber_classes
 from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.understanding.glue import GlueTask
 
@@ -38,6 +39,38 @@ def check_labels(where: str, split: Any, task: GlueTask) -> None:
         )
 
 
+def match_labels(dataset: str, splits: dict[str, Any], task: GlueTask) -> dict[str, Any]:
+    """Return splits whose checked labels are numbered as the task's, by the names they have.
+
+    Classes of other names than the task's are numbered as in the first split.
+
+    Raises:
+        ValueError: If splits name different classes, or some name none and others in another order.
+    """
+    named = {name: label_names(split, "label") for name, split in splits.items()}
+    first, first_names = next(((k, v) for k, v in named.items() if v), ("", []))
+    if task.is_regression or not first_names:
+        return splits
+    is_own = set(first_names) <= set(task.labels)
+    wanted = list(task.labels) if is_own else first_names
+    whose = task.title if is_own else f"split {first!r}"
+    matched = {}
+    for name, split in splits.items():
+        where = f"column 'label' of split {name!r} of data {dataset!r}"
+        own = named[name] or wanted
+        if named[name] is None and first_names != wanted:
+            raise ValueError(
+                f"{where} must name its classes as split {first!r} does, {first_names}, whose "
+                f"order is not that of {whose}; got numbers without names"
+            )
+        labels = renumber_classes(where, split["label"][:], own, wanted, whose)
+        is_same = list(own) == wanted
+        matched[name] = (
+            split if is_same else split.remove_columns("label").add_column("label", labels)
+        )
+    return matched
+
+
 def say_converted_labels(where: str, split: Any, task: GlueTask) -> None:
     """Say that checked labels are not written as the numbers that they are taken as, if so."""
     from datasets import Value
@@ -51,15 +84,16 @@ def say_converted_labels(where: str, split: Any, task: GlueTask) -> None:
         say_once(f"column 'label' of {where} is of {kind}, such as {first!r}: taken as {taken}")
 
 
-def check_classes(where: str, split: Any) -> None:
-    """Check that a training split has labels of more than one class.
+def check_variety(where: str, split: Any, task: GlueTask) -> None:
+    """Check that a training split has labels of more than one class, or more than one score.
 
     Raises:
         ValueError: If all are the same.
     """
     found = set(split["label"][:])
     if len(found) == 1:
+        what = "scores" if task.is_regression else "classes"
         raise ValueError(
-            f"column 'label' of {where} must hold several classes, got {found.pop()!r} in all "
+            f"column 'label' of {where} must hold several {what}, got {found.pop()!r} in all "
             f"{len(split)} rows"
         )

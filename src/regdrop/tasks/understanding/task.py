@@ -31,9 +31,10 @@ from regdrop.tasks.common.data import (
 from regdrop.tasks.common.pretrained import find_checkpoint, load_config, load_tokenizer
 from regdrop.tasks.understanding.glue import GLUE, METRICS, GlueTask
 from regdrop.tasks.understanding.labels import (
-    check_classes,
     check_labels,
+    check_variety,
     has_labels,
+    match_labels,
     say_converted_labels,
 )
 
@@ -151,8 +152,9 @@ class LanguageUnderstanding(OldNames):
             where = f"split {name!r} of data {self.dataset!r}"
             check_labels(where, split, self.glue)
             say_converted_labels(where, split, self.glue)
-        if "train" in used and not self.glue.is_regression:
-            check_classes(f"split 'train' of data {self.dataset!r}", used["train"])
+        used = match_labels(self.dataset, used, self.glue)
+        if "train" in used:
+            check_variety(f"split 'train' of data {self.dataset!r}", used["train"], self.glue)
         splits = {role: used[name] for role, name in roles.items()}
         if "train" in used:
             train = used["train"]
