@@ -110,7 +110,7 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
 def test_a_split_without_rows_is_named(tmp_path):
     write(tmp_path / "data", "train.csv", "validation.csv")
     (tmp_path / "data" / "validation.csv").write_text("text\n")
-    with pytest.raises(ValueError, match="split 'validation' is empty"):
+    with pytest.raises(ValueError, match="cannot be read: split 'validation': it is empty"):
         load_raw_splits(str(tmp_path / "data"))
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from regdrop.tasks.common.file_kinds import BUILDERS
+from regdrop.tasks.common.file_kinds import BUILDERS, SEPARATORS
 from regdrop.tasks.common.folders import data_digests, find_folder, plain_path
 from regdrop.tasks.common.layout import Layout, find_layout
+from regdrop.tasks.common.quotes import check_quotes
 
 # The part of a training split held out where a set has no split of its own to select on, and the
 # seed by which it is drawn: the same for every seed of a training.
@@ -51,9 +52,10 @@ def open_splits(
     layout = None if folder is None else find_layout(dataset, folder)
     try:
         if folder is not None:
-            return _open_folder(dataset, folder, layout, streaming=streaming)
-        options: dict[str, Any] = {"streaming": True} if streaming else {}
-        return dict(datasets.load_dataset(dataset, config_name, **options))
+            loaded = _open_folder(dataset, folder, layout, streaming=streaming)
+        else:
+            options: dict[str, Any] = {"streaming": True} if streaming else {}
+            loaded = dict(datasets.load_dataset(dataset, config_name, **options))
     except (DatasetNotFoundError, ConnectionError, OSError) as error:
         if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             raise ValueError(
@@ -63,8 +65,13 @@ def open_splits(
         nowhere = "" if folder else "; there is no folder of that name here"
         raise ValueError(f"data {dataset!r} cannot be found: {error}{nowhere}") from error
     except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError) as error:
-        reason = error.__cause__ or error
+        reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"data {dataset!r} cannot be read: {reason}") from error
+    if layout is not None and layout.kind in SEPARATORS and not streaming:
+        for name, split in loaded.items():
+            where = f"split {name!r} of data {dataset!r}"
+            check_quotes(where, split, layout.splits[name], SEPARATORS[layout.kind])
+    return loaded
 
 
 def _open_folder(
@@ -94,10 +101,11 @@ def _open_files(name: str, builder: str, files: list[str], options: dict[str, An
 
     try:
         return datasets.load_dataset(builder, data_files={name: files}, split=name, **options)
-    except ValueError as error:
-        if "corresponds to no data" in str(error):  # a table of a header alone
-            raise ValueError(f"split {name!r} is empty") from None
-        raise
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        reason = str(error.__cause__ or error)
+        # A table of a header alone.
+        what = "it is empty" if "corresponds to no data" in reason else reason
+        raise ValueError(f"split {name!r}: {what}") from None
 
 
 def _pattern(path: Path) -> str:

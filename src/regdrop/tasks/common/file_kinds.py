@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+SEPARATORS = {"CSV": ",", "TSV": "\t"}
 # By kind, the builder of `datasets` that reads it and its options.
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "parquet": ("parquet", {}),
     "arrow": ("arrow", {}),
     "JSON": ("json", {}),
-    "CSV": ("csv", {}),
-    "TSV": ("csv", {"sep": "\t"}),
+    **{kind: ("csv", {"sep": separator}) for kind, separator in SEPARATORS.items()},
     "text": ("text", {}),
     # A folder alone in its split is a class too.
     "images": ("imagefolder", {"drop_labels": False}),
