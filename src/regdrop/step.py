@@ -433,4 +433,6 @@ def _partial_terms(
     part = terms(both, target[items], **passes)
     weight = size / max(1, items.numel())
     kl = part.kl.new_zeros(size, *part.kl.shape[1:]).index_add(0, items, part.kl * weight)
-    return whole._replace(kl=kl)
+    # A trainer's own loss is no NLL of items: its one zero stands for all of them.
+    nll = whole.nll if whole.nll.dim() else (whole.nll / max(1, kl.numel())).expand_as(kl)
+    return whole._replace(nll=nll, kl=kl)
