@@ -7,7 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from regdrop.tasks.common.data import load_raw_splits
+from regdrop.tasks.common.data import check_texts, load_raw_splits
 from regdrop.tasks.common.layout import find_layout
 from regdrop.tasks.common.notices import say_once
 
@@ -204,5 +204,15 @@ def test_a_folder_that_is_nowhere_and_a_cache_that_cannot_be_written_are_named(
         raise PermissionError(13, "Permission denied", "/somewhere")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(ValueError, match=r"cannot be kept in the cache .*, which HF_HOME moves"):
+    with pytest.raises(
+        ValueError, match="cannot be kept in the cache, which HF_HOME and XDG_CACHE"
+    ):
         load_raw_splits(str(folder))
+
+
+def test_an_empty_field_of_a_table_is_said_to_be_null(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("text,x\na,1\nNA,2\n")
+    loaded = load_raw_splits(str(tmp_path / "data"))
+    with pytest.raises(ValueError, match="got null in row 1: in CSV and TSV an empty field, NA"):
+        check_texts("it", loaded, ["text"])

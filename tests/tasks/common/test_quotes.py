@@ -44,7 +44,7 @@ def test_a_quote_before_one_row_and_after_another_is_refused_in_tsv_and_said_in_
     with pytest.raises(ValueError, match=r"several lines of .*train\.tsv in row 3"):
         load_raw_splits(str(write(tmp_path / "tsv", "tsv", before=[3], after=[10])))
     load_raw_splits(str(write(tmp_path / "csv", "csv", before=[3], after=[10])))
-    assert "has 1 texts of several lines and commas, the first in row 3" in caplog.text
+    assert "has 1 texts whose lines have the commas of rows, the first in row 3" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", ["tsv", "csv"])

@@ -145,6 +145,20 @@ def test_a_reference_that_is_no_text_is_named_by_data_split_and_row(tmp_path, sp
         task.prepare()
 
 
+@pytest.mark.parametrize("write", [json.dumps, str, lambda texts: str(np.array(texts))])
+def test_lists_that_are_written_as_text_are_refused(tmp_path, write):
+    rows = [{"text": "a b", "summary": write([f"a {i}", "b"])} for i in range(20)]
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    task = tiny_summarisation(tmp_path / "other", dataset=str(tmp_path / "data"))
+    with pytest.raises(
+        ValueError, match=r"'summary' of split 'train' .* lists that are written as"
+    ):
+        task.prepare()
+    rows[0]["summary"] = "[a] is one text"
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    task.prepare()
+
+
 @pytest.mark.parametrize("empty", [" ", ["", " "]])
 def test_empty_references_are_said_with_split_and_row(tmp_path, caplog, empty):
     right = "a b" if isinstance(empty, str) else ["a b"]

@@ -282,5 +282,21 @@ def test_bad_data_is_named(tmp_path):
     write_rows(tmp_path / "long" / "train.jsonl", [{"de": "a " * 30, "en": "b"}] * 20)
     with pytest.raises(ValueError, match="has no pair of 1 to 23 tokens"):
         tiny_translation(tmp_path, dataset=str(tmp_path / "long")).prepare().splits["train"]
-    with pytest.raises(ValueError, match="split must be one of"):
+    with pytest.raises(ValueError, match=r"data '.*data' has no 'tset': split must be one of"):
         tiny_translation(tmp_path).prepare().splits["tset"]
+    both = {"translation": {"de": "a", "en": "b"}, "de": "a", "en": "b"}
+    write_rows(tmp_path / "both" / "train.jsonl", [both] * 20)
+    with pytest.raises(
+        ValueError, match=r"'translation' or in columns .* has both, \['de', 'en'\]"
+    ):
+        tiny_translation(tmp_path, dataset=str(tmp_path / "both")).prepare()
+
+
+def test_training_pairs_that_are_left_out_are_counted(tmp_path, caplog):
+    rows = [{"de": "a " * (30 if i < 3 else 1), "en": "b"} for i in range(40)]
+    write_rows(tmp_path / "long" / "train.jsonl", rows)
+    write_rows(tmp_path / "long" / "validation.jsonl", rows[3:6])
+    chosen = tiny_translation(tmp_path, dataset=str(tmp_path / "long"))
+    assert len(chosen.prepare().splits["train"]) == 37
+    assert "split 'train' of data" in caplog.text
+    assert "3 of 40 pairs are left out" in caplog.text

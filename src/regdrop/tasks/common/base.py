@@ -111,16 +111,22 @@ class LazySplits(Mapping[str, Dataset[Any]]):
 
     Args:
         makers: From the name of a split to the function that makes it.
+        dataset: Folder or hub id, for errors.
     """
 
-    def __init__(self, makers: Mapping[str, Callable[[], Dataset[Any]]]) -> None:
-        self._makers = dict(makers)
+    def __init__(
+        self, makers: Mapping[str, Callable[[], Dataset[Any]]], dataset: str | None = None
+    ) -> None:
+        self._makers, self._dataset = dict(makers), dataset
         self._made: dict[str, Dataset[Any]] = {}
 
     def __getitem__(self, name: str) -> Dataset[Any]:
         if name not in self._made:
             if name not in self._makers:
-                raise ValueError(f"split must be one of {sorted(self._makers)}, got {name!r}")
+                whose = "" if self._dataset is None else f"data {self._dataset!r} has no {name!r}: "
+                raise ValueError(
+                    f"{whose}split must be one of {sorted(self._makers)}, got {name!r}"
+                )
             self._made[name] = self._makers[name]()
         return self._made[name]
 

@@ -16,6 +16,7 @@ from regdrop.tasks.common.quotes import check_quotes
 # seed by which it is drawn: the same for every seed of a training.
 HELD_OUT = 0.1
 SPLIT_SEED = 0
+_OF_TABLES = ": in CSV and TSV an empty field, NA, null and None are null; JSON lines keep them"
 
 
 def load_raw_splits(dataset: str, config_name: str | None = None) -> dict[str, Any]:
@@ -49,7 +50,10 @@ def open_splits(
     folder = find_folder(dataset)
     if dataset.startswith((".", "/", "~")) and folder is None:
         raise ValueError(f"data must be a folder or a hub id; there is no folder {dataset!r}")
-    layout = None if folder is None else find_layout(dataset, folder)
+    try:
+        layout = None if folder is None else find_layout(dataset, folder)
+    except OSError as error:
+        raise ValueError(f"data {dataset!r} cannot be read: {error}") from error
     try:
         if folder is not None:
             loaded = _open_folder(dataset, folder, layout, streaming=streaming)
@@ -59,8 +63,8 @@ def open_splits(
     except (DatasetNotFoundError, ConnectionError, OSError) as error:
         if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             raise ValueError(
-                f"data {dataset!r} cannot be kept in the cache "
-                f"{datasets.config.HF_DATASETS_CACHE}, which HF_HOME moves: {error}"
+                f"data {dataset!r} cannot be kept in the cache, which HF_HOME and XDG_CACHE_HOME "
+                f"move: {error}"
             ) from error
         nowhere = "" if folder else "; there is no folder of that name here"
         raise ValueError(f"data {dataset!r} cannot be found: {error}{nowhere}") from error
@@ -152,7 +156,10 @@ def check_texts(dataset: str, splits: Mapping[str, Any], columns: Iterable[str])
             values = split.data.column(column)
             if values.null_count:
                 row = values.is_null().index(True).as_py()
-                raise ValueError(f"{where} must hold text, got null in row {row}")
+                is_table = split.info.builder_name == "csv"
+                raise ValueError(
+                    f"{where} must hold text, got null in row {row}{_OF_TABLES if is_table else ''}"
+                )
 
 
 def hold_out(train: Any) -> tuple[Any, Any]:

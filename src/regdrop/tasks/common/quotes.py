@@ -43,10 +43,12 @@ def check_quotes(where: str, split: Any, files: Iterable[Path], separator: str) 
                 f" in row {row}: a field that begins with a quote must end with one, and those "
                 "inside be doubled"
             )
-        if both:
+        like_rows = [row for row in both if _is_like_rows(split[row][column], split, separator)]
+        if like_rows:
             say_once(
-                f"column {column!r} of {where} has {len(both):,} texts of several lines and "
-                f"commas, the first in row {both[0]}: where these are rows, a quote is not closed"
+                f"column {column!r} of {where} has {len(like_rows):,} texts whose lines have the "
+                f"commas of rows, the first in row {like_rows[0]}: if they are rows, a quote is "
+                "not closed before them"
             )
 
 
@@ -60,6 +62,12 @@ def _find_rows(split: Any, column: str, parts: Iterable[str]) -> list[int]:
         found = has if found is None else compute.and_(found, has)
     rows: list[int] = compute.indices_nonzero(compute.fill_null(found, False)).to_pylist()
     return rows
+
+
+def _is_like_rows(text: str, split: Any, separator: str) -> bool:
+    """Return whether each line of a text but the last ends as a row could."""
+    least = len(split.column_names) - 1
+    return all(line.count(separator) >= least for line in text.split("\n")[:-1])
 
 
 def _has_open_quote(file: Path, separator: str) -> bool:

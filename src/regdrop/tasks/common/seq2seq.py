@@ -4,6 +4,7 @@ Splits stay where `datasets` keeps them, in Arrow files on disk, so that a train
 larger than memory; small ones are encoded in memory.
 """
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ LENGTH = "longer_side"
 # Examples up to which an encoded split is kept in memory, not in the library's cache on disk.
 _IN_MEMORY_EXAMPLES = 300_000
 _ROWS = 10_000
+# A list of texts as Python, NumPy and JSON print it.
+_WRITTEN_LIST = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)
 
 
 class Outputs(NamedTuple):
@@ -81,8 +84,9 @@ def check_references(dataset: str, splits: Mapping[str, Any], column: str) -> No
         if isinstance(split.features[column], Value):
             check_texts(dataset, {name: split}, [column])
         where = f"column {column!r} of split {name!r} of data {dataset!r}"
-        empty = []
+        empty, written_lists = [], 0
         for row, value in enumerate(column_values(split, column)):
+            written_lists += isinstance(value, str) and bool(_WRITTEN_LIST.fullmatch(value))
             texts = [value] if isinstance(value, str) else value
             is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
             if not (is_list and texts):
@@ -92,6 +96,11 @@ def check_references(dataset: str, splits: Mapping[str, Any], column: str) -> No
                 )
             if not any(text.strip() for text in texts):
                 empty.append(row)
+        if written_lists == len(split):
+            raise ValueError(
+                f"{where} must hold texts or lists of texts, got lists that are written as text, "
+                f"{split[0][column][:40]!r} in row 0; JSON lines and parquet hold lists"
+            )
         if empty:
             say_once(f"{where} is empty in {len(empty):,} rows, the first of them row {empty[0]}")
 

@@ -129,7 +129,8 @@ class ImageClassification(OldNames):
                     name: partial(getattr, splits, name)
                     for name in names
                     if getattr(splits, name) is not None
-                }
+                },
+                self.dataset,
             ),
             build_model=partial(self._build_model, splits.class_names),
             load_model=AutoModelForImageClassification.from_pretrained,

@@ -131,7 +131,8 @@ class LanguageModelling(OldNames):
         streams = {name: partial(self._stream, name, split) for name, split in raw.items()}
         return PreparedTask(
             splits=LazySplits(
-                {name: partial(self._blocks, name, s, tokenizer) for name, s in streams.items()}
+                {name: partial(self._blocks, name, s, tokenizer) for name, s in streams.items()},
+                self.dataset,
             ),
             build_model=partial(self._build_model, tokenizer),
             load_model=AutoModelForCausalLM.from_pretrained,

@@ -159,7 +159,8 @@ class Summarisation(OldNames):
                 {
                     name: partial(self._encode, name, split, tokenizer, references)
                     for name, split in raw.items()
-                }
+                },
+                self.dataset,
             ),
             build_model=partial(self._build_model, tokenizer, config),
             load_model=AutoModelForSeq2SeqLM.from_pretrained,

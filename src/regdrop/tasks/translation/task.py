@@ -34,6 +34,7 @@ from regdrop.tasks.common.model_config import (
     named_model_config,
     refused_if_new,
 )
+from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.common.seq2seq import (
     References,
     by_length,
@@ -151,7 +152,7 @@ class Translation(OldNames):
         max_tokens = self.training.batch_size // self.training.gradient_accumulation_steps
         tokenize = default_tokenizer(self.target)
         return PreparedTask(
-            splits=LazySplits(makers),
+            splits=LazySplits(makers, self.dataset),
             build_model=partial(self._build_model, tokenizer),
             load_model=AutoModelForSeq2SeqLM.from_pretrained,
             example_statistics=partial(
@@ -183,6 +184,12 @@ class Translation(OldNames):
         splits = {}
         for name, split in raw.items():
             if _TRANSLATION in split.column_names:
+                if others := {self.source, self.target} & set(split.column_names):
+                    raise ValueError(
+                        f"split {name!r} of data {self.dataset!r} must have its languages in the "
+                        f"column {_TRANSLATION!r} or in columns of their own; it has both, "
+                        f"{sorted(others)}"
+                    )
                 split = split.flatten()
                 names = {f"{_TRANSLATION}.{x}": x for x in (self.source, self.target)}
                 present = {k: v for k, v in names.items() if k in split.column_names}
@@ -234,10 +241,13 @@ class Translation(OldNames):
             input_columns=["input_ids", "labels"],
             keep_in_memory=fits_memory(encoded),
         )
+        where = f"split 'train' of data {self.dataset!r}"
         if len(kept) == 0:
-            raise ValueError(
-                f"split 'train' of data {self.dataset!r} has no pair of 1 to {self.max_length - 1} "
-                "tokens"
+            raise ValueError(f"{where} has no pair of 1 to {self.max_length - 1} tokens")
+        if len(kept) < len(encoded):
+            say_once(
+                f"{where}: {len(encoded) - len(kept):,} of {len(encoded):,} pairs are left out, "
+                f"with a side that is empty or longer than max_length={self.max_length}"
             )
         return kept
 

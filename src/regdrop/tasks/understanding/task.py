@@ -113,7 +113,7 @@ class LanguageUnderstanding(OldNames):
         raw = self._load_raw()
         makers = {name: partial(self._tokenize, split, tokenizer) for name, split in raw.items()}
         return PreparedTask(
-            splits=LazySplits(makers),
+            splits=LazySplits(makers, self.dataset),
             build_model=partial(_build_model, checkpoint, config),
             load_model=AutoModelForSequenceClassification.from_pretrained,
             example_statistics=(
