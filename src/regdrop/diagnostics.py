@@ -23,8 +23,9 @@ from regdrop.passes import (
     preserve_buffers,
     preserve_random_state,
 )
+from regdrop.passes.keras_layers import is_keras
 from regdrop.schedule import plan_step
-from regdrop.tracing import is_transformed
+from regdrop.tracing import is_traced, is_transformed
 
 Output = TypeVar("Output")
 
@@ -44,6 +45,10 @@ _ITEMS = 100
 _ROUNDING = 1e-6
 # Steps from one look at a divergence to the next.
 _STEPS_BETWEEN_LOOKS = 100
+_KERAS = (
+    "Keras drops only where it is told that it trains: give lambda b: model(b, training=True) "
+    "instead of the model."
+)
 
 
 @dataclass
@@ -78,12 +83,15 @@ def warn_without_dropout(model: nn.Module) -> bool:
     return True
 
 
-def warn_zero_divergence() -> None:
-    """Warn that a logged divergence was exactly 0."""
+def warn_zero_divergence(modules: Iterable[nn.Module] = ()) -> None:
+    """Warn that a logged divergence of some modules was exactly 0."""
+    advice = (
+        "Check that the model is in training mode, that its dropout rates are above 0 "
+        "(regdrop.find_dropout) and that no random state is restored between passes."
+    )
     warnings.warn(
         "the KL between passes is exactly 0: the passes are identical although R-Drop is on. "
-        "Check that the model is in training mode, that its dropout rates are above 0 "
-        "(regdrop.find_dropout) and that no random state is restored between passes.",
+        f"{_KERAS if any(map(_holds_keras, modules)) else advice}",
         stacklevel=2,
     )
 
@@ -103,7 +111,7 @@ def watch_divergence(forward: Callable[..., Any], output: RDropOutput) -> None:
     watch = _WATCHES.setdefault(_identity(forward, modules), _Watch())
     is_looked_at = watch.steps < 2 or watch.steps % _STEPS_BETWEEN_LOOKS == 0
     watch.steps += 1
-    if watch.has_warned or torch.compiler.is_compiling() or is_transformed():
+    if watch.has_warned or torch.compiler.is_compiling() or is_transformed() or is_traced():
         return
     if _is_captured(output.kl):
         return
@@ -127,7 +135,7 @@ def _warn_of_zeros(count: int, modules: list[nn.Module]) -> bool:
     if modules and not any(source.active for source in sources):
         return warn_without_dropout(modules[0])
     if count > 1:
-        warn_zero_divergence()
+        warn_zero_divergence(modules)
     return count > 1
 
 
@@ -311,6 +319,8 @@ def extra_pass(model: nn.Module, forward: Callable[[Any], Output], batch: Any) -
 def _advice(model: nn.Module) -> str:
     sources = find_dropout(model)
     if any(source.rate > 0 for source in sources):
+        if _holds_keras(model):
+            return _KERAS
         return "Its rates are above 0 but it is in evaluation mode: call model.train()."
     # With a rate of 0 an adapter has no dropout module at all, but a place for one.
     if any(hasattr(module, "lora_dropout") for module in model.modules()):
@@ -318,4 +328,9 @@ def _advice(model: nn.Module) -> str:
     if sources:
         names = ", ".join(sorted({source.name.rsplit(".", 1)[-1] for source in sources})[:4])
         return f"Raise a dropout rate, now 0, in the model's configuration ({names})."
-    return "Add dropout to the model, for example torch.nn.Dropout(0.1) before its head."
+    kind = "keras.layers" if _holds_keras(model) else "torch.nn"
+    return f"Add dropout to the model, for example {kind}.Dropout(0.1) before its head."
+
+
+def _holds_keras(model: nn.Module) -> bool:
+    return any(is_keras(module) for module in model.modules())

@@ -35,6 +35,7 @@ from regdrop.passes import (
     refuse_other_rows,
     run_passes,
 )
+from regdrop.passes.per_sample import has_per_sample_gradients
 from regdrop.schedule import StepPlan, is_monitored, plan_step
 
 Loss = Literal["cross_entropy", "binary_cross_entropy", "mse"]
@@ -96,8 +97,8 @@ def rdrop_step(
             takes one or an object that cannot be joined, or a loss of your own that returns no
             `ItemTerms`.
         ValueError: For an unknown loss, a count that is not positive, an option that needs a
-            trainer, outputs to be joined or cut that have other rows than the items, or what the
-            loss and `repeat_batch` refuse.
+            trainer, a model of Opacus without sequential passes, outputs to be joined or cut that
+            have other rows than the items, or what the loss and `repeat_batch` refuse.
     """
     if not callable(forward):
         raise TypeError(f"forward must be a model or a function, got {type(forward).__name__}")
@@ -112,6 +113,7 @@ def rdrop_step(
         if not 0 <= alpha < math.inf:
             raise ValueError(f"alpha must be finite and at least 0, got {alpha}")
     check_counts("mean", num_items=num_items, num_weight=num_weight)
+    _refuse_per_sample_gradients(forward, config)
     labels = next(find_tensors(target), None)
     terms = _find_terms(loss, config, None if labels is None else labels.device)
     plan = plan_step(config, step, total_steps=total_steps, alpha=alpha)
@@ -144,6 +146,19 @@ def _checked_output(
             "forward=lambda batch: model(**batch).logits"
         )
     return output
+
+
+def _refuse_per_sample_gradients(forward: Callable[[Any], Any], config: RDropConfig) -> None:
+    """Raise where the rows that Opacus clips would not be the items."""
+    is_exact = config.passes == "sequential" and config.fraction == 1
+    if config.num_passes == 1 or is_exact:
+        return
+    if has_per_sample_gradients(reached_modules(forward)):
+        raise ValueError(
+            f"passes={config.passes!r} with fraction={config.fraction} would break the privacy "
+            "bound of Opacus, which clips each row as an item of its own; use "
+            "passes='sequential' with fraction=1.0, which is exact"
+        )
 
 
 def _monitored_modules(forward: Callable[[Any], Any]) -> nn.ModuleList:

@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -96,6 +99,25 @@ def test_rates_come_back_after_an_error_and_stay_after_a_late_backward():
     assert model.dropout == 0.1
     model(torch.ones(2))
     assert model.forward_rates == [0.2, 0.1]
+
+
+@pytest.mark.parametrize("rates", [0.5, (0.2, 0.6)])
+@pytest.mark.parametrize(
+    "make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_copy_made_inside_has_its_own_rates(rates, make_copy):
+    model = nn.Sequential(nn.Dropout(0.1), Noted(0.3)).train()
+    with dropout_rates(model, rates):
+        model(torch.ones(2))
+        other = make_copy(model)
+        other(torch.ones(2)).sum().backward()
+        assert (other[0].p, other[1].dropout) == (0.1, 0.3)
+        other[0].p = 0.4
+        model(torch.ones(2))
+        other(torch.ones(2)).sum().backward()
+    assert (other[0].p, other[1].dropout) == (0.4, 0.3)
+    assert other[1].forward_rates[1:] == other[1].backward_rates == [0.3, 0.3]
+    assert model[1].forward_rates == [0.5, 0.5] if rates == 0.5 else [0.2, 0.6]
 
 
 def test_outputs_in_dictionaries_and_tuples_are_followed_too():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from processes import run_in_two_processes
 from regdrop import RDropConfig, rdrop_cross_entropy, repeat_batch, share_prefix
@@ -357,17 +358,40 @@ def test_a_hook_that_changes_the_output_is_no_difference():
     assert_all_close(result(model, lambda model: model(repeat_batch(x))), expected)
 
 
-def test_copies_and_pickles_of_the_model_share_too():
+COPIES = [
+    copy.deepcopy,
+    lambda model: pickle.loads(pickle.dumps(model)),
+    lambda model: AveragedModel(model).module,
+]
+
+
+@pytest.mark.parametrize("make_copy", COPIES)
+def test_copies_of_the_model_run_plainly(make_copy):
     model, (x, _) = build(), batch()
-    share_prefix(model, "features", num_passes=2)
+    handle = share_prefix(model, "features", num_passes=2)
     expected = result(model, lambda model: model(repeat_batch(x)))
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    other = make_copy(model)
+    rows = note_rows(other.features[0])
+    assert_all_close(result(other, lambda model: model(repeat_batch(x))), expected)
+    other(x)  # one pass, in training mode
+    with share_prefix(other, "features", num_passes=2):
         assert_all_close(result(other, lambda model: model(repeat_batch(x))), expected)
-        rows = note_rows(other.features[0])
-        model.eval()  # the mode that decides is the copy's
-        other(repeat_batch(x))
-        assert rows == [SIZE]
-        model.train()
+    # The copy's own sharing looks once at what a plain run gives.
+    assert rows == [2 * SIZE, SIZE, 2 * SIZE, SIZE]
+    rows = note_rows(model.features[0])
+    model(repeat_batch(x))
+    handle.remove()
+    model(repeat_batch(x))
+    assert rows == [SIZE, 2 * SIZE]
+
+
+def test_batchnorm_of_an_average_of_weights_can_be_updated():
+    layers = nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, CLASSES)
+    model, x = nn.Sequential(*layers), torch.randn(SIZE, 5)
+    share_prefix(model, "0", num_passes=2)
+    average = AveragedModel(model)
+    update_bn([x], average)
+    torch.testing.assert_close(average.module[1].running_mean, average.module[0](x).mean(0))
 
 
 # --- refusals --------------------------------------------------------------------------------

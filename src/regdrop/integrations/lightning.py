@@ -1,6 +1,7 @@
 """R-Drop in a LightningModule: the training step, and what is logged of it."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,22 @@ class RDropMixin(_Base):
 
     rdrop: RDropConfig = RDropConfig()
     rdrop_loss: Loss | Callable[..., ItemTerms] = "cross_entropy"
+    _knows_whether_it_steps = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a class in which Lightning's own methods come before those of the mixin.
+
+        Raises:
+            TypeError: If it lists a LightningModule before the mixin.
+        """
+        super().__init_subclass__(**options)
+        before = cls.__mro__[: cls.__mro__.index(RDropMixin)]
+        if any(base.__name__ == "LightningModule" for base in before):
+            bases = ", ".join(base.__name__ for base in cls.__bases__)
+            raise TypeError(
+                f"RDropMixin must be the first base of {cls.__name__}, got ({bases}): "
+                "LightningModule would hide its training_step"
+            )
 
     def rdrop_batch(self, batch: Any) -> tuple[Any, Any]:
         """Return what forward is given and the target; override it for batches that are no pair.
@@ -60,9 +77,10 @@ class RDropMixin(_Base):
 
         Raises:
             TypeError: For a batch that is no pair, and what `rdrop_step` refuses.
-            ValueError: Under manual optimisation, for a rule of alpha that follows a validation
-                loss, and for what `rdrop_step` refuses.
+            ValueError: Under manual optimisation, without a Trainer, for a rule of alpha that
+                follows a validation loss, and for what `rdrop_step` refuses.
         """
+        self._knows_whether_it_steps = True
         if not self.automatic_optimization:
             raise ValueError(
                 "automatic_optimization must be True, got False: nobody would optimise the loss "
@@ -75,7 +93,7 @@ class RDropMixin(_Base):
                 "no validation"
             )
         inputs, target = self.rdrop_batch(batch)
-        step, total = self.trainer.global_step, self._total_steps()
+        step, total = _read_step(self), self._total_steps()
         loss, nll, kl = rdrop_step(
             self,
             inputs,
@@ -94,6 +112,19 @@ class RDropMixin(_Base):
         self.log_dict(parts, batch_size=_count_items(inputs, target))
         return loss
 
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Warn once where the first loss of a run is not that of the mixin."""
+        super().on_before_backward(loss)
+        if not self._knows_whether_it_steps:
+            self._knows_whether_it_steps = True
+            warnings.warn(
+                "R-Drop is off: the first loss is not from RDropMixin's training_step, but from "
+                f"another that {type(self).__name__} has. Delete that one, or let it return "
+                "super().training_step(batch, batch_idx); if it calls rdrop_step, leave RDropMixin "
+                "out.",
+                stacklevel=2,
+            )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the options with the checkpoint, as `rdrop`."""
         super().on_save_checkpoint(checkpoint)
@@ -105,6 +136,17 @@ class RDropMixin(_Base):
             return None
         steps = self.trainer.estimated_stepping_batches
         return int(steps) if math.isfinite(steps) and steps > 0 else None
+
+
+def _read_step(module: LightningModule) -> int:
+    """Return the optimiser step, which a Trainer counts."""
+    try:
+        return module.trainer.global_step
+    except (AttributeError, RuntimeError) as error:  # of Fabric, and of none at all
+        raise ValueError(
+            "training_step needs a Trainer, which counts the steps, and found none; in Fabric or a "
+            "loop of your own call rdrop_step(model, x, y, config=model.rdrop, step=i)"
+        ) from error
 
 
 def _count_items(*parts: Any) -> int | None:

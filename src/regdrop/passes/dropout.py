@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from regdrop.passes.keras_layers import named_modules
+
 _DROPOUT_CLASS = re.compile(r"Drop(out|Path|Block|Connect)|StochasticDepth", re.IGNORECASE)
 _RATE_ATTRIBUTES = ("p", "drop_prob", "prob", "drop_rate", "rate")
 _RATE_NAME = re.compile(r"drop(out|_?prob|_?rate|_?path|_?p$)|p_?drop|layer_?drop", re.IGNORECASE)
@@ -43,7 +45,8 @@ def find_dropout(model: nn.Module) -> list[DropoutSource]:
 
     Found are dropout modules, rates that modules keep as numbers (attention and other functional
     dropout, recurrent layers), stochastic depth, LoRA dropout, LayerDrop and NEFTune; and rates
-    that only the model's `config` knows.
+    that only the model's `config` knows. Layers of Keras drop only in calls with `training=True`,
+    which their `active` cannot tell.
 
     Raises:
         TypeError: If `model` is no module.
@@ -56,7 +59,7 @@ def rate_attributes(model: nn.Module) -> list[RateAttribute]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found: list[RateAttribute] = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for attribute in _module_rates(module):
             rate = float(getattr(module, attribute))
             full_name = name if attribute in _RATE_ATTRIBUTES else f"{name}.{attribute}".strip(".")

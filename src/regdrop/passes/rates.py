@@ -25,7 +25,7 @@ def dropout_rates(model: nn.Module, rates: float | Sequence[float]) -> Iterator[
 
     Functional dropout takes one rate for a whole forward, so different rates need one forward a
     pass. The rate of a forward is in force again while its own backward runs; run the backward
-    inside this context.
+    inside this context. A copy of the model has its own rates again from its first forward on.
 
     Args:
         model: Its sources with a rate above 0 are set: dropout modules, attention and LoRA
@@ -127,6 +127,11 @@ class _RateSwitcher:
         self.sequence = sequence
         self.calls = 0
         self.closed = False
+        self.is_copy = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model has left the context, which knows nothing of it.
+        return {**vars(self), "is_copy": True}
 
     def set(self, rate: float) -> None:
         if not self.closed:
@@ -139,14 +144,16 @@ class _RateSwitcher:
         self.closed = True
 
     def before_forward(self, model: nn.Module, args: Any) -> None:
-        if model.training:
+        if self.is_copy and not self.closed:
+            self.restore()
+        if model.training and not self.closed:
             if len(self.sequence) > 1 and torch._C._current_graph_task_id() != -1:
                 raise ValueError(_CHECKPOINTING)  # a recomputation, inside the backward
             self.set(self.sequence[self.calls % len(self.sequence)])
             self.calls += 1
 
     def after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        if model.training:
+        if model.training and not self.closed:
             rate = self.sequence[(self.calls - 1) % len(self.sequence)]
             for tensor in find_tensors(output):
                 if tensor.requires_grad:

@@ -37,7 +37,8 @@ def share_prefix(
     repeated for the others: the same outputs and gradients, up to rounding, at less cost. It acts
     while `model` is in training mode, in the stacked forwards of the trainers and, with
     `num_passes`, of a loop of your own. Evaluation, steps of one pass, sequential passes and the
-    passes that `backward_passes` runs one by one are left as they are.
+    passes that `backward_passes` runs one by one are left as they are, and so are copies of the
+    model, such as averages of its weights, which no handle would reach.
 
     Wherever it acts, all passes must enter the part alike, which is checked (on a GPU by an
     assertion on the device). In the first such forward, and in every `check_every`-th, the part
@@ -125,6 +126,7 @@ class SharedPrefix:
         self._shared = frozenset(as_names(shared))
         self._obstacles = list_obstacles(model, until)
         self._calls = 0
+        self._is_copy = False
         self._running: _Call | None = None
         part = model.get_submodule(until)
         # Other hooks of the part see what they see without sharing.
@@ -132,6 +134,9 @@ class SharedPrefix:
             part.register_forward_pre_hook(self._before, with_kwargs=True),
             part.register_forward_hook(self._after, prepend=True),
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_is_copy": True, "_running": None}
 
     def remove(self) -> None:
         """End the sharing."""
@@ -152,7 +157,8 @@ class SharedPrefix:
     def _before(self, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> Inputs | None:
         """Cut the inputs to the rows of the first pass."""
         self._running = None
-        rows = self._find_rows((args, kwargs)) if self._model.training else None
+        is_on = self._model.training and not self._is_copy
+        rows = self._find_rows((args, kwargs)) if is_on else None
         if rows is None:
             return None
         self._refuse_obstacles()

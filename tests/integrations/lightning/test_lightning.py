@@ -5,6 +5,7 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -233,3 +234,60 @@ def test_two_processes_have_the_gradient_of_one_batch(tmp_path):
     for rank in range(2):
         for name, value in torch.load(tmp_path / f"{rank}.pt").items():
             torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-9, atol=1e-12)
+
+
+class OwnStep(Classifier):
+    """Has a training_step of its own, as before R-Drop."""
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+class Plain(pl.LightningModule):
+    training_step = OwnStep.training_step
+
+
+class PlainBefore(Plain, Classifier):
+    """Inherits first from a module that has a training_step."""
+
+
+class Around(Classifier):
+    """Adds to the step of the mixin."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 0
+
+
+def warnings_of(module, recwarn):
+    fit(module)
+    return [str(one.message) for one in recwarn if "R-Drop is off" in str(one.message)]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("kind", [OwnStep, PlainBefore])
+def test_a_training_step_of_ones_own_is_warned_about_once(kind, recwarn):
+    (message,) = warnings_of(kind(RDropConfig()), recwarn)
+    assert f"another that {kind.__name__} has. Delete that one" in message
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("kind", [Classifier, Around])
+def test_the_mixins_step_is_not_warned_about(kind, recwarn):
+    assert not warnings_of(kind(RDropConfig()), recwarn)
+
+
+def test_a_mixin_behind_lightnings_own_class_is_refused():
+    with pytest.raises(TypeError, match=r"first base of Late, got \(Plain, RDropMixin\)"):
+        type("Late", (Plain, RDropMixin), {})
+
+
+def test_without_a_trainer_the_function_is_named():
+    module = Classifier(RDropConfig())
+    batch = tuple(tensor[:4] for tensor in data().tensors)
+    with pytest.raises(ValueError, match=r"needs a Trainer.*rdrop_step\(model, x, y, config="):
+        module.training_step(batch, 0)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model, _ = fabric.setup(module, module.configure_optimizers())
+    with pytest.raises(ValueError, match=r"in Fabric .* config=model\.rdrop, step=i"):
+        model.training_step(batch, 0)
+    assert rdrop_step(model, *batch, config=model.rdrop, step=0).kl > 0
