@@ -75,6 +75,11 @@ def test_labels_are_matched_by_the_names_of_each_split(train, test, expected):
     assert match_labels("it", splits, GLUE["sst2"])["test"]["label"][:] == expected
 
 
+def test_classes_of_other_names_than_the_tasks_are_said(caplog):
+    match_labels("it", {"test": named([0, 1], ["yes", "no"])}, GLUE["sst2"])
+    assert "has the classes ['yes', 'no']: taken by their numbers as SST-2's" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [

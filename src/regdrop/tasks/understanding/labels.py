@@ -54,6 +54,11 @@ def match_labels(dataset: str, splits: dict[str, Any], task: GlueTask) -> dict[s
     is_own = set(first_names) <= set(task.labels)
     wanted = list(task.labels) if is_own else first_names
     whose = task.title if is_own else f"split {first!r}"
+    if not is_own:
+        say_once(
+            f"column 'label' of data {dataset!r} has the classes {first_names}: taken by their "
+            f"numbers as {task.title}'s {list(task.labels)}"
+        )
     matched = {}
     for name, split in splits.items():
         where = f"column 'label' of split {name!r} of data {dataset!r}"
