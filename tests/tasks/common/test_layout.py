@@ -158,6 +158,13 @@ def test_a_class_may_be_named_like_a_split(tmp_path, name):
     assert loaded["train"].features["label"].names == ["cat", name]
 
 
+def test_archives_are_left_to_the_library(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / split, f"{split}.jsonl")
+        shutil.make_archive(str(tmp_path / "packed" / split), "zip", tmp_path / split)
+    assert read(tmp_path / "packed") == {"train": ["train.jsonl"], "test": ["test.jsonl"]}
+
+
 def test_a_split_may_be_a_link_and_a_class_may_not(tmp_path):
     write_images(tmp_path / "real", "train/cat/0.png", "train/dog/0.png", "test/cat/0.png")
     linked = tmp_path / "linked"

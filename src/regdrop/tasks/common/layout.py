@@ -12,6 +12,7 @@ from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.common.split_names import ACCEPTED_NAMES, Part, find_part, find_split
 
 _SHOWN = 6  # names in a message
+_ARCHIVES = (".tar", ".zip")
 
 
 class Layout(NamedTuple):
@@ -49,7 +50,8 @@ def find_layout(dataset: str, folder: Path) -> Layout | None:
     if not (by_file or by_folder):
         if folder / "data" in folders:
             return find_layout(dataset, folder / "data")
-        if entries and not folders:
+        is_packed = any(path.suffix.lower() in _ARCHIVES for path in entries)
+        if entries and not folders and not is_packed:
             raise ValueError(
                 f"data {dataset!r} must have files named after its splits, {ACCEPTED_NAMES}, that "
                 f"end in one of {ACCEPTED_SUFFIXES}; got {_shown(entries)}"
