@@ -44,6 +44,7 @@ mutants: $(VENV)/.dev ## give the core hundreds of small faults, one at a time, 
 
 bench: $(VENV)/.dev ## measure the loss, whole steps, the Trainer and a shared trunk; writes results/bench_*
 	$(BIN)/python benchmarks/bench_loss.py
+	$(BIN)/python benchmarks/bench_loss.py --small --repeats 101 --output results/bench_loss_small.json
 	$(BIN)/python benchmarks/bench_fused_linear.py
 	$(BIN)/python benchmarks/bench_step.py
 	$(BIN)/python benchmarks/bench_trainer.py

@@ -182,11 +182,14 @@ def main() -> None:
     from drawing import draw_sweeps
 
     options = recording.parser(__doc__, repeats=3)
+    options.add_argument("--small", action="store_true", help="small logits alone, of classifiers")
     arguments = recording.parse(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sweeps = {"classes": CLASSES[device], "items": ITEMS[device]}
     if arguments.quick:
         sweeps = {axis: [(64, 1000)] for axis in sweeps}
+    if arguments.small:
+        sweeps = {}
     shapes = list(dict.fromkeys(chain([] if arguments.quick else SMALL, *sweeps.values())))
     console = Console()
     dtypes = [torch.float32] if arguments.quick else [torch.float32, torch.bfloat16]
@@ -204,7 +207,8 @@ def main() -> None:
         "peak_logits_pairs": "peak above the inputs, logits pairs",
     }
     timed = [row for row in rows if "failed" not in row]
-    draw_sweeps(timed, sweeps, titles, arguments.output.with_suffix(".png"), console)
+    if not arguments.small:  # no axis has so many of them
+        draw_sweeps(timed, sweeps, titles, arguments.output.with_suffix(".png"), console)
 
 
 if __name__ == "__main__":
