@@ -34,7 +34,8 @@
 
 namespace {
 
-constexpr int64_t kGrain = 65536;  // numbers a thread takes at least
+constexpr int64_t kGrain = 32768;  // numbers a thread takes at least
+constexpr int64_t kSmall = 65536;  // of so many the gradient is computed in the forward
 
 // The vectors of the accumulator's type that a vector of the logits fills: two of a half type.
 template <typename scalar_t>
@@ -510,17 +511,16 @@ Sums sum_terms(const Tensor& memory, int64_t items) {
   return sums;
 }
 
-// Returns a tensor in the accumulator's type times a number, in the type of the logits.
-Tensor scaled(const Tensor& tensor, double factor, at::ScalarType type) {
-  const Tensor out = at::empty(tensor.sizes(), tensor.options().dtype(type));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "rdrop_scaled", [&] {
-    using acc_t = at::opmath_type<scalar_t>;
-    const acc_t* from = tensor.const_data_ptr<acc_t>();
-    scalar_t* to = out.mutable_data_ptr<scalar_t>();
-    const acc_t number = factor;
-    for (int64_t at = 0; at < tensor.numel(); ++at) to[at] = scalar_t(from[at] * number);
-  });
-  return out;
+// Writes a tensor in the accumulator's type times a number, in the type of the logits.
+void scale(const Tensor& out, const Tensor& tensor, double factor) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kBFloat16, at::kHalf, out.scalar_type(), "rdrop_scale", [&] {
+        using acc_t = at::opmath_type<scalar_t>;
+        const acc_t* from = tensor.const_data_ptr<acc_t>();
+        scalar_t* to = out.mutable_data_ptr<scalar_t>();
+        const acc_t number = factor;
+        for (int64_t at = 0; at < tensor.numel(); ++at) to[at] = scalar_t(from[at] * number);
+      });
 }
 
 // The whole loss of class indices, and its autograd: around small logits, Python and single
@@ -547,7 +547,7 @@ struct Loss : torch::autograd::Function<Loss> {
     const double nll_slope = nll_weight / backward_passes;
     const double kl_slope = compares ? *kl_weight * passes / backward_passes / (passes - 1) : 0;
     const auto options = logits.options().dtype(at::toOpMathType(logits.scalar_type()));
-    const bool is_small = !inplace && logits.numel() <= kGrain && is_narrow(rows, target);
+    const bool is_small = logits.numel() <= kSmall && is_narrow(rows, target);
     Sums sums;
     Tensor memory;
     if (is_small) {
@@ -570,7 +570,7 @@ struct Loss : torch::autograd::Function<Loss> {
     context->mark_non_differentiable({found[1], found[2]});
     context->set_materialize_grads(false);
     if (is_small) {
-      context->save_for_backward({memory});
+      context->save_for_backward(inplace ? Variables{memory, logits} : Variables{memory});
       context->saved_data["type"] = int64_t(logits.scalar_type());
       return found;
     }
@@ -600,8 +600,16 @@ struct Loss : torch::autograd::Function<Loss> {
   static Tensor gradient(torch::autograd::AutogradContext* context, double grad) {
     const Variables saved = context->get_saved_variables();
     // What is small has its gradient since the forward, but for the upstream one.
-    if (saved.size() == 1)
-      return scaled(saved[0], grad, at::ScalarType(context->saved_data["type"].toInt()));
+    if (saved.size() < 4) {
+      const auto type = at::ScalarType(context->saved_data["type"].toInt());
+      const bool inplace = saved.size() == 2;
+      const Tensor out =
+          inplace ? saved[1].detach()
+                  : at::empty(saved[0].sizes(), saved[0].options().dtype(type));
+      scale(out, saved[0], grad);
+      if (inplace) out.unsafeGetTensorImpl()->bump_version();
+      return out;
+    }
     const auto numbers = context->saved_data["numbers"].toDoubleVector();
     const auto integers = context->saved_data["integers"].toIntVector();
     const int64_t passes = integers[1];
