@@ -86,7 +86,8 @@ def test_wheel_holds_the_package_its_licence_and_type_marker(distributions):
     names = zipfile.ZipFile(distributions["wheel"]).namelist()
     assert "regdrop/py.typed" in names
     assert "regdrop/kernels/chunked.py" in names
-    assert {f"regdrop/kernels/{n}" for n in ("rows.cpp", "row_parts.h", "narrow_rows.h")} <= set(names)
+    sources = ("rows.cpp", "row_parts.h", "narrow_rows.h")
+    assert {f"regdrop/kernels/{source}" for source in sources} <= set(names)
     texts = {f"regdrop/tasks/texts/alice/{split}.txt" for split in ("train", "validation", "test")}
     assert {*texts, "regdrop/tasks/texts/README.md"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
