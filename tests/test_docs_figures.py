@@ -12,6 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 from draw import DRAWINGS, PICTURES
 from measured import alpha, figures, steps_of_a_gpu
 
+from regdrop.experiments.recording.record import load_records
+from regdrop.experiments.statistics import estimate, paired_difference
+
 ROOT = Path(__file__).parent.parent
 
 # The study of each row of the README's table, in its order.
@@ -152,6 +155,8 @@ REGRETS = [
     "ramp-16",
     "ramp-16-below-8",
     "ramp-16-below-5-every-2",
+    "narrow-ramp-10",
+    "narrow-ramp-12",
     "stall-16",
     "ramp-from-stall-16",
     "ramp-from-stall-16-from-3",
@@ -182,6 +187,20 @@ def test_the_regret_of_alphas_that_rise():
     for row, arm in zip(rows, REGRETS, strict=True):
         for shown, recorded in zip(row[1:-1], found[arm], strict=True):
             assert numbers(shown)[0] == numbers(recorded)[0]
+
+
+def test_the_ramps_that_begin_above_0_beside_the_best_constant():
+    for row in table("docs/experiments-alpha.md", "| task | best constant"):
+        (task,) = (task for task, name in STUDIED.items() if name == row[0])
+        records = load_records(ROOT / f"results/{task}-alpha-schedules")
+        by_arm = {arm: {} for arm in (f"alpha-{row[1]}", "narrow-ramp-10", "narrow-ramp-12")}
+        for record in records:
+            if record.arm in by_arm:
+                by_arm[record.arm][record.seed] = record.test["nll"]
+        constant = by_arm.pop(f"alpha-{row[1]}")
+        for found, shown in zip(by_arm.values(), row[2:], strict=True):
+            nll, change = estimate(list(found.values())), paired_difference(found, constant)
+            assert_rounded(shown, nll.mean, nll.half_width, change.mean, change.half_width)
 
 
 def test_the_alpha_of_translation_is_the_choice_on_validation():
