@@ -277,34 +277,7 @@ class RDropConfig:
         if len(ramp) > 1:
             raise ValueError(f"the length of alpha's ramp must be given once, got {given}")
         if self.alpha == "auto":
-            if self.alpha_schedule != "constant":
-                raise ValueError(
-                    "alpha='auto' is a schedule itself: it excludes "
-                    f"alpha_schedule={self.alpha_schedule!r}; give the ramp's end as alpha_max, or "
-                    "as alpha beside alpha_schedule"
-                )
-            for name in ("alpha_max", "alpha_min"):
-                if getattr(self, name) == 0:
-                    raise ValueError(f"{name} must be above 0, got 0")
-            if self.alpha_min > self.alpha_max and self.alpha_min != _DEFAULT_ALPHA_MIN:
-                raise ValueError(
-                    f"alpha_min must be at most alpha_max={self.alpha_max}, got {self.alpha_min}"
-                )
-            if self.alpha_start > self.alpha_max:
-                raise ValueError(
-                    f"alpha_start must be at most alpha_max={self.alpha_max}: alpha='auto' rises, "
-                    f"got {self.alpha_start}; alpha_schedule='linear' may fall"
-                )
-            if self.alpha_start and self.alpha_rule != "ramp":
-                raise ValueError(
-                    f"alpha_start={self.alpha_start} needs alpha_rule='ramp', got "
-                    f"{self.alpha_rule!r}, which begins at alpha_min"
-                )
-            if self.alpha_rule == "ramp" and self.alpha_min != _DEFAULT_ALPHA_MIN:
-                raise ValueError(
-                    f"alpha_min={self.alpha_min} needs an alpha_rule that reads the validation "
-                    "loss: the 'ramp' begins at alpha_start"
-                )
+            self._check_auto_alpha()
         else:
             for name, default in (
                 ("alpha_rule", "ramp"),
@@ -315,17 +288,6 @@ class RDropConfig:
                     raise ValueError(
                         f"{name}={getattr(self, name)!r} needs alpha='auto', got alpha={self.alpha}"
                     )
-        if self.alpha_rule == "kl-target":
-            # It would leave alpha where it begins, whatever the validation loss does.
-            if self.method == "fraternal":
-                raise ValueError(
-                    "alpha_rule='kl-target' reads the KL, which method='fraternal' does not compute"
-                )
-            if self.single_pass_below is not None and self.monitor_steps is None:
-                raise ValueError(
-                    "alpha_rule='kl-target' reads the KL, which steps with one pass do not have: "
-                    f"single_pass_below={self.single_pass_below} needs monitor_steps beside it"
-                )
         if self.alpha_schedule != "constant" and not ramp:
             raise ValueError(
                 f"alpha_schedule={self.alpha_schedule!r} needs alpha_warmup_steps above 0, or "
@@ -348,6 +310,48 @@ class RDropConfig:
                 raise ValueError(
                     f"single_pass_below must be at most {name}={getattr(self, name)}, else no step "
                     f"has R-Drop, got {self.single_pass_below}"
+                )
+
+    def _check_auto_alpha(self) -> None:
+        """Check what alpha="auto" goes by."""
+        if self.alpha_schedule != "constant":
+            raise ValueError(
+                "alpha='auto' is a schedule itself: it excludes "
+                f"alpha_schedule={self.alpha_schedule!r}; give the ramp's end as alpha_max, or "
+                "as alpha beside alpha_schedule"
+            )
+        for name in ("alpha_max", "alpha_min"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be above 0, got 0")
+        if self.alpha_min > self.alpha_max and self.alpha_min != _DEFAULT_ALPHA_MIN:
+            raise ValueError(
+                f"alpha_min must be at most alpha_max={self.alpha_max}, got {self.alpha_min}"
+            )
+        if self.alpha_start > self.alpha_max:
+            raise ValueError(
+                f"alpha_start must be at most alpha_max={self.alpha_max}: alpha='auto' rises, "
+                f"got {self.alpha_start}; alpha_schedule='linear' may fall"
+            )
+        if self.alpha_start and self.alpha_rule != "ramp":
+            raise ValueError(
+                f"alpha_start={self.alpha_start} needs alpha_rule='ramp', got "
+                f"{self.alpha_rule!r}, which begins at alpha_min"
+            )
+        if self.alpha_rule == "ramp" and self.alpha_min != _DEFAULT_ALPHA_MIN:
+            raise ValueError(
+                f"alpha_min={self.alpha_min} needs an alpha_rule that reads the validation "
+                "loss: the 'ramp' begins at alpha_start"
+            )
+        if self.alpha_rule == "kl-target":
+            # It would leave alpha where it begins, whatever the validation loss does.
+            if self.method == "fraternal":
+                raise ValueError(
+                    "alpha_rule='kl-target' reads the KL, which method='fraternal' does not compute"
+                )
+            if self.single_pass_below is not None and self.monitor_steps is None:
+                raise ValueError(
+                    "alpha_rule='kl-target' reads the KL, which steps with one pass do not have: "
+                    f"single_pass_below={self.single_pass_below} needs monitor_steps beside it"
                 )
 
 
