@@ -7,6 +7,7 @@ import pytest
 
 from regdrop.tasks.common.data import load_raw_splits
 from regdrop.tasks.common.notices import say_once
+from regdrop.tasks.common.quotes import check_quotes
 
 ROWS = [(f"film {i} was good", i % 2) for i in range(20)]
 
@@ -56,3 +57,12 @@ def test_texts_of_several_lines_in_quotes_are_read(tmp_path, suffix, caplog):
         writer.writerows([["text"], *([text] for text in texts)])
     assert load_raw_splits(str(tmp_path / "data"))["train"]["text"][:] == texts
     assert caplog.messages == []
+
+
+def test_a_file_that_python_cannot_unpack_is_not_looked_into(tmp_path):
+    import datasets
+
+    packed = tmp_path / "train.csv.zst"
+    packed.write_bytes(b"\x28\xb5\x2f\xfd\xff\xfe")
+    split = datasets.Dataset.from_dict({"text": ["two\nlines"], "label": [0]})
+    check_quotes("split 'train'", split, [packed], ",")

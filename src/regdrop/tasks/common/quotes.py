@@ -72,6 +72,8 @@ def _is_like_rows(text: str, split: Any, separator: str) -> bool:
 
 def _has_open_quote(file: Path, separator: str) -> bool:
     """Return whether something follows a closing quote in its field."""
+    if file.suffix.lower() == ".zst":  # which Python itself cannot unpack
+        return False
     opener = _OPENERS.get(file.suffix.lower(), io.open)
     limit = csv.field_size_limit(sys.maxsize)
     try:
