@@ -117,7 +117,9 @@ def test_images_decoded_on_demand_are_those_from_memory(colours):
     assert torch.equal(kept["pixel_values"], decoded["pixel_values"])
 
 
-def test_hidden_labels_are_not_tested_and_a_lone_training_split_is_refused(colours, tmp_path):
+def test_hidden_labels_are_not_tested_and_a_lone_training_split_is_refused(
+    colours, tmp_path, caplog
+):
     import datasets
 
     features = datasets.Features(
@@ -138,6 +140,8 @@ def test_hidden_labels_are_not_tested_and_a_lone_training_split_is_refused(colou
     write("validation", [0, 1] * 2)
     write("test", [-1] * 6)
     assert [len(split) for split in load(tmp_path / "data")[:3]] == [27, 3, 4]
+    assert "split 'test' of data" in caplog.text
+    assert "has no labels in 'label': not used" in caplog.text
 
 
 TONES = {"dark": 0, "middle": 120, "light": 255}

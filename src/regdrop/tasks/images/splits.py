@@ -66,6 +66,7 @@ def load_image_splits(
         )
     image_column, label_column = columns = find_columns(dataset, known[0])
     if test is not None and _hides_labels(test, label_column):
+        say_once(f"split 'test' of data {dataset!r} has no labels in {label_column!r}: not used")
         test = None
     origins = {name: name for name in ("train", "validation", "test")}
     if train is not None:
