@@ -226,12 +226,16 @@ def expected_cost(config: RDropConfig, total_steps: int | None = None) -> float:
         total_steps: Optimiser steps of the run. None: a long one, of which `start_step` and a ramp
             of so many steps are no part.
     """
+    return 1 + (full_step_cost(config) - 1) * _share_of_full_steps(config, total_steps)
+
+
+def full_step_cost(config: RDropConfig) -> float:
+    """Return the cost of a step with all passes in steps of one pass, as `expected_cost` counts."""
     passes = config.num_passes
     graded = passes if config.backward_passes is None else config.backward_passes
     forwards = 1 + (passes - 1) * config.fraction
     backwards = 1 + (graded - 1) * config.fraction
-    step = _FORWARD_SHARE * forwards + (1 - _FORWARD_SHARE) * backwards
-    return 1 + (step - 1) * _share_of_full_steps(config, total_steps)
+    return _FORWARD_SHARE * forwards + (1 - _FORWARD_SHARE) * backwards
 
 
 def _share_of_full_steps(config: RDropConfig, total_steps: int | None) -> float:

@@ -43,6 +43,22 @@ def test_a_base_that_says_its_loss_is_a_mean_of_each_batch(tmp_path):
     assert_same_run(parts, run())
 
 
+@pytest.mark.parametrize(
+    ("rdrop", "cost"),
+    [
+        (ONE_PASS, 1),
+        (RDropConfig(), 2),
+        (RDropConfig(every_n_steps=2), 1.5),
+        (RDropConfig(passes="sequential", backward_passes=1), 4 / 3),
+    ],
+)
+def test_the_operations_of_a_run_are_those_of_all_passes(tmp_path, rdrop, cost):
+    rows = text_rows()
+    plain = train(tmp_path, tiny_bert(), rows, None, Trainer, max_steps=4)
+    ours = train(tmp_path, tiny_bert(), rows, rdrop, max_steps=4)
+    assert ours.state.total_flos == pytest.approx(cost * plain.state.total_flos, rel=1e-5)
+
+
 @pytest.mark.parametrize("build_model", [tiny_bert, tiny_bert_of("ForTokenClassification")])
 def test_a_model_that_returns_tuples(tmp_path, build_model):
     rows = text_rows if build_model is tiny_bert else token_rows

@@ -32,6 +32,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_prepare_inputs": ("inputs",),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "floating_point_ops": ("inputs",),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
     "get_tp_size": (),
     "log": ("logs", "start_time"),

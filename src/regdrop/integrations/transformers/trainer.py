@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
 from regdrop.config import RDropConfig
-from regdrop.diagnostics import extra_pass, measure_divergence, warn_without_dropout
+from regdrop.diagnostics import (
+    extra_pass,
+    full_step_cost,
+    measure_divergence,
+    warn_without_dropout,
+)
 from regdrop.heads import Head, fraternal_head
 from regdrop.integrations.transformers.batches import why_not_stacked
 from regdrop.integrations.transformers.forward import (
@@ -351,6 +356,12 @@ class RDropTrainerMixin(RunState):
             totals = self.accelerator.reduce(totals, reduction="sum") / self.get_tp_size()
         self._num_weight, total = totals.unbind()
         return total
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return the operations of a micro-batch in all its passes, so that `total_flos` is true."""
+        passes = self._planner.plan(self.rdrop, self.state.global_step).num_passes
+        cost = 1.0 if passes == 1 else full_step_cost(self.rdrop)
+        return round(cost * super().floating_point_ops(inputs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; beside a training loss also its parts, means over the items since the last log."""
