@@ -327,7 +327,7 @@ def run_step_passes(
         join=join,
     )
     if config.method == "r3f":  # its NLL is that of the clean pass alone
-        items = torch.arange(count_items(), device=target.device)
+        items = torch.arange(target.shape[0], device=target.device)
     return StepPasses(outputs, items)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def embedding_noise(embedding: nn.Module, batch_size: int, std: float) -> Iterator[None]:
+def embedding_noise(embedding: nn.Module, num_passes: int, std: float) -> Iterator[None]:
     """Add normal noise to what an embedding returns for all items of a stacked batch but pass 0's.
 
     It acts on the first call in the context alone: the decoder of an encoder-decoder that shares
@@ -17,8 +17,9 @@ def embedding_noise(embedding: nn.Module, batch_size: int, std: float) -> Iterat
     it returns scales the noise too.
 
     Args:
-        embedding: The module, whose output is a tensor (items, ...).
-        batch_size: Items of pass 0.
+        embedding: The module, whose output is a tensor (num_passes * rows, ...). A row need not be
+            an item: of multiple choice each choice has its own.
+        num_passes: Passes that are stacked.
         std: Standard deviation of the noise.
 
     Raises:
@@ -30,10 +31,11 @@ def embedding_noise(embedding: nn.Module, batch_size: int, std: float) -> Iterat
     def add(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         nonlocal calls
         calls += 1
-        if calls > 1 or output.shape[0] <= batch_size:
+        if calls > 1:
             return None
-        noise = torch.randn_like(output[batch_size:]) * (std * scale)
-        return torch.cat([output[:batch_size], output[batch_size:] + noise])
+        rows = output.shape[0] // num_passes
+        noise = torch.randn_like(output[rows:]) * (std * scale)
+        return torch.cat([output[:rows], output[rows:] + noise])
 
     hook = embedding.register_forward_hook(add)
     try:

@@ -131,7 +131,7 @@ class RDropTrainerMixin(RunState):
         is_measured_apart = plan.num_passes == 1 and is_monitored(self.rdrop, step)
         other = extra_pass(model, read, head.inputs) if is_measured_apart else None
         config = self._step_config(head, own, plan)
-        with self._noise(model, head, plan.num_passes):
+        with self._noise(model, plan.num_passes):
             passes = run_step_passes(
                 *(read, head.inputs, head.target, config, plan),
                 batch_size=head.rows,
@@ -369,7 +369,7 @@ class RDropTrainerMixin(RunState):
             logs = {**logs, **self._collect_parts()}
         super().log(logs, start_time)
 
-    def _noise(self, model: nn.Module, head: Head, num_passes: int) -> AbstractContextManager[None]:
+    def _noise(self, model: nn.Module, num_passes: int) -> AbstractContextManager[None]:
         """Return the context in which the embeddings of r3f's second pass are noisy."""
         if self.rdrop.method != "r3f" or num_passes == 1:
             return nullcontext()
@@ -377,7 +377,7 @@ class RDropTrainerMixin(RunState):
         is_pair = unwrapped.config.is_encoder_decoder
         reader = unwrapped.get_encoder() if is_pair else unwrapped
         embedding = reader.get_input_embeddings()
-        return embedding_noise(embedding, head.target.shape[0], self.rdrop.noise)
+        return embedding_noise(embedding, num_passes, self.rdrop.noise)
 
 
 class RDropTrainer(RDropTrainerMixin, Trainer):
