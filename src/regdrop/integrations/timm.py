@@ -97,11 +97,13 @@ class RDropTask(ClassificationTask):
         if not self.training:
             plain: dict[str, Tensor] = super().forward(input, target)
             return plain
-        step, seen = self.step, []
+        step, seen, is_trained = self.step, [], torch.is_grad_enabled()
 
         def run(images: Tensor) -> Tensor:
             logits: Tensor = self.trainable_module(images)
-            seen.append(logits)
+            # Without a gradient in between, a pass is one that is only measured.
+            if torch.is_grad_enabled() == is_trained:
+                seen.append(logits)
             return logits
 
         output = rdrop_step(
@@ -117,7 +119,7 @@ class RDropTask(ClassificationTask):
         self._calls += 1
         return {
             "loss": output.loss,
-            "output": seen[-1][: len(input)],
+            "output": seen[0][: len(input)],
             "nll": output.nll,
             "kl": output.kl,
             "alpha": torch.full_like(output.nll, alpha),

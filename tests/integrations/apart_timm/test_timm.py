@@ -121,6 +121,26 @@ def test_loss_and_gradient_are_those_of_a_loop_by_hand(case, rates):
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"passes": "sequential"},
+        {"passes": "sequential", "fraction": 0.5},
+        {"passes": "sequential", "backward_passes": 1},
+        {"every_n_steps": 2, "monitor_steps": 1},
+    ],
+)
+def test_the_output_is_that_of_the_first_pass(options):
+    """Accuracy is computed from it, against the whole target."""
+    images, target = batch()
+    model, trained = vit(proj_drop_rate=0.3), []
+    model.register_forward_hook(lambda m, i, o: trained.append(o) if o.requires_grad else None)
+    task = RDropTask(model, rdrop=RDropConfig(alpha=ALPHA, **options)).train()
+    task.step = 1
+    assert torch.equal(task(images, target)["output"], trained[0])
+    assert len(trained[0]) == len(target)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_one_pass_and_evaluation_are_those_of_timm(case):
     criterion, make, _ = CASES[case]
@@ -212,7 +232,7 @@ def test_losses_that_it_would_change_are_refused_by_name(criterion, message):
 
 def test_distillation_is_refused():
     model = timm.create_model("deit_tiny_distilled_patch16_224", drop_path_rate=0.1)
-    assert RDropTask(model)
+    RDropTask(model)  # as long as its second head is not trained
     model.set_distilled_training(True)
     with pytest.raises(ValueError, match="VisionTransformerDistilled in distilled training"):
         RDropTask(model)

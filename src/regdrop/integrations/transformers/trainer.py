@@ -358,7 +358,7 @@ class RDropTrainerMixin(RunState):
         return total
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return the operations of a micro-batch in all its passes, so that `total_flos` is true."""
+        """Return the operations of a micro-batch in all its passes, for a true `total_flos`."""
         passes = self._planner.plan(self.rdrop, self.state.global_step).num_passes
         cost = 1.0 if passes == 1 else full_step_cost(self.rdrop)
         return round(cost * super().floating_point_ops(inputs))
