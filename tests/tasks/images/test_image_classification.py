@@ -11,7 +11,7 @@ from regdrop import find_dropout
 from regdrop.experiments import build_arms, run_arm
 from regdrop.tasks import PRESETS
 from regdrop.tasks.common.classification import classification_statistics, set_dropout
-from regdrop.tasks.images.augmentation import build_augmentation
+from regdrop.tasks.images.augmentation import augment, build_augmentation
 from regdrop.tasks.images.presets import DIGITS
 from tiny_tasks import tiny_images, write_photographs
 
@@ -96,6 +96,31 @@ def test_a_checkpoint_is_fine_tuned_with_its_own_normalisation(tmp_path):
     assert task._normalisation() == ([0.2], [0.3])
 
 
+def test_normalisation_is_of_the_checkpoint_that_the_weights_are_of(tmp_path, monkeypatch):
+    from transformers import ViTImageProcessor
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "vit"
+    ViTImageProcessor(image_mean=[0.2], image_std=[0.3]).save_pretrained(folder)
+    assert replace(DIGITS, model="~/vit", model_config={})._normalisation() == ([0.2], [0.3])
+    (tmp_path / "plain").mkdir()
+    assert replace(DIGITS, model="~/plain", model_config={})._normalisation() == ([0.5], [0.5])
+
+
+def test_a_processor_that_cannot_be_read_is_no_reason_for_another_normalisation(
+    tmp_path, monkeypatch
+):
+    import huggingface_hub
+
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for model in (str(tmp_path), "nobody/answers"):
+        task = replace(DIGITS, model=model, model_config={})
+        with pytest.raises(ValueError, match=f"image processor of model '{model}' cannot"):
+            task._normalisation()
+
+
 def test_a_model_and_a_config_exclude_each_other():
     with pytest.raises(ValueError, match="exactly one of model and model_config"):
         replace(DIGITS, model="somewhere").prepare()
@@ -117,6 +142,22 @@ def test_augmentation_keeps_shape_and_range_and_changes_images(kind):
     assert changed.min() >= 0
     assert changed.max() <= 1 + 1e-5
     assert sum(torch.equal(a, b) for a, b in zip(images, changed, strict=True)) <= 2
+
+
+def test_augmentation_leaves_the_generators_that_draw_dropout_masks(monkeypatch):
+    """On a GPU a batch that is read before a step must not seed that step's masks."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.default_generator.manual_seed(0)
+    before = torch.get_rng_state()
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    first, again, other = (
+        augment(build_augmentation("shift", 16), images, key) for key in ((1,), (1,), (2,))
+    )
+    assert not seeded
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_no_augmentation_and_an_unknown_one():

@@ -37,6 +37,6 @@ def augment(augmentation: nn.Module, pixels: Tensor, key: Sequence[int]) -> Tens
     """
     seed = hash((torch.initial_seed(), *key))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # no other: a GPU's draws the dropout masks
         augmented: Tensor = augmentation(pixels)
     return augmented

@@ -1,5 +1,6 @@
 """Pretrained image classifiers: the hub's, also at another image size, and EfficientNet-Lite."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,29 @@ def load_image_config(model: str, **changes: Any) -> Any:
         return AutoConfig.from_pretrained(find_checkpoint(model), **changes)
     except (OSError, ValueError) as error:
         raise ValueError(f"model {model!r} cannot be loaded: {error}") from error
+
+
+def load_processor_settings(model: str) -> dict[str, Any]:
+    """Return how a checkpoint's images were processed; nothing for a folder that does not say.
+
+    Raises:
+        ValueError: If it cannot be loaded, by the checkpoint's name.
+    """
+    from transformers import ImageProcessingMixin
+    from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+
+    checkpoint = find_checkpoint(model)
+    files = [Path(checkpoint, name) for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)]
+    if Path(checkpoint).is_dir() and not any(file.exists() for file in files):
+        return {}
+    try:
+        settings: dict[str, Any]
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(checkpoint)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the image processor of model {model!r} cannot be loaded: {error}"
+        ) from error
+    return settings
 
 
 def load_image_model(model: str, config: Any, image_size: int) -> nn.Module:

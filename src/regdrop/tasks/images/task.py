@@ -41,6 +41,7 @@ from regdrop.tasks.images.models import (
     EFFICIENTNET_LITE0,
     load_image_config,
     load_image_model,
+    load_processor_settings,
     register,
 )
 from regdrop.tasks.images.splits import load_image_splits
@@ -211,16 +212,11 @@ class ImageClassification(OldNames):
 
     def _normalisation(self) -> tuple[list[float], list[float]]:
         """Return the checkpoint's own mean and standard deviation where it has them."""
+        own: dict[str, Any] = {}
+        if self.model is not None and self.model != EFFICIENTNET_LITE0:
+            own = load_processor_settings(self.model)
         half = [0.5] * self.num_channels
-        if self.model is None or self.model == EFFICIENTNET_LITE0:
-            return half, half
-        from transformers import ImageProcessingMixin
-
-        try:
-            processor, _ = ImageProcessingMixin.get_image_processor_dict(self.model)
-        except OSError:  # a folder without a preprocessor
-            return half, half
-        return processor.get("image_mean", half), processor.get("image_std", half)
+        return own.get("image_mean", half), own.get("image_std", half)
 
     def _build_model(self, class_names: list[str]) -> nn.Module:
         from transformers import AutoConfig, AutoModelForImageClassification
