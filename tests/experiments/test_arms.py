@@ -42,6 +42,30 @@ def test_matched_dropout_is_one_pass_with_the_odds_of_alpha():
         )
 
 
+@pytest.mark.parametrize(
+    ("options", "odds", "said"),
+    [
+        ({"alpha": 0.3}, 1.3, "times 1.3"),
+        ({"alpha": 8, "alpha_schedule": "linear", "alpha_warmup_ratio": 1.0}, 5, "times 5"),
+        ({"alpha": 8, "alpha_schedule": "cosine", "alpha_warmup_ratio": 0.5}, 7, "times 6.99"),
+        ({"alpha": "auto", "alpha_start": 4.0}, 11, "times 11"),
+        ({"alpha": "auto", "alpha_rule": "stall"}, 9.5, "times 9.5, for alpha in the middle"),
+        (
+            {"alpha": "auto", "alpha_rule": "gap", "alpha_max": 0.5},
+            1.5,
+            "times 1.5, for alpha in the middle between 0.5 and 0.5",
+        ),
+    ],
+)
+def test_matched_dropout_goes_by_the_mean_of_alpha_over_the_run(options, odds, said):
+    task = replace(DIGITS, rdrop=RDropConfig(**options))
+    arm = optional_arms(task)["matched-dropout"]
+    assert arm.dropout_odds == pytest.approx(odds, rel=1e-3)
+    assert said in arm.description
+    if options["alpha"] == 0.3:  # the runs of a constant that are finished remain its runs
+        assert arm.dropout_odds == 1 + 0.3
+
+
 def test_two_thirds_of_a_batch_hold_whole_micro_batches():
     training = replace(DIGITS.training, batch_size=32, gradient_accumulation_steps=4)
     arm = optional_arms(replace(DIGITS, training=training))["two-thirds-batch"]

@@ -3,10 +3,12 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import mean
 from typing import Any
 
 from regdrop.arguments import nearest
 from regdrop.config import RDropConfig
+from regdrop.schedule import scheduled_alpha
 from regdrop.tasks import Task, TrainingSettings
 
 BASELINE = "baseline"
@@ -115,24 +117,22 @@ def optional_arms(task: Task) -> dict[str, Arm]:
     """Return further controls, and the regularisers with which the paper compares itself.
 
     One pass with more dropout shows what noise alone does: its odds are multiplied by 1 + alpha, as
-    to second order R-Drop multiplies dropout's own penalty. Full R-Drop on two thirds of each batch
-    costs what the cheaper forms cost: they have to beat it. R3F's lambda is 1 (arXiv 2008.03156)
-    and fraternal dropout's kappa 0.15 (arXiv 1711.00066), whatever the task's alpha, which is
-    R-Drop's; `regdrop tune` chooses others.
+    to second order R-Drop multiplies dropout's own penalty; by the mean of an alpha that changes in
+    the run, or by the middle of what a rule gives that reads the validation loss. Full R-Drop on
+    two thirds of each batch costs what the cheaper forms cost: they have to beat it. R3F's lambda
+    is 1 (arXiv 2008.03156) and fraternal dropout's kappa 0.15 (arXiv 1711.00066), whatever the
+    task's alpha, which is R-Drop's; `regdrop tune` chooses others.
     """
     base = RDropConfig(noise=task.rdrop.noise, **_loss_options(task))
     r3f = replace(base, alpha=4.0, method="r3f")
     # It compares logits, which no kernel of the loss does.
     fraternal = replace(base, alpha=0.3, method="fraternal", fused_linear="auto", impl="auto")
-    # Of an alpha that rises, the mean over the run.
-    alpha = task.rdrop.alpha
-    if alpha == "auto":
-        alpha = (task.rdrop.alpha_start + task.rdrop.alpha_max) / 2
+    alpha, text = _mean_alpha(task)
     arms = (
         replace(
             baseline_arm(task),
             name="matched-dropout",
-            description=f"one pass, the odds of its dropout times {1 + alpha:g}",
+            description=f"one pass, the odds of its dropout times {1 + alpha:g}{text}",
             dropout_odds=1 + alpha,
         ),
         Arm(
@@ -145,6 +145,20 @@ def optional_arms(task: Task) -> dict[str, Arm]:
         Arm("fraternal", "fraternal dropout, kappa 0.15", fraternal, task.training),
     )
     return {arm.name: arm for arm in arms}
+
+
+def _mean_alpha(task: Task) -> tuple[float, str]:
+    """Return the mean of a task's alpha over the run, and what is to be said of it.
+
+    What a rule gives that reads the validation loss is not known beforehand.
+    """
+    rdrop, steps = task.rdrop, task.training.max_steps
+    if rdrop.alpha == "auto" and rdrop.alpha_rule != "ramp":
+        low = min(rdrop.alpha_min, rdrop.alpha_max)
+        text = f", for alpha in the middle between {low:g} and {rdrop.alpha_max:g}"
+        return (low + rdrop.alpha_max) / 2, text
+    # With both of its ends the mean of a ramp is the middle between them.
+    return mean(scheduled_alpha(rdrop, step, steps) for step in range(steps + 1)), ""
 
 
 def _alpha_text(rdrop: RDropConfig) -> str:
