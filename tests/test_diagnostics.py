@@ -16,6 +16,7 @@ from regdrop.diagnostics import (
     warn_zero_divergence,
 )
 from regdrop.loss import cross_entropy_terms
+from regdrop.passes import preserve_random_state
 
 
 def noisy_model():
@@ -190,6 +191,18 @@ def test_expected_cost_of_a_run_counts_its_steps(options, cost):
     assert expected_cost(RDropConfig(**options), total_steps=100) == pytest.approx(cost)
 
 
+@pytest.mark.parametrize(("alpha", "cost"), [(3.0, 1.0), (7.0, 2.0)])
+def test_a_long_run_costs_what_the_end_of_a_falling_alpha_does(alpha, cost):
+    config = RDropConfig(
+        alpha=alpha,
+        alpha_start=10.0,
+        alpha_schedule="linear",
+        alpha_warmup_steps=4,
+        single_pass_below=6,
+    )
+    assert expected_cost(config) == pytest.approx(cost)
+
+
 def test_report_names_the_options_that_a_cost_comes_from():
     config = RDropConfig(alpha="auto", single_pass_below=8.0, every_n_steps=2)
     cost = next(line for line in dropout_report(noisy_model(), config) if "costs" in line)
@@ -215,3 +228,31 @@ def test_report_of_layerdrop_asks_for_sequential_passes():
     model = nn.Linear(2, 2)
     model.layerdrop = 0.1
     assert any("passes='sequential'" in line for line in dropout_report(model))
+    done = RDropConfig(passes="sequential")
+    assert not any("passes='sequential'" in line for line in dropout_report(model, done))
+
+
+def test_report_is_of_the_options_that_it_is_given():
+    model = noisy_model()
+    text = "\n".join(dropout_report(model, RDropConfig(num_passes=3)))
+    assert "3.00 single-pass steps" in text
+    assert "without bias at about 1.67" in text
+    rare = "\n".join(dropout_report(model, RDropConfig(num_passes=3, every_n_steps=2)))
+    assert "2.00 single-pass steps" in rare
+    assert "without bias" not in rare
+    assert "over the stacked batch" in text
+    sequential = "\n".join(dropout_report(model, RDropConfig(passes="sequential")))
+    assert "running statistics in every pass" in sequential
+    single = "\n".join(dropout_report(model, RDropConfig(alpha=0, num_passes=1)))
+    assert "BatchNorm" not in single
+
+
+def test_a_pass_beside_training_leaves_the_generator_of_an_apple_device(monkeypatch):
+    """Of which torch's own fork knows nothing."""
+    states = ["before"]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[-1])
+    monkeypatch.setattr(torch.mps, "set_rng_state", states.append)
+    with preserve_random_state():
+        states.append("drawn from")
+    assert states[-1] == "before"

@@ -16,6 +16,7 @@ FLOORS = [
     {"kernels", "passes", "alpha_conventions"},
     {"loss", "config", "disagreement"},
     {"schedule", "alpha"},
+    {"cost", "divergence_watch"},
     {"diagnostics"},
     {"heads", "meter", "prefix_search", "step"},
     {"reading"},
@@ -30,7 +31,7 @@ FLOORS = [
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 # The public names are gathered from the lower floors alone.
 PUBLIC = {"alpha", "config", "loss", "passes", "step"}
-CORE_FLOORS = 8
+CORE_FLOORS = 9
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

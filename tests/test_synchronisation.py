@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import regdrop
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
-from regdrop.diagnostics import watch_divergence
+from regdrop.divergence_watch import watch_divergence
 from regdrop.kernels import fused_linear
 from regdrop.loss import linear_items
 

@@ -1,21 +1,24 @@
-"""Does R-Drop act at all: sources of dropout, the divergence between passes, the cost of a step."""
+"""Does R-Drop act: a report before training, and what a pass beside it tells.
 
-import functools
-import types
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
-from itertools import islice
+The other public names of diagnostics have files of their own and are found here too.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from regdrop.config import RDropConfig
+from regdrop.cost import describe_cost_options
+from regdrop.cost import expected_cost as expected_cost
 from regdrop.disagreement import Disagreement as Disagreement
 from regdrop.disagreement import measure_disagreement as measure_disagreement
-from regdrop.loss import RDropOutput, TermsFunction, combine_terms
+from regdrop.divergence_watch import advise_dropout
+from regdrop.divergence_watch import warn_without_dropout as warn_without_dropout
+from regdrop.divergence_watch import warn_zero_divergence as warn_zero_divergence
+from regdrop.loss import TermsFunction, combine_terms
 from regdrop.passes import (
     concatenate_outputs,
     copy_structure,
@@ -23,269 +26,45 @@ from regdrop.passes import (
     preserve_buffers,
     preserve_random_state,
 )
-from regdrop.passes.keras_layers import is_keras
-from regdrop.schedule import plan_step
-from regdrop.tracing import is_traced, is_transformed
 
 Output = TypeVar("Output")
 
-# One training step without R-Drop is one part forward and two parts backward.
-_FORWARD_SHARE = 1 / 3
-# What an estimated cost comes from, and how many steps with R-Drop a long run has at least.
-_COST_OPTIONS = (
-    *("alpha", "alpha_start", "alpha_rule", "alpha_max", "alpha_schedule", "alpha_warmup_ratio"),
-    *("num_passes", "backward_passes", "fraction", "every_n_steps", "single_pass_below"),
-)
-_LONG_RUN = 1000
-# How deep in containers and objects a model is looked for.
-_DEPTH = 3
-# Among how many items of a container.
-_ITEMS = 100
-# A divergence that rounding may give.
-_ROUNDING = 1e-6
-# Steps from one look at a divergence to the next.
-_STEPS_BETWEEN_LOOKS = 100
-_KERAS = (
-    "Keras drops only where it is told that it trains: give lambda b: model(b, training=True) "
-    "instead of the model."
-)
-
-
-@dataclass
-class _Watch:
-    """What was seen of the divergence of one function from batches to outputs."""
-
-    steps: int = 0
-    zeros: int = 0
-    has_warned: bool = False
-    # Each tells the NLL and the divergence of a step, and None while nobody can.
-    looks: list[Callable[[], list[float] | None]] = field(default_factory=list)
-
-
-_WATCHES: WeakKeyDictionary[Any, _Watch] = WeakKeyDictionary()
-
-
-def warn_without_dropout(model: nn.Module) -> bool:
-    """Warn when no source of dropout is active in a model in training mode.
-
-    Returns:
-        Whether the warning was given.
-    """
-    if any(source.active for source in find_dropout(model)):
-        return False
-    warnings.warn(
-        "R-Drop has nothing to compare: the model has no active source of dropout that could be "
-        "found. Unless one is hidden in its code, all passes are the same and the KL is exactly 0 "
-        "at a multiple of the cost. "
-        f"{_advice(model)}",
-        stacklevel=2,
-    )
-    return True
-
-
-def warn_zero_divergence(modules: Iterable[nn.Module] = ()) -> None:
-    """Warn that a logged divergence of some modules was exactly 0."""
-    advice = (
-        "Check that the model is in training mode, that its dropout rates are above 0 "
-        "(regdrop.find_dropout) and that no random state is restored between passes."
-    )
-    warnings.warn(
-        "the KL between passes is exactly 0: the passes are identical although R-Drop is on. "
-        f"{_KERAS if any(map(_holds_keras, modules)) else advice}",
-        stacklevel=2,
-    )
-
-
-def watch_divergence(forward: Callable[..., Any], output: RDropOutput) -> None:
-    """Warn once where the divergence of a loop of one's own is exactly 0.
-
-    The first two steps and every hundredth are looked at, on a CPU and on CUDA. Nobody waits for
-    CUDA's numbers: the warning comes once they are there. One zero alone is no sign where the
-    model's dropout is on: a new LoRA adapter gives it in its first step.
-
-    Args:
-        forward: The function from batches to outputs, or the model; tells loops apart.
-        output: What a step of several passes gave.
-    """
-    modules = list(reached_modules(forward))
-    watch = _WATCHES.setdefault(_identity(forward, modules), _Watch())
-    is_looked_at = watch.steps < 2 or watch.steps % _STEPS_BETWEEN_LOOKS == 0
-    watch.steps += 1
-    if watch.has_warned or torch.compiler.is_compiling() or is_transformed() or is_traced():
-        return
-    if _is_captured(output.kl):
-        return
-    if is_looked_at and output.kl.device.type in ("cpu", "cuda"):
-        watch.looks.append(_look(output))
-    while watch.looks and not watch.has_warned:
-        found = watch.looks[0]()
-        if found is None:
-            return
-        del watch.looks[0]
-        nll, kl = found
-        if nll == 0 or abs(kl) > _ROUNDING * max(1.0, abs(nll)):  # without a NLL nothing counts
-            continue
-        # The halves of a stacked batch may differ by rounding alone.
-        watch.zeros += kl == 0
-        watch.has_warned = _warn_of_zeros(watch.zeros, modules)
-
-
-def _warn_of_zeros(count: int, modules: list[nn.Module]) -> bool:
-    sources = [source for module in modules for source in find_dropout(module)]
-    if modules and not any(source.active for source in sources):
-        return warn_without_dropout(modules[0])
-    if count > 1:
-        warn_zero_divergence(modules)
-    return count > 1
-
-
-def _look(output: RDropOutput) -> Callable[[], list[float] | None]:
-    """Return what tells both terms of a step; None while the numbers are on the way."""
-    # From CUDA this goes to pinned memory, and nobody waits.
-    numbers = torch.stack([output.nll, output.kl]).to("cpu", non_blocking=True)
-    arrival: torch.cuda.Event | None = None
-    if output.kl.is_cuda:
-        arrival = torch.cuda.current_stream(output.kl.device).record_event()
-
-    def read() -> list[float] | None:
-        if arrival is not None and not arrival.query():
-            return None
-        found: list[float] = numbers.tolist()
-        return found
-
-    return read
-
-
-def _is_captured(tensor: Tensor) -> bool:
-    """Return whether a CUDA graph is being recorded, which allows no questions."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def reached_modules(forward: Callable[..., Any]) -> Iterator[nn.Module]:
-    """Yield the modules that a function calls, as far as what it names and is bound to tells."""
-    if isinstance(forward, nn.Module):
-        yield forward
-        return
-    named: list[Any] = []
-    while isinstance(forward, functools.partial):
-        named += [*forward.args, *forward.keywords.values()]
-        forward = forward.func
-    named.append(getattr(forward, "__self__", forward))
-    code = getattr(forward, "__code__", None)
-    if code is not None:
-        function: Any = getattr(forward, "__func__", forward)
-        named += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        named += [function.__globals__.get(name) for name in code.co_names]
-        for cell in function.__closure__ or ():
-            try:
-                named.append(cell.cell_contents)
-            except ValueError:  # a name that has no value yet
-                continue
-    found: dict[int, nn.Module] = {}
-    for _ in range(_DEPTH):
-        found.update((id(value), value) for value in named if isinstance(value, nn.Module))
-        named = [item for value in named for item in _held_by(value)]
-    yield from found.values()
-
-
-def _held_by(value: Any) -> Iterable[Any]:
-    """Return what a container or an object holds, modules and what is code excepted.
-
-    Of a large container, a vocabulary or a data set, the first items alone.
-    """
-    if isinstance(value, Mapping):
-        return islice(value.values(), _ITEMS)
-    if isinstance(value, (tuple, list)):
-        return value[:_ITEMS]
-    if isinstance(value, (str, bytes, int, float, Tensor)):
-        return ()
-    if isinstance(value, (nn.Module, type, types.ModuleType, types.FunctionType)):
-        return ()
-    return list(getattr(value, "__dict__", {}).values())
-
-
-def _identity(forward: Any, modules: list[nn.Module]) -> Any:
-    """Return what stays the same from step to step where a loop writes its function anew."""
-    if modules:
-        return modules[0]
-    while isinstance(forward, functools.partial):
-        forward = forward.func
-    return getattr(forward, "__code__", type(forward))
-
-
-def expected_cost(config: RDropConfig, total_steps: int | None = None) -> float:
-    """Return the cost of a step in steps of one pass, the mean over the steps of a run.
-
-    A forward counts as one third of a step and a backward as two thirds; loss, optimiser and data
-    count as nothing, so that the figure is an estimate, not a measurement. Steps with one pass,
-    by `every_n_steps`, `start_step` or `single_pass_below`, count as 1.
-
-    Args:
-        config: The options. A rule of alpha that follows the validation loss is taken never to be
-            below `single_pass_below`, since nobody knows beforehand.
-        total_steps: Optimiser steps of the run. None: a long one, of which `start_step` and a ramp
-            of so many steps are no part.
-    """
-    return 1 + (full_step_cost(config) - 1) * _share_of_full_steps(config, total_steps)
-
-
-def full_step_cost(config: RDropConfig) -> float:
-    """Return the cost of a step with all passes in steps of one pass, as `expected_cost` counts."""
-    passes = config.num_passes
-    graded = passes if config.backward_passes is None else config.backward_passes
-    forwards = 1 + (passes - 1) * config.fraction
-    backwards = 1 + (graded - 1) * config.fraction
-    return _FORWARD_SHARE * forwards + (1 - _FORWARD_SHARE) * backwards
-
-
-def _share_of_full_steps(config: RDropConfig, total_steps: int | None) -> float:
-    """Return the share of a run's steps that have all passes."""
-    if config.alpha == "auto" and config.alpha_rule != "ramp":
-        config = config.with_alpha(config.alpha_max)
-    if total_steps is None:
-        if config.alpha_warmup_steps:
-            config = replace(
-                config, alpha_schedule="constant", alpha_warmup_steps=0, alpha_start=0.0
-            )
-        config, total_steps = replace(config, start_step=0), _LONG_RUN * config.every_n_steps
-    plans = (plan_step(config, step, total_steps=total_steps) for step in range(total_steps))
-    return sum(plan.num_passes == config.num_passes for plan in plans) / total_steps
+# Steps from whose cost on a cheaper form is named.
+_DEAR = 1.99
 
 
 def dropout_report(model: nn.Module, config: RDropConfig | None = None) -> list[str]:
     """Return what a user should know before training a model with R-Drop, one line each."""
-    model_sources = find_dropout(model)
-    on = [source for source in model_sources if source.rate > 0]
     config = RDropConfig() if config is None else config
+    sources, cost = find_dropout(model), expected_cost(config)
+    on = [source for source in sources if source.rate > 0]
     lines = [
-        f"{len(on)} of {len(model_sources)} sources of dropout have a rate above 0.",
-        f"A step costs about {expected_cost(config):.2f} single-pass steps, the mean over a long "
-        f"run ({_cost_options(config)}).",
+        f"{len(on)} of {len(sources)} sources of dropout have a rate above 0.",
+        f"A step costs about {cost:.2f} single-pass steps, the mean over a long run "
+        f"({describe_cost_options(config)}).",
     ]
     if not on:
-        lines.append(_advice(model))
-    elif expected_cost(config) == 2:
+        lines.append(advise_dropout(model))
+    elif cost > _DEAR and config.every_n_steps == 1 and config.rescale:
         lines.append(
             "every_n_steps=3 estimates the same gradient without bias at about "
-            f"{expected_cost(RDropConfig(every_n_steps=3)):.2f} single-pass steps."
+            f"{expected_cost(replace(config, every_n_steps=3)):.2f} single-pass steps."
         )
-    if any(source.kind == "layerdrop" and source.rate > 0 for source in on):
+    is_stacked = config.passes == "stacked"
+    if config.num_passes == 1:
+        return lines
+    if is_stacked and any(source.kind == "layerdrop" for source in on):
         lines.append(
             "LayerDrop draws once a forward, so that stacked passes share it: "
             "use passes='sequential'."
         )
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        lines.append("BatchNorm sees the stacked batch and updates its statistics with every pass.")
+        lines.append(
+            "BatchNorm computes its statistics over the stacked batch, all passes of it."
+            if is_stacked
+            else "BatchNorm updates its running statistics in every pass."
+        )
     return lines
-
-
-def _cost_options(config: RDropConfig) -> str:
-    """Return the options that the cost of a step comes from, without those left as they are."""
-    names = _COST_OPTIONS if config.single_pass_below is not None else _COST_OPTIONS[6:]
-    given = {one.name: getattr(config, one.name) for one in fields(config) if one.name in names}
-    defaults = {one.name: one.default for one in fields(config)}
-    changed = {n: v for n, v in given.items() if v != defaults[n] or n == "num_passes"}
-    return ", ".join(f"{name}={value!r}" for name, value in changed.items())
 
 
 def measure_divergence(outputs: Any, other: Any, target: Any, terms: TermsFunction) -> Tensor:
@@ -318,23 +97,3 @@ def extra_pass(model: nn.Module, forward: Callable[[Any], Output], batch: Any) -
         # Without a new seed the pass would draw the very masks of the pass that follows.
         torch.manual_seed(int(torch.randint(2**62, ()).item()))
         return forward(copy_structure(batch, clones=True))
-
-
-def _advice(model: nn.Module) -> str:
-    sources = find_dropout(model)
-    if any(source.rate > 0 for source in sources):
-        if _holds_keras(model):
-            return _KERAS
-        return "Its rates are above 0 but it is in evaluation mode: call model.train()."
-    # With a rate of 0 an adapter has no dropout module at all, but a place for one.
-    if any(hasattr(module, "lora_dropout") for module in model.modules()):
-        return "Set lora_dropout above 0 in the LoraConfig (0.1 is usual)."
-    if sources:
-        names = ", ".join(sorted({source.name.rsplit(".", 1)[-1] for source in sources})[:4])
-        return f"Raise a dropout rate, now 0, in the model's configuration ({names})."
-    kind = "keras.layers" if _holds_keras(model) else "torch.nn"
-    return f"Add dropout to the model, for example {kind}.Dropout(0.1) before its head."
-
-
-def _holds_keras(model: nn.Module) -> bool:
-    return any(is_keras(module) for module in model.modules())

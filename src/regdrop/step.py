@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from regdrop.arguments import check_integer, check_number
 from regdrop.config import RDropConfig
-from regdrop.diagnostics import extra_pass, measure_divergence, reached_modules, watch_divergence
+from regdrop.diagnostics import extra_pass, measure_divergence
+from regdrop.divergence_watch import reached_modules, watch_divergence
 from regdrop.kernels.backward_passes import limit_backward
 from regdrop.loss import (
     ItemTerms,

@@ -163,6 +163,19 @@ def test_gradient_checkpointing_is_refused():
         pass
 
 
+def test_gradient_checkpointing_of_timm_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
+    model.grad_checkpointing = True
+    with pytest.raises(ValueError, match="gradient checkpointing"), dropout_rates(model, 0.3):
+        pass
+
+
+def test_a_rate_of_one_stays():
+    model = nn.Sequential(nn.Dropout(1.0), nn.Dropout(0.5))
+    scale_dropout_odds(model, 2.0)
+    assert [module.p for module in model] == [1.0, pytest.approx(2 / 3)]
+
+
 def test_odds_are_multiplied_and_rates_of_zero_stay():
     model = nn.Sequential(nn.Dropout(0.1), nn.Dropout(0.5), nn.Dropout(0.0))
     scale_dropout_odds(model, 4.0)

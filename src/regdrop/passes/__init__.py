@@ -4,12 +4,7 @@ from regdrop.passes.dropout import DropoutSource, find_dropout
 from regdrop.passes.noise import embedding_noise
 from regdrop.passes.outputs import concatenate_outputs, count_rows, map_rows
 from regdrop.passes.preserved_state import preserve_buffers, preserve_random_state
-from regdrop.passes.rates import (
-    DropoutOdds,
-    dropout_rates,
-    scale_dropout_odds,
-    uses_gradient_checkpointing,
-)
+from regdrop.passes.rates import DropoutOdds, dropout_rates, scale_dropout_odds
 from regdrop.passes.shared_prefix import SharedPrefix, share_prefix, why_not_shared
 from regdrop.passes.stacking import find_batch_size, find_tensors, repeat_batch, take_items
 from regdrop.passes.strategies import Strategy, refuse_other_rows, run_passes
@@ -37,6 +32,5 @@ __all__ = [
     "scale_dropout_odds",
     "share_prefix",
     "take_items",
-    "uses_gradient_checkpointing",
     "why_not_shared",
 ]

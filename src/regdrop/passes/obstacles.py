@@ -9,6 +9,7 @@ from regdrop.passes.dropout import rate_attributes
 
 # As words of a name in capitals: a ThermoEncoder has none.
 _EXPERTS = re.compile(r"M[oO][eE](?![a-z])|(?:^|_)moe(?![a-z])|(?i:expert|router|mixture)")
+# The flags of transformers and of timm.
 _CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing")
 
 
@@ -52,6 +53,15 @@ def list_obstacles(model: nn.Module, until: str) -> list[Obstacle]:
                 reason = f"{name or 'the model'} uses gradient checkpointing; switch it off"
                 found.append(Obstacle(model.get_submodule(name), flag, reason))
     return found
+
+
+def uses_gradient_checkpointing(model: nn.Module) -> bool:
+    """Return whether a model of transformers or timm has gradient checkpointing switched on."""
+    return any(
+        getattr(module, flag, False) is True
+        for module in model.modules()
+        for flag in _CHECKPOINTING
+    )
 
 
 def find_experts(model: nn.Module, until: str) -> str | None:

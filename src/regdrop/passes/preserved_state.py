@@ -3,10 +3,13 @@
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+
+# Devices whose generators torch can fork.
+_FORKED = ("cuda", "xpu")
 
 
 @contextmanager
@@ -15,11 +18,20 @@ def preserve_random_state() -> Iterator[None]:
     numpy_random = getattr(sys.modules.get("numpy"), "random", None)
     python_state = random.getstate()
     numpy_state = None if numpy_random is None else numpy_random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    # An Apple device has one generator, which torch's own fork does not know.
+    mps_state = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
-        with torch.random.fork_rng(devices=devices):
+        with ExitStack() as forks:
+            forks.enter_context(torch.random.fork_rng(devices=()))
+            for kind in _FORKED:
+                module = getattr(torch, kind)
+                if module.is_available():
+                    devices = range(module.device_count())
+                    forks.enter_context(torch.random.fork_rng(devices, device_type=kind))
             yield
     finally:
+        if mps_state is not None:
+            torch.mps.set_rng_state(mps_state)
         random.setstate(python_state)
         if numpy_random is not None:
             numpy_random.set_state(numpy_state)

@@ -10,6 +10,7 @@ from torch import nn
 
 from regdrop.arguments import check_number
 from regdrop.passes.dropout import RateAttribute, rate_attributes
+from regdrop.passes.obstacles import uses_gradient_checkpointing
 from regdrop.passes.stacking import find_tensors
 
 _SETTABLE = ("dropout", "attention", "lora")
@@ -97,6 +98,8 @@ class DropoutOdds:
         if not factor > 0:
             raise ValueError(f"factor must be above 0, got {factor}")
         for found in self._sources:
+            if found.source.rate == 1:  # its odds are infinite, and stay so
+                continue
             odds = factor * found.source.rate / (1 - found.source.rate)
             setattr(found.owner, found.attribute, odds / (1 + odds))
 
@@ -112,11 +115,6 @@ def _settable(model: nn.Module) -> list[RateAttribute]:
         for found in rate_attributes(model)
         if found.source.rate > 0 and found.source.kind in _SETTABLE
     ]
-
-
-def uses_gradient_checkpointing(model: nn.Module) -> bool:
-    """Return whether a Hugging Face model has gradient checkpointing switched on."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 class _RateSwitcher:

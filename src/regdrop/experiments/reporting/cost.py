@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from regdrop.config import RDropConfig
-from regdrop.diagnostics import expected_cost
+from regdrop.cost import expected_cost
 from regdrop.experiments.recording.record import RunRecord
 
 

@@ -8,7 +8,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from regdrop.config import RDropConfig
-from regdrop.diagnostics import warn_zero_divergence
+from regdrop.divergence_watch import warn_zero_divergence
 from regdrop.integrations.transformers.checkpoints import load_renamed_weights
 from regdrop.integrations.transformers.planning import StepPlanner, find_validation_loss
 from regdrop.integrations.transformers.recording import add_to_model_card

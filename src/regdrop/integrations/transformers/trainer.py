@@ -11,12 +11,9 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
 from regdrop.config import RDropConfig
-from regdrop.diagnostics import (
-    extra_pass,
-    full_step_cost,
-    measure_divergence,
-    warn_without_dropout,
-)
+from regdrop.cost import full_step_cost
+from regdrop.diagnostics import extra_pass, measure_divergence
+from regdrop.divergence_watch import warn_without_dropout
 from regdrop.heads import Head, fraternal_head
 from regdrop.integrations.transformers.batches import why_not_stacked
 from regdrop.integrations.transformers.forward import (
@@ -82,7 +79,7 @@ class RDropTrainerMixin(RunState):
             )
         graded = self.rdrop.backward_passes or self.rdrop.num_passes
         if self.rdrop.passes == "sequential" or graded < self.rdrop.num_passes:
-            self._require_several_forwards(f"passes={self.rdrop.passes!r} and {graded} graded")
+            self._refuse_several_forwards(f"passes={self.rdrop.passes!r} and {graded} graded")
         self._take_over_counting()
         self._num_weight: Tensor | None = None
         self._first_counts: ItemCounts | None = None
@@ -259,7 +256,7 @@ class RDropTrainerMixin(RunState):
         if reason is None and (own is None or config.fraction == 1):
             return config
         if reason is not None:
-            self._require_several_forwards(f"a batch that cannot be stacked: {reason}")
+            self._refuse_several_forwards(f"a batch that cannot be stacked: {reason}")
             # Of a loss whose rows depend on each other that has been said.
             # Once: the numbers of rows may be others in each batch.
             if not self._has_told_of_passes and (own is None or own.is_rowwise):
@@ -304,7 +301,7 @@ class RDropTrainerMixin(RunState):
             return 1
         return int(self.accelerator.num_processes // self.get_tp_size())
 
-    def _require_several_forwards(self, what: str) -> None:
+    def _refuse_several_forwards(self, what: str) -> None:
         if self.is_deepspeed_enabled:
             raise ValueError(
                 "DeepSpeed takes one forward for each backward: R-Drop needs passes='stacked' and "

@@ -1,0 +1,214 @@
+"""A loop of one's own is watched: a warning where R-Drop compares passes that are the same."""
+
+import functools
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from regdrop.loss import RDropOutput
+from regdrop.passes import find_dropout
+from regdrop.passes.keras_layers import is_keras
+from regdrop.tracing import is_traced, is_transformed
+
+# How deep in containers and objects a model is looked for.
+_DEPTH = 3
+# Among how many items of a container.
+_ITEMS = 100
+# A divergence that rounding may give.
+_ROUNDING = 1e-6
+# Steps from one look at a divergence to the next.
+_STEPS_BETWEEN_LOOKS = 100
+_KERAS = (
+    "Keras drops only where it is told that it trains: give lambda b: model(b, training=True) "
+    "instead of the model."
+)
+
+
+@dataclass
+class _Watch:
+    """What was seen of the divergence of one function from batches to outputs."""
+
+    steps: int = 0
+    zeros: int = 0
+    has_warned: bool = False
+    # Each tells the NLL and the divergence of a step, and None while nobody can.
+    looks: list[Callable[[], list[float] | None]] = field(default_factory=list)
+
+
+_WATCHES: WeakKeyDictionary[Any, _Watch] = WeakKeyDictionary()
+
+
+def warn_without_dropout(model: nn.Module) -> bool:
+    """Warn when no source of dropout is active in a model in training mode.
+
+    Returns:
+        Whether the warning was given.
+    """
+    if any(source.active for source in find_dropout(model)):
+        return False
+    warnings.warn(
+        "R-Drop has nothing to compare: the model has no active source of dropout that could be "
+        "found. Unless one is hidden in its code, all passes are the same and the KL is exactly 0 "
+        "at a multiple of the cost. "
+        f"{advise_dropout(model)}",
+        stacklevel=2,
+    )
+    return True
+
+
+def warn_zero_divergence(modules: Iterable[nn.Module] = ()) -> None:
+    """Warn that a logged divergence of some modules was exactly 0."""
+    advice = (
+        "Check that the model is in training mode, that its dropout rates are above 0 "
+        "(regdrop.find_dropout) and that no random state is restored between passes."
+    )
+    warnings.warn(
+        "the KL between passes is exactly 0: the passes are identical although R-Drop is on. "
+        f"{_KERAS if any(map(_holds_keras, modules)) else advice}",
+        stacklevel=2,
+    )
+
+
+def watch_divergence(forward: Callable[..., Any], output: RDropOutput) -> None:
+    """Warn once where the divergence of a loop of one's own is exactly 0.
+
+    The first two steps and every hundredth are looked at, on a CPU and on CUDA. Nobody waits for
+    CUDA's numbers: the warning comes once they are there. One zero alone is no sign where the
+    model's dropout is on: a new LoRA adapter gives it in its first step.
+
+    Args:
+        forward: The function from batches to outputs, or the model; tells loops apart.
+        output: What a step of several passes gave.
+    """
+    modules = list(reached_modules(forward))
+    watch = _WATCHES.setdefault(_identity(forward, modules), _Watch())
+    is_looked_at = watch.steps < 2 or watch.steps % _STEPS_BETWEEN_LOOKS == 0
+    watch.steps += 1
+    if watch.has_warned or torch.compiler.is_compiling() or is_transformed() or is_traced():
+        return
+    if _is_captured(output.kl):
+        return
+    if is_looked_at and output.kl.device.type in ("cpu", "cuda"):
+        watch.looks.append(_look(output))
+    while watch.looks and not watch.has_warned:
+        found = watch.looks[0]()
+        if found is None:
+            return
+        del watch.looks[0]
+        nll, kl = found
+        if nll == 0 or abs(kl) > _ROUNDING * max(1.0, abs(nll)):  # without a NLL nothing counts
+            continue
+        # The halves of a stacked batch may differ by rounding alone.
+        watch.zeros += kl == 0
+        watch.has_warned = _warn_of_zeros(watch.zeros, modules)
+
+
+def _warn_of_zeros(count: int, modules: list[nn.Module]) -> bool:
+    sources = [source for module in modules for source in find_dropout(module)]
+    if modules and not any(source.active for source in sources):
+        return warn_without_dropout(modules[0])
+    if count > 1:
+        warn_zero_divergence(modules)
+    return count > 1
+
+
+def _look(output: RDropOutput) -> Callable[[], list[float] | None]:
+    """Return what tells both terms of a step; None while the numbers are on the way."""
+    # From CUDA this goes to pinned memory, and nobody waits.
+    numbers = torch.stack([output.nll, output.kl]).to("cpu", non_blocking=True)
+    arrival: torch.cuda.Event | None = None
+    if output.kl.is_cuda:
+        arrival = torch.cuda.current_stream(output.kl.device).record_event()
+
+    def read() -> list[float] | None:
+        if arrival is not None and not arrival.query():
+            return None
+        found: list[float] = numbers.tolist()
+        return found
+
+    return read
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Return whether a CUDA graph is being recorded, which allows no questions."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def reached_modules(forward: Callable[..., Any]) -> Iterator[nn.Module]:
+    """Yield the modules that a function calls, as far as what it names and is bound to tells."""
+    if isinstance(forward, nn.Module):
+        yield forward
+        return
+    named: list[Any] = []
+    while isinstance(forward, functools.partial):
+        named += [*forward.args, *forward.keywords.values()]
+        forward = forward.func
+    named.append(getattr(forward, "__self__", forward))
+    code = getattr(forward, "__code__", None)
+    if code is not None:
+        function: Any = getattr(forward, "__func__", forward)
+        named += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        named += [function.__globals__.get(name) for name in code.co_names]
+        for cell in function.__closure__ or ():
+            try:
+                named.append(cell.cell_contents)
+            except ValueError:  # a name that has no value yet
+                continue
+    found: dict[int, nn.Module] = {}
+    for _ in range(_DEPTH):
+        found.update((id(value), value) for value in named if isinstance(value, nn.Module))
+        named = [item for value in named for item in _held_by(value)]
+    yield from found.values()
+
+
+def _held_by(value: Any) -> Iterable[Any]:
+    """Return what a container or an object holds, modules and what is code excepted.
+
+    Of a large container, a vocabulary or a data set, the first items alone.
+    """
+    if isinstance(value, Mapping):
+        return islice(value.values(), _ITEMS)
+    if isinstance(value, (tuple, list)):
+        return value[:_ITEMS]
+    if isinstance(value, (str, bytes, int, float, Tensor)):
+        return ()
+    if isinstance(value, (nn.Module, type, types.ModuleType, types.FunctionType)):
+        return ()
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def _identity(forward: Any, modules: list[nn.Module]) -> Any:
+    """Return what stays the same from step to step where a loop writes its function anew."""
+    if modules:
+        return modules[0]
+    while isinstance(forward, functools.partial):
+        forward = forward.func
+    return getattr(forward, "__code__", type(forward))
+
+
+def advise_dropout(model: nn.Module) -> str:
+    """Return how a model without active dropout gets some."""
+    sources = find_dropout(model)
+    if any(source.rate > 0 for source in sources):
+        if _holds_keras(model):
+            return _KERAS
+        return "Its rates are above 0 but it is in evaluation mode: call model.train()."
+    # With a rate of 0 an adapter has no dropout module at all, but a place for one.
+    if any(hasattr(module, "lora_dropout") for module in model.modules()):
+        return "Set lora_dropout above 0 in the LoraConfig (0.1 is usual)."
+    if sources:
+        names = ", ".join(sorted({source.name.rsplit(".", 1)[-1] for source in sources})[:4])
+        return f"Raise a dropout rate, now 0, in the model's configuration ({names})."
+    kind = "keras.layers" if _holds_keras(model) else "torch.nn"
+    return f"Add dropout to the model, for example {kind}.Dropout(0.1) before its head."
+
+
+def _holds_keras(model: nn.Module) -> bool:
+    return any(is_keras(module) for module in model.modules())
