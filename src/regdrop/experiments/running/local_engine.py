@@ -36,16 +36,7 @@ def open_processes(workers: int, threads: int | None) -> Iterator[Engine]:
         )
 
     with _Workers(workers, start) as pool:
-
-        def stop() -> None:
-            pool.shutdown(wait=False, cancel_futures=True)
-            processes = multiprocessing.active_children()
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                process.join(_STOP_SECONDS)
-
-        yield Engine(pool, quiet_libraries, _report, lambda: read_all(updates), stop)
+        yield Engine(pool, quiet_libraries, _report, lambda: read_all(updates), pool.terminate)
 
 
 class _Worker(NamedTuple):
@@ -68,9 +59,10 @@ class _Workers(Executor):
 
     def __init__(self, count: int, start: Callable[[], _Worker]) -> None:
         self._start = start
+        self._started: list[_Worker] = []
         self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(count):
-            self._free.put(start())
+            self._free.put(self._new_worker())
         self._threads = ThreadPoolExecutor(count)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -85,13 +77,29 @@ class _Workers(Executor):
             worker.pool.shutdown(wait)
             worker.updates.put(None)
 
+    def terminate(self) -> None:
+        """End the processes at once, whatever they are at, and no other children of this one."""
+        # Before the pools forget them. Python 3.14 alone has a method for this.
+        found = [list((worker.pool._processes or {}).values()) for worker in self._started]
+        processes = [process for own in found for process in own]
+        self.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(_STOP_SECONDS)
+
+    def _new_worker(self) -> _Worker:
+        worker = self._start()
+        self._started.append(worker)
+        return worker
+
     def _run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         worker = self._free.get()
         try:
             return worker.pool.submit(fn, *args, **kwargs).result()
         except BrokenProcessPool as error:
             worker.pool.shutdown(wait=False)
-            worker = self._start()
+            worker = self._new_worker()
             raise WorkerLostError("its process was killed; is there enough memory?") from error
         finally:
             self._free.put(worker)
