@@ -53,7 +53,9 @@ class Head:
         vocabulary: Number of words between which a language model chooses; None for other heads.
         batch_size: Rows of the batch; by default those of the target.
         count: From the target to the denominators of both terms, for terms that are not of this
-            library. By default those terms' own count on the first batch tells the rule.
+            library. A trainer may learn it from the first batch where it is None.
+        is_guessed: Whether the labels alone tell what kind of head it is, so that a loss that
+            somebody else computes may read them otherwise.
     """
 
     inputs: dict[str, Any]
@@ -64,6 +66,7 @@ class Head:
     vocabulary: int | None = None
     batch_size: int | None = None
     count: Callable[[Tensor], ItemCounts] | None = None
+    is_guessed: bool = False
 
     @property
     def rows(self) -> int:

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.config import RDropConfig
-from regdrop.heads import Head, read_logits
+from regdrop.heads import Head
 from regdrop.integrations import extra
 from regdrop.kernels import project
-from regdrop.loss import ItemCounts, ItemTerms, binary_cross_entropy_terms
 from regdrop.reading import Reading
 
 with extra("trl"):
@@ -22,6 +21,7 @@ with extra("trl"):
     from trl import RewardTrainer, SFTTrainer
 
     from regdrop.integrations.transformers import RDropTrainerMixin
+    from regdrop.integrations.transformers.divergence import Divergence
     from regdrop.integrations.transformers.internals import missing_attributes, refuse_without
 
 # What is used of TRL's trainers that is not their public interface.
@@ -166,11 +166,7 @@ class RDropRewardTrainer(RDropTrainerMixin, RewardTrainer):
 
     def rdrop_head(self, model: nn.Module, inputs: Mapping[str, Any]) -> Head:
         """Return what is compared: the margin of each pair, whose better rows come first."""
-        rows = inputs["input_ids"].shape[0]
-        pairs = torch.ones(rows // 2, device=inputs["input_ids"].device)
-        return Head(
-            dict(inputs), pairs, _margin_terms, _read_margins, batch_size=rows, count=_count_pairs
-        )
+        return Divergence("margins", "logits").head(inputs, rows=inputs["input_ids"].shape[0])
 
     def compute_loss(
         self,
@@ -211,20 +207,3 @@ def _kept(metrics: dict[str, Any]) -> Iterator[None]:
     finally:
         metrics.clear()
         metrics.update(kept)
-
-
-def _margin_terms(
-    margins: Tensor, pairs: Tensor, /, *, num_passes: int, backward_passes: int | None = None
-) -> ItemTerms:
-    options: dict[str, Any] = {"num_passes": num_passes, "backward_passes": backward_passes}
-    return binary_cross_entropy_terms(margins, pairs, **options)
-
-
-def _count_pairs(pairs: Tensor) -> ItemCounts:
-    count = torch.full((), pairs.numel(), device=pairs.device)
-    return ItemCounts(count, count)
-
-
-def _read_margins(output: Any) -> Tensor:
-    better, worse = read_logits(output).flatten().chunk(2)
-    return better - worse

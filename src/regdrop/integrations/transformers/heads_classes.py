@@ -21,11 +21,11 @@ def classification(batch: LabelledBatch) -> Head:
         return batch.classes(labels.reshape(-1), config.num_labels, outputs)
     batch.refuse_options(f"single-label classification, got problem_type={problem_type!r}")
     if problem_type == "multi_label_classification":
-        return Head(batch.inputs, labels, binary_cross_entropy_terms)
+        return Head(batch.inputs, labels, binary_cross_entropy_terms, is_guessed=True)
     if problem_type == "regression":
         if config.num_labels > 1:
-            return Head(batch.inputs, labels, mse_terms)
-        return Head(batch.inputs, labels.reshape(-1), mse_terms, _flat_logits)
+            return Head(batch.inputs, labels, mse_terms, is_guessed=True)
+        return Head(batch.inputs, labels.reshape(-1), mse_terms, _flat_logits, is_guessed=True)
     raise ValueError(
         "config.problem_type must be None, 'single_label_classification', "
         f"'multi_label_classification' or 'regression', got {problem_type!r}"

@@ -30,7 +30,7 @@ from regdrop.integrations.transformers.verify import (
     compare_losses,
     why_rows_depend,
 )
-from regdrop.loss import binary_cross_entropy_terms, cross_entropy_terms, is_counted, mse_terms
+from regdrop.loss import cross_entropy_terms, is_counted
 from regdrop.passes import find_batch_size
 from regdrop.reading import require_counts
 
@@ -275,7 +275,7 @@ class HeadSelection(TrainerInternals):
             head: Head | None = self.rdrop_head(model, inputs)
         except ValueError:
             head = None
-        if head is not None and _is_guessed(head):
+        if head is not None and head.is_guessed:
             head = None
         own = probe_own_loss(
             model,
@@ -326,12 +326,6 @@ class HeadSelection(TrainerInternals):
         """Return the model without what distribution and compilation wrap around it."""
         found: nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         return found
-
-
-def _is_guessed(head: Head) -> bool:
-    """Return whether a head's kind is told by its labels, which a loss of one's own reads anew."""
-    terms = head.terms.func if isinstance(head.terms, partial) else head.terms
-    return terms in (binary_cross_entropy_terms, mse_terms)
 
 
 def _is_of_library(model: nn.Module) -> bool:
