@@ -284,6 +284,25 @@ def test_doctor_on_a_saved_model(tmp_path):
     assert "about 1.33 single-pass steps" in result.output
 
 
+def test_doctor_takes_lists_among_the_options_of_rdrop(tmp_path):
+    tiny_bert(dropout=0.15).save_pretrained(tmp_path)
+    rates = "passes=sequential,dropout_rates=[0.1, 0.3],class_weight=[1,2],alpha=2"
+    result = run("doctor", tmp_path, "--rdrop", rates)
+    assert result.exit_code == 0, result.output
+    assert "about 2.00 single-pass steps" in result.output
+
+
+def test_doctor_says_in_a_line_why_it_cannot_tell_the_cost(tmp_path, monkeypatch):
+    def refuse(config):
+        raise ValueError("no cost")
+
+    monkeypatch.setattr("regdrop.diagnostics.expected_cost", refuse)
+    tiny_bert().save_pretrained(tmp_path)
+    result = run("doctor", tmp_path)
+    assert (result.exit_code, type(result.exception)) == (2, SystemExit)
+    assert "no cost" in result.output
+
+
 def test_doctor_names_what_could_be_computed_once(tmp_path):
     tiny_bert(dropout=0.0, classifier_dropout=0.3).save_pretrained(tmp_path / "bert")
     tiny_vit(dropout=0.3).save_pretrained(tmp_path / "vit")

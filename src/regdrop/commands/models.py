@@ -1,6 +1,7 @@
 """Commands about models and about other implementations."""
 
 import math
+import re
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,9 @@ from regdrop.diagnostics import dropout_report
 from regdrop.passes import find_dropout
 from regdrop.prefix_search import suggest_prefix
 from regdrop.tasks.configure import parse_value
+
+# Between two options; one that is followed by the end of a list is inside of it.
+_COMMA = re.compile(r",(?![^\[]*\])")
 
 
 @app.command()
@@ -56,7 +60,7 @@ def _examine(model: str, options: str) -> None:
             loaded = load_model(model).train()
         except SystemExit as error:
             raise ValueError(f"MODEL {model!r} must return a model, and it ends Python") from error
-    sources = find_dropout(loaded)
+        sources, report = find_dropout(loaded), dropout_report(loaded, config)
     table = Table(title=f"{type(loaded).__name__}: sources of dropout")
     table.add_column("source", overflow="fold")  # names are copied: never cut
     table.add_column("kind")
@@ -64,7 +68,7 @@ def _examine(model: str, options: str) -> None:
     for source in sources:
         table.add_row(source.name or "(the model)", source.kind, f"{source.rate:g}")
     console.print(table)
-    for line in dropout_report(loaded, config):
+    for line in report:
         console.print(f"- {line}")
     if not any(source.active for source in sources):
         raise typer.Exit(1)
@@ -124,7 +128,7 @@ def _prefix_line(model: nn.Module) -> str:
 def _parse_rdrop(text: str) -> RDropConfig:
     """Return the options of "name=value,..." with JSON values."""
     options: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
+    for part in filter(None, _COMMA.split(text)):
         name, separator, value = part.partition("=")
         if not separator:
             raise ValueError(f"--rdrop must be name=value,..., got {part!r}")
