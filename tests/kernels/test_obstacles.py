@@ -36,3 +36,5 @@ def test_a_cpu_has_no_triton():
 def test_a_compiler_that_is_missing_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     assert cpp_rows.missing_tools()[0] == "C++ compiler (no-such-compiler -O2, or $CXX)"
+    monkeypatch.setenv("CXX", "")
+    assert cpp_rows.missing_tools()[0] == "C++ compiler ($CXX, which is empty)"

@@ -170,8 +170,12 @@ def missing_tools() -> list[str]:
     """Return what the build needs and this machine lacks, in words."""
     from torch.utils.cpp_extension import is_ninja_available
 
-    compiler = os.environ.get("CXX", "c++")
-    missing = [] if shutil.which(compiler.split()[0]) else [f"C++ compiler ({compiler}, or $CXX)"]
+    compiler = os.environ.get("CXX", "c++").strip()
+    missing = []
+    if not shutil.which(compiler.partition(" ")[0]):
+        # Torch takes an empty one as it is.
+        named = f"{compiler}, or $CXX" if compiler else "$CXX, which is empty"
+        missing.append(f"C++ compiler ({named})")
     if not is_ninja_available():
         missing.append("ninja (pip install ninja)")
     return missing
