@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -209,6 +210,16 @@ def test_a_run_that_had_to_follow_the_ramp_goes_on_so():
 def test_what_a_controller_cannot_take_is_named(options, error, message):
     with pytest.raises(error, match=message):
         AlphaController(**{"total_steps": STEPS, **options})
+
+
+def test_numbers_of_numpy_leave_a_state_that_json_can_hold():
+    options = {"alpha_max": np.float32(3.0), "start_step": np.int64(2)}
+    controller = AlphaController(np.int64(10), **options)
+    controller.update(np.int64(3), nll=np.float32(1.0))
+    plain = AlphaController(10, alpha_max=3.0, start_step=2)
+    plain.update(3, nll=1.0)
+    assert json.loads(json.dumps(controller.state_dict())) == plain.state_dict()
+    assert controller.alpha == plain.alpha == 0.75
 
 
 def test_negative_steps_are_refused():

@@ -566,6 +566,11 @@ def test_a_config_of_another_type_is_refused():
         ({"alpha": "1"}, TypeError, "alpha must be a number, got str"),
         ({"alpha": True}, TypeError, "alpha must be a number, got bool"),
         ({"alpha": -1.0}, ValueError, "alpha must be finite and at least 0, got -1.0"),
+        (
+            {"alpha": 3.0, "config": RDropConfig(num_passes=1, alpha=0)},
+            ValueError,
+            r"alpha=3\.0 needs a config with num_passes of at least 2 .*, got num_passes=1",
+        ),
     ],
 )
 def test_counts_and_steps_that_cannot_be_are_refused(options, error, message):
@@ -573,6 +578,13 @@ def test_counts_and_steps_that_cannot_be_are_refused(options, error, message):
     model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
     with pytest.raises(error, match=message):
         rdrop_step(model, x, y, **{"config": RDropConfig(), "step": 0, **options})
+
+
+def test_an_alpha_of_0_is_that_of_one_pass():
+    model, x, y = network(), inputs(), classes()
+    config = RDropConfig(num_passes=1, alpha=0.0)
+    found = seeded(rdrop_step, model, x, y, config=config, step=0, alpha=0.0)
+    torch.testing.assert_close(found.loss, F.cross_entropy(seeded(model, x), y))
 
 
 def test_an_output_that_is_no_tensor_is_refused_with_the_way_out():

@@ -163,11 +163,62 @@ def test_a_module_refuses_before_the_first_step(name, options):
         getattr(regdrop, name)(1.0, **options)
 
 
-def test_an_index_of_numpy_is_one():
-    index = np.int64(3)
-    ours = regdrop.rdrop_cross_entropy(LOGITS, CLASSES, alpha=1.0, ignore_index=index)
-    expected = regdrop.rdrop_cross_entropy(LOGITS, CLASSES, alpha=1.0, ignore_index=3)
-    assert torch.equal(ours.loss, expected.loss)
+CONTROLLERS = [
+    (argument, kind)
+    for argument in inspect.signature(regdrop.AlphaController).parameters
+    for kind in WRONG
+]
+
+
+@pytest.mark.parametrize(("argument", "kind"), CONTROLLERS)
+def test_a_controller_refuses_what_is_wrong_by_its_name(argument, kind):
+    with pytest.raises((TypeError, ValueError), match=f"{argument} must be"):
+        regdrop.AlphaController(**{"total_steps": 9, argument: WRONG[kind]})
+
+
+@pytest.mark.parametrize("argument", ["alpha_max", "alpha_min", "alpha_start", "total_steps"])
+def test_true_is_no_number_of_a_controller(argument):
+    with pytest.raises(TypeError, match=f"{argument} must be an? (number|integer), got bool"):
+        regdrop.AlphaController(**{"total_steps": 9, argument: True})
+
+
+@pytest.mark.parametrize("argument", ["step", "nll", "kl", "validation_loss"])
+@pytest.mark.parametrize("value", ["a", [1.0], 1j, torch.zeros(3)], ids=str)
+def test_what_a_controller_is_told_is_refused_by_its_name(argument, value):
+    controller = regdrop.AlphaController(9, rule="gap")
+    with pytest.raises((TypeError, ValueError), match=f"{argument} must be"):
+        controller.update(**{"step": 0, argument: value})
+
+
+NUMPY = {
+    "rdrop_cross_entropy": ["alpha", "num_passes", "backward_passes", "ignore_index", "class_dim"],
+    "linear_rdrop_cross_entropy": ["num_passes", "softcap", "logit_scale", "chunk_size"],
+    "rdrop_smooth_l1_loss": ["alpha", "beta", "num_items", "num_passes", "backward_passes"],
+    "symmetric_kl": ["num_passes"],
+    "ctc_terms": ["num_passes", "blank", "ignore_index"],
+    "adaptive_softmax_terms": ["num_passes", "chunk_size", "backward_passes"],
+    "rdrop_step": ["step", "total_steps", "alpha"],
+    "repeat_batch": ["num_passes"],
+}
+INTEGERS = {"chunk_size": 3, "num_passes": 2, "backward_passes": 1, "class_dim": 1, "step": 3}
+REALS = {"alpha": 0.5, "beta": 0.5, "softcap": 4.0, "logit_scale": 0.5, "num_items": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("function", "argument"), [(name, each) for name, all_ in NUMPY.items() for each in all_]
+)
+def test_a_number_of_numpy_is_one(function, argument):
+    def run(value):
+        torch.manual_seed(0)
+        found = getattr(regdrop, function, None) or getattr(regdrop.loss, function)
+        return found(**{**ARGUMENTS[function], argument: value})
+
+    if argument in REALS:
+        value, number = np.float32(REALS[argument]), REALS[argument]
+    else:
+        number = INTEGERS.get(argument, 3)
+        value = np.int64(number)
+    torch.testing.assert_close(run(value), run(number), rtol=0, atol=0)
 
 
 def test_terms_of_ones_own_are_terms():

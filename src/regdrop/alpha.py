@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regdrop.arguments import check_index, check_integer
+from regdrop.arguments import check_integer, check_number
 from regdrop.config import AlphaRule, RDropConfig
 
 # By how much an evaluation may change alpha.
@@ -121,6 +121,14 @@ def _ramp_from_stall(state: AlphaState, seen: Observation) -> AlphaState:
     return replace(state, slope=seen.slope, since=seen.step)
 
 
+def _check_figure(name: str, value: Tensor | float | None) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a scalar, got shape {tuple(value.shape)}")
+    elif value is not None:
+        check_number(name, value)
+
+
 def _between(value: float, low: float, high: float) -> float:
     return min(high, max(low, value))
 
@@ -156,7 +164,7 @@ class AlphaController:
             evaluations before it raise nothing.
 
     Raises:
-        TypeError: If a number of steps is no integer.
+        TypeError: If a number of steps is no integer, or another no number.
         ValueError: For a number out of range, or an unknown rule.
     """
 
@@ -170,18 +178,13 @@ class AlphaController:
         alpha_min: float = 1.0,
         start_step: int = 0,
     ) -> None:
-        check_integer("total_steps", total_steps)
-        check_integer("start_step", start_step)
-        if total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {total_steps}")
-        if start_step < 0:
-            raise ValueError(f"start_step must be at least 0, got {start_step}")
-        for name, value in (("alpha_max", alpha_max), ("alpha_min", alpha_min)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be finite and above 0, got {value}")
-        if rule not in RULES:
+        check_integer("total_steps", total_steps, low=1)
+        check_integer("start_step", start_step, low=0)
+        check_number("alpha_max", alpha_max, above=0)
+        check_number("alpha_min", alpha_min, above=0)
+        check_number("alpha_start", alpha_start)
+        if not isinstance(rule, str) or rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
-        self.total_steps, self.start_step = total_steps, start_step
         if not 0 <= alpha_start <= alpha_max:
             raise ValueError(
                 f"alpha_start must be from 0 to alpha_max={alpha_max}, got {alpha_start}"
@@ -191,8 +194,10 @@ class AlphaController:
                 f"alpha_start={alpha_start} needs rule='ramp', got {rule!r}, which begins at "
                 "alpha_min"
             )
-        self.alpha_max, self.alpha_min = alpha_max, min(alpha_min, alpha_max)
-        self.alpha_start = alpha_start
+        # Numbers of NumPy are none that JSON can hold, as `state_dict` promises.
+        self.total_steps, self.start_step = int(total_steps), int(start_step)
+        self.alpha_max, self.alpha_min = float(alpha_max), float(min(alpha_min, alpha_max))
+        self.alpha_start = float(alpha_start)
         self.rule: AlphaRule = rule
         self.should_restore = False
         self._next_step = 0
@@ -266,12 +271,13 @@ class AlphaController:
                 nats for "gap".
 
         Raises:
-            TypeError: If `step` is no integer.
-            ValueError: If it is negative.
+            TypeError: If `step` is no integer, or another no number.
+            ValueError: If `step` is negative, or a tensor holds more than one number.
         """
-        check_index("step", step)
-        if step < 0:
-            raise ValueError(f"step must be at least 0, got {step}")
+        check_integer("step", step, low=0)
+        figures = {"nll": nll, "kl": kl, "validation_loss": validation_loss}
+        for name, value in figures.items():
+            _check_figure(name, value)
         self._next_step = int(step) + 1
         self.should_restore = False
         for name, value in (("nll", nll), ("kl", kl)):

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from typing import Any, Literal, get_args
 
-from regdrop.arguments import IGNORE_INDEX, check_integer, check_range, nearest
+from regdrop.arguments import IGNORE_INDEX, check_integer, check_number, nearest
 from regdrop.kernels import Implementation
 
 AlphaSchedule = Literal["constant", "linear", "cosine"]
@@ -152,21 +152,21 @@ class RDropConfig:
         if self.alpha != "auto":
             if isinstance(self.alpha, str):
                 raise TypeError(f"alpha must be a number, got str {self.alpha!r}; or 'auto'")
-            check_range("alpha", self.alpha, low=0)
-        check_range("alpha_start", self.alpha_start, low=0)
-        check_range("alpha_max", self.alpha_max, low=0)
-        check_range("alpha_min", self.alpha_min, low=0)
+            check_number("alpha", self.alpha, low=0)
+        check_number("alpha_start", self.alpha_start, low=0)
+        check_number("alpha_max", self.alpha_max, low=0)
+        check_number("alpha_min", self.alpha_min, low=0)
         if self.alpha_warmup_ratio is not None:
-            check_range("alpha_warmup_ratio", self.alpha_warmup_ratio, low=0, high=1)
+            check_number("alpha_warmup_ratio", self.alpha_warmup_ratio, low=0, high=1)
             if self.alpha_warmup_ratio == 0:
                 raise ValueError(
                     "alpha_warmup_ratio must be above 0 and at most 1, got 0; "
                     "alpha_schedule='constant' has no ramp"
                 )
         if self.single_pass_below is not None:
-            check_range("single_pass_below", self.single_pass_below, low=0)
-        check_range("fraction", self.fraction, low=0, high=1)
-        check_range("noise", self.noise, low=0)
+            check_number("single_pass_below", self.single_pass_below, low=0)
+        check_number("fraction", self.fraction, low=0, high=1)
+        check_number("noise", self.noise, low=0)
         if self.fraction == 0:
             raise ValueError("fraction must be above 0 and at most 1, got 0")
         for name, low in (
@@ -193,7 +193,7 @@ class RDropConfig:
         if self.class_weight is not None and not self.class_weight:
             raise ValueError("class_weight must hold one weight for each class, got none")
         for weight in self.class_weight or ():
-            check_range("class_weight", weight, low=0)
+            check_number("class_weight", weight, low=0)
 
     def _check_choices(self) -> None:
         choices = {

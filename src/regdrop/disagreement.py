@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regdrop.arguments import IGNORE_INDEX
+from regdrop.arguments import IGNORE_INDEX, check_integer
 from regdrop.passes import copy_structure, preserve_buffers, preserve_random_state
 
 # A class that is masked has no probability: so large a number times 0 is 0, and stays finite in
@@ -120,10 +120,7 @@ def measure_disagreement(
             that counts, or labels that are not those of the model's logits, as in a causal model,
             which moves them.
     """
-    if isinstance(num_masks, bool) or not isinstance(num_masks, int):
-        raise TypeError(f"num_masks must be an integer, got {type(num_masks).__name__}")
-    if num_masks < 2:
-        raise ValueError(f"num_masks must be at least 2, got {num_masks}")
+    check_integer("num_masks", num_masks, low=2)
     total = _Total(num_masks)
     with torch.no_grad(), preserve_random_state(), preserve_buffers(model), _kept_modes(model):
         for batch in batches:

@@ -1,6 +1,5 @@
 """One training step, from the plan over the passes to the loss: shared by every integration."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -110,9 +109,12 @@ def rdrop_step(
         check_integer("total_steps", total_steps, low=1)
     check_integer("batch_size", batch_size, low=0, or_none=True)
     if alpha is not None:
-        check_number("alpha", alpha)
-        if not 0 <= alpha < math.inf:
-            raise ValueError(f"alpha must be finite and at least 0, got {alpha}")
+        check_number("alpha", alpha, low=0)
+        if alpha and config.num_passes == 1:
+            raise ValueError(
+                f"alpha={alpha} needs a config with num_passes of at least 2 (one pass has nothing "
+                "to be compared with), got num_passes=1"
+            )
     check_counts("mean", num_items=num_items, num_weight=num_weight)
     _refuse_per_sample_gradients(forward, config)
     labels = next(find_tensors(target), None)

@@ -632,7 +632,7 @@ def test_module_is_the_function():
         ({"backward_passes": 1.5}, TypeError, "backward_passes must be an integer, got float"),
         ({"backward_passes": True}, TypeError, "backward_passes must be an integer, got bool"),
         ({"label_smoothing": "0.1"}, TypeError, "label_smoothing must be a number, got str"),
-        ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be between"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be finite and from 0 to 1"),
         ({"num_items": -1}, ValueError, "num_items must be finite and above 0, got -1"),
         ({"num_items": 0}, ValueError, "num_items must be finite and above 0, got 0"),
         ({"num_weight": math.nan}, ValueError, "num_weight must be finite and above 0"),

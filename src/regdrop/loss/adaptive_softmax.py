@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regdrop.arguments import IGNORE_INDEX, check_index, check_integer
+from regdrop.arguments import IGNORE_INDEX, check_integer
 from regdrop.kernels.backward_passes import limit_backward
 from regdrop.kernels.eager import kl_divergence
 from regdrop.loss.checks import (
@@ -84,8 +84,9 @@ def adaptive_softmax_terms(
     """
     check_plain("hidden", hidden)
     check_passes(num_passes, backward_passes)
-    check_index("ignore_index", ignore_index)
+    check_integer("ignore_index", ignore_index)
     check_integer("chunk_size", chunk_size, low=1)
+    chunk_size = int(chunk_size)  # Tensor.split takes no integer of NumPy
     _check(hidden, target, softmax, num_passes, ignore_index)
     target = target.long()
     valid = (target != ignore_index).reshape(-1)

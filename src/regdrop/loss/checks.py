@@ -30,9 +30,7 @@ def check_options(
     label_smoothing: float = 0.0,
 ) -> None:
     """Raise ValueError or TypeError for an option that is out of range."""
-    check_number("alpha", alpha)
-    if not (math.isfinite(alpha) and alpha >= 0):
-        raise ValueError(f"alpha must be finite and at least 0, got {alpha}")
+    check_number("alpha", alpha, low=0)
     check_passes(num_passes, backward_passes)
     if num_passes == 1 and alpha != 0:
         raise ValueError(
@@ -48,21 +46,12 @@ def check_options(
 
 def check_label_smoothing(label_smoothing: float) -> None:
     """Raise for a label smoothing out of range."""
-    check_number("label_smoothing", label_smoothing)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
-
-
-def check_num_passes(num_passes: int, *, smallest: int = 2) -> None:
-    """Raise for a number of passes that is no integer or too small."""
-    check_integer("num_passes", num_passes)
-    if num_passes < smallest:
-        raise ValueError(f"num_passes must be at least {smallest}, got {num_passes}")
+    check_number("label_smoothing", label_smoothing, low=0, high=1)
 
 
 def check_passes(num_passes: int, backward_passes: int | None) -> None:
     """Raise for numbers of passes that are no integers, or not those of any passes."""
-    check_num_passes(num_passes, smallest=1)
+    check_integer("num_passes", num_passes, low=1)
     if backward_passes is not None:
         check_integer("backward_passes", backward_passes)
         if not 1 <= backward_passes <= num_passes:
@@ -89,9 +78,7 @@ def check_counts(reduction: str, **counts: Tensor | float | None) -> None:
             if can_read(count.device) and not 0 <= count.item() < math.inf:
                 raise ValueError(f"{name} must be finite and at least 0, got {count.item()}")
             continue
-        check_number(name, count)
-        if not 0 < count < math.inf:
-            raise ValueError(f"{name} must be finite and above 0, got {count}")
+        check_number(name, count, above=0)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

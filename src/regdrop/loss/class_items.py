@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regdrop.arguments import IGNORE_INDEX, check_flag, check_index
+from regdrop.arguments import IGNORE_INDEX, check_flag, check_integer
 from regdrop.kernels import Target, is_distributed, stack_rows, whole_tensor
 from regdrop.loss.checks import (
     all_are_classes,
@@ -79,7 +79,7 @@ def enter_classes(
 ) -> ClassItems:
     """Check the arguments and bring them into the form that kernels take."""
     shape = check_classes_of(logits, target, num_passes, weight, class_dim)
-    check_index("ignore_index", ignore_index)
+    check_integer("ignore_index", ignore_index)
     check_flag("inplace", inplace)
     target, weight = whole_tensor(target), None if weight is None else whole_tensor(weight)
     if inplace:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regdrop.arguments import IGNORE_INDEX, check_flag, check_index, check_integer
+from regdrop.arguments import IGNORE_INDEX, check_flag, check_integer
 from regdrop.kernels import Implementation, check_implementation, rdrop_sum, rdrop_terms, whole_loss
 from regdrop.loss.checks import (
     LARGEST_DIVERGENCE,
@@ -176,7 +176,7 @@ def _whole(
 
     Small logits then cost little more than the call.
     """
-    check_index("ignore_index", ignore_index)
+    check_integer("ignore_index", ignore_index)
     check_flag("inplace", inplace)
     if reduction == "none":
         return None
@@ -278,7 +278,7 @@ class RDropCrossEntropyLoss(RDropLoss):
             backward_passes=backward_passes,
         )
         check_label_smoothing(label_smoothing)
-        check_index("ignore_index", ignore_index)
+        check_integer("ignore_index", ignore_index)
         check_unlabelled_index(unlabelled_index, ignore_index)
         check_integer("class_dim", class_dim)
         check_flag("inplace", inplace)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regdrop.arguments import IGNORE_INDEX, check_flag, check_index, check_integer
+from regdrop.arguments import IGNORE_INDEX, check_flag, check_integer
 from regdrop.kernels.backward_passes import limit_backward
 from regdrop.loss.checks import check_floating, check_passes, check_plain, check_stacked
 from regdrop.loss.counts import ItemCounts, counted_by
@@ -123,7 +123,7 @@ def _check(
     if not isinstance(reduction, str) or reduction not in get_args(CTCReduction):
         raise ValueError(f"reduction must be one of {get_args(CTCReduction)}, got {reduction!r}")
     check_integer("blank", blank)
-    check_index("ignore_index", ignore_index)
+    check_integer("ignore_index", ignore_index)
     num_classes = logits.shape[-1]
     if not 0 <= blank < num_classes:
         raise ValueError(f"blank must be a class, 0 to {num_classes - 1}, got {blank}")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regdrop.arguments import check_index, check_number
+from regdrop.arguments import check_integer, check_number
 from regdrop.kernels import Projection, Target, check_implementation
 from regdrop.kernels.projection import casts_itself
 from regdrop.loss.checks import (
@@ -44,7 +44,7 @@ def find_valid_rows(
 ) -> ValidRows:
     """Check the arguments and drop, where that is free, the items that do not count."""
     _check(hidden, target, projection, num_passes, weight)
-    check_index("ignore_index", ignore_index)
+    check_integer("ignore_index", ignore_index)
     num_items, num_classes = target.numel(), projection.weight.shape[0]
     check_unlabelled_index(unlabelled_index, ignore_index, num_classes)
     classes = target.reshape(-1).long()
@@ -132,6 +132,4 @@ def _check(
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be None or above 0, got {softcap}")
     for name in ("chunk_size", "block_size"):
-        size = getattr(projection, name)
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"{name} must be None or at least 1, got {size!r}")
+        check_integer(name, getattr(projection, name), low=1, or_none=True)

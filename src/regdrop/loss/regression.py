@@ -3,7 +3,6 @@
 The paper's is the squared error (appendix A.4 of arXiv 2106.14448).
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from itertools import combinations
@@ -254,9 +253,7 @@ def _terms(
 
 def check_beta(beta: float) -> None:
     """Raise for a beta that is no distance."""
-    check_number("beta", beta)
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"beta must be finite and at least 0, got {beta}")
+    check_number("beta", beta, low=0)
 
 
 class _RegressionLoss(RDropLoss):

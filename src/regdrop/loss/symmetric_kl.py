@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
+from regdrop.arguments import check_integer
 from regdrop.kernels import Target, rdrop_terms, stack_rows, whole_tensor
 from regdrop.loss.checks import (
     check_class_dim,
     check_finite_divergence,
     check_floating,
     check_mask,
-    check_num_passes,
     check_options,
 )
 from regdrop.loss.output import Reduction
@@ -41,7 +41,7 @@ def symmetric_kl(
         TypeError: For tensors of the wrong kind.
         ValueError: For shapes that do not fit, or a class masked with -inf in one pass only.
     """
-    check_num_passes(num_passes)
+    check_integer("num_passes", num_passes, low=2)
     check_options(alpha=1.0, num_passes=num_passes, reduction=reduction, scale="sum")
     check_floating("logits", logits)
     check_class_dim("logits", logits, class_dim)
