@@ -59,6 +59,14 @@ def test_every_n_steps_sets_the_papers_form_beside_the_rescaled_one():
     ]
 
 
+def test_every_n_steps_is_said_in_english():
+    said = {
+        arm.name: arm.description for arm in study_arms("every-n-steps", DIGITS, [2, 3, 11, 21])
+    }
+    for k, ordinal in ((2, "2nd"), (3, "3rd"), (11, "11th"), (21, "21st")):
+        assert said[f"every-{k}"] == f"R-Drop on every {ordinal} step"
+
+
 def test_num_passes_begins_with_one_pass_and_no_divergence():
     assert settings(study_arms("num-passes", DIGITS), "num_passes") == [(1,), (2,), (3,), (4,)]
     assert study_arms("num-passes", DIGITS, [1])[0].rdrop.alpha == 0
@@ -118,7 +126,7 @@ def test_schedules_of_a_task_that_has_one_itself_begin_without_it():
     assert settings(study_arms("alpha", task, [0, 2]), "alpha") == [(0,), (2,)]
     assert build_arms(task)["alpha-0"].rdrop == build_arms(DIGITS)["alpha-0"].rdrop
     assert build_arms(task)["rdrop"].description == "R-Drop, alpha by gap up to 4"
-    assert optional_arms(task)["matched-dropout"].dropout_odds == 3
+    assert optional_arms(task)["matched-dropout"].dropout_odds == 1 + (1 + 4) / 2
 
 
 @pytest.mark.parametrize("name", STUDIES)

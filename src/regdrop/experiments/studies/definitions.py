@@ -205,12 +205,17 @@ def _every_n_steps(task: Task, grid: Sequence[float]) -> list[Arm]:
         if k == 1:
             arms.append(build_arms(task)["rdrop"])
             continue
-        text = f"R-Drop on every {k}th step"
+        text = f"R-Drop on every {_ordinal(k)} step"
         arms.append(_arm(task, f"every-{k}", text, every_n_steps=k, rescale=False))
         arms.append(
             _arm(task, f"every-{k}-rescaled", f"{text}, its alpha times {k}", every_n_steps=k)
         )
     return arms
+
+
+def _ordinal(number: int) -> str:
+    is_teen = number % 100 in (11, 12, 13)
+    return f"{number}{'th' if is_teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
 def _num_passes(task: Task, grid: Sequence[float]) -> list[Arm]:
