@@ -256,7 +256,7 @@ TUNE = ("tune", "digits", "--vary", "rdrop.alpha=1")
             (*TUNE, "--study", "every-n-steps", "--grid", "2", "--arms", "every-3"),
             "arms must be among baseline, every-2, every-2-rescaled; got every-3",
         ),
-        (("compare", "digits", "--tuned", "x.json"), "x.json must be a file of `regdrop tune`"),
+        (("compare", "digits", "--tuned", "x.json"), "x.json is not a file of `regdrop tune`"),
         (("sweep", "cost", "--task", "digits", "--grid", "1"), "takes no grid"),
         (("sweep", "alpha", "--task", "digits", "--arms", "rdrop"), "arms must be among alpha-0"),
         (("doctor", "nowhere:nothing"), "cannot be imported"),

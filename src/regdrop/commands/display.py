@@ -119,7 +119,7 @@ def print_tuned(task: Task, tuned: Mapping[str, TunedArm], console: Console) -> 
     metric = task.metrics[task.selection_metric]
     table = Table("arm", "chosen", f"validation {metric.title}", "tried")
     for name, choice in tuned.items():
-        shown = "" if choice.metric is None else metric.format(choice.metric)
+        shown = "" if choice.validation is None else metric.format(choice.validation)
         table.add_row(name, describe_settings(choice.settings), shown, str(choice.tried))
     console.print(table)
 

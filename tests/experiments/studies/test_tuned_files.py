@@ -25,8 +25,8 @@ NO_NUMBER = "rdrop.alpha must be a number, got "
         ({"training.max_steps": 0}, "max_steps must be at least 1, got 0"),
         ({"dropout": 0.3}, "must be rdrop.NAME or training.NAME, got 'dropout'"),
         ({"name": "x"}, "must be rdrop.NAME or training.NAME, got 'name'"),
-        ([], "must be a file of `regdrop tune`"),
-        ([["rdrop.alpha", 1]], "must be a file of `regdrop tune`"),
+        ([], "is not a file of `regdrop tune`"),
+        ([["rdrop.alpha", 1]], "is not a file of `regdrop tune`"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named_with_its_file(tmp_path, short, name, settings, message):

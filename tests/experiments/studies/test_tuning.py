@@ -83,7 +83,7 @@ def test_every_combination_is_tried_and_the_best_on_validation_is_taken(tmp_path
         for seed in (7, 8)
     ]
     mean = sum(record["validation"]["nll"] for record in figures) / 2
-    assert found["rdrop"].metric == pytest.approx(mean)
+    assert found["rdrop"].validation == pytest.approx(mean)
     runs.clear()
     assert tune(short, arms, variations, seeds=[7, 8], folder=tmp_path) == found
     assert runs == []
@@ -103,7 +103,7 @@ def test_a_search_stays_in_its_range_and_goes_on_where_it_stopped(tmp_path, shor
     again = search(3)
     assert (again.tried, len(runs)) == (3, 3)
     assert len(set(runs)) == 3
-    assert again.metric <= found.metric
+    assert again.validation <= found.validation
     assert search(3) == again
     assert (tmp_path / "optuna.db").exists()
 
@@ -178,7 +178,7 @@ def test_what_was_chosen_is_taken_for_every_arm_of_its_study(tmp_path, short, ru
     assert changed[0] == with_settings(baseline, {"training.learning_rate": 1e-2})
     assert changed[1] == replace(rdrop, rdrop=replace(rdrop.rdrop, alpha=0.5))
     path.write_text("[]")
-    with pytest.raises(ValueError, match="must be a file of `regdrop tune`"):
+    with pytest.raises(ValueError, match="is not a file of `regdrop tune`"):
         apply_tuned(arms, "compare", path)
 
 

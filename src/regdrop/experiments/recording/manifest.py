@@ -6,13 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from regdrop.experiments.recording.files import read_object, write_json
-from regdrop.experiments.recording.ownership import hold
+from regdrop.experiments.recording.ownership import PATIENCE_SECONDS, hold
 
 MANIFEST_NAME = "study.json"
 COMPARISON = "compare"
 TUNING = "tune"
-# Others hold the manifest for a moment.
-_PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -96,5 +94,5 @@ def forget_command(folder: Path, command: str, own: Sequence[Path] = ()) -> None
 
 @contextmanager
 def _manifest_held(folder: Path) -> Iterator[None]:
-    with hold(folder / "study.lock", f"{folder / MANIFEST_NAME}", seconds=_PATIENCE_SECONDS):
+    with hold(folder / "study.lock", f"{folder / MANIFEST_NAME}", seconds=PATIENCE_SECONDS):
         yield

@@ -11,6 +11,8 @@ from filelock import FileLock, Timeout
 
 # Whoever looks whether a lock is held takes it for a moment.
 _MOMENT_SECONDS = 1.0
+# How long to wait for a file that others hold while they write it.
+PATIENCE_SECONDS = 60.0
 
 
 class HeldError(ValueError):

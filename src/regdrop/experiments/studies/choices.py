@@ -1,14 +1,13 @@
 """What was chosen for the arms of a study: kept in one file, and given to arms again."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from regdrop.experiments.arms import Arm
-from regdrop.experiments.recording.files import write_json
-from regdrop.experiments.recording.ownership import hold
+from regdrop.experiments.recording.files import read_object, write_json
+from regdrop.experiments.recording.ownership import PATIENCE_SECONDS, hold
 from regdrop.experiments.studies.variations import (
     Setting,
     Variation,
@@ -17,8 +16,6 @@ from regdrop.experiments.studies.variations import (
 )
 
 TUNED_NAME = "tuned.json"
-# Others hold the file of choices for a moment.
-_PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -27,13 +24,13 @@ class TunedArm:
 
     Attributes:
         settings: Value of each setting; none where nothing that was varied matters to the arm.
-        metric: Mean over seeds of the selection metric on the validation split; None where nothing
-            was tried.
+        validation: Mean over seeds of the selection metric on the validation split; None where
+            nothing was tried.
         tried: Number of settings that were tried.
     """
 
     settings: dict[str, Setting] = field(default_factory=dict)
-    metric: float | None = None
+    validation: float | None = None
     tried: int = 0
 
 
@@ -59,12 +56,9 @@ def check_tuned(
 def save_tuned(folder: Path, study: str, tuned: Mapping[str, TunedArm]) -> Path:
     """Write what was chosen for the arms of a study, beside what was chosen for others before."""
     path = folder / TUNED_NAME
-    with hold(folder / "tuned.lock", f"{path}", seconds=_PATIENCE_SECONDS):
+    with hold(folder / "tuned.lock", f"{path}", seconds=PATIENCE_SECONDS):
         arms = _load_tuned(path, study) if path.exists() else {}
-        arms |= {
-            name: {"settings": t.settings, "validation": t.metric, "tried": t.tried}
-            for name, t in tuned.items()
-        }
+        arms |= {name: asdict(own) for name, own in tuned.items()}
         write_json(path, {"study": study, "arms": arms})
     return path
 
@@ -89,12 +83,13 @@ def apply_tuned(arms: Sequence[Arm], study: str, path: Path) -> list[Arm]:
 
 
 def _load_tuned(path: Path, study: str) -> dict[str, dict[str, Any]]:
+    what = "a file of `regdrop tune`"
+    content = read_object(path, what)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         found, arms = content["study"], content["arms"]
         result = {name: {**own, "settings": dict(**own["settings"])} for name, own in arms.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} must be a file of `regdrop tune`: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not {what}: {error}") from error
     if found != study:
         raise ValueError(f"{path} holds a choice for the arms of {found!r}, not of {study!r}")
     return result

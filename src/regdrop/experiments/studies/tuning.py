@@ -162,7 +162,7 @@ def _best_of_grids(
 
 
 def _check_finite(arm: str, tuned: TunedArm) -> None:
-    if tuned.metric is None or not math.isfinite(tuned.metric):
+    if tuned.validation is None or not math.isfinite(tuned.validation):
         raise ValueError(f"no setting of {arm} that was varied ends with a finite figure")
 
 
