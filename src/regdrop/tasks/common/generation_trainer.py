@@ -35,15 +35,9 @@ class GenerationTrainer(FullPrecisionEvaluation, RDropSeq2SeqTrainer):
         dataset: Any = self.train_dataset
         # That column alone: the others may be larger than memory.
         lengths = np.asarray(dataset.select_columns([LENGTH]).with_format("numpy")[:][LENGTH])
-        max_tokens = self.max_tokens // self.args.world_size
-        if lengths.max() > max_tokens:
-            raise ValueError(
-                "training.batch_size over gradient_accumulation_steps and processes must be at "
-                f"least the {lengths.max()} tokens of the longest example, got {max_tokens}"
-            )
         sampler = TokenBatchSampler(
             lengths,
-            max_tokens,
+            self.max_tokens // self.args.world_size,
             seed=self.args.seed,
             rank=self.args.process_index,
             num_ranks=self.args.world_size,

@@ -41,8 +41,8 @@ class TokenBatchSampler(Sampler[list[int]]):
         longest = int(self.lengths.max(initial=0))
         if longest > max_tokens:
             raise ValueError(
-                f"max_tokens must be at least the {longest} tokens of the longest sentence, "
-                f"got {max_tokens}"
+                "training.batch_size over gradient_accumulation_steps and processes must be at "
+                f"least the {longest} tokens of the longest example, got {max_tokens}"
             )
         self._bounds = self._find_bounds()
         if len(self._bounds) < num_ranks:
