@@ -75,8 +75,6 @@ def workers_and_threads(workers: int | None, runs: int | None = None) -> tuple[i
         workers: Runs at a time; None for as many as there are cores.
         runs: Number of runs, if there are not more than so many.
     """
-    import torch
-
     if torch.cuda.is_available():
         return workers or 1, None
     affinity = getattr(os, "sched_getaffinity", None)

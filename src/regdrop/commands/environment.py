@@ -1,11 +1,13 @@
 """What `regdrop doctor --environment` prints: for a report of a fault."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 import torch
 
 from regdrop import __version__
-from regdrop.experiments.recording.environment import describe_hardware, library_versions
+from regdrop.experiments.recording.environment import (
+    describe_hardware,
+    installed_versions,
+    library_versions,
+)
 from regdrop.kernels.cpp_rows import missing_tools
 from regdrop.kernels.selection import obstacle_to_triton
 
@@ -20,7 +22,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def environment_lines() -> list[str]:
     """Return versions, devices, and which kernel impl="auto" takes on each and why."""
     hardware = describe_hardware()
-    versions = {**library_versions(), **_framework_versions(), "regdrop": __version__}
+    versions = {**library_versions(), **installed_versions(_FRAMEWORKS), "regdrop": __version__}
     return [
         "versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()),
         f"system: {hardware['system']}",
@@ -30,16 +32,6 @@ def environment_lines() -> list[str]:
         *(line for device in _devices() for line in _kernel_lines(device)),
         _cpp_line(),
     ]
-
-
-def _framework_versions() -> dict[str, str]:
-    versions = {}
-    for package in _FRAMEWORKS:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def _devices() -> list[torch.device]:

@@ -80,7 +80,10 @@ def change_task(
     parts: dict[str, dict[str, Any]] = {}
     for name, value in changes:
         holder, dot, field = name.partition(".")
-        (parts.setdefault(holder, {}) if dot else own)[field if dot else name] = value
+        if dot:
+            parts.setdefault(holder, {})[field] = value
+        else:
+            own[name] = value
     for holder, values in parts.items():
         inner = own.get(holder, getattr(task, holder, None))
         if holder in task.__dataclass_fields__ and not is_dataclass(inner):

@@ -1,6 +1,5 @@
 """The model of a finished run on a split of its data, or of other data."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -137,7 +136,7 @@ def _unknown_words(prepared: PreparedTask, dataset: Any) -> float:
 
 
 def _content(result: Evaluation, data: str | None, settings: Sequence[str]) -> dict[str, Any]:
-    content = {
+    return {
         "split": result.split,
         "data": data,
         "settings": list(settings),
@@ -147,5 +146,3 @@ def _content(result: Evaluation, data: str | None, settings: Sequence[str]) -> d
         "signatures": result.signatures,
         "unknown_words": result.unknown_words,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(content))
-    return plain
