@@ -120,3 +120,18 @@ def test_forward_mode_does_not():
         assert whole_loss(dual, CLASSES, None, **OPTIONS) is None
         weight = torch.autograd.forward_ad.make_dual(WEIGHT, torch.ones_like(WEIGHT))
         assert whole_loss(LOGITS, CLASSES, weight, **OPTIONS) is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WHY_NO_CPP != "", reason=WHY_NO_CPP)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("classes", [5, 20_000], ids=["small", "large"])
+def test_its_second_derivative_is_refused_whichever_way_it_is_asked_for(classes, inplace):
+    x = torch.randn(4, classes, requires_grad=True)
+    scale = torch.tensor(2.0, requires_grad=True)
+    options = {"alpha": 1.0, "impl": "cpp", "inplace": inplace}
+    loss = rdrop_cross_entropy(x * x, CLASSES, **options).loss * scale
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    for wanted in (x, scale):
+        with pytest.raises(RuntimeError, match="gives no second derivative; use"):
+            torch.autograd.grad(gradient.sum(), wanted, retain_graph=True)

@@ -129,10 +129,20 @@ def test_the_fused_layer_has_none(differentiate, reduction):
 @pytest.mark.parametrize("is_fused", [False, True])
 def test_a_second_derivative_of_the_closed_form_is_refused(reduction, is_fused):
     x, weight = numbers(8, 5).requires_grad_(), numbers(6, 5)
+    scale = torch.tensor(2.0, dtype=x.dtype, requires_grad=True)
     loss, layer = (linear_rdrop_cross_entropy, [weight]) if is_fused else (rdrop_cross_entropy, [])
-    output = loss(x, *layer, TARGET, alpha=1.0, reduction=reduction).loss.sum()
+    output = loss(x * x, *layer, TARGET, alpha=1.0, reduction=reduction).loss.sum() * scale
     (once,) = torch.autograd.grad(output, x, retain_graph=True)
     (gradient,) = torch.autograd.grad(output, x, create_graph=True)
     torch.testing.assert_close(gradient.detach(), once)
-    with pytest.raises(RuntimeError, match="gives no second derivative; use"):
-        (x.sum() + gradient.square().sum()).backward()
+    penalty = x.sum() + gradient.square().sum()
+    for differentiate in (
+        lambda: penalty.backward(retain_graph=True),
+        lambda: penalty.backward(inputs=[x], retain_graph=True),
+        lambda: torch.autograd.grad(penalty, x, retain_graph=True),
+        lambda: torch.autograd.grad(gradient.sum(), scale, allow_unused=True),
+    ):
+        with pytest.raises(RuntimeError, match="gives no second derivative; use"):
+            differentiate()
+    # A gradient may be written to, as by clipping.
+    assert gradient.mul_(2.0) is gradient

@@ -30,16 +30,14 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
             raise RuntimeError(_NO_BATCHED)
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
+        sources = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
         with torch.no_grad():
             found = backward(ctx, *grads)
         if torch.compiler.is_compiling():
             return found
-        message = (
-            "the closed form of the R-Drop loss gives no second derivative; "
-            "use rdrop_cross_entropy with impl='eager'"
-        )
-        refuse: Any = torch._C._functions.DelayedError(message.encode(), len(found))
-        return refuse(*(None if x is None else x.detach().requires_grad_() for x in found))
+        given = [x for x in found if x is not None]
+        once = iter(_NoSecondDerivative.apply(len(given), *given, *sources) if given else ())
+        return tuple(None if x is None else next(once) for x in found)
 
     return refused_twice
 
@@ -80,6 +78,21 @@ def limit_backward(passes: Tensor, backward_passes: int) -> Tensor:
         )
     kept: Tensor = _ScaleGradient.apply(passes[:backward_passes], num_passes / backward_passes)
     return torch.cat([kept, passes[backward_passes:].detach()])
+
+
+class _NoSecondDerivative(Function):
+    """Gradients as they are, behind what they depend on: whoever differentiates them is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, num_gradients: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in tensors[:num_gradients])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "the closed form of the R-Drop loss gives no second derivative; "
+            "use rdrop_cross_entropy with impl='eager'"
+        )
 
 
 class _ScaleGradient(Function):

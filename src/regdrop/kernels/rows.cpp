@@ -13,7 +13,7 @@
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/library.h>
 
 #if defined(__linux__)
@@ -523,6 +523,22 @@ void scale(const Tensor& out, const Tensor& tensor, double factor) {
       });
 }
 
+// A gradient as it is, behind what it depends on: whoever differentiates it is refused.
+struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
+  using Variables = torch::autograd::variable_list;
+
+  static Tensor forward(torch::autograd::AutogradContext*, const Tensor& gradient, const Tensor&,
+                        const Tensor&) {
+    return gradient.detach();
+  }
+
+  static Variables backward(torch::autograd::AutogradContext*, const Variables&) {
+    TORCH_CHECK(false,
+                "the closed form of the R-Drop loss gives no second derivative; "
+                "use rdrop_cross_entropy with impl='eager'");
+  }
+};
+
 // The whole loss of class indices, and its autograd: around small logits, Python and single
 // operations of torch take longer than everything else. Of those the gradient is computed in the
 // forward, and the backward multiplies it. Logits are (passes * batch, ..., classes), contiguous.
@@ -589,11 +605,10 @@ struct Loss : torch::autograd::Function<Loss> {
       found[0] = gradient(context, grads[0].item<double>());
     }
     if (!at::GradMode::is_enabled()) return found;
-    const auto refuse = std::make_shared<torch::autograd::DelayedError>(
-        "the closed form of the R-Drop loss gives no second derivative; "
-        "use rdrop_cross_entropy with impl='eager'",
-        1);
-    found[0] = (*refuse)({found[0].detach().requires_grad_()})[0];
+    Tensor source = at::empty({0}, found[0].options());
+    torch::autograd::impl::set_gradient_edge(source,
+                                             torch::autograd::get_current_node()->next_edge(0));
+    found[0] = NoSecondDerivative::apply(found[0], source, grads[0]);
     return found;
   }
 
