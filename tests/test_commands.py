@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from models import tiny_bert, tiny_vit
 from regdrop.commands import app, comparisons
+from regdrop.commands.loading import load_model
 from regdrop.experiments import load_records
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
@@ -341,6 +342,17 @@ def test_doctor_on_the_model_of_a_script(tmp_path, monkeypatch):
     result = run("doctor", "my_script:wrong")
     assert result.exit_code == 2
     assert "must return a torch.nn.Module, got int" in " ".join(result.output.split())
+    assert str(tmp_path) not in sys.path
+
+
+def test_a_script_keeps_the_path_that_it_adds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "adding_script.py").write_text(
+        "import sys\nfrom torch import nn\nsys.path.insert(0, 'added')\nbuild = nn.Identity\n"
+    )
+    load_model("adding_script:build")
+    assert "added" in sys.path
     assert str(tmp_path) not in sys.path
 
 
