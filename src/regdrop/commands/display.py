@@ -16,6 +16,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from regdrop.disagreement import Disagreement, Predictions
 from regdrop.experiments.arms import Arm
 from regdrop.experiments.evaluating.evaluate import Evaluation
 from regdrop.experiments.recording.record import RunRecord
@@ -24,6 +25,23 @@ from regdrop.experiments.running.progress import Update
 from regdrop.experiments.studies.choices import TunedArm
 from regdrop.experiments.studies.variations import describe_settings
 from regdrop.tasks import Task
+
+# What is between two of the predictors, by the field of `Disagreement`.
+_DISTANCES = {
+    "epkl": "two sub-models: E KL(P || P')",
+    "kl_submodel_mean": "sub-model to mean: E KL(P || M), mutual information",
+    "kl_mean_submodel": "mean to sub-model: E KL(M || P)",
+    "kl_submodel_geometric": "sub-model to geometric mean: E KL(P || G)",
+    "kl_geometric_submodel": "geometric mean to sub-model: E KL(G || P)",
+    "kl_geometric_deployed": "geometric mean to deployed: KL(G || D)",
+    "kl_mean_deployed": "mean to deployed: KL(M || D)",
+}
+_PREDICTORS = {
+    "submodel": "a sub-model",
+    "mean": "their mean (MC dropout)",
+    "geometric": "their geometric mean",
+    "deployed": "deployed, dropout off",
+}
 
 
 class LiveDisplay:
@@ -159,3 +177,31 @@ def print_table(records: Sequence[RunRecord], console: Console) -> None:
     width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
     Console(file=console.file, width=max(console.width, width), markup=False).print(table)
     console.print(caption(records), style="dim")
+
+
+def print_disagreement(
+    record: RunRecord, splits: Mapping[str, Disagreement], console: Console
+) -> None:
+    """Print what is apart and who predicts how well, on some splits of a run."""
+    masks = next(iter(splits.values())).num_masks
+    items = ", ".join(f"{found.items:,} {name} items" for name, found in splits.items())
+    distances = Table(
+        "apart, in nats an item",
+        *splits,
+        title=f"{record.task}, {record.arm}, seed {record.seed}: {masks} masks, {items}",
+    )
+    for name, title in _DISTANCES.items():
+        distances.add_row(title, *(f"{getattr(found, name):.4f}" for found in splits.values()))
+    gaps = (f"{found.gap:+.4f}" for found in splits.values())
+    distances.add_row("NLL of a sub-model above the deployed model's", *gaps)
+    for table in (distances, *(_quality(name, found) for name, found in splits.items())):
+        console.print(table)
+
+
+def _quality(name: str, found: Disagreement) -> Table:
+    table = Table(f"who predicts {name} items", "NLL", "accuracy (%)", "calibration error (%)")
+    for field, title in _PREDICTORS.items():
+        of: Predictions = getattr(found, field)
+        percentages = (f"{value * 100:.2f}" for value in (of.accuracy, of.calibration_error))
+        table.add_row(title, f"{of.nll:.4f}", *percentages)
+    return table

@@ -7,9 +7,9 @@ import typer
 from rich.progress import Progress, TaskID
 
 from regdrop.commands.app import app, console, interruptible, usage_errors
+from regdrop.commands.display import print_disagreement
 from regdrop.commands.options import Data
 from regdrop.experiments.evaluating.measure import measure as run_measurement
-from regdrop.experiments.evaluating.measure import tables
 from regdrop.experiments.recording.processes import require_one_process
 
 
@@ -52,6 +52,5 @@ def measure(
             output=output,
             progress=show,
         )
-    for table in tables(result):
-        console.print(table)
+    print_disagreement(result.record, result.splits, console)
     console.print(f"Kept in {result.path}; figure: {result.figure}")
