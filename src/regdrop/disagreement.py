@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regdrop.arguments import IGNORE_INDEX, check_integer
+from regdrop.kernels import whole_tensor
 from regdrop.passes import copy_structure, preserve_buffers, preserve_random_state
 
 # A class that is masked has no probability: so large a number times 0 is 0, and stays finite in
@@ -289,7 +290,7 @@ def _checked_target(target: Any) -> Tensor:
 def _log_probabilities(output: Any, target: Tensor, counted: Tensor, labels: Tensor) -> Tensor:
     """Return the log-probabilities of the items that count, (items, classes)."""
     logits = output.get("logits") if isinstance(output, Mapping) else output
-    logits = getattr(logits, "logits", logits)
+    logits = whole_tensor(getattr(logits, "logits", logits))
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"forward must return logits or an output with logits, got {type(output).__name__}"

@@ -15,8 +15,10 @@ from regdrop import (
     rdrop_cross_entropy,
     rdrop_mse_loss,
     rdrop_step,
+    share_prefix,
     symmetric_kl,
 )
+from regdrop.diagnostics import measure_disagreement
 from regdrop.kernels.class_rows import Columns, RowSums, class_rows, combine_shares
 from regdrop.kernels.eager import eager_terms
 from regdrop.kernels.selection import select_kernel
@@ -103,7 +105,8 @@ def _in_both(rank, folder):
         "losses": [_loss(mesh, options) for options in CASES],
         "one class": _loss(mesh, {}, num_classes=1),
         "mesh of two dimensions": _loss_on_two_dimensions(),
-        "model": _train(_parallel_model(mesh)),
+        "model": _train(_parallel(_Model(), mesh, "head")),
+        "disagreement": _disagreement(_parallel(_noisy(), mesh, "2")).epkl,
         "refused": _refusals(mesh, rank),
     }
     torch.save(found, folder / f"{rank}.pt")
@@ -156,12 +159,34 @@ class _Model(nn.Module):
         return self.head((self.body(x) + shift).tanh())
 
 
-def _parallel_model(mesh):
+def _parallel(model, mesh, head):
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     plan = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
-    return parallelize_module(_Model(), mesh, {"head": plan})
+    return parallelize_module(model, mesh, {head: plan})
+
+
+def _noisy():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, CLASSES)).double()
+
+
+def _disagreement(model):
+    torch.manual_seed(1)
+    return measure_disagreement(model, [(numbers(5, 4, seed=3), torch.arange(5))], num_masks=3)
+
+
+def _share_words(mesh):
+    """Share an embedding whose words are split among processes, before its output is summed."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+    layouts = {"input_layouts": Replicate(), "output_layouts": Replicate()}
+    model = nn.Sequential(nn.Embedding(CLASSES + 1, 6), nn.Dropout(0.5), nn.Linear(6, CLASSES))
+    parallelize_module(model, mesh, {"0": RowwiseParallel(**layouts)})
+    with share_prefix(model, "0"):
+        rdrop_step(model, torch.arange(4), torch.arange(4), config=RDropConfig(alpha=1.0), step=0)
 
 
 def _train(model):
@@ -208,6 +233,7 @@ def _refusals(mesh, rank):
         ),
         "mse": lambda: rdrop_mse_loss(spread, numbers_of_items, **options),
         "fraternal": lambda: fraternal_terms(spread, classes, num_passes=2),
+        "words": lambda: _share_words(mesh),
         "fraction": lambda: rdrop_step(lambda x: spread[:6], torch.ones(4, 2), classes, **part),
     }
     messages = {}
@@ -233,6 +259,7 @@ SAID = {
     "fused": "weight must be a plain tensor, got a DTensor",
     "mse": "input must be a plain tensor, got a DTensor",
     "fraternal": "logits must be a plain tensor, got a DTensor",
+    "words": "until='0' cannot be shared: its output is not summed over the processes yet",
     "fraction": "the output behind fraction must be a plain tensor, got a DTensor",
 }
 
@@ -254,6 +281,7 @@ def test_two_processes_give_what_one_does(tmp_path):
                 torch.testing.assert_close(ours, theirs.detach())
     for process in (first, second):
         assert process["mesh of two dimensions"] == process["losses"][0][0]
+        assert process["disagreement"] == pytest.approx(_disagreement(_noisy()).epkl)
     expected = _train(_Model())
     for process in (first, second):
         assert process["model"].keys() == expected.keys()

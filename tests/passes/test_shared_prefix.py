@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from processes import run_in_two_processes
-from regdrop import RDropConfig, rdrop_cross_entropy, repeat_batch, share_prefix
+from regdrop import RDropConfig, rdrop_cross_entropy, rdrop_step, repeat_batch, share_prefix
 from regdrop.loss import cross_entropy_terms
 from regdrop.passes import run_passes, why_not_shared
 from regdrop.schedule import plan_step
@@ -694,6 +694,17 @@ def gradients_of_rank(rank, folder, shares):
         run_passes(wrapped, x[4 * rank : 4 * rank + 4], num_passes=2).square().sum().backward()
     if rank == 0:
         torch.save([p.grad for p in model.parameters()], folder / f"{shares}.pt")
+
+
+def test_an_empty_batch_has_nothing_to_share():
+    """One process of several may have it, and the others wait for that one."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5), nn.Linear(5, 3)).train()
+    batch, target = torch.zeros(0, 6), torch.zeros(0, dtype=torch.long)
+    with share_prefix(model, "0"):
+        loss = rdrop_step(model, batch, target, config=RDropConfig(alpha=1.0), step=0).loss
+    loss.backward()
+    assert loss == 0
+
 
 
 @pytest.mark.slow

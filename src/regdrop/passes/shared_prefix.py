@@ -182,6 +182,11 @@ class SharedPrefix:
                 "it changes its input in place, of which the other passes would know nothing; "
                 "set inplace=False or choose another part"
             )
+        if any(map(_is_masked_share, find_tensors(output))):
+            raise self._error(
+                "its output is not summed over the processes yet, as that of an embedding whose "
+                "words are split among them; share a module around it"
+            )
         repeated = self._repeat(output, call.rows)
         if call.expected is not None:
             _require_same(
@@ -236,6 +241,8 @@ class SharedPrefix:
         except ValueError as error:
             raise self._error(str(error)) from error
         total = passes if stacked is None else stacked.total
+        if stacked is not None and not rows and not total:
+            return None  # an empty batch, as one process of several may have
         if not rows or not total or rows % total:
             what = "num_passes" if stacked is None else "the rows of the stacked batch"
             raise self._error(
@@ -271,6 +278,11 @@ class SharedPrefix:
         # Older autocast would go on with the weights it converted here, without gradient.
         torch.clear_autocast_cache()
         return output
+
+
+def _is_masked_share(tensor: Tensor) -> bool:
+    """Return whether a DTensor is a share whose rows are masked by a buffer of its own."""
+    return any(hasattr(kind, "mask_buffer") for kind in getattr(tensor, "placements", ()))
 
 
 def _tensors_that_differ(some: Any, others: Any) -> list[tuple[Tensor, Tensor]]:
