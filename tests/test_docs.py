@@ -148,8 +148,12 @@ def test_recipes_run(name, count):
         "images": torch.randn(2, 1, 6, 6),
         "masks": torch.randint(0, 4, (2, 6, 6)),
         "recogniser": nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 6)),
-        "sounds": torch.randn(2, 9, 4),
-        "transcripts": torch.tensor([[1, 2, 3], [4, 5, -100]]),
+        "recordings": [
+            (
+                *(torch.randn(2, 9, 4), torch.tensor([9, 7])),
+                *(torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([3, 2])),
+            )
+        ],
         "tagger": nn.Sequential(embedding, dropout),
         "sentences": torch.randint(0, 20, (3, 7)),
         "tags": tags,

@@ -580,6 +580,11 @@ def test_counts_and_steps_that_cannot_be_are_refused(options, error, message):
         rdrop_step(model, x, y, **{"config": RDropConfig(), "step": 0, **options})
 
 
+@dataclass
+class NestedOutput:
+    logits: torch.Tensor
+
+
 def test_an_alpha_of_0_is_that_of_one_pass():
     model, x, y = network(), inputs(), classes()
     config = RDropConfig(num_passes=1, alpha=0.0)
@@ -588,15 +593,18 @@ def test_an_alpha_of_0_is_that_of_one_pass():
 
 
 def test_an_output_that_is_no_tensor_is_refused_with_the_way_out():
-    layer = nn.Linear(4, 3)
-    with pytest.raises(TypeError, match=r"forward=lambda batch: model\(\*\*batch\)\.logits"):
-        rdrop_step(
-            lambda x: {"logits": layer(x)},
-            torch.randn(6, 4),
-            torch.randint(3, (6,)),
-            config=RDropConfig(),
-            step=0,
+    layer, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.randint(3, (6,))
+    for kind, place in (
+        (lambda logits: {"n": 1, "out": logits}, r"\['out'\]"),
+        (lambda logits: (logits, logits), r"\[0\]"),
+        (lambda logits: NestedOutput(logits), r"\.logits"),
+    ):
+        message = (
+            rf"forward=lambda batch: model\(batch\){place} \(of .* model\(\*\*batch\)\.logits\), "
+            r"or as loss a function of terms, .* \(docs/recipes\.md, two heads\)"
         )
+        with pytest.raises(TypeError, match=message):
+            rdrop_step(lambda x, kind=kind: kind(layer(x)), x, y, config=RDropConfig(), step=0)
 
 
 @pytest.mark.filterwarnings("ignore:R-Drop has nothing to compare")

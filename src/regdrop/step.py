@@ -25,7 +25,7 @@ from regdrop.loss import (
     mse_terms,
     rdrop_cross_entropy,
 )
-from regdrop.loss.checks import check_counts, check_plain
+from regdrop.loss.checks import check_counts, check_plain, place_of_tensor
 from regdrop.passes import (
     copy_structure,
     count_rows,
@@ -143,10 +143,12 @@ def _checked_output(
     """Return what forward does; raise where the loss takes one tensor and it is none."""
     output = forward(inputs)
     if is_one_tensor and not isinstance(output, Tensor):
+        place = place_of_tensor(output) or ".logits"
         raise TypeError(
             f"forward must return logits, one tensor, for loss={loss!r}, got "
-            f"{type(output).__name__}; for a model of transformers give "
-            "forward=lambda batch: model(**batch).logits"
+            f"{type(output).__name__}; give forward=lambda batch: model(batch){place} (of a model "
+            "of transformers forward=lambda batch: model(**batch).logits), or as loss a function "
+            "of terms, which gets all of it (docs/recipes.md, two heads)"
         )
     return output
 

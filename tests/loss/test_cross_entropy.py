@@ -645,6 +645,17 @@ def test_module_is_the_function():
         ({"logits": torch.ones(10, 7, dtype=torch.long)}, TypeError, "logits must be floating"),
         ({"logits": torch.ones(5, 7)}, ValueError, "the model saw the batch once"),
         ({"logits": torch.ones(9, 7)}, ValueError, "got 9 rows for 5 targets"),
+        (
+            {"logits": torch.ones(9, 10, 7), "target": torch.ones(9, 5).long()},
+            ValueError,
+            r"time comes first; give logits\.transpose\(0, 1\) and target\.transpose\(0, 1\)",
+        ),
+        (
+            {"logits": {"n": 1, "out": torch.ones(10, 7)}},
+            TypeError,
+            r"logits must be a tensor, got dict; take one of its tensors, as logits\['out'\]",
+        ),
+        ({"target": (torch.ones(5).long(),)}, TypeError, r"got tuple; take .*, as target\[0\]"),
         ({"logits": torch.ones(10, 7, 4)}, ValueError, r"\(5, 7\), got \(5,\) .* class_dim=-1"),
         ({"target": torch.ones(10, dtype=torch.long)}, ValueError, "target was stacked too"),
         ({"target": torch.full((5,), 7)}, ValueError, "from 0 to 6 .* got 7"),

@@ -177,7 +177,17 @@ def test_half_precision_is_computed_in_single(dtype):
     [
         ({"logits": torch.randn(6, 5)}, ValueError, "logits must be .* got "),
         ({"logits": torch.randn(3, 9, 5)}, ValueError, "the model saw the batch once"),
-        ({"target": torch.ones(3, dtype=torch.long)}, ValueError, "target must be .batch, symbols"),
+        (
+            {"target": torch.ones(9, dtype=torch.long)},
+            ValueError,
+            r"target must be .batch, symbols., padded, got shape \(9,\); of .*pad_sequence",
+        ),
+        ({"target": [1, 2, 3]}, TypeError, "target must be a tensor, got list"),
+        (
+            {"logits": torch.randn(9, 6, 5)},
+            ValueError,
+            r"got shape \(9, 6, 5\): time comes first; give logits\.transpose\(0, 1\)",
+        ),
         ({"target": torch.ones(3, 4)}, TypeError, "target must hold class indices"),
         ({"target": torch.full((3, 4), 5)}, ValueError, "from 0 to 4 or padding, got 5"),
         ({"blank": 5}, ValueError, "blank must be a class, 0 to 4, got 5"),
@@ -194,6 +204,18 @@ def test_bad_input_is_named(change, error, message):
     arguments = {"logits": logits, "target": target, "num_passes": 2} | change
     with pytest.raises(error, match=message):
         ctc_terms(**arguments)
+
+
+def test_concatenated_targets_are_padded_as_the_message_says():
+    logits, target = make()
+    lengths = torch.tensor([3, 2, 0])
+    flat = torch.tensor([1, 1, 3, 4, 2])
+    with pytest.raises(ValueError, match="give torch") as caught:
+        ctc_terms(logits, flat, num_passes=2, target_lengths=lengths)
+    way_out = str(caught.value).split("give ")[1]
+    padded = eval(way_out, {"torch": torch, "target": flat, "target_lengths": lengths})
+    found = ctc_terms(logits, padded, num_passes=2)
+    torch.testing.assert_close(found, ctc_terms(logits, target, num_passes=2))
 
 
 @pytest.mark.slow  # imports transformers, whose formula `plain` is

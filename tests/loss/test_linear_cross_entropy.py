@@ -495,6 +495,11 @@ def test_memory_does_not_grow_with_items_times_vocabulary(reduction, dtype):
         ({"target": torch.rand(4, 3, 11)}, TypeError, "class probabilities are taken by rdrop_cro"),
         ({"target": torch.zeros(4, 2).long()}, ValueError, r"target must have .* got \(4, 2\)"),
         ({"target": torch.zeros(8, 3).long()}, ValueError, "either target was stacked too"),
+        (
+            {"hidden": torch.ones(3, 8, 5), "target": torch.zeros(3, 4).long()},
+            ValueError,
+            r"time comes first; give hidden\.transpose\(0, 1\)",
+        ),
         ({"target": torch.full((4, 3), 11)}, ValueError, "class indices from 0 to 10 .* got 11"),
         ({"bias": torch.ones(5)}, ValueError, r"bias must have one entry a class, shape \(11,\)"),
         ({"class_weight": torch.ones(5)}, ValueError, "class_weight must have one entry a class"),

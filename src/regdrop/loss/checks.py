@@ -1,6 +1,7 @@
 """Checks of the arguments that the losses share: errors name the argument and what it was."""
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 import torch
@@ -81,10 +82,27 @@ def check_counts(reduction: str, **counts: Tensor | float | None) -> None:
         check_number(name, count, above=0)
 
 
+def check_tensor(name: str, given: Any) -> None:
+    """Raise TypeError unless the argument is a tensor, and say which of its own it may be."""
+    if not isinstance(given, Tensor):
+        place = place_of_tensor(given)
+        way_out = "" if place is None else f"; take one of its tensors, as {name}{place}"
+        raise TypeError(f"{name} must be a tensor, got {type(given).__name__}{way_out}")
+
+
+def place_of_tensor(given: Any) -> str | None:
+    """Return where in a mapping or a sequence its first tensor is, in brackets; None without."""
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(given, Mapping):
+        items = given.items()
+    elif isinstance(given, (tuple, list)):
+        items = enumerate(given)
+    return next((f"[{key!r}]" for key, item in items if isinstance(item, Tensor)), None)
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
     """Raise TypeError unless the argument is a floating-point tensor."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     if tensor.is_nested:
@@ -115,8 +133,7 @@ def check_plain(name: str, tensor: Any) -> None:
 
 def check_stacked(name: str, stacked: Tensor, target: Tensor, num_passes: int) -> None:
     """Raise unless the first dimension of `stacked` is num_passes times that of the target."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    check_tensor("target", target)
     if stacked.dim() == 0 or target.dim() == 0:
         raise ValueError(
             f"{name} and target need a batch dimension, got shapes {tuple(stacked.shape)} "
@@ -124,6 +141,17 @@ def check_stacked(name: str, stacked: Tensor, target: Tensor, num_passes: int) -
         )
     if stacked.shape[0] == num_passes * target.shape[0]:
         return
+    is_time_first = (
+        stacked.dim() > 2
+        and target.dim() > 1
+        and stacked.shape[:2] == (target.shape[0], num_passes * target.shape[1])
+    )
+    if is_time_first:
+        raise ValueError(
+            f"{name} must hold num_passes={num_passes} times the items of target along the first "
+            f"dimension, got shapes {tuple(stacked.shape)} and {tuple(target.shape)}: time comes "
+            f"first; give {name}.transpose(0, 1) and target.transpose(0, 1)"
+        )
     if num_passes > 1 and stacked.shape[0] == target.shape[0]:
         raise ValueError(
             f"{name} must hold num_passes={num_passes} times the items of target, got "

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX, check_flag, check_integer
 from regdrop.kernels.backward_passes import limit_backward
-from regdrop.loss.checks import check_floating, check_passes, check_plain, check_stacked
+from regdrop.loss.checks import (
+    check_floating,
+    check_passes,
+    check_plain,
+    check_stacked,
+    check_tensor,
+)
 from regdrop.loss.counts import ItemCounts, counted_by
 from regdrop.loss.symmetric_kl import symmetric_kl
 from regdrop.loss.terms import ItemTerms
@@ -111,13 +117,24 @@ def _check(
 ) -> tuple[Tensor, Tensor]:
     """Return which frames, (batch, frames), and which symbols, (batch, symbols), count."""
     check_floating("logits", logits)
-    check_stacked("logits", logits, target, num_passes)
+    check_tensor("target", target)
     if logits.dim() != 3:
         raise ValueError(
             f"logits must be (num_passes * batch, frames, classes), got {tuple(logits.shape)}"
         )
     if target.dim() != 2:
-        raise ValueError(f"target must be (batch, symbols), got shape {tuple(target.shape)}")
+        raise ValueError(
+            f"target must be (batch, symbols), padded, got shape {tuple(target.shape)}; of "
+            "concatenated targets give torch.nn.utils.rnn.pad_sequence(target.split("
+            "target_lengths.tolist()), batch_first=True, padding_value=-100)"
+        )
+    batch = num_passes * len(target)
+    if len(logits) != batch and logits.shape[1] == batch:
+        raise ValueError(
+            "logits must be (num_passes * batch, frames, classes), got shape "
+            f"{tuple(logits.shape)}: time comes first; give logits.transpose(0, 1)"
+        )
+    check_stacked("logits", logits, target, num_passes)
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"target must hold class indices, got {target.dtype}")
     if not isinstance(reduction, str) or reduction not in get_args(CTCReduction):
