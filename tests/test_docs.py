@@ -38,6 +38,7 @@ RUN_ELSEWHERE = {
     "docs/disagreement.md",  # tests/test_disagreement.py
     "docs/frameworks/fabric-and-pipelines.md",  # tests/test_fabric_and_pipelines.py
     "docs/frameworks/fastai-keras-and-others.md",  # by hand: none of them is installed here
+    "docs/frameworks/several-gpus.md",  # tests/test_several_gpus.py
     "docs/frameworks/lightning.md",  # below, slow
     "docs/frameworks/sentence-transformers.md",  # tests/integrations/sentence_transformers
     "docs/frameworks/timm.md",  # examples/timm_task.py

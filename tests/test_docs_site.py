@@ -18,7 +18,7 @@ ANSWERS = {
     "frameworks/#lora-and-other-adapters-peft": "LoRA works",
     "cost/#on-a-gpu": "1.7 to 1.85",
     "recipes/#two-heads": "both_heads",
-    "loop/#several-gpus-and-machines": "torchrun --nnodes",
+    "frameworks/several-gpus/": "torchrun --nnodes",
     "install/#extras-and-lower-bounds": "torch&gt;=2.5|torch>=2.5",
     "cost/#which-kernel-runs": "regdrop doctor --environment",
     "other-implementations/#from-the-official-bert-code": "alpha of 16",
