@@ -256,3 +256,28 @@ def test_a_pass_beside_training_leaves_the_generator_of_an_apple_device(monkeypa
     with preserve_random_state():
         states.append("drawn from")
     assert states[-1] == "before"
+
+
+def test_a_pass_beside_training_leaves_buffers_that_grow():
+    """Observers of quantisation-aware training begin without a channel."""
+
+    class Observer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(0))
+
+        def forward(self, x):
+            self.seen.resize_(x.shape[1]).copy_(x.detach().amax(0))
+            return x
+
+    model = nn.Sequential(Observer(), nn.Dropout(0.5)).train()
+    seen = model[0].seen
+    extra_pass(model, model, torch.randn(4, 3))
+    assert model[0].seen is seen
+    assert seen.shape == (0,)
+
+
+def test_a_lazy_module_is_named_before_its_first_batch():
+    model = nn.Sequential(nn.LazyBatchNorm1d(), nn.Dropout(0.5)).train()
+    with pytest.raises(ValueError, match=r"the buffer 0\.running_mean has no shape"):
+        extra_pass(model, model, torch.randn(4, 3))

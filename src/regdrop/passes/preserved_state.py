@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 # Devices whose generators torch can fork.
 _FORKED = ("cuda", "xpu")
@@ -39,7 +40,17 @@ def preserve_random_state() -> Iterator[None]:
 
 @contextmanager
 def preserve_buffers(model: nn.Module) -> Iterator[None]:
-    """Put a model's buffers and their values back on exit, BatchNorm statistics among them."""
+    """Put a model's buffers and their values back on exit, BatchNorm statistics among them.
+
+    Raises:
+        ValueError: For a lazy module that has seen no batch, whose buffers have no shape yet.
+    """
+    lazy = [name for name, buffer in model.named_buffers() if is_lazy(buffer)]
+    if lazy:
+        raise ValueError(
+            f"the buffer {lazy[0]} has no shape before the first forward, which would be one that "
+            "is only measured: run one forward of a batch first"
+        )
     kept = [
         (module, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
@@ -53,4 +64,5 @@ def preserve_buffers(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
                 # A graph may hold the buffer: what did not change is not written to.
                 if buffer is not None and value is not None and not torch.equal(buffer, value):
-                    buffer.copy_(value)
+                    # Observers of quantisation make room for the channels that they see.
+                    buffer.resize_(value.shape).copy_(value)
