@@ -96,6 +96,22 @@ def is_monitored(config: RDropConfig, step: int) -> bool:
     return config.monitor_steps is not None and step % config.monitor_steps == 0
 
 
+def refuse_validation_rule(config: RDropConfig, who: str) -> None:
+    """Refuse a rule of alpha that reads the validation loss, for what sees none.
+
+    Args:
+        config: The options.
+        who: What sees none, as in "a training step".
+
+    Raises:
+        ValueError: If alpha is "auto" by such a rule.
+    """
+    if config.alpha == "auto" and config.alpha_rule != "ramp":
+        raise ValueError(
+            f"alpha_rule must be 'ramp', got {config.alpha_rule!r}: {who} sees no validation"
+        )
+
+
 def _ramp_steps(config: RDropConfig, ratio: float, total_steps: int | None) -> float:
     if total_steps is None:
         name = "alpha='auto'" if config.alpha == "auto" else f"alpha_warmup_ratio={ratio}"

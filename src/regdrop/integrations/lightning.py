@@ -11,7 +11,7 @@ from regdrop.config import RDropConfig
 from regdrop.integrations import extra
 from regdrop.loss import ItemTerms
 from regdrop.passes import find_batch_size
-from regdrop.schedule import is_monitored, plan_step
+from regdrop.schedule import is_monitored, plan_step, refuse_validation_rule
 from regdrop.step import Loss, rdrop_step
 
 with extra("lightning"):
@@ -87,11 +87,7 @@ class RDropMixin(_Base):
                 "that this training_step returns; call regdrop.rdrop_step in a training_step of "
                 "your own"
             )
-        if self.rdrop.alpha == "auto" and self.rdrop.alpha_rule != "ramp":
-            raise ValueError(
-                f"alpha_rule must be 'ramp', got {self.rdrop.alpha_rule!r}: a training step sees "
-                "no validation"
-            )
+        refuse_validation_rule(self.rdrop, "a training step")
         inputs, target = self.rdrop_batch(batch)
         step, total = _read_step(self), self._total_steps()
         loss, nll, kl = rdrop_step(

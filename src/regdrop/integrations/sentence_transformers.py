@@ -17,7 +17,7 @@ from regdrop.loss import (
     symmetric_kl,
 )
 from regdrop.passes import find_batch_size
-from regdrop.schedule import plan_step
+from regdrop.schedule import plan_step, refuse_validation_rule
 from regdrop.step import rdrop_step
 
 with extra("sentence-transformers"):
@@ -291,10 +291,7 @@ def _check_loss(loss: nn.Module) -> None:
 
 def _check_options(rdrop: RDropConfig, loss: nn.Module) -> None:
     """Refuse options that do not act on a loss, before any work is done."""
-    if rdrop.alpha == "auto" and rdrop.alpha_rule != "ramp":
-        raise ValueError(
-            f"alpha_rule must be 'ramp', got {rdrop.alpha_rule!r}: a loss sees no validation"
-        )
+    refuse_validation_rule(rdrop, "a loss")
     if rdrop.fraction < 1 and type(loss) not in _PAIRS:
         raise ValueError(
             f"fraction must be 1 for {type(loss).__name__}, got {rdrop.fraction}: its rows depend "

@@ -12,7 +12,7 @@ from regdrop.config import RDropConfig
 from regdrop.integrations import extra
 from regdrop.loss import ItemTerms, binary_cross_entropy_terms, cross_entropy_terms
 from regdrop.passes import find_dropout
-from regdrop.schedule import plan_step
+from regdrop.schedule import plan_step, refuse_validation_rule
 from regdrop.step import rdrop_step
 
 with extra("timm"):
@@ -65,11 +65,7 @@ class RDropTask(ClassificationTask):
         self.rdrop = RDropConfig() if rdrop is None else rdrop
         if not isinstance(self.rdrop, RDropConfig):
             raise TypeError(f"rdrop must be an RDropConfig, got {type(rdrop).__name__}")
-        if self.rdrop.alpha == "auto" and self.rdrop.alpha_rule != "ramp":
-            raise ValueError(
-                f"alpha_rule must be 'ramp', got {self.rdrop.alpha_rule!r}: a task sees no "
-                "validation"
-            )
+        refuse_validation_rule(self.rdrop, "a task")
         if grad_accum_steps < 1:
             raise ValueError(f"grad_accum_steps must be at least 1, got {grad_accum_steps}")
         _check_model(model, self.rdrop)
