@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
@@ -119,9 +120,9 @@ def seen_logits(model):
 
     def note(module, args, output):
         if model.training:
-            seen.append(output.shape[1])
+            seen.append(output.logits.shape[1])
 
-    model.get_output_embeddings().register_forward_hook(note)
+    model.register_forward_hook(note)
     return seen
 
 
@@ -309,7 +310,93 @@ class ScaledLMHeadModel(transformers.GPT2LMHeadModel):
         self.lm_head = ScaledLinear(16, config.vocab_size, bias=False)
 
 
+class LateBiasLMHeadModel(transformers.GPT2LMHeadModel):
+    """Has a bias of its own behind its last layer, which is 0 at first."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.late_bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def change(self, logits):
+        return logits + self.late_bias
+
+    def forward(self, *args, labels=None, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = self.change(output.logits)
+        if labels is not None:
+            logits = output.logits[:, :-1].flatten(0, 1)
+            output.loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+        return output
+
+
+class TemperatureLMHeadModel(LateBiasLMHeadModel):
+    """Divides by a temperature that is 1 at first."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.late_bias = nn.Parameter(torch.ones(()))
+
+    def change(self, logits):
+        return logits / self.late_bias
+
+
+class DroppedLMHeadModel(LateBiasLMHeadModel):
+    """Drops logits, in training alone."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        del self.late_bias
+
+    def change(self, logits):
+        return nn.functional.dropout(logits, 0.3, self.training)
+
+
+def with_recomputed(recompute, name="weight", bias=False):
+    class RecomputedLMHeadModel(transformers.GPT2LMHeadModel):
+        """Computes its last layer's weight or bias in a hook, each forward."""
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.lm_head = nn.Linear(16, config.vocab_size, bias=bias)
+            recompute(self.lm_head, name)
+
+    return RecomputedLMHeadModel
+
+
+def pruned(layer, name):
+    prune.random_unstructured(layer, name, 0.4)
+
+
+class HookedLMHeadModel(transformers.GPT2LMHeadModel):
+    """Has an adapter of its last layer in a hook, which begins with nothing."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.down, self.up = nn.Linear(16, 2), nn.Linear(2, config.vocab_size, bias=False)
+        nn.init.zeros_(self.up.weight)
+        self.lm_head.register_forward_hook(lambda m, args, out: out + self.up(self.down(args[0])))
+
+
+class WatchedLMHeadModel(transformers.GPT2LMHeadModel):
+    """Has somebody read the gradient of its last layer's outputs."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head.register_full_backward_hook(lambda module, before, after: None)
+
+
+RECOMPUTED = "the {} of its last layer must be a parameter, got one that each forward computes"
+HOOKED = "its last layer must have no forward and no backward hooks"
 UNKNOWN = {
+    LateBiasLMHeadModel: "its logits depend on late_bias too, behind its last layer",
+    TemperatureLMHeadModel: "its logits depend on late_bias too, behind its last layer",
+    DroppedLMHeadModel: "its logits are not those of its last layer",
+    with_recomputed(pruned): RECOMPUTED.format("weight"),
+    with_recomputed(pruned, "bias", bias=True): RECOMPUTED.format("bias"),
+    with_recomputed(torch.nn.utils.weight_norm): RECOMPUTED.format("weight"),
+    with_recomputed(torch.nn.utils.spectral_norm): RECOMPUTED.format("weight"),
+    HookedLMHeadModel: HOOKED,
+    WatchedLMHeadModel: HOOKED,
     DoubledLMHeadModel: "its logits are not those of its last layer",
     WholeLMHeadModel: "its forward needs the logits of every position",
     TwiceLMHeadModel: "its forward must call its last layer once, got 2 calls",

@@ -57,7 +57,7 @@ def find_fused_head(model: nn.Module) -> FusedHead:
     """Read the last layer of an unwrapped Hugging Face model, and what its config puts behind it.
 
     Raises:
-        ValueError: If the last layer is no plain linear layer.
+        ValueError: If the last layer is no plain linear layer, or has hooks.
     """
     base: Any = base_model(model)
     find_layer = getattr(base, "get_output_embeddings", None)
@@ -65,6 +65,18 @@ def find_fused_head(model: nn.Module) -> FusedHead:
     # A subclass (an adapter, a quantised layer) and a replaced forward do more than multiply.
     if type(layer) is not nn.Linear or "forward" in vars(layer):
         raise ValueError(f"its last layer must be a plain torch.nn.Linear, got {layer}")
+    computed = [x for x in ("weight", "bias") if getattr(layer, x) is not layer._parameters.get(x)]
+    if computed:
+        raise ValueError(
+            f"the {computed[0]} of its last layer must be a parameter, got one that each forward "
+            "computes (as prune and weight_norm have it)"
+        )
+    # What goes before the layer is seen whole: the states are taken behind it.
+    if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        raise ValueError(
+            "its last layer must have no forward and no backward hooks, which would see the first "
+            "position alone"
+        )
     holders = (base, base.config.get_text_config(decoder=True), base.config)
     scale = 1.0
     for name in _FACTORS:

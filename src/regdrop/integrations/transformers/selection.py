@@ -193,7 +193,8 @@ class HeadSelection(TrainerInternals):
         assert self._source is not None
         model = self._unwrapped(self.model)
         if (
-            self._source.own is not None
+            self._has_told_of_loss
+            or self._source.own is not None
             or self._splits_parameters()
             or _is_of_library(base_model(model))
             or type(self).rdrop_head is not HeadSelection.rdrop_head

@@ -37,8 +37,8 @@ from regdrop.reading import Reading, check_implementation, head_terms, join_read
 from regdrop.schedule import StepPlan, is_monitored
 from regdrop.step import compute_passes_loss, run_step_passes
 
-# Steps at which a later batch is asked whether somebody's own class has the loss that the first
-# one showed.
+# Steps at which a later batch is asked whether a model still has the loss and the last layer that
+# the first one showed.
 _LATER_LOOKS = (1, 10, 100, 1000)
 
 
@@ -116,11 +116,13 @@ class RDropTrainerMixin(RunState):
         head = self._head(inputs)
         assert self._source is not None
         own = self._source.own
-        self._check(model, head, plan.num_passes, own)
-        self._check_counts(head)
-        if step in _LATER_LOOKS and step != self._looked_at and not self._has_told_of_loss:
+        if step in _LATER_LOOKS and step != self._looked_at:
             self._looked_at = step
             self._note_later_loss(head, inputs)
+            # What follows the last layer may act by now.
+            self._is_checked = self._is_checked and not self._is_fused
+        self._check(model, head, plan.num_passes, own)
+        self._check_counts(head)
         if self.rdrop.method == "fraternal":
             head = fraternal_head(head)
 

@@ -19,7 +19,7 @@ from regdrop.integrations.transformers.evaluation import (
 from regdrop.integrations.transformers.forward import auxiliary_loss
 from regdrop.integrations.transformers.fused import find_fused_head, fused_options
 from regdrop.integrations.transformers.outputs import find_loss
-from regdrop.kernels import project
+from regdrop.kernels import Projection, project
 from regdrop.loss import ItemTerms, combine_terms, is_counted
 from regdrop.passes import copy_structure, repeat_batch
 
@@ -163,8 +163,9 @@ def without_unlabelled(head: Head, inputs: Mapping[str, Any]) -> dict[str, Any]:
 def check_fused_head(model: nn.Module, head: Head) -> None:
     """Compare the logits that the fused loss stands for with those that the model returns.
 
-    One evaluation of the first position of one batch, which leaves the run as it was, shows
-    whether a model does more to its logits than its last layer and its config tell.
+    One forward in training mode, which leaves the run as it was, shows by its first position
+    whether a model does more to its logits than its last layer and its config tell. What it does
+    may be nothing yet, as a bias that begins at 0: then the graph shows on what logits depend.
 
     Args:
         model: An unwrapped Hugging Face model.
@@ -175,9 +176,14 @@ def check_fused_head(model: nn.Module, head: Head) -> None:
     """
     fused_options(head)
     fused = find_fused_head(model)
-    with evaluation_mode(model):
+
+    def look(batch: dict[str, Any]) -> tuple[Any, Tensor, Projection]:
+        with torch.enable_grad():
+            return fused.run(model, batch)
+
+    with training_mode(model):
         try:
-            output, hidden, projection = extra_pass(model, partial(fused.run, model), head.inputs)
+            output, hidden, projection = extra_pass(model, look, head.inputs)
         except RuntimeError as error:
             raise ValueError(f"its forward needs the logits of every position ({error})") from error
     if hidden.shape[:-1] != head.target.shape:
@@ -186,15 +192,35 @@ def check_fused_head(model: nn.Module, head: Head) -> None:
             f"got {tuple(hidden.shape[:-1])}"
         )
     own = head.outputs(output)
-    with torch.no_grad():
-        ours = project(hidden[:, :1], projection)
+    ours = project(hidden[:, :1], projection)
     tolerance = 1e-3 if projection.dtype in (None, torch.float32) else 1e-2
     tolerance = max(tolerance, 4 * torch.finfo(own.dtype).eps)
     is_same = own.shape == ours.shape and bool(
-        (own.to(ours.dtype) - ours).norm() <= tolerance * ours.norm()
+        (own.detach().to(ours.dtype) - ours).norm() <= tolerance * ours.norm()
     )
     if not is_same:
         raise ValueError("its logits are not those of its last layer, its bias, scale and soft cap")
+    layer = [x for x in (projection.weight, projection.bias) if x is not None]
+    names: dict[Tensor, str] = {x: name for name, x in model.named_parameters()}
+    further = _trained_behind(hidden, [own]) - _trained_behind(hidden, layer)
+    if further:
+        name = min(names.get(x, "another tensor") for x in further)
+        raise ValueError(f"its logits depend on {name} too, behind its last layer")
+
+
+def _trained_behind(states: Tensor, tensors: list[Tensor]) -> set[Tensor]:
+    """Return the trained leaves on which tensors depend otherwise than by these states."""
+    found = {x for x in tensors if x.is_leaf}
+    seen, nodes = {states.grad_fn}, [x.grad_fn for x in tensors]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        nodes.extend(following for following, _ in node.next_functions)
+    return found
 
 
 def _compare(model: nn.Module, head: Head, inputs: dict[str, Any]) -> Comparison:
