@@ -20,7 +20,17 @@ from regdrop import (
     symmetric_kl,
 )
 from regdrop.kernels.chunked import row_blocks
-from regdrop.loss import ItemTerms, adaptive_softmax_terms, cross_entropy_terms, fraternal_terms
+from regdrop.loss import (
+    ItemTerms,
+    adaptive_softmax_terms,
+    binary_cross_entropy_terms,
+    cross_entropy_terms,
+    ctc_terms,
+    fraternal_terms,
+    l1_terms,
+    mse_terms,
+    smooth_l1_terms,
+)
 
 SIZE, FEATURES, CLASSES = 6, 5, 4
 
@@ -211,6 +221,69 @@ def test_a_part_of_the_batch_carries_the_divergence():
     output = rdrop_step(forward, x, y, config=config, step=0)
     assert rows == [SIZE, SIZE // 2]
     torch.testing.assert_close(output.loss.detach(), output.nll + output.kl)
+
+
+def drawn(*shape):
+    generator = torch.Generator().manual_seed(3)
+    return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def lengths(transcripts):
+    return {"logit_lengths": 3 + transcripts[:, 0], "target_lengths": transcripts[:, 0]}
+
+
+@pytest.mark.parametrize(
+    ("terms", "target", "bound"),
+    [
+        (mse_terms, drawn(SIZE, CLASSES), lambda y: {"mask": y > 0.4, "weight": y[:, :1]}),
+        (l1_terms, drawn(SIZE, CLASSES), lambda y: {"weight": drawn(CLASSES), "mask": y > 0.4}),
+        (smooth_l1_terms, drawn(SIZE, CLASSES), lambda y: {"beta": 0.1, "mask": y[:, 1:2] > 0.4}),
+        (
+            binary_cross_entropy_terms,
+            drawn(SIZE, CLASSES),
+            lambda y: {"weight": y, "pos_weight": y[:, 2:3], "mask": y > 0.4},
+        ),
+        (ctc_terms, torch.tensor([[1, 2], [2, 3], [2, 1], [1, 1], [1, 3], [2, 2]]), lengths),
+        (cross_entropy_terms, torch.arange(SIZE) % CLASSES, lambda y: {"weight": drawn(CLASSES)}),
+    ],
+    ids=lambda given: getattr(given, "__name__", ""),
+)
+def test_what_is_bound_to_terms_is_that_of_the_part(terms, target, bound):
+    """As for terms of one's own that find it in the target."""
+    x = torch.randn(SIZE, *(() if terms is not ctc_terms else (7,)), FEATURES).double()
+    model, config = network(), RDropConfig(alpha=2.0, fraction=0.5)
+
+    def own(outputs, target, *, num_passes):
+        return terms(outputs, target, num_passes=num_passes, **bound(target))
+
+    found, expected = (
+        seeded(rdrop_step, model, x, target, config=config, step=0, loss=loss)
+        for loss in (partial(terms, **bound(target)), own)
+    )
+    torch.testing.assert_close(tuple(found), tuple(expected))
+    torch.testing.assert_close(gradient(found.loss, model), gradient(expected.loss, model))
+    assert found.kl > 0
+
+
+def test_terms_of_ones_own_that_cannot_take_a_part_are_told_that_it_is_the_fraction():
+    model, x, y = network(), inputs(), drawn(SIZE, CLASSES)
+    weight = torch.rand(SIZE, 1).double()
+
+    def weighted(outputs, target, *, num_passes):
+        terms = mse_terms(outputs, target, num_passes=num_passes)
+        return terms._replace(nll=terms.nll * weight, kl=terms.kl * weight)
+
+    def summed(outputs, target, *, num_passes):
+        terms = mse_terms(outputs, target, num_passes=num_passes)
+        return terms._replace(nll=terms.nll.sum(), kl=terms.kl.sum())
+
+    options = {"config": RDropConfig(alpha=1.0, fraction=0.5), "step": 0}
+    message = "loss fails for 3 of 6 items, as fraction has it: The size of tensor .* fraction=1.0"
+    with pytest.raises(ValueError, match=message):
+        rdrop_step(model, x, y, loss=weighted, **options)
+    message = r"loss must return one divergence an item .*, got kl of shape \(\) for 3 items"
+    with pytest.raises(ValueError, match=message):
+        rdrop_step(model, x, y, loss=summed, **options)
 
 
 class Loop:

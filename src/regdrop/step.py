@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from regdrop.loss import (
     rdrop_cross_entropy,
 )
 from regdrop.loss.checks import check_counts, check_plain, place_of_tensor
+from regdrop.loss.counts import take_items
 from regdrop.passes import (
     copy_structure,
     count_rows,
@@ -81,7 +82,8 @@ def rdrop_step(
             config's.
         loss: "cross_entropy", "binary_cross_entropy" (with logits) or "mse", or a function of
             terms: from stacked outputs, the target and `num_passes` to `regdrop.loss.ItemTerms`,
-            such as `functools.partial(regdrop.loss.cross_entropy_terms, label_smoothing=0.1)`.
+            such as `functools.partial(regdrop.loss.cross_entropy_terms, label_smoothing=0.1)`. With
+            `fraction`, masks, weights and lengths that are bound so are those of the part.
         num_items: Denominator of both terms instead of this batch's own count: a total over an
             accumulation window and all ranks.
         num_weight: Denominator of the NLL alone: the total class weight, or the number of
@@ -450,9 +452,31 @@ def _partial_terms(
     first = map_rows(lambda output: output[:size], outputs)
     both = map_rows(lambda output: torch.cat([output[:size][items], output[size:]]), outputs)
     whole = terms(first, target, num_passes=1)
-    part = terms(both, target[items], **passes)
+    part = _terms_of_part(terms, both, target, items, passes)
     weight = size / max(1, items.numel())
     kl = part.kl.new_zeros(size, *part.kl.shape[1:]).index_add(0, items, part.kl * weight)
     # A trainer's own loss is no NLL of items: its one zero stands for all of them.
     nll = whole.nll if whole.nll.dim() else (whole.nll / max(1, kl.numel())).expand_as(kl)
     return whole._replace(nll=nll, kl=kl)
+
+
+def _terms_of_part(
+    terms: TermsFunction, outputs: Any, target: Tensor, items: Tensor, passes: dict[str, Any]
+) -> ItemTerms:
+    """Return the terms of some items; raise where terms of one's own hold something of all."""
+    try:
+        part = take_items(terms, target, items)(outputs, target[items], **passes)
+    except (ValueError, IndexError, RuntimeError) as error:
+        if is_counted(terms) or isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"loss fails for {len(items)} of {len(target)} items, as fraction has it: {error}; if "
+            "it holds something of all items, such as a mask, use fraction=1.0, or bind that to "
+            "terms of regdrop by functools.partial"
+        ) from error
+    if part.kl.shape[:1] != items.shape:
+        raise ValueError(
+            "loss must return one divergence an item for a fraction below 1, got kl of shape "
+            f"{tuple(part.kl.shape)} for {len(items)} items; use fraction=1.0"
+        )
+    return cast(ItemTerms, part)

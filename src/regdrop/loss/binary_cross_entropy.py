@@ -77,7 +77,7 @@ def rdrop_binary_cross_entropy_with_logits(
     )
 
 
-@counted_by(count_elements)
+@counted_by(count_elements, of_elements=("weight", "pos_weight", "mask"))
 def binary_cross_entropy_terms(
     logits: Tensor,
     target: Tensor,

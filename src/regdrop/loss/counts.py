@@ -1,11 +1,12 @@
 """How many items count: the denominators of both terms, from the target alone.
 
 A trainer needs them before the model has run, for a whole accumulation window. Each terms function
-names the function that counts for it, and uses it itself, so that there is one truth.
+names the function that counts for it, and uses it itself, so that there is one truth. It also names
+its options that belong to items, so that a part of the items can be taken of them.
 """
 
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,18 +27,33 @@ class ItemCounts(NamedTuple):
     kl: Tensor
 
 
-_COUNTS: dict[Any, Callable[..., ItemCounts]] = {}
+class _Rules(NamedTuple):
+    """What `counted_by` was told of a terms function."""
+
+    counting: Callable[..., ItemCounts]
+    of_items: Sequence[str]
+    of_elements: Sequence[str]
 
 
-def counted_by(count: Callable[..., ItemCounts]) -> Callable[[Terms], Terms]:
-    """Name the function that counts the items of a terms function.
+_RULES: dict[Any, _Rules] = {}
+
+
+def counted_by(
+    count: Callable[..., ItemCounts],
+    *,
+    of_items: Sequence[str] = (),
+    of_elements: Sequence[str] = (),
+) -> Callable[[Terms], Terms]:
+    """Name the function that counts the items of a terms function, and options that are of items.
 
     Args:
         count: From the target, and those of the terms' options that it has too, to the counts.
+        of_items: Options that are a tensor (batch,).
+        of_elements: Options that are a tensor which is broadcast to the target.
     """
 
     def register(terms: Terms) -> Terms:
-        _COUNTS[terms] = count
+        _RULES[terms] = _Rules(count, of_items, of_elements)
         return terms
 
     return register
@@ -58,17 +74,39 @@ def count_items(terms: Callable[..., Any], target: Any) -> ItemCounts | None:
     Returns:
         The counts; None where the terms are not of this library, so that nobody can know.
     """
-    count, options = _find(terms)
-    if count is None:
+    rules, options = _find(terms)
+    if rules is None:
         return None
-    accepted = inspect.signature(count).parameters
-    return count(target, **{name: value for name, value in options.items() if name in accepted})
+    accepted = inspect.signature(rules.counting).parameters
+    bound = {name: value for name, value in options.items() if name in accepted}
+    return rules.counting(target, **bound)
 
 
-def _find(terms: Callable[..., Any]) -> tuple[Callable[..., ItemCounts] | None, dict[str, Any]]:
-    """Return what counts the items of a terms function, and the options that are bound to it."""
+def take_items(terms: Callable[..., Any], target: Tensor, items: Tensor) -> Callable[..., Any]:
+    """Return terms for some items of a target: what is bound to them is that of these items.
+
+    Args:
+        terms: A terms function, its options bound by `functools.partial` or not; one that is not of
+            this library is returned as it is.
+        target: The target of all items, which the options fit.
+        items: Positions (n,) of the items.
+    """
+    rules, options = _find(terms)
+    if rules is None:
+        return terms
+    part = {}
+    for name in (*rules.of_items, *rules.of_elements):
+        option = options.get(name)
+        if option is not None:
+            whole = option if name in rules.of_items else option.expand(target.shape)
+            part[name] = whole.to(items.device)[items]
+    return partial(terms, **part)
+
+
+def _find(terms: Callable[..., Any]) -> tuple[_Rules | None, dict[str, Any]]:
+    """Return what is known of a terms function, and the options that are bound to it."""
     options: dict[str, Any] = {}
     while isinstance(terms, partial):
         options = {**terms.keywords, **options}
         terms = terms.func
-    return (_COUNTS.get(terms) if isinstance(terms, Hashable) else None), options
+    return (_RULES.get(terms) if isinstance(terms, Hashable) else None), options

@@ -29,7 +29,7 @@ def count_sequences(target: Tensor, reduction: CTCReduction = "mean") -> ItemCou
     return ItemCounts(count, count)
 
 
-@counted_by(count_sequences)
+@counted_by(count_sequences, of_items=("logit_lengths", "target_lengths"))
 def ctc_terms(
     logits: Tensor,
     target: Tensor,

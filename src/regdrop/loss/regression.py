@@ -186,7 +186,7 @@ def rdrop_smooth_l1_loss(
     )
 
 
-@counted_by(count_elements)
+@counted_by(count_elements, of_elements=("weight", "mask"))
 def mse_terms(
     input: Tensor,
     target: Tensor,
@@ -200,7 +200,7 @@ def mse_terms(
     return _terms(F.mse_loss, input, target, num_passes, weight, mask, backward_passes)
 
 
-@counted_by(count_elements)
+@counted_by(count_elements, of_elements=("weight", "mask"))
 def l1_terms(
     input: Tensor,
     target: Tensor,
@@ -214,7 +214,7 @@ def l1_terms(
     return _terms(F.l1_loss, input, target, num_passes, weight, mask, backward_passes)
 
 
-@counted_by(count_elements)
+@counted_by(count_elements, of_elements=("weight", "mask"))
 def smooth_l1_terms(
     input: Tensor,
     target: Tensor,
