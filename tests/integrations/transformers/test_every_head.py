@@ -251,6 +251,19 @@ def test_auxiliary_losses_of_a_window_add_up_by_their_items(tmp_path):
     torch.testing.assert_close(loss, expected)
 
 
+def test_experts_are_balanced_in_a_window_without_an_item(tmp_path):
+    name = "MixtralForCausalLM"
+    rdrop = RDropConfig(alpha=0.0, num_passes=1)
+    trainer = trainer_for(tmp_path, name, rdrop=rdrop)
+    model, batch = trainer.model.train(), batch_for(name)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    trainer.current_gradient_accumulation_steps = 2
+    loss = trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(0))
+    balance = auxiliary_loss(model, model(**batch))
+    torch.testing.assert_close(loss, balance / 2)
+    assert balance > 0
+
+
 def test_the_check_of_the_loss_leaves_the_run_as_it_was():
     model, batch = make("BertForMaskedLM").train(), batch_for("BertForMaskedLM")
     model.bert.encoder.eval()

@@ -55,17 +55,32 @@ def fused_terms(head: Head, projection: Projection) -> tuple[TermsFunction, Loss
 
 
 def weigh_expert_loss(
-    reading: Reading, head: Head, config: RDropConfig, num_items: Tensor | int | None
+    reading: Reading,
+    head: Head,
+    config: RDropConfig,
+    num_items: Tensor | int | None,
+    num_batches: int,
 ) -> Tensor | float:
     """Return the mean auxiliary loss of the forwards with a gradient, on the loss's scale.
 
-    Each micro-batch has the weight of its items in the window.
+    Each micro-batch has the weight of its items in the window. In a window without any item all
+    count alike: experts are balanced for words without labels too.
+
+    Args:
+        reading: What was read of the forwards.
+        head: The head of the micro-batch.
+        config: The options.
+        num_items: Items of the window; None for the mean of the micro-batch alone.
+        num_batches: Micro-batches of the window.
     """
     if not reading.losses:
         return 0.0
     mean = torch.stack(reading.losses).mean()
     factor = config.num_passes if config.scale == "sum" else 1
-    share = 1 if num_items is None else head.counts().kl / num_items
+    if num_items is None:
+        return mean * factor
+    items = torch.as_tensor(num_items, device=mean.device)
+    share = torch.where(items > 0, head.counts().kl / items.clamp(min=1), 1 / num_batches)
     return mean * factor * share
 
 

@@ -153,8 +153,10 @@ class RDropTrainerMixin(RunState):
 
         if own is None:
             self._note_step(plan, result.nll, kl, head.counts())
-            loss = result.loss + weigh_expert_loss(reading, head, self.rdrop, num_items_in_batch)
-            loss = loss * self._gradient_shares(num_items_in_batch)
+            shares = self._gradient_shares(num_items_in_batch)
+            batches = self._num_micro_batches() * shares
+            experts = weigh_expert_loss(reading, head, self.rdrop, num_items_in_batch, batches)
+            loss = (result.loss + experts) * shares
             if num_items_in_batch is None and self._is_in_step:
                 # A mean over this micro-batch, which nobody else divides.
                 loss = loss / self._num_micro_batches()
