@@ -342,7 +342,7 @@ def test_a_corrupt_image_is_named_by_its_row_before_training_also_beyond_memory(
 def test_reading_a_large_split_says_how_far_it_is(caplog):
     def read(count, seconds):
         caplog.clear()
-        decoding.read_once("the split", range(count), str, "", seconds_between_lines=seconds)
+        decoding.read_once("the split", range(count), str, None, seconds_between_lines=seconds)
         return [record.getMessage() for record in caplog.records]
 
     assert read(1001, -1.0) == [

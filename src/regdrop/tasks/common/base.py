@@ -82,6 +82,11 @@ class TrainingSettings:
                 f"{self.gradient_accumulation_steps} and {self.batch_size}"
             )
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Items a micro-batch over all processes."""
+        return self.batch_size // self.gradient_accumulation_steps
+
     def stretched(self, factor: int) -> "TrainingSettings":
         """Return the same settings with `factor` times the steps and the schedule stretched."""
         return replace(self, max_steps=self.max_steps * factor)

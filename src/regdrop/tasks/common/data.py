@@ -162,7 +162,40 @@ def check_texts(dataset: str, splits: Mapping[str, Any], columns: Iterable[str])
                 )
 
 
-def hold_out(train: Any) -> tuple[Any, Any]:
+def require_training(dataset: str, splits: Mapping[str, Any]) -> Any:
+    """Return the training split.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if "train" not in splits:
+        raise ValueError(f"data {dataset!r} must have a split 'train', got {sorted(splits)}")
+    return splits["train"]
+
+
+def split_training(splits: Mapping[str, Any], size: int | None) -> dict[str, Any]:
+    """Return splits whose training split is the part that is used, with one to select on.
+
+    Where there is no validation split it is a tenth of the training split. Without a training split
+    they are as they were.
+
+    Args:
+        splits: Splits by what they are used for.
+        size: Rows of the training split that are used, drawn by a fixed seed; None for all.
+
+    Raises:
+        ValueError: If the training split has fewer, or is too small to be split.
+    """
+    result = dict(splits)
+    if "train" not in result:
+        return result
+    if "validation" not in result:
+        result["train"], result["validation"] = _hold_out(result["train"])
+    result["train"] = _take_part(result["train"], size)
+    return result
+
+
+def _hold_out(train: Any) -> tuple[Any, Any]:
     """Return nine tenths of a training split and the tenth on which to select.
 
     Raises:
@@ -176,7 +209,7 @@ def hold_out(train: Any) -> tuple[Any, Any]:
     return parts["train"], parts["test"]
 
 
-def take_part(train: Any, size: int | None) -> Any:
+def _take_part(train: Any, size: int | None) -> Any:
     """Return so many rows of a training split, drawn by a fixed seed; all for None.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What tasks share whose text is generated from text: splits, trainer arguments, outputs.
+"""What tasks share whose text is generated from text: splits, references and outputs.
 
 Splits stay where `datasets` keeps them, in Arrow files on disk, so that a training split may be
 larger than memory; small ones are encoded in memory.
@@ -150,22 +150,6 @@ def encode_split(
         remove_columns=split.column_names,
         keep_in_memory=fits_memory(split),
     )
-
-
-def seq2seq_options(num_beams: int, eval_batch_size: int) -> dict[str, Any]:
-    """Return the arguments of a trainer with batches by tokens that scores what it generates.
-
-    Args:
-        num_beams: Beams of the evaluations during training.
-        eval_batch_size: Examples a batch of an evaluation.
-    """
-    return {
-        "predict_with_generate": True,
-        "generation_num_beams": num_beams,
-        "per_device_train_batch_size": 1,  # batches are by tokens
-        "per_device_eval_batch_size": eval_batch_size,
-        "remove_unused_columns": False,
-    }
 
 
 def read_outputs(tokenizer: Any, references: References, prediction: Any) -> Outputs:

@@ -98,7 +98,8 @@ def reader(
     num_channels: int,
     *,
     rows: Sequence[int],
-    identity: str | None = "",
+    read_first: bool = True,
+    identity: str | None = None,
     in_memory: bool | None = None,
 ) -> Callable[[Sequence[int]], Tensor]:
     """Return a function from positions to uint8 images, from memory where they fit.
@@ -110,8 +111,9 @@ def reader(
         image_size: Height and width to which they are resized.
         num_channels: 1 for grey, 3 for RGB.
         rows: The row of each of them in its file.
-        identity: What changes where the images do, so that those beyond memory are read once in
-            all before any is used; empty if it is not known. None: they are read as they are used.
+        read_first: Whether those beyond memory are all read before any is used.
+        identity: What changes where the images do, so that this is done once for all runs; None if
+            it is not known.
         in_memory: Whether all are decoded once and kept. None: if they take at most half a GiB.
 
     Raises:
@@ -137,8 +139,8 @@ def reader(
     if in_memory is None:
         in_memory = len(source) * num_channels * image_size**2 <= _IN_MEMORY_BYTES
     if not in_memory:
-        if identity is not None:
-            kind = f"{identity} {num_channels}" if identity else ""
+        if read_first:
+            kind = None if identity is None else f"{identity} {num_channels}"
             share_work(
                 len(rows),
                 lambda part: read_once(
@@ -169,7 +171,7 @@ def read_once(
     where: str,
     rows: Sequence[int],
     load: Callable[[int], Any],
-    identity: str,
+    identity: str | None,
     *,
     seconds_between_lines: float = 10.0,
 ) -> None:
@@ -179,13 +181,13 @@ def read_once(
         where: The split and its data, in words.
         rows: The row of each of its images in its file.
         load: Reads the image of a position among them, and raises if it cannot be read.
-        identity: What changes where the images do; empty if it is not known.
+        identity: What changes where the images do; None if it is not known.
         seconds_between_lines: Least time from one line of the log to the next.
     """
     count = len(rows)
     key = hashlib.sha256(repr((where, list(rows), identity)).encode("utf-8", "surrogateescape"))
     done = cache_folder("images-read") / key.hexdigest()
-    if identity and done.exists():
+    if identity is not None and done.exists():
         return
     told = time.monotonic()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # decoders leave Python's lock
@@ -196,7 +198,7 @@ def read_once(
             if time.monotonic() - told > seconds_between_lines:
                 told = time.monotonic()
                 _logger.warning("%s: %s of %s images checked", where, f"{end:,}", f"{count:,}")
-    if identity:
+    if identity is not None:
         with suppress(OSError):
             done.parent.mkdir(parents=True, exist_ok=True)
             done.touch()

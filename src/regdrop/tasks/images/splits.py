@@ -1,6 +1,6 @@
 """Images from a `datasets` folder or a hub id: splits, labels and classes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from regdrop.tasks.common.class_names import label_names, renumber_classes
-from regdrop.tasks.common.data import hold_out, load_raw_splits, require_columns, take_part
+from regdrop.tasks.common.data import load_raw_splits, require_columns, split_training
 from regdrop.tasks.common.folders import data_digests
 from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.images.dataset import Images, ImageSplits
@@ -16,6 +16,7 @@ from regdrop.tasks.images.decoding import reader
 
 # The column of the row of an image in its file, wherever it is drawn to.
 ROW = "row of the split"
+_USED = ("train", "validation", "test")
 
 
 def load_image_splits(
@@ -57,72 +58,118 @@ def load_image_splits(
         name: split.add_column(ROW, np.arange(len(split)))
         for name, split in load_raw_splits(dataset, config_name).items()
     }
-    train, held_out, test = (loaded.get(name) for name in ("train", "validation", "test"))
-    known = [x for x in (train, held_out, test) if x is not None]
-    if not known:
+    first = next((name for name in _USED if name in loaded), None)
+    if first is None:
         raise ValueError(
             f"dataset {dataset!r} must have a split named train, validation or test, "
             f"got {sorted(loaded)}"
         )
-    image_column, label_column = columns = find_columns(dataset, known[0])
-    if test is not None and _hides_labels(test, label_column):
-        say_once(f"split 'test' of data {dataset!r} has no labels in {label_column!r}: not used")
-        test = None
-    origins = {name: name for name in ("train", "validation", "test")}
-    if train is not None:
-        if test is None:
-            test, held_out = held_out, None
-            origins["test"] = "validation"
-        if test is None:
-            raise ValueError(
-                f"dataset {dataset!r} must have a split 'test' or 'validation' with labels, "
-                f"got {sorted(loaded)}"
-            )
-        if class_names is None:
-            _say_unlearned(f"split 'train' of data {dataset!r}", train, label_column)
-        if held_out is None:
-            train, held_out = hold_out(train)
-            origins["validation"] = "train"
-        train = take_part(train, train_examples)
-    used = {"train": train, "validation": held_out, "test": test}
-    require_columns(dataset, {origins[k]: x for k, x in used.items() if x is not None}, columns)
-    own_names = list(known[0].features[label_column].names)
+    is_trained = class_names is not None
+    image_column, label_column = columns = find_columns(dataset, loaded[first])
+    chosen, origins = _choose_splits(
+        dataset, loaded, label_column, train_examples, is_trained=is_trained
+    )
+    require_columns(dataset, {origins[use]: split for use, split in chosen.items()}, columns)
+    own_names = list(loaded[first].features[label_column].names)
     wanted = own_names if class_names is None else list(class_names)
-    first = next(name for name in ("train", "validation", "test") if name in loaded)
-    whose = f"split {first!r}" if class_names is None else "the model"
-    identity = None  # a trained model is evaluated on a part: the others are not read for it
-    if class_names is None:
-        digests = data_digests(dataset)
-        identity = f"{config_name} {digests}" if digests else ""
-
-    def split(name: str, source: Any, augmentation: nn.Module | None = None) -> Images | None:
-        if source is None:
-            return None
-        where, rows = f"split {origins[name]!r} of data {dataset!r}", source[ROW][:]
-        names = label_names(source, label_column) or own_names
-        labels = check_labels(where, source[label_column][:], len(names), rows)
-        if name == "train" and len(labels.unique()) == 1:
-            raise ValueError(
-                f"the labels of {where} must be of several classes, got {labels[0]} in all "
-                f"{len(labels)} rows"
-            )
-        labels = torch.tensor(renumber_classes(where, labels.tolist(), names, wanted, whose))
+    digests = None if is_trained else data_digests(dataset)
+    splits = {}
+    for use, split in chosen.items():
+        where = f"split {origins[use]!r} of data {dataset!r}"
+        labels = _read_labels(
+            where,
+            split,
+            label_column,
+            names=label_names(split, label_column) or own_names,
+            wanted=wanted,
+            whose="the model" if is_trained else f"split {first!r}",
+            must_vary=use == "train",
+        )
         read = reader(
-            *(where, source, image_column, image_size, num_channels),
-            rows=rows,
-            identity=identity,
+            *(where, split, image_column, image_size, num_channels),
+            rows=split[ROW][:],
+            # A trained model is evaluated on a part: the others are not read for it.
+            read_first=not is_trained,
+            identity=f"{config_name} {digests}" if digests else None,
             in_memory=in_memory,
         )
-        return Images(
+        splits[use] = Images(
             read,
             labels,
             mean=torch.tensor(list(mean)),
             std=torch.tensor(list(std)),
-            augmentation=augmentation,
+            augmentation=augmentation if use == "train" else None,
         )
+    train, validation, test = (splits.get(use) for use in _USED)
+    return ImageSplits(train, validation, test, wanted)
 
-    splits = split("train", train, augmentation), split("validation", held_out), split("test", test)
-    return ImageSplits(*splits, wanted)
+
+def _choose_splits(
+    dataset: str,
+    loaded: Mapping[str, Any],
+    label_column: str,
+    train_examples: int | None,
+    *,
+    is_trained: bool,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the splits by what they are used for, and which of the set's each is made of.
+
+    Raises:
+        ValueError: If there is nothing to test on beside the training split, or that is too small.
+    """
+    chosen = {name: loaded[name] for name in _USED if name in loaded}
+    origins = {name: name for name in _USED}
+    if "test" in chosen and _hides_labels(chosen["test"], label_column):
+        say_once(f"split 'test' of data {dataset!r} has no labels in {label_column!r}: not used")
+        del chosen["test"]
+    if "train" not in chosen:
+        return chosen, origins
+    if "test" not in chosen:
+        if "validation" not in chosen:
+            raise ValueError(
+                f"dataset {dataset!r} must have a split 'test' or 'validation' with labels, "
+                f"got {sorted(loaded)}"
+            )
+        chosen["test"], origins["test"] = chosen.pop("validation"), "validation"
+    if not is_trained:
+        _say_unlearned(f"split 'train' of data {dataset!r}", chosen["train"], label_column)
+    if "validation" not in chosen:
+        origins["validation"] = "train"
+    chosen = split_training(chosen, train_examples)
+    return {use: chosen[use] for use in _USED if use in chosen}, origins
+
+
+def _read_labels(
+    where: str,
+    split: Any,
+    column: str,
+    *,
+    names: Sequence[str],
+    wanted: Sequence[str],
+    whose: str,
+    must_vary: bool,
+) -> Tensor:
+    """Return the labels of a split as classes of all splits, or of a model.
+
+    Args:
+        where: The split and its data, in words.
+        split: A `datasets.Dataset` with the column `ROW`.
+        column: Its labels.
+        names: The classes of the split.
+        wanted: Those of all splits, or of a model.
+        whose: Whose these are, in words.
+        must_vary: Whether labels of one class alone are refused.
+
+    Raises:
+        ValueError: If one is missing, or of no class that is wanted.
+    """
+    labels = check_labels(where, split[column][:], len(names), split[ROW][:])
+    if must_vary and len(labels.unique()) == 1:
+        raise ValueError(
+            f"the labels of {where} must be of several classes, got {labels[0]} in all "
+            f"{len(labels)} rows"
+        )
+    return torch.tensor(renumber_classes(where, labels.tolist(), names, wanted, whose))
 
 
 def check_labels(

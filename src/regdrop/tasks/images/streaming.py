@@ -1,6 +1,7 @@
 """Images of a data set that is too large to keep: read while it trains, in shuffled order."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -140,31 +141,14 @@ def stream_image_splits(
     if held_out_images is None:
         held_out_images = HELD_OUT_IMAGES
     loaded = open_splits(dataset, config_name, streaming=True)
-    tested = next((name for name in ("validation", "test") if name in loaded), None)
-    if "train" not in loaded or tested is None:
-        raise ValueError(
-            f"data {dataset!r} must have the splits 'train' and 'validation' or 'test', "
-            f"got {sorted(loaded)}"
-        )
-    columns = find_columns(dataset, loaded["train"])
-    decode = loaded["train"].features[columns[0]].decode_example
-    class_names = list(loaded["train"].features[columns[1]].names)
-    tested_names = label_names(loaded[tested], columns[1])
-    if tested_names not in (None, class_names):
-        raise ValueError(
-            f"split {tested!r} of data {dataset!r} must have the classes of split 'train' in their "
-            f"order to be streamed, {class_names}; got {tested_names}"
-        )
+    tested = _find_tested(dataset, loaded)
+    columns = image_column, label_column = find_columns(dataset, loaded["train"])
+    class_names = _shared_classes(dataset, loaded, tested, label_column)
     wheres = {name: f"split {name!r} of data {dataset!r}" for name in ("train", tested)}
+    _check_first_labels(
+        wheres["train"], loaded["train"], label_column, len(class_names), watched_labels
+    )
     train, test = (number_rows(loaded[name], columns) for name in ("train", tested))
-    first = loaded["train"].select_columns(columns[1]).take(watched_labels)
-    labels = [row[columns[1]] for row in first]
-    check_labels(wheres["train"], labels, len(class_names))
-    if len(labels) == watched_labels and labels == sorted(labels):
-        raise ValueError(
-            f"split 'train' of data {dataset!r} must be in no order of its classes to be streamed, "
-            f"got its first {watched_labels:,} images sorted by {columns[1]!r}: shuffle its files"
-        )
     rest = train.skip(held_out_images)
     rest = rest if train_examples is None else rest.take(train_examples)
     if next(iter(rest), None) is None:
@@ -173,28 +157,83 @@ def stream_image_splits(
             "on which checkpoints are selected; without streaming a tenth is held out"
         )
     centre, spread = (torch.tensor(list(x)).reshape(-1, 1, 1) for x in (mean, std))
-
-    def prepare(pixels: torch.Tensor) -> torch.Tensor:
-        return (resize(pixels, image_size) - centre) / spread
-
-    def split(name: str, rows: Any, **training: Any) -> StreamedImages:
-        return StreamedImages(
-            rows,
-            columns,
-            decode,
-            prepare,
-            num_channels=num_channels,
-            num_classes=len(class_names),
-            where=wheres[name],
-            **training,
-        )
-
+    stream = partial(
+        StreamedImages,
+        columns=columns,
+        decode=loaded["train"].features[image_column].decode_example,
+        prepare=partial(_prepare, size=image_size, mean=centre, std=spread),
+        num_channels=num_channels,
+        num_classes=len(class_names),
+    )
     return ImageSplits(
-        split("train", rest, augmentation=augmentation, train=True, shuffle_buffer=shuffle_buffer),
-        split("train", train.take(held_out_images)),
-        split(tested, test),
+        stream(
+            rest,
+            where=wheres["train"],
+            augmentation=augmentation,
+            train=True,
+            shuffle_buffer=shuffle_buffer,
+        ),
+        stream(train.take(held_out_images), where=wheres["train"]),
+        stream(test, where=wheres[tested]),
         class_names,
     )
+
+
+def _find_tested(dataset: str, loaded: Mapping[str, Any]) -> str:
+    """Return the name of the split that a set is tested on.
+
+    Raises:
+        ValueError: If there is none, or no training split.
+    """
+    tested = next((name for name in ("validation", "test") if name in loaded), None)
+    if "train" not in loaded or tested is None:
+        raise ValueError(
+            f"data {dataset!r} must have the splits 'train' and 'validation' or 'test', "
+            f"got {sorted(loaded)}"
+        )
+    return tested
+
+
+def _shared_classes(
+    dataset: str, loaded: Mapping[str, Any], tested: str, label_column: str
+) -> list[str]:
+    """Return the classes of the training split, which are those of the split that is tested.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    class_names = list(loaded["train"].features[label_column].names)
+    tested_names = label_names(loaded[tested], label_column)
+    if tested_names not in (None, class_names):
+        raise ValueError(
+            f"split {tested!r} of data {dataset!r} must have the classes of split 'train' in their "
+            f"order to be streamed, {class_names}; got {tested_names}"
+        )
+    return class_names
+
+
+def _check_first_labels(
+    where: str, train: Any, label_column: str, num_classes: int, count: int
+) -> None:
+    """Check the first labels of a training split, and that they do not come class by class.
+
+    Raises:
+        ValueError: If they do, or one is none.
+    """
+    labels = [row[label_column] for row in train.select_columns(label_column).take(count)]
+    check_labels(where, labels, num_classes)
+    if len(labels) == count and labels == sorted(labels):
+        raise ValueError(
+            f"{where} must be in no order of its classes to be streamed, got its first {count:,} "
+            f"images sorted by {label_column!r}: shuffle its files"
+        )
+
+
+def _prepare(
+    pixels: torch.Tensor, *, size: int, mean: torch.Tensor, std: torch.Tensor
+) -> torch.Tensor:
+    """Return what a model takes of an image (C, H, W) between 0 and 1."""
+    return (resize(pixels, size) - mean) / std
 
 
 def resize(pixels: torch.Tensor, size: int) -> torch.Tensor:

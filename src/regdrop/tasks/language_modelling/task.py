@@ -24,7 +24,12 @@ from regdrop.tasks.common.base import (
     TrainingSettings,
     check_task,
 )
-from regdrop.tasks.common.data import check_texts, load_raw_splits, require_columns
+from regdrop.tasks.common.data import (
+    check_texts,
+    load_raw_splits,
+    require_columns,
+    require_training,
+)
 from regdrop.tasks.common.model_config import (
     OF_VOCABULARY,
     check_model_config,
@@ -147,9 +152,8 @@ class LanguageModelling(OldNames):
         return self.block_size if self.test_block_size is None else self.test_block_size
 
     def _learn_words(self, raw: Mapping[str, Any]) -> Any:
-        if "train" not in raw:
-            raise ValueError(f"data {self.dataset!r} must have a split 'train', got {sorted(raw)}")
-        return learn_words(self._stream("train", raw["train"]), size=self.vocabulary_size)
+        train = require_training(self.dataset, raw)
+        return learn_words(self._stream("train", train), size=self.vocabulary_size)
 
     def _stream(self, name: str, split: Any) -> Iterator[str]:
         """Return the lines of a split, of the training split as many as are used."""

@@ -13,7 +13,6 @@ from torch import nn
 from regdrop.config import RDropConfig
 from regdrop.tasks.common.accepted import Count, Name, Text, WholeNumber
 from regdrop.tasks.common.base import (
-    LazySplits,
     Metric,
     OldNames,
     PreparedTask,
@@ -22,11 +21,12 @@ from regdrop.tasks.common.base import (
 )
 from regdrop.tasks.common.data import (
     check_texts,
-    hold_out,
     load_raw_splits,
     require_columns,
-    take_part,
+    require_training,
+    split_training,
 )
+from regdrop.tasks.common.generation import prepare_generation
 from regdrop.tasks.common.initialisation import initialise
 from regdrop.tasks.common.model_config import (
     OF_VOCABULARY,
@@ -44,7 +44,6 @@ from regdrop.tasks.common.seq2seq import (
     column_values,
     encode_split,
     read_outputs,
-    seq2seq_options,
     texts_of,
 )
 from regdrop.tasks.common.vocabulary import find_vocabulary, learn_vocabulary
@@ -136,14 +135,6 @@ class Summarisation(OldNames):
         Raises:
             ValueError: For data or a checkpoint that cannot be found or does not fit, by name.
         """
-        from transformers import (
-            AutoModelForSeq2SeqLM,
-            DataCollatorForSeq2Seq,
-            Seq2SeqTrainingArguments,
-        )
-
-        from regdrop.tasks.common.generation_trainer import GenerationTrainer
-
         with refused_if_new(folder, begun=begun):
             self._check_model_config()
         raw = self._load_raw()
@@ -153,26 +144,21 @@ class Summarisation(OldNames):
             tokenizer = load_tokenizer(find_checkpoint(self.model))
         config = self.build_config(tokenizer)
         references = References()
-        max_tokens = self.training.batch_size // self.training.gradient_accumulation_steps
-        return PreparedTask(
-            splits=LazySplits(
-                {
-                    name: partial(self._encode, name, split, tokenizer, references)
-                    for name, split in raw.items()
-                },
-                self.dataset,
-            ),
+        makers = {
+            name: partial(self._encode, name, split, tokenizer, references)
+            for name, split in raw.items()
+        }
+        # Beams keep keys and values of whole sources.
+        sources = 8 * self.training.micro_batch_size // self.max_source_length
+        return prepare_generation(
+            self.dataset,
+            makers,
+            tokenizer,
+            self.training,
             build_model=partial(self._build_model, tokenizer, config),
-            load_model=AutoModelForSeq2SeqLM.from_pretrained,
             example_statistics=partial(summary_statistics, tokenizer, references),
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
-            processing_class=tokenizer,
-            trainer=partial(GenerationTrainer, max_tokens=max_tokens),
-            arguments=Seq2SeqTrainingArguments,
-            # Beams keep keys and values of whole sources.
-            options=seq2seq_options(
-                self.validation_num_beams, max(8, 8 * max_tokens // self.max_source_length)
-            ),
+            num_beams=self.validation_num_beams,
+            eval_batch_size=max(8, sources),
         )
 
     def _check_model_config(self) -> None:
@@ -197,17 +183,11 @@ class Summarisation(OldNames):
         require_columns(self.dataset, splits, (self.source, self.target))
         check_texts(self.dataset, splits, [self.source])
         check_references(self.dataset, splits, self.target)
-        if "train" in splits:
-            if "validation" not in splits:
-                splits["train"], splits["validation"] = hold_out(splits["train"])
-            splits["train"] = take_part(splits["train"], self.train_examples)
-        return splits
+        return split_training(splits, self.train_examples)
 
     def _learn_vocabulary(self, raw: Mapping[str, Any]) -> Any:
-        if "train" not in raw:
-            raise ValueError(f"data {self.dataset!r} must have a split 'train'")
         return learn_vocabulary(
-            self._training_texts(raw["train"]),
+            self._training_texts(require_training(self.dataset, raw)),
             size=self.vocabulary_size,
             lowercase=False,
             max_length=self.max_source_length,

@@ -13,7 +13,6 @@ from torch import nn
 from regdrop.config import RDropConfig
 from regdrop.tasks.common.accepted import Count, Name, Text
 from regdrop.tasks.common.base import (
-    LazySplits,
     Metric,
     OldNames,
     PreparedTask,
@@ -22,11 +21,12 @@ from regdrop.tasks.common.base import (
 )
 from regdrop.tasks.common.data import (
     check_texts,
-    hold_out,
     load_raw_splits,
     require_columns,
-    take_part,
+    require_training,
+    split_training,
 )
+from regdrop.tasks.common.generation import prepare_generation
 from regdrop.tasks.common.initialisation import initialise
 from regdrop.tasks.common.model_config import (
     OF_VOCABULARY,
@@ -44,7 +44,6 @@ from regdrop.tasks.common.seq2seq import (
     encode_split,
     fits_memory,
     read_outputs,
-    seq2seq_options,
     texts_of,
 )
 from regdrop.tasks.common.vocabulary import find_vocabulary, learn_vocabulary
@@ -130,14 +129,7 @@ class Translation(OldNames):
         Raises:
             ValueError: For data that cannot be found or does not fit, by name.
         """
-        from transformers import (
-            AutoModelForSeq2SeqLM,
-            DataCollatorForSeq2Seq,
-            MarianConfig,
-            Seq2SeqTrainingArguments,
-        )
-
-        from regdrop.tasks.common.generation_trainer import GenerationTrainer
+        from transformers import MarianConfig
 
         fixed = {**OF_VOCABULARY, "model_type": "'marian'"}
         with refused_if_new(folder, begun=begun):
@@ -149,20 +141,18 @@ class Translation(OldNames):
             name: partial(self._encode, name, split, tokenizer, references)
             for name, split in raw.items()
         }
-        max_tokens = self.training.batch_size // self.training.gradient_accumulation_steps
         tokenize = default_tokenizer(self.target)
-        return PreparedTask(
-            splits=LazySplits(makers, self.dataset),
+        return prepare_generation(
+            self.dataset,
+            makers,
+            tokenizer,
+            self.training,
             build_model=partial(self._build_model, tokenizer),
-            load_model=AutoModelForSeq2SeqLM.from_pretrained,
             example_statistics=partial(
                 generation_statistics, tokenizer, references, tokenize=tokenize
             ),
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
-            processing_class=tokenizer,
-            trainer=partial(GenerationTrainer, max_tokens=max_tokens),
-            arguments=Seq2SeqTrainingArguments,
-            options=seq2seq_options(self.validation_num_beams, max(128, max_tokens // 32)),
+            num_beams=self.validation_num_beams,
+            eval_batch_size=max(128, self.training.micro_batch_size // 32),
             signatures={
                 name: bleu_signature(tokenize=tokenize, lowercase=lowercase)
                 for name, lowercase in (("bleu", False), ("bleu_lowercase", True))
@@ -170,10 +160,8 @@ class Translation(OldNames):
         )
 
     def _learn_vocabulary(self, raw: Mapping[str, Any]) -> Any:
-        if "train" not in raw:
-            raise ValueError(f"data {self.dataset!r} must have a split 'train'")
         return learn_vocabulary(
-            _texts(raw["train"]),
+            _texts(require_training(self.dataset, raw)),
             size=self.vocabulary_size,
             lowercase=self.lowercase,
             max_length=self.max_length,
@@ -204,12 +192,7 @@ class Translation(OldNames):
             )
             for name, split in splits.items()
         }
-        if "train" not in splits:
-            return splits
-        if "validation" not in splits:
-            splits["train"], splits["validation"] = hold_out(splits["train"])
-        splits["train"] = take_part(splits["train"], self.train_examples)
-        return splits
+        return split_training(splits, self.train_examples)
 
     def _encode(self, name: str, split: Any, tokenizer: Any, references: References) -> Any:
         """Return token ids; ids of examples are positions in the list of all references."""

@@ -23,10 +23,9 @@ from regdrop.tasks.common.base import (
 from regdrop.tasks.common.classification import classification_statistics, set_dropout
 from regdrop.tasks.common.data import (
     check_texts,
-    hold_out,
     load_raw_splits,
     require_columns,
-    take_part,
+    split_training,
 )
 from regdrop.tasks.common.pretrained import find_checkpoint, load_config, load_tokenizer
 from regdrop.tasks.understanding.glue import GLUE, METRICS, GlueTask
@@ -157,11 +156,8 @@ class LanguageUnderstanding(OldNames):
             check_variety(f"split 'train' of data {self.dataset!r}", used["train"], self.glue)
         splits = {role: used[name] for role, name in roles.items()}
         if "train" in used:
-            train = used["train"]
-            if "validation" not in splits:
-                train, splits["validation"] = hold_out(train)
-            splits["train"] = take_part(train, self.train_examples)
-        return splits
+            splits["train"] = used["train"]
+        return split_training(splits, self.train_examples)
 
     def _tokenize(self, split: Any, tokenizer: Any) -> Any:
         columns = self.glue.sentences
