@@ -10,8 +10,8 @@ from torch import Tensor
 from regdrop.tracing import is_transformed
 
 # Where each document begins in rows that are read as one, and the longest of them.
-_STARTS = re.compile(r"cu_?seq_?lens")
-_LONGEST = re.compile(r"max_(length_|seq_?len)")
+_STARTS = re.compile(r"(^|_)cu_?seq_?lens")
+_LONGEST = re.compile(r"(^|_)max_(length_|seq_?len)")
 
 
 def tell_documents(names: Iterable[Any]) -> bool:
@@ -41,6 +41,25 @@ def find_repetition(name: Any, item: Any, num_rows: int) -> Callable[[Tensor, in
     return None
 
 
+def may_hide_documents(value: Mapping[Any, Any]) -> bool:
+    """Return whether the tokens of one row may be those of several documents.
+
+    Their positions alone would tell, which nobody has to wait for here.
+
+    Args:
+        value: The entries of a batch, by name.
+    """
+    words, positions = value.get("input_ids"), value.get("position_ids")
+    return (
+        isinstance(words, Tensor)
+        and isinstance(positions, Tensor)
+        and not (words.is_nested or positions.is_nested)
+        and words.shape == positions.shape
+        and len(words) == 1
+        and value.get("attention_mask") is None
+    )
+
+
 def refuse_hidden_documents(value: Mapping[Any, Any], count_rows: Callable[[], int]) -> None:
     """Raise where documents in one row are told apart by their positions alone.
 
@@ -50,20 +69,14 @@ def refuse_hidden_documents(value: Mapping[Any, Any], count_rows: Callable[[], i
         value: The entries of a batch, by name.
         count_rows: Returns how many rows there will be.
     """
-    words, positions = value.get("input_ids"), value.get("position_ids")
     if (
-        not isinstance(words, Tensor)
-        or not isinstance(positions, Tensor)
-        or words.is_nested
-        or positions.is_nested
-        or words.shape != positions.shape
-        or len(words) != 1
-        or value.get("attention_mask") is not None
+        not may_hide_documents(value)
         or torch.compiler.is_compiling()
         or is_transformed()
         or count_rows() < 2
     ):
         return
+    positions = value["position_ids"]
     if bool((positions.diff() < 1).any()):
         raise ValueError(
             "input_ids hold several documents in one row, which position_ids alone tell apart; "
@@ -74,7 +87,7 @@ def refuse_hidden_documents(value: Mapping[Any, Any], count_rows: Callable[[], i
 
 
 def _is_named(name: Any, pattern: re.Pattern[str]) -> bool:
-    return isinstance(name, str) and pattern.match(name) is not None
+    return isinstance(name, str) and pattern.search(name) is not None
 
 
 def _repeat_starts(starts: Tensor, times: int) -> Tensor:

@@ -116,6 +116,17 @@ def test_a_part_of_flat_patches_is_refused(tmp_path):
         (
             {
                 "input_ids": torch.ones(1, 3),
+                "position_ids": torch.tensor([[0, 1, 0]]),
+                "seq_idx": torch.tensor([[0, 0, 1]]),
+            },
+            "its one row may hold several documents",
+        ),
+        ({"input_ids": torch.ones(4, 3), "max_length": torch.ones(7)}, "max_length has 7 rows"),
+        ({"input_ids": torch.ones(4, 3), "seq_idx": torch.ones(1, 12)}, "seq_idx has 1 rows"),
+        ({"input_ids": torch.ones(4, 3), "decoder_cu_seq_lens": torch.tensor([0, 9, 12])}, None),
+        (
+            {
+                "input_ids": torch.ones(1, 3),
                 "position_ids": torch.arange(3)[None],
                 "attention_mask": torch.ones(1, 3),
             },
