@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from regdrop.passes.containers import is_container, is_graph
-from regdrop.passes.structures import SIMPLE, rebuild_mapping, rebuild_record, record_items
+from regdrop.passes.structures import SIMPLE, items_by_name, map_items
 
 
 def concatenate_outputs(
@@ -105,33 +105,20 @@ def _map_parts(
     _require_same(f"{name} of one type", [_kind(value) for value in values], TypeError)
     if _is_part(first):
         return function(name, values)
-    if isinstance(first, Mapping):
-        _require_same(f"{name} with the same names", [set(value.keys()) for value in values])
-        return rebuild_mapping(
-            first,
-            {
-                key: _map_parts(function, [value[key] for value in values], f"{name}[{key!r}]")
-                for key in first.keys()  # noqa: SIM118 (a TensorDict iterates over its rows)
-            },
-        )
-    record = record_items(first)
-    if record is not None:
-        others = [record_items(value) or {} for value in values]
-        _require_same(f"{name} with the same fields", [set(other) for other in others])
-        changed = {
-            key: _map_parts(function, [other[key] for other in others], f"{name}.{key}")
-            for key in record
-        }
-        return rebuild_record(first, changed)
-    if isinstance(first, (tuple, list)):
-        _require_same(f"{name} of one length", [len(value) for value in values])
-        fields = getattr(first, "_fields", None)
-        names = [f".{field}" for field in fields or ()] or [f"[{i}]" for i in range(len(first))]
-        parts = [
-            _map_parts(function, same, f"{name}{key}")
-            for key, same in zip(names, zip(*values, strict=True), strict=True)
-        ]
-        return type(first)(parts) if fields is None else type(first)(*parts)
+    items = [items_by_name(value) for value in values]
+    if items[0] is not None:
+        names = [set(named or ()) for named in items]
+        if isinstance(first, (tuple, list)):
+            _require_same(f"{name} of one length", [len(some) for some in names])
+        is_mapping = isinstance(first, Mapping)
+        _require_same(f"{name} with the same {'names' if is_mapping else 'fields'}", names)
+
+        def change(key: Any, item: Any) -> Any:
+            is_field = isinstance(key, str) and not is_mapping
+            place = f".{key}" if is_field else f"[{key!r}]"
+            return _map_parts(function, [named[key] for named in items if named], f"{name}{place}")
+
+        return map_items(change, first)
     way_out = "; leave it out of what forward returns"
     if "cache" in f"{name} {type(first).__name__}".lower():
         way_out += ", for a model of transformers by use_cache=False"

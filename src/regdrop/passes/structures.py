@@ -5,7 +5,7 @@ Structures are mappings, tuples, lists, and records: objects whose class lists t
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,18 @@ from regdrop.passes.containers import is_container, is_graph
 
 # What most leaves of a batch are that are no tensors: nothing is looked for in them.
 SIMPLE = (str, bytes, int, float, complex, type(None))
+_PLAIN = frozenset((*SIMPLE, bool))
 _UNSET = object()
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether a value is a number, a text or None, or a list or tuple of them alone.
+
+    Batches hold long lists of tokens, of which nothing but the types is looked at.
+    """
+    if isinstance(value, SIMPLE):
+        return True
+    return type(value) in (list, tuple) and _PLAIN.issuperset(map(type, value))
 
 
 def record_items(value: Any) -> dict[str, Any] | None:
@@ -75,6 +86,49 @@ def rebuild_mapping(original: Mapping[Any, Any], changed: dict[Any, Any]) -> Any
     return result
 
 
+def rebuild_sequence(original: Sequence[Any], items: Iterable[Any]) -> Any:
+    """Return a list or a tuple, of the same type as the original, of other items."""
+    if hasattr(original, "_make"):  # a namedtuple
+        return original._make(items)
+    if isinstance(original, list) and type(original) is not list:
+        result = copy.copy(original)  # its constructor may take anything
+        result[:] = items
+        return result
+    constructor: Callable[[Any], Any] = type(original)
+    return constructor(items)
+
+
+def items_by_name(value: Any) -> dict[Any, Any] | None:
+    """Return what a structure holds, by names, or by places in a list or a tuple.
+
+    None for what is no structure.
+    """
+    if isinstance(value, Mapping):
+        return dict(value.items())  # a TensorDict iterates over its rows
+    if isinstance(value, (tuple, list)):
+        return dict(zip(getattr(value, "_fields", range(len(value))), value, strict=True))
+    return None if isinstance(value, SIMPLE) else record_items(value)
+
+
+def map_items(function: Callable[[Any, Any], Any], value: Any) -> Any:
+    """Return a structure of the same type around what becomes of the items of a structure.
+
+    Args:
+        function: From the name or place of an item, as in `items_by_name`, and the item to what
+            stands there in the new structure.
+        value: The structure; what is none is itself.
+    """
+    items = items_by_name(value)
+    if items is None:
+        return value
+    changed = {name: function(name, item) for name, item in items.items()}
+    if isinstance(value, Mapping):
+        return rebuild_mapping(value, changed)
+    if isinstance(value, (tuple, list)):
+        return rebuild_sequence(value, changed.values())
+    return rebuild_record(value, changed)
+
+
 def copy_structure(value: Any, *, clones: bool = False, shared: Iterable[str] = ()) -> Any:
     """Return new structures around the same leaves, and graphs around the same tensors.
 
@@ -86,25 +140,17 @@ def copy_structure(value: Any, *, clones: bool = False, shared: Iterable[str] = 
         clones: Whether tensors and arrays are cloned; the gradient goes through.
         shared: Names whose items are themselves, not clones.
     """
+    if is_plain(value):
+        return list(value) if type(value) is list else value
     if isinstance(value, (Tensor, PackedSequence)) or is_array(value):
         return _clone(value) if clones else value
-    if isinstance(value, SIMPLE):
-        return value
     if is_container(value):
         return value.clone() if clones else copy.copy(value)
 
-    def inside(item: Any, name: Any = None) -> Any:
+    def inside(name: Any, item: Any) -> Any:
         return copy_structure(item, clones=clones and name not in shared, shared=shared)
 
-    if isinstance(value, Mapping):
-        return rebuild_mapping(value, {name: inside(item, name) for name, item in value.items()})
-    record = record_items(value)
-    if record is not None:
-        return rebuild_record(value, {name: inside(item, name) for name, item in record.items()})
-    if isinstance(value, (tuple, list)):
-        parts = [inside(part) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+    return map_items(inside, value)
 
 
 def _clone(leaf: Any) -> Any:
@@ -117,19 +163,19 @@ def children(value: Any) -> Iterable[Any]:
     """Return what a structure holds, without what its items hold."""
     if isinstance(value, (tuple, list)):
         return value
-    return named_children(value).values()
+    return (items_by_name(value) or {}).values()
 
 
-def named_children(value: Any) -> Mapping[Any, Any]:
-    """Return what a mapping or a record holds, by its names; nothing for anything else."""
-    if isinstance(value, Mapping):
-        return value
-    return {} if isinstance(value, SIMPLE) else record_items(value) or {}
+def named_children(value: Any) -> dict[Any, Any]:
+    """Return what a mapping, a record or a namedtuple holds, by its names; nothing else's."""
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return {}
+    return {} if isinstance(value, PackedSequence) else items_by_name(value) or {}
 
 
 def find_names(value: Any) -> Iterator[Any]:
     """Yield the names in a structure, at any depth."""
-    if isinstance(value, (*SIMPLE, Tensor)) or is_container(value):
+    if is_plain(value) or isinstance(value, (Tensor, PackedSequence)) or is_container(value):
         return
     yield from named_children(value).keys()  # a TensorDict iterates over its rows
     for child in children(value):
@@ -138,7 +184,7 @@ def find_names(value: Any) -> Iterator[Any]:
 
 def find_leaves(value: Any) -> Iterator[Any]:
     """Yield the tensors, packed sequences, graphs and arrays in a structure, in order."""
-    if isinstance(value, SIMPLE):
+    if is_plain(value):
         return
     is_builtin = type(value) in (dict, list, tuple)
     if isinstance(value, (Tensor, PackedSequence)) or (
