@@ -706,7 +706,6 @@ def test_an_empty_batch_has_nothing_to_share():
     assert loss == 0
 
 
-
 @pytest.mark.slow
 def test_two_processes_get_the_gradients_of_the_plain_run(tmp_path):
     for shares in (True, False):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -381,7 +382,7 @@ def test_sequences_with_the_time_first():
     assert torch.equal(stacked["input_ids"], torch.cat([words, words], 1))
     assert torch.equal(stacked["states"], torch.cat([batch["states"]] * 2, 1))
     assert stacked["mask"] is batch["mask"]
-    assert stacked["numbers"] is batch["numbers"]  # it has no such dimension
+    assert stacked["numbers"].tolist() == [0, 1, 2] * 2  # it has no other dimension
     assert stacked["names"] == ["a", "b", "c"] * 2
     assert find_batch_size((torch.ones(7), words), dim=1) == size
 
@@ -397,6 +398,36 @@ def test_a_model_that_takes_the_time_first_sees_every_sequence_by_itself():
     assert output.kl.item() == pytest.approx(0, abs=1e-6)
     expected = F.cross_entropy(single.transpose(0, 1).flatten(0, 1), target.flatten())
     torch.testing.assert_close(output.nll, expected.detach())
+
+
+def test_lengths_and_padding_masks_have_the_items_first_where_the_rest_has_the_time():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    lengths = torch.tensor([6, 2, 4])
+    mask = torch.arange(6) >= lengths[:, None]
+    batch = {"src": torch.randn(6, 3, 8), "lengths": lengths, "src_key_padding_mask": mask}
+    stacked = repeat_batch({**batch, "texts": np.array(["a", "b", "c"])}, dim=1)
+    assert torch.equal(stacked.pop("lengths"), lengths.repeat(2))
+    assert stacked.pop("texts").tolist() == ["a", "b", "c"] * 2
+    single = layer(batch["src"], src_key_padding_mask=mask)
+    torch.testing.assert_close(layer(**stacked), torch.cat([single, single], 1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((3, 2, 4, 4), torch.channels_last), ((3, 2, 4, 4, 4), torch.channels_last_3d)],
+)
+def test_channels_stay_last(shape, layout):
+    x = torch.randn(shape).to(memory_format=layout)
+    for changed, expected in (
+        (repeat_batch(x), torch.cat([x, x])),
+        (repeat_batch(x, 1), x),
+        (take_items(x, torch.tensor([2, 0])), x[[2, 0]]),
+    ):
+        assert torch.equal(changed, expected)
+        assert changed.is_contiguous(memory_format=layout)
+    row = torch.randn(1, 4).expand(3, 4)
+    assert torch.equal(repeat_batch(row), row.repeat(2, 1))
 
 
 @pytest.mark.parametrize(("dim", "error"), [(-1, ValueError), (1.0, TypeError), (True, TypeError)])
@@ -540,6 +571,14 @@ def test_documents_of_all_passes_follow_each_other(num_passes):
     rows = [[n + 3 * i for n in (0, 0, 0, 1, 1, 2, 2, 2, 2)] for i in range(num_passes)]
     assert stacked["seq_idx"].tolist() == rows
     assert_same_structure(take_items(batch, torch.zeros(num_passes, dtype=torch.long)), stacked)
+
+
+def test_documents_of_a_decoder_are_told_by_its_names():
+    batch = packed_row(decoder_cu_seq_lens=torch.tensor([0, 4, 6]), decoder_max_length_q=4)
+    assert repeat_batch(batch)["decoder_cu_seq_lens"].tolist() == [0, 4, 6, 10, 12]
+    longest = torch.tensor([4])
+    alone = {"x": make(1), "decoder_cu_seqlens": torch.tensor([0, 4]), "max_seqlen_q": longest}
+    assert repeat_batch(alone)["max_seqlen_q"] is longest
 
 
 def test_stacked_rows_are_stacked_again():

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 import numpy as np
@@ -17,7 +17,14 @@ import torch
 from torch import nn
 
 from regdrop import RDropConfig, rdrop_cross_entropy, rdrop_step, repeat_batch
-from regdrop.passes import find_batch_size, find_tensors, run_passes, take_items
+from regdrop.passes import (
+    concatenate_outputs,
+    copy_structure,
+    find_batch_size,
+    find_tensors,
+    run_passes,
+    take_items,
+)
 
 
 @attrs.define
@@ -352,6 +359,63 @@ def test_a_list_of_objects_of_the_items_is_repeated():
 class Plain:
     x: Any
     note: Any = "kept"
+
+
+class Rows(list):
+    """A list that is made of something else than its items, and holds more than them."""
+
+    def __init__(self, size, note):
+        super().__init__(range(size))
+        self.note = note
+
+
+def rows(*items):
+    made = Rows(0, "kept")
+    made.extend(items)
+    return made
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        copy_structure,
+        lambda b: copy_structure(b, clones=True),
+        lambda b: concatenate_outputs([b, b]),
+        repeat_batch,
+        lambda b: take_items(b, torch.arange(3)),
+    ],
+)
+def test_a_list_of_a_class_of_its_own_keeps_it(function):
+    x = torch.randn(3, 2)
+    changed = function(rows(x, x + 1))
+    assert type(changed) is Rows
+    assert changed.note == "kept"
+    assert torch.equal(changed[1][:3], x + 1)
+    texts = repeat_batch({"x": x, "texts": rows("a", "b", "c")})["texts"]
+    assert type(texts) is Rows
+    assert texts == ["a", "b", "c"] * 2
+
+
+@pytest.mark.parametrize(
+    "function", [repeat_batch, lambda b: copy_structure(b, clones=True), find_batch_size]
+)
+def test_long_lists_of_tokens_cost_little(function):
+    batch = {"tokens": [[1] * 512 for _ in range(256)], "x": torch.zeros(256, 4)}
+    assert min(timeit.repeat(lambda: function(batch), number=1, repeat=5)) < 0.04
+
+
+def test_fields_of_a_namedtuple_are_told_by_their_names():
+    class Inputs(NamedTuple):
+        bias: torch.Tensor
+        input_ids: torch.Tensor
+        cu_seq_lens_q: Any = None
+
+    batch = Inputs(torch.ones(5), torch.randn(3, 2))
+    assert find_batch_size(batch) == 3
+    assert repeat_batch(batch, shared=["input_ids"], batch_size=5).input_ids is batch.input_ids
+    packed = Inputs(torch.ones(1), torch.arange(9)[None], torch.tensor([0, 4, 9]))
+    assert repeat_batch(packed).cu_seq_lens_q.tolist() == [0, 4, 9, 13, 18]
+    assert repeat_batch(SimpleNamespace(**packed._asdict())).cu_seq_lens_q.tolist()[-1] == 18
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ A stacked tensor holds pass 0 of the whole batch, then pass 1, and so on.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from regdrop.arguments import check_integer
+from regdrop.arguments import check_integer, nearest
 from regdrop.passes.containers import (
     count_graphs,
     find_graph_tensors,
@@ -21,6 +20,8 @@ from regdrop.passes.containers import (
     is_graph,
     take_from_container,
 )
+from regdrop.passes.items import are_items, find_dim, holds_items, is_of_items
+from regdrop.passes.numbered_rows import refuse_numbers
 from regdrop.passes.packed_rows import (
     find_repetition,
     is_longest,
@@ -30,14 +31,13 @@ from regdrop.passes.packed_rows import (
 from regdrop.passes.structures import (
     SIMPLE,
     as_names,
-    children,
     find_leaves,
     find_names,
     is_array,
+    is_plain,
+    map_items,
     named_children,
-    rebuild_mapping,
-    rebuild_record,
-    record_items,
+    rebuild_sequence,
 )
 from regdrop.passes.unseen import refuse_unseen_items
 
@@ -69,20 +69,22 @@ def repeat_batch(
             take the batch first: transpose what the model returns, and the target.
 
     Returns:
-        A structure of the same type; for one graph a batch of graphs. Tensors whose size in `dim`
-        is the batch size are stacked, (num_passes * batch, ...), as are lists of that length that
-        hold no tensors, tuples of as many texts, arrays of NumPy and a `PackedSequence`; everything
-        else passes through. Beside `cu_seq_lens` (or `cu_seqlens`), which tell the documents of
-        packed rows, those of all passes follow each other, and `seq_idx` of one row counts on.
+        A structure of the same type; for one graph a batch of graphs. Tensors whose size in `dim`,
+        or else in the first dimension, is the batch size are stacked, (num_passes * batch, ...), as
+        are arrays of NumPy and a `PackedSequence`. Lists with an entry for each item are repeated:
+        of texts, numbers, or mappings of the boxes in each image. So are such tuples, unless they
+        may be a size, as 2 to 4 numbers are. Everything else passes through. Beside `cu_seq_lens`
+        (or `cu_seqlens`), which tell the documents of packed rows, those of all passes follow each
+        other, and `seq_idx` of one row counts on.
 
     Raises:
         TypeError: For an argument of the wrong type; if the batch holds a nested tensor, a sparse
             one of a kind that cannot be stacked, an object with tensors of the items that is none
-            of these structures, or a list of tensors of different sizes.
+            of these structures, a list of tensors of different sizes, or one of images.
         ValueError: If `num_passes` is below 1, no tensor tells the batch size, nothing has the one
             that is given, a name in `shared` is nowhere in the batch, documents in one row are told
-            apart by `position_ids` alone, or nodes are numbered by an `edge_index` outside a graph
-            of PyTorch Geometric.
+            apart by `position_ids` alone, or a tensor numbers the rows of others: `edge_index`
+            outside a graph of PyTorch Geometric, `batch`, the offsets of bags.
     """
     check_integer("num_passes", num_passes, low=1)
     check_integer("dim", dim, low=0)
@@ -92,7 +94,7 @@ def repeat_batch(
     size = find_batch_size(batch, dim) if batch_size is None else batch_size
     if num_passes > 1:
         refuse_unseen_items(batch, size, dim, shared)
-    if batch_size is not None and not _holds_items(batch, size, dim):
+    if batch_size is not None and not holds_items(batch, size, dim):
         raise ValueError(
             f"batch_size={batch_size} is the size of nothing in the batch in dimension {dim}, so "
             "that nothing would be repeated"
@@ -110,10 +112,13 @@ def repeat_items(
 ) -> Batch:
     """Return the batch stacked as by `repeat_batch`, unchecked: it may lack names in `shared`."""
 
-    def repeat(items: Any) -> Any:
-        if isinstance(items, Tensor):
-            return items.repeat(*(num_passes if i == dim else 1 for i in range(items.dim())))
-        return items * num_passes
+    def repeat(items: Any, dim: int) -> Any:
+        # Tensor.repeat would give up channels_last.
+        return (
+            torch.cat([items] * num_passes, dim)
+            if isinstance(items, Tensor)
+            else items * num_passes
+        )
 
     def index(size: int) -> list[int]:
         return [*range(size)] * num_passes
@@ -136,10 +141,12 @@ def take_items(
     shared = as_names(shared)
     refuse_unseen_items(batch, size, 0, shared)
 
-    def take(items: Any) -> Any:
-        if isinstance(items, Tensor):
-            return items.index_select(0, index.to(items.device))
-        return [items[position] for position in index.tolist()]
+    def take(items: Any, dim: int) -> Any:
+        if not isinstance(items, Tensor):
+            return [items[position] for position in index.tolist()]
+        where = index.to(items.device)
+        # index_select, whose gradient is cheaper, would give up channels_last.
+        return items.index_select(dim, where) if items.is_contiguous() else items[where]
 
     return _map_items(batch, take, lambda size: index.tolist(), size, shared)
 
@@ -149,7 +156,7 @@ def first_items(
 ) -> Batch:
     """Return the first `count` items, dense tensors as views, by the rules of `repeat_batch`."""
     return _map_items(
-        batch, lambda items: items[:count], lambda size: [*range(count)], batch_size, shared
+        batch, lambda items, dim: items[:count], lambda size: [*range(count)], batch_size, shared
     )
 
 
@@ -199,14 +206,14 @@ class _Change:
     """What becomes of the items of a batch, and what they are.
 
     Attributes:
-        function: From a tensor or a list of items to the changed one.
+        function: From a tensor or a list of items, and their dimension, to the changed one.
         find_index: From the number of items to the positions of those that it keeps, in order.
         size: Number of items.
         shared: Names of what passes through.
         dim: Dimension of the items in tensors.
     """
 
-    function: Callable[[Any], Any]
+    function: Callable[[Any, int], Any]
     find_index: Callable[[int], list[int]]
     size: int
     shared: frozenset[str]
@@ -216,6 +223,10 @@ class _Change:
     def index(self) -> list[int]:
         """Return the positions of the items that are kept."""
         return self.find_index(self.size)
+
+    def is_whole(self) -> bool:
+        """Return whether every item appears once, in order."""
+        return self.index == [*range(self.size)]
 
     def times(self, name: str) -> int:
         """Return how often all items appear.
@@ -235,7 +246,7 @@ class _Change:
 
 def _map_items(
     batch: Batch,
-    function: Callable[[Any], Any],
+    function: Callable[[Any, int], Any],
     find_index: Callable[[int], list[int]],
     batch_size: int | None,
     shared: Iterable[str],
@@ -248,6 +259,7 @@ def _map_items(
 
 
 def _map(value: Any, change: _Change) -> Any:
+    size, dim = change.size, change.dim
     if isinstance(value, SIMPLE):
         return value
     if isinstance(value, Tensor):
@@ -257,67 +269,37 @@ def _map(value: Any, change: _Change) -> Any:
                 'would no longer fit; use passes="sequential" with fraction=1.0, or a padded '
                 "tensor with its mask"
             )
-        if not _is_of_items(value, change.size, change.dim):
+        place = find_dim(value, size, dim)
+        if place is None:
             return value
         is_dense = value.layout == torch.strided
-        return change.function(value) if is_dense else _take_sparse(value, change)
+        return change.function(value, place) if is_dense else _take_sparse(value, change, place)
     if isinstance(value, PackedSequence):
-        is_of_items = _is_of_items(value, change.size, change.dim)
-        return _take_sequences(value, change.index) if is_of_items else value
+        return _take_sequences(value, change.index) if is_of_items(value, size, dim) else value
     if is_container(value):
-        return take_from_container(value, change.index, change.size, change.dim)
-    if isinstance(value, Mapping):
-        return rebuild_mapping(value, _map_mapping(value, change))
-    record = record_items(value)
-    if record is not None:
-        _refuse_edges(record, change)
-        changed = {n: _map(item, change) for n, item in record.items() if n not in change.shared}
-        return rebuild_record(value, changed)
-    if _are_texts(value, change.size):
-        return tuple(change.function(list(value)))
-    if isinstance(value, tuple):
-        items = [_map(item, change) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, list):
-        if all(tensor.dim() == 0 for tensor in find_tensors(value)):
-            return change.function(value) if len(value) == change.size else value
-        return [_map(item, change) for item in value]
-    if is_array(value) and _is_of_items(value, change.size, change.dim):
-        return value.take(change.index, axis=change.dim)
-    return value
+        return take_from_container(value, change.index, size, dim)
+    if is_array(value):
+        place = find_dim(value, size, dim)
+        return value if place is None else value.take(change.index, axis=place)
+    if are_items(value, size, dim):
+        return rebuild_sequence(value, change.function(list(value), 0))
+    if is_plain(value):
+        return value
+    by_name = _map_by_name(named_children(value), change)
+    return map_items(
+        lambda name, item: by_name[name] if name in by_name else _map(item, change), value
+    )
 
 
-def _are_texts(value: Any, size: int) -> bool:
-    """Return whether a value is a tuple of one text an item, as torch's own collation gives."""
-    is_of_items = type(value) is tuple and len(value) == size > 0
-    return is_of_items and all(isinstance(item, (str, bytes)) for item in value)
-
-
-def _is_of_items(value: Any, size: int, dim: int) -> bool:
-    """Return whether a tensor, packed sequences, graphs or an array are those of the items."""
-    if isinstance(value, PackedSequence):
-        return int(value.batch_sizes[0]) == size
-    if is_graph(value):
-        return count_graphs(value) == size
-    if isinstance(value, Tensor) and value.is_nested:
-        return value.size(dim) == size
-    return len(value.shape) > dim and value.shape[dim] == size
-
-
-def _holds_items(value: Any, size: int, dim: int) -> bool:
-    """Return whether something in a structure is of the items."""
-    if isinstance(value, (Tensor, PackedSequence)) or is_graph(value) or is_array(value):
-        return _is_of_items(value, size, dim)
-    if (isinstance(value, list) and len(value) == size) or _are_texts(value, size):
-        return True
-    return any(_holds_items(child, size, dim) for child in children(value))
-
-
-def _map_mapping(value: Mapping[Any, Any], change: _Change) -> dict[Any, Any]:
-    is_packed = tell_documents(value.keys())  # a TensorDict itself iterates over its rows
+def _map_by_name(value: Mapping[Any, Any], change: _Change) -> dict[Any, Any]:
+    """Return what becomes of the items of a structure that are told by their names."""
+    if not value:
+        return {}
+    is_packed = tell_documents(value)
     if not is_packed:
         refuse_hidden_documents(value, lambda: len(change.index))
-    _refuse_edges(value, change)
+    own = {name: item for name, item in value.items() if name not in change.shared}
+    refuse_numbers(own, change.size, change.dim, change.is_whole)
     changed = {}
     for name, item in value.items():
         repetition = find_repetition(name, item, change.size)
@@ -325,25 +307,10 @@ def _map_mapping(value: Mapping[Any, Any], change: _Change) -> dict[Any, Any]:
             changed[name] = item
         elif repetition is not None:
             changed[name] = repetition(item, change.times(name))
-        else:
-            changed[name] = _map(item, change)
     return changed
 
 
-def _refuse_edges(value: Mapping[Any, Any], change: _Change) -> None:
-    """Raise for edges by the numbers of their nodes, whose copies would have none."""
-    edges = value.get("edge_index")
-    if not isinstance(edges, Tensor) or edges.dim() != 2 or "edge_index" in change.shared:
-        return
-    if change.index != [*range(change.size)]:
-        raise ValueError(
-            "batch holds edge_index, which numbers the nodes of a graph: stacked nodes would have "
-            "no edges; give a Data or a Batch of PyTorch Geometric, or use "
-            'passes="sequential" with fraction=1.0'
-        )
-
-
-def _take_sparse(value: Tensor, change: _Change) -> Tensor:
+def _take_sparse(value: Tensor, change: _Change, dim: int) -> Tensor:
     is_known = value.layout == torch.sparse_coo or (
         value.layout in (torch.sparse_csr, torch.sparse_csc) and value.dim() == 2
     )
@@ -354,7 +321,7 @@ def _take_sparse(value: Tensor, change: _Change) -> Tensor:
             f"{tuple(value.shape)} with requires_grad={value.requires_grad}; use its to_dense()"
         )
     index = torch.tensor(change.index, device=value.device)
-    taken = value.to_sparse_coo().index_select(change.dim, index)
+    taken = value.to_sparse_coo().index_select(dim, index)
     found: Tensor = taken.to_sparse(layout=value.layout)
     return found
 
@@ -373,6 +340,5 @@ def _check_names(batch: Any, shared: tuple[str, ...]) -> None:
     names = sorted({name for name in find_names(batch) if isinstance(name, str)})
     for name in shared:
         if name not in names:
-            close = get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {names}"
-            raise ValueError(f"shared names {name!r}, which is nowhere in the batch; {hint}")
+            hint = nearest(name, names) or f"; it has {names}"
+            raise ValueError(f"shared names {name!r}, which is nowhere in the batch{hint}")

@@ -1,7 +1,7 @@
 """Items of a batch that stacking would miss, refused by name before a model sees half of them."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from types import FunctionType, ModuleType
 from typing import Any
@@ -12,14 +12,17 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from regdrop.passes.containers import count_graphs, is_container, is_graph
+from regdrop.passes.items import are_items, are_records_of_items
+from regdrop.passes.numbered_rows import refuse_hidden_numbers
+from regdrop.passes.packed_rows import tell_documents
 from regdrop.passes.structures import (
     SIMPLE,
     children,
     find_leaves,
     is_array,
+    is_plain,
     is_pydantic,
-    named_children,
-    record_items,
+    items_by_name,
 )
 
 # What is no structure, and what holds tensors that are none of a batch.
@@ -50,31 +53,33 @@ def refuse_unseen_items(batch: Any, size: int, dim: int, shared: Iterable[str]) 
     """
     if torch.compiler.is_compiling():
         return
-    _refuse_tensors_of_nodes(batch, size)
-    _refuse(batch, next(find_leaves(batch), None), size, dim, frozenset(shared))
+    leaves = list(find_leaves(batch))
+    _refuse_tensors_of_nodes(leaves, size)
+    _refuse(batch, next(iter(leaves), None), size, dim, frozenset(shared))
 
 
 def _refuse(value: Any, first: Any, size: int, dim: int, shared: frozenset[str]) -> None:
-    if isinstance(value, _LEAVES):
+    if is_plain(value) or isinstance(value, _LEAVES):
         return
     is_builtin = type(value) in (dict, list, tuple)  # nearly always, and cheaper to see
     if not is_builtin and (is_container(value) or is_array(value)):
         return
-    record = None if is_builtin else record_items(value)
+    if are_items(value, size, dim):  # and repeated as such
+        _refuse_items_of_unknown_number(value, first)
+        return
     if isinstance(value, list):
-        if len(value) == size and next(find_leaves(value), None) is None:
-            return  # a list of the items, repeated as such
         _refuse_list_of_items(value, first, size, dim)
-    if isinstance(value, (tuple, list)):
-        parts = list(value)
-    elif isinstance(value, Mapping) or record is not None:
-        parts = [item for name, item in named_children(value).items() if name not in shared]
-        if record is not None:
-            _refuse_hidden(value, _attributes(value, without=record), size, dim)
-    else:
+    items = items_by_name(value)
+    if items is None:
         _refuse_hidden(value, [value], size, dim)
         return
-    for part in parts:
+    if not isinstance(value, (list, tuple, Mapping)):
+        _refuse_hidden(value, _attributes(value, without=items), size, dim)
+    parts = {name: item for name, item in items.items() if name not in shared}
+    _refuse_images_and_targets(list(parts.values()), size, dim)
+    if not tell_documents(items):
+        refuse_hidden_numbers(parts, size)
+    for part in parts.values():
         _refuse(part, first, size, dim, shared)
 
 
@@ -100,24 +105,55 @@ def _refuse_list_of_items(values: list[Any], first: Any, size: int, dim: int) ->
         )
 
 
+def _refuse_items_of_unknown_number(values: Sequence[Any], first: Any) -> None:
+    """Raise where one item told the number of all, which is theirs by chance alone."""
+    if any(leaf is first for leaf in find_leaves(values)):
+        raise TypeError(
+            f"batch holds a list of {len(values)} mappings, one an item, of which the first told "
+            "the number of the items; put a tensor with a row for each item before it, or use "
+            'passes="sequential" with fraction=1.0'
+        )
+
+
+def _refuse_images_and_targets(parts: Sequence[Any], size: int, dim: int) -> None:
+    """Raise for a list of images beside one of what each shows, as detectors take them."""
+    lists = [part for part in parts if type(part) in (list, tuple) and not is_plain(part)]
+    for images in lists:
+        if not all(isinstance(image, Tensor) and image.dim() == 3 for image in images):
+            continue
+        for targets in lists:
+            if (
+                len(targets) == len(images)
+                and are_records_of_items(targets, size, dim)
+                and any(True for _ in find_leaves(targets))
+            ):
+                raise TypeError(
+                    f"batch holds a list of {len(images)} images beside one of as many mappings, "
+                    "which are not repeated as items; stack the images to one tensor, or use "
+                    'passes="sequential" with fraction=1.0'
+                )
+
+
 def _sizes(value: Any, dim: int) -> Any:
-    """Return what a tensor, or a mapping of tensors, is, and its size; None for anything else."""
+    """Return what a tensor, or a mapping of tensors, is, and its size; None for anything else.
+
+    What has no size, such as the number of an image, tells nothing.
+    """
     if isinstance(value, Tensor):
-        is_plain = not is_lazy(value) and not value.is_nested and value.dim() > dim
-        return ((value.dim(), value.dtype), value.shape[dim]) if is_plain else None
-    if not isinstance(value, Mapping) or not value or is_container(value):
+        has_rows = not is_lazy(value) and not value.is_nested and value.dim() > dim
+        return ((value.dim(), value.dtype), value.shape[dim]) if has_rows else None
+    if not isinstance(value, Mapping) or is_container(value):
         return None
-    found = {name: _sizes(item, dim) for name, item in value.items()}
-    if any(of is None for of in found.values()):
+    found = {name: of for name, item in value.items() if (of := _sizes(item, dim)) is not None}
+    if not found:
         return None
     return tuple((name, kind) for name, (kind, _) in found.items()), tuple(
         sizes for _, sizes in found.values()
     )
 
 
-def _refuse_tensors_of_nodes(batch: Any, size: int) -> None:
+def _refuse_tensors_of_nodes(leaves: Sequence[Any], size: int) -> None:
     """Raise for a tensor of the nodes of a graph that is stacked by graphs, or not at all."""
-    leaves = list(find_leaves(batch))
     if len(leaves) == 1:
         return
     for graph in leaves:
@@ -149,7 +185,7 @@ def _hidden(values: Iterable[Any], depth: int) -> Iterator[Any]:
     """Yield everything in some objects, tensors among it."""
     for value in values:
         yield value
-        if depth and not isinstance(value, _LEAVES) and not is_array(value):
+        if depth and not isinstance(value, _LEAVES) and not is_plain(value) and not is_array(value):
             inside = value if isinstance(value, (deque, set, frozenset)) else children(value)
             yield from _hidden(inside, depth - 1)
             yield from _hidden(_attributes(value), depth - 1)
