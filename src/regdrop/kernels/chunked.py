@@ -26,6 +26,11 @@ _LARGEST_SHARE_ON_DEVICES = 8
 _SMALLEST_BLOCK_ON_DEVICES = 2**24
 # Gradients of as many logits are kept though memory would be saved by computing them again.
 _LARGEST_KEPT = 2**22
+# Rows shorter than a vector register: torch's softmax on a CPU takes them number by number, unless
+# the classes come first in memory.
+_FEW_CLASSES = 16
+# With fewer, that takes less time than the operations that bring them there.
+_MANY_ROWS = 256
 # Above this, a difference of log-probabilities is that of a mask, however it was written.
 _LARGEST_DIFFERENCE = 1e30
 
@@ -190,7 +195,7 @@ def _compare(logits: Tensor, target: Target) -> Comparison:
         nll = logits.new_zeros(num_items, dtype=dtype)
         empty = logits.new_zeros(logits.shape, dtype=dtype)
         return Comparison(nll, nll, empty, empty, nll.new_zeros(num_passes, num_items, 1))
-    log_p = logits.log_softmax(-1, dtype=None if dtype == logits.dtype else dtype)
+    log_p = _log_softmax(logits, None if dtype == logits.dtype else dtype)
     # A class masked with -inf has a difference too: 0, where it is masked in every pass.
     log_p.clamp_(min=torch.finfo(dtype).min)
     mean = _mean_of_passes(log_p)
@@ -210,6 +215,16 @@ def _compare(logits: Tensor, target: Target) -> Comparison:
         invalid = ~target.valid
         nll, kl = nll.masked_fill(invalid, 0), kl.masked_fill(invalid, 0)
     return Comparison(nll, kl, p, weighted, mean_difference)
+
+
+def _log_softmax(logits: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return the log-probabilities, (num_passes, n, C), of any strides."""
+    num_passes, num_items, num_classes = logits.shape
+    is_slow = num_classes <= _FEW_CLASSES and num_passes * num_items >= _MANY_ROWS
+    if logits.is_cpu and is_slow and not torch.compiler.is_compiling():
+        by_class = logits.transpose(1, 2).contiguous()
+        return by_class.log_softmax(1, dtype=dtype).transpose(1, 2)
+    return logits.log_softmax(-1, dtype=dtype)
 
 
 def _gradient(
