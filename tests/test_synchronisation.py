@@ -6,17 +6,21 @@ that of a CPU: what needs a number fails, or is found by the operations that wou
 
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regdrop
 from regdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
 from regdrop.divergence_watch import watch_divergence
 from regdrop.kernels import fused_linear
-from regdrop.loss import linear_items
+from regdrop.loss import adaptive_softmax, adaptive_softmax_terms, checks, ctc_terms, linear_items
+from regdrop.loss import ctc as ctc_file
+from regdrop.loss.class_weight import class_weight_on
 
 # They read a number, or give a tensor whose shape depends on one.
 WAITING = {
@@ -35,20 +39,38 @@ WAITING = {
 
 
 class Waits(TorchDispatchMode):
-    """Notes the operations that a GPU would be waited for."""
+    """Notes the operations that a GPU would be waited for, and numbers that are copied to one."""
 
     def __init__(self):
         super().__init__()
         self.found = []
+
+    def __enter__(self):
+        self.patches = pytest.MonkeyPatch()
+        for name in ("tensor", "as_tensor"):  # they give a tensor before any operation is seen
+            self.patches.setattr(torch, name, partial(self.make, getattr(torch, name), name))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patches.undo()
+        return super().__exit__(*error)
+
+    def make(self, function, name, data, *args, **kwargs):
+        made = function(data, *args, **kwargs)
+        if not isinstance(data, torch.Tensor) and not made.is_cpu:
+            self.found.append(f"torch.{name}")
+        return made
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name
         is_boolean_index = name in ("aten::index", "aten::index_put", "aten::index_put_") and any(
             x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
         )
-        if name in WAITING or is_boolean_index:
+        result = function(*args, **(kwargs or {}))
+        is_copied = name == "aten::_to_copy" and args[0].is_cpu and not result.is_cpu
+        if name in WAITING or is_boolean_index or is_copied:
             self.found.append(name)
-        return function(*args, **(kwargs or {}))
+        return result
 
 
 def meta(*shape, dtype=torch.float32):
@@ -67,6 +89,13 @@ def cross_entropy(**options):
 def linear(dtype=torch.float32, **options):
     loss = partial(linear_rdrop_cross_entropy, alpha=1.0, **options)
     return lambda: loss(meta(8, 3, 6, dtype=dtype), meta(11, 6, dtype=dtype), classes(4, 3)).loss
+
+
+UNLABELLED = {"unlabelled_index": -1}
+
+
+def numbers_of_items(**options):
+    return cross_entropy(num_items=9, num_weight=5.5, **options)
 
 
 OPTIONS = [
@@ -108,6 +137,12 @@ LOSSES = {
     "squared error": lambda: (
         regdrop.rdrop_mse_loss(meta(8, 5), torch.empty(4, 5, device="meta"), alpha=1.0).loss
     ),
+    **{f"numbers of items, {reduce}": numbers_of_items(**reduce) for reduce in ({}, UNLABELLED)},
+    "squared error, numbers of items": lambda: (
+        regdrop.rdrop_mse_loss(
+            meta(8, 5), torch.empty(4, 5, device="meta"), alpha=1.0, num_items=9
+        ).loss
+    ),
     "symmetric KL": lambda: regdrop.symmetric_kl(
         meta(8, 5), mask=torch.empty(4, dtype=torch.bool, device="meta")
     ),
@@ -123,12 +158,72 @@ def test_no_loss_waits_for_its_device(loss):
     assert waits.found == []
 
 
+def ctc():
+    lengths = torch.tensor([9, 7]), torch.tensor([3, 2])
+    options = dict(zip(("logit_lengths", "target_lengths"), lengths, strict=True))
+    logits = torch.randn(4, 9, 6, requires_grad=True)
+    return ctc_terms(logits, torch.tensor([[1, 2, 3], [4, 5, 0]]), num_passes=2, **options)
+
+
+def adaptive():
+    softmax = nn.AdaptiveLogSoftmaxWithLoss(5, 9, [2, 4])
+    hidden = torch.randn(6, 5, requires_grad=True)
+    return adaptive_softmax_terms(hidden, torch.tensor([8, 0, 3]), softmax, num_passes=2)
+
+
+@pytest.mark.parametrize(
+    ("terms", "waiting"), [(ctc, {"aten::index"}), (adaptive, {"aten::nonzero"})]
+)
+def test_losses_that_wait_are_those_that_the_docs_name(terms, waiting, monkeypatch):
+    """On a CPU, which has their operations, but without the checks that only a CPU has."""
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+    (said,) = (line for line in page.split("\n- ") if line.startswith("No loss waits for the GPU"))
+    assert f"`{terms.__name__}_" in said
+    for module in (checks, ctc_file, adaptive_softmax):
+        monkeypatch.setattr(module, "can_read", lambda device: False)
+    with Waits() as waits:
+        found = terms()
+        (found.nll + found.kl).sum().backward()
+    assert set(waits.found) == waiting
+
+
+def test_weights_of_classes_are_copied_to_their_device_once():
+    class_weight_on(torch.device("meta"), (1.0, 2.5))
+    with Waits() as waits:
+        weight = class_weight_on(torch.device("meta"), (1.0, 2.5))
+    assert weight.device.type == "meta"
+    assert waits.found == []
+    with Waits() as waits:
+        class_weight_on(torch.device("meta"), (1.0, 3.5))
+    assert waits.found == ["torch.tensor"]
+
+
+def test_weights_of_classes_are_those_of_each_dtype_and_mode():
+    """What an evaluation has made serves training, and what is traced stays where it is."""
+    weight, cpu = [1.0, 1 / 3], torch.device("cpu")
+    with torch.inference_mode():
+        first = class_weight_on(cpu, weight)
+    assert not first.is_inference()
+    with FakeTensorMode():
+        assert isinstance(class_weight_on(cpu, (7.0, 8.0)), FakeTensor)
+    assert type(class_weight_on(cpu, (7.0, 8.0))) is torch.Tensor
+    torch.set_default_dtype(torch.float64)
+    try:
+        double = class_weight_on(cpu, weight)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(double, torch.tensor(weight, dtype=torch.float64))
+    assert torch.equal(first, torch.tensor(weight))
+
+
+@pytest.mark.parametrize("class_weight", [None, tuple(range(11))])
 @pytest.mark.parametrize("passes", ["stacked", "sequential"])
-def test_no_step_waits_for_its_device(passes):
+def test_no_step_waits_for_its_device(passes, class_weight):
     """Nor do those whose divergence is looked at, the first two and every hundredth."""
     model = nn.Sequential(nn.Linear(6, 11), nn.Dropout(0.5)).to("meta")
-    config = regdrop.RDropConfig(alpha=1.0, passes=passes)
+    config = regdrop.RDropConfig(alpha=1.0, passes=passes, class_weight=class_weight)
     batch = torch.empty(4, 6, device="meta")
+    regdrop.rdrop_step(model, batch, classes(4), config=config, step=0)
     with Waits() as waits:
         for step in range(3):
             loss = regdrop.rdrop_step(model, batch, classes(4), config=config, step=step).loss

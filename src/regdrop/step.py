@@ -26,6 +26,7 @@ from regdrop.loss import (
     rdrop_cross_entropy,
 )
 from regdrop.loss.checks import check_counts, check_plain, place_of_tensor
+from regdrop.loss.class_weight import class_weight_on
 from regdrop.loss.counts import take_items
 from regdrop.passes import (
     copy_structure,
@@ -199,7 +200,7 @@ def _find_terms(
     if name_of_loss == "cross_entropy":
         options: dict[str, Any] = {"unlabelled_index": config.unlabelled_index}
         if config.class_weight is not None:
-            options["weight"] = torch.tensor(config.class_weight, device=device)
+            options["weight"] = class_weight_on(device, config.class_weight)
         if config.method == "fraternal":
             return partial(fraternal_terms, **options)
         return partial(cross_entropy_terms, impl=config.impl, **options)

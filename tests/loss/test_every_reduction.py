@@ -11,7 +11,7 @@ from regdrop import (
     rdrop_binary_cross_entropy_with_logits,
     rdrop_mse_loss,
 )
-from regdrop.loss import cross_entropy_terms, is_counted
+from regdrop.loss import combine_terms, cross_entropy_terms, is_counted
 
 ELEMENTWISE = [rdrop_binary_cross_entropy_with_logits, rdrop_mse_loss]
 
@@ -79,6 +79,17 @@ def test_without_alpha_the_papers_scale_counts_every_pass(loss, reduction):
 def test_a_module_refuses_its_options_when_it_is_made(options, message):
     with pytest.raises(ValueError, match=message):
         RDropCrossEntropyLoss(1.0, **options)
+
+
+@pytest.mark.parametrize("name", ["nll_count", "kl_count"])
+def test_a_count_of_terms_is_one_number(name):
+    terms = cross_entropy_terms(torch.randn(6, 4), torch.tensor([0, 3, 1]), num_passes=2)
+    with pytest.raises(ValueError, match=rf"terms must have {name} as a scalar, .* \(3,\)"):
+        combine_terms(terms._replace(**{name: torch.ones(3)}), alpha=1.0, num_passes=2)
+    expected = combine_terms(terms, alpha=1.0, num_passes=2)
+    for count in (3, 3.0, torch.tensor([3])):
+        found = combine_terms(terms._replace(**{name: count}), alpha=1.0, num_passes=2)
+        torch.testing.assert_close(found, expected)
 
 
 def test_terms_from_elsewhere_are_not_counted():

@@ -19,9 +19,10 @@ def select_kernel(
 ) -> ClosedForm:
     """Return the kernel of a name for logits of a dtype on a device.
 
-    "auto" takes the Triton kernel on a GPU where it can run, else the chunked form; it never builds
-    anything and never calls torch.compile. Inside torch.compile, and where `make_fx` or
-    `FakeTensorMode` trace, every kernel is the chunked form: the compiler fuses it.
+    "auto" takes the Triton kernel on a GPU where it can run, else the chunked form, which on a GPU
+    has functions that torch compiles by NVRTC. It needs no C++ build and no torch.compile; a GPU's
+    kernels are compiled at first use. Inside torch.compile, and where `make_fx` or `FakeTensorMode`
+    trace, every kernel is the chunked form: the compiler fuses it.
 
     Raises:
         ValueError: For "eager", which is no closed form, an unknown name, or a kernel that is not

@@ -21,6 +21,7 @@ from regdrop.loss.checks import (
 from regdrop.loss.class_items import count_classes
 from regdrop.loss.counts import counted_by
 from regdrop.loss.terms import ItemTerms
+from regdrop.tracing import can_read
 
 
 class AdaptiveSoftmax(Protocol):
@@ -200,7 +201,7 @@ def _check(
             "target must hold class indices of the shape of one pass without the features, "
             f"{(target.shape[0], *hidden.shape[1:-1])}, got {target.dtype} {tuple(target.shape)}"
         )
-    if target.device.type == "cpu" and target.numel():
+    if can_read(target.device) and target.numel():
         wrong = target[(target != ignore_index) & ((target < 0) | (target >= softmax.cutoffs[-1]))]
         if wrong.numel():
             raise ValueError(

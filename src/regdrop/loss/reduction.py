@@ -1,6 +1,6 @@
 """From the two terms of every item to one loss: shared by all output families."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,22 +46,63 @@ def combine_terms(
             f"{tuple(terms.nll.shape)} and kl of shape {tuple(terms.kl.shape)}; the NLL of stacked "
             "rows is .view(num_passes, -1).mean(0)"
         )
+    for name, count in (("nll_count", terms.nll_count), ("kl_count", terms.kl_count)):
+        if isinstance(count, Tensor) and count.numel() != 1:
+            raise ValueError(
+                f"terms must have {name} as a scalar, got a tensor of shape {tuple(count.shape)}"
+            )
     check_options(alpha=alpha, num_passes=num_passes, reduction=reduction, scale=scale)
     check_counts(reduction, num_items=num_items, num_weight=num_weight)
     nll, kl = terms.nll, terms.kl
-    nll_count, kl_count = positive_counts(terms.nll_count, terms.kl_count, nll.dtype)
     total_nll, total_kl = nll.sum(), kl.sum()
-    mean_nll, mean_kl = total_nll.detach() / nll_count, total_kl.detach() / kl_count
+    by = Denominators.find(terms.nll_count, terms.kl_count, num_items, num_weight, nll.dtype)
+    by = Denominators(*(_as_tensor(number, nll) for number in by))
+    mean_nll, mean_kl = total_nll.detach() / by.nll_count, total_kl.detach() / by.kl_count
 
     if reduction == "mean":
-        nll_count, kl_count = resolve_denominators(nll_count, kl_count, num_items, num_weight)
-        nll, kl = total_nll / nll_count, total_kl / kl_count
+        nll, kl = total_nll / by.nll, total_kl / by.kl
     elif reduction == "sum":
         nll, kl = total_nll, total_kl
     nll_weight, kl_weight = term_weights(alpha, num_passes, scale)
     # Without alpha no gradient of the divergence is computed at all.
     loss = nll * nll_weight if alpha == 0 else nll * nll_weight + kl * kl_weight
     return RDropOutput(loss, mean_nll, mean_kl)
+
+
+class Denominators(NamedTuple):
+    """What the sums of both terms are divided by; one object where it is one number.
+
+    Attributes:
+        nll_count: Number (or class weight) of the items whose NLL counts, for the mean of it.
+        kl_count: Number of the items whose divergence counts, likewise.
+        nll: Of the NLL in the loss under "mean".
+        kl: Of the divergence there.
+    """
+
+    nll_count: Tensor | float
+    kl_count: Tensor | float
+    nll: Tensor | float
+    kl: Tensor | float
+
+    @classmethod
+    def find(
+        cls,
+        nll_count: Tensor | float,
+        kl_count: Tensor | float,
+        num_items: Tensor | float | None,
+        num_weight: Tensor | float | None,
+        dtype: torch.dtype,
+    ) -> "Denominators":
+        """Return them in the dtype of the sums; where nothing counts it is 1, for a sum of 0."""
+        num_weight = num_items if num_weight is None else num_weight
+        is_one_count = nll_count is kl_count
+        nll_count = _nonzero(nll_count, dtype)
+        kl_count = nll_count if is_one_count else _nonzero(kl_count, dtype)
+        nll = nll_count if num_weight is None else _nonzero(num_weight, dtype)
+        if num_items is None:
+            return cls(nll_count, kl_count, nll, kl_count)
+        kl = nll if num_items is num_weight else _nonzero(num_items, dtype)
+        return cls(nll_count, kl_count, nll, kl)
 
 
 class WeightedSum(Protocol):
@@ -102,43 +143,33 @@ def reduce_sums(
     """
     nll_weight: Tensor | float
     nll_weight, kl_weight = term_weights(alpha, num_passes, scale)
-    is_one_count = nll_count is kl_count
-    nll_count = _nonzero(nll_count, dtype)
-    kl_count = nll_count if is_one_count else _nonzero(kl_count, dtype)
-    nll_divisor, kl_divisor = nll_count, kl_count
-    if reduction == "mean" and (num_items is not None or num_weight is not None):
-        num_weight = num_items if num_weight is None else num_weight
-        nll_divisor = nll_count if num_weight is None else _nonzero(num_weight, dtype)
-        kl_divisor = kl_count if num_items is None else _nonzero(num_items, dtype)
-        kl_divisor = nll_divisor if num_items is num_weight else kl_divisor
+    by = Denominators.find(nll_count, kl_count, num_items, num_weight, dtype)
     # One divisor is left for the end: half precision would not hold gradients that are divided.
-    if reduction == "mean" and nll_divisor is not kl_divisor:
-        nll_weight = nll_weight * (kl_divisor / nll_divisor)
-    if reduction == "mean" and isinstance(nll_weight, float) and isinstance(kl_divisor, float):
+    divisor = by.kl
+    if reduction == "mean" and by.nll is not divisor:
+        nll_weight = nll_weight * (divisor / by.nll)
+    if reduction == "mean" and isinstance(nll_weight, float) and isinstance(divisor, float):
         # Dividing by one number more is cheaper than multiplying.
         kl_weight /= nll_weight
-        kl_divisor = kl_divisor if nll_weight == 1 else kl_divisor / nll_weight
+        divisor = divisor if nll_weight == 1 else divisor / nll_weight
         nll_weight = 1.0
     # Without alpha no gradient of the divergence is computed at all.
     total, nll, kl = weighted_sum(
         nll_weight=nll_weight, kl_weight=None if alpha == 0 else kl_weight
     )
-    count = _as_tensor(nll_count, nll)
+    count = _as_tensor(by.nll_count, nll)
     mean_nll = nll / count
-    mean_kl = kl / (count if kl_count is nll_count else _as_tensor(kl_count, kl))
+    mean_kl = kl / (count if by.kl_count is by.nll_count else _as_tensor(by.kl_count, kl))
     if reduction == "mean":
-        total = total / (count if kl_divisor is nll_count else _as_tensor(kl_divisor, total))
+        total = total / (count if divisor is by.nll_count else _as_tensor(divisor, total))
     return RDropOutput(total, mean_nll, mean_kl)
 
 
 def _nonzero(count: Tensor | float, dtype: torch.dtype) -> Tensor | float:
     """Return a count; where nothing counts it is 1, for a sum that is 0."""
-    if isinstance(count, Tensor):
-        return _at_least_one(count if count.dim() == 0 else count.reshape(()), dtype)
-    return float(count) or 1.0
-
-
-def _at_least_one(count: Tensor, dtype: torch.dtype) -> Tensor:
+    if not isinstance(count, Tensor):
+        return float(count) or 1.0
+    count = count if count.dim() == 0 else count.reshape(())
     # Numbers of items need one operation, sums of weights two.
     if not count.is_floating_point():
         return count.clamp(min=1).to(dtype)
@@ -156,32 +187,3 @@ def term_weights(alpha: float, num_passes: int, scale: Scale) -> tuple[float, fl
     """Return the weights of the NLL and of the divergence in the loss."""
     factor = float(num_passes if scale == "sum" else 1)
     return factor, float(alpha) * factor / num_passes
-
-
-def positive_counts(
-    nll_count: Tensor, kl_count: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return both terms' counts; where nothing counts in a term it is 1, for a sum that is 0."""
-    counts = [torch.as_tensor(count) for count in (nll_count, kl_count)]
-    return _at_least_one(counts[0], dtype), _at_least_one(counts[1], dtype)
-
-
-def resolve_denominators(
-    nll_count: Tensor,
-    kl_count: Tensor,
-    num_items: Tensor | float | None,
-    num_weight: Tensor | float | None,
-) -> tuple[Tensor, Tensor]:
-    """Return what both sums are divided by under "mean": the counts, or what replaces them."""
-    if num_weight is None:
-        num_weight = num_items
-    return (
-        nll_count if num_weight is None else _positive(num_weight, nll_count),
-        kl_count if num_items is None else _positive(num_items, kl_count),
-    )
-
-
-def _positive(count: Tensor | float, like: Tensor) -> Tensor:
-    """Return the denominator as a tensor; an empty window counts as one item, its sum is 0."""
-    count = torch.as_tensor(count, dtype=like.dtype, device=like.device).reshape(())
-    return torch.where(count == 0, 1, count)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.heads import Head, UnknownHeadError, read_logits
 from regdrop.loss import cross_entropy_terms
+from regdrop.loss.class_weight import class_weight_on
 
 WAY_OUT = (
     "RDropConfig(likelihood='model') keeps the model's own loss, and overriding rdrop_head of the "
@@ -140,7 +140,7 @@ class LabelledBatch:
                     f"class_weight must have one entry for each of {num_labels} labels of "
                     f"{self.name}, got {len(self.class_weight)}"
                 )
-            options["weight"] = torch.tensor(self.class_weight, device=target.device)
+            options["weight"] = class_weight_on(target.device, self.class_weight)
         if self.unlabelled_index is not None:
             options["unlabelled_index"] = self.unlabelled_index
         terms = partial(cross_entropy_terms, label_smoothing=self.label_smoothing, **options)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from regdrop.loss import (
     mse_terms,
     smooth_l1_terms,
 )
+from regdrop.loss.class_weight import class_weight_on
 
 ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "binary cross entropy": binary_cross_entropy_terms,
@@ -94,7 +94,7 @@ class Recipe:
         if self.class_dim != -1:
             options["class_dim"] = self.class_dim
         if class_weight is not None:
-            options["weight"] = torch.tensor(class_weight, device=target.device)
+            options["weight"] = class_weight_on(target.device, class_weight)
         terms = partial(
             cross_entropy_terms,
             ignore_index=self.ignore_index,
