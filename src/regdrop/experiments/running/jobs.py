@@ -88,47 +88,63 @@ def run_jobs(
 
     pending = {submit(job) for job in jobs}
     begun: set[tuple[str, int]] = set()
-    held = _HeldRuns(display)
-    lost: list[str] = []
-    failure: BaseException | None = None
+    ends = _Ends(display, skip_diverged)
     try:
-        while pending or held.jobs:
+        while pending or ends.held.jobs:
             if not pending:
                 time.sleep(_POLL_SECONDS)
             done, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
             begun |= _show_updates(engine, display)
             for future in done:
-                job = runs[future]
-                error = _error(future)
-                if error is None:
-                    if display is not None:
-                        display.finish(future.result())
-                elif isinstance(error, HeldError):
-                    held.add(job, error)
-                elif isinstance(error, WorkerLostError):
-                    lost.append(f"{job}: {error}")
-                    _say(display, lost[-1])
-                elif not (skip_diverged and isinstance(error, DivergedError)):
-                    failure = failure or _named(error, job)
-            if failure is not None:
+                ends.settle(runs[future], future)
+            if ends.failure is not None:
                 # What runs beside it is brought to its end, nothing else is begun.
-                held.jobs.clear()
+                ends.held.jobs.clear()
                 pending = {
                     run
                     for run in pending
                     if (runs[run].arm.name, runs[run].seed) in begun or not run.cancel()
                 }
-            elif held.is_due():
-                pending |= {submit(job) for job in held.take()}
+            elif ends.held.is_due():
+                pending |= {submit(job) for job in ends.held.take()}
     except BaseException:
         # Ctrl-C: what has not begun is not begun, what runs has its checkpoint.
         engine.stop()
         raise
     _show_updates(engine, display)
-    if failure is not None:
-        raise failure
-    if lost:
-        raise ValueError(f"{'; '.join(lost)}; the same command goes on from here")
+    if ends.failure is not None:
+        raise ends.failure
+    if ends.lost:
+        raise ValueError(f"{'; '.join(ends.lost)}; the same command goes on from here")
+
+
+class _Ends:
+    """How runs have ended: what is to be tried again, what was lost, and the first failure.
+
+    Args:
+        display: Told of each.
+        skip_diverged: Whether a run whose loss diverges is no failure.
+    """
+
+    def __init__(self, display: Display | None, skip_diverged: bool) -> None:
+        self.held = _HeldRuns(display)
+        self.lost: list[str] = []
+        self.failure: BaseException | None = None
+        self._display, self._skip_diverged = display, skip_diverged
+
+    def settle(self, job: Job, future: Future[RunRecord]) -> None:
+        """Take note of a run that has ended."""
+        error = _error(future)
+        if error is None:
+            if self._display is not None:
+                self._display.finish(future.result())
+        elif isinstance(error, HeldError):
+            self.held.add(job, error)
+        elif isinstance(error, WorkerLostError):
+            self.lost.append(f"{job}: {error}")
+            _say(self._display, self.lost[-1])
+        elif not (self._skip_diverged and isinstance(error, DivergedError)):
+            self.failure = self.failure or _named(error, job)
 
 
 class _HeldRuns:
