@@ -113,6 +113,7 @@ def test_ends_of_edges_are_refused():
         (DENSE, torch.tensor([0, 0, 1, 1])),  # labels
         (DENSE, torch.tensor([0, 2, 5, 7]), torch.arange(12)),  # and positions
         (DENSE, torch.tensor([0, 0, 1, 1]), WORDS),
+        (DENSE[:2], torch.tensor([0, 7]), WORDS),
         (DENSE, torch.arange(4), LABELS),  # numbers of the items
         (DENSE, torch.arange(4), WORDS),
         (DENSE, LABELS, torch.tensor([0, 0, 1, 1, 2])),  # groups of the features

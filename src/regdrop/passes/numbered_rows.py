@@ -36,8 +36,8 @@ _WAYS_OUT = (
     ', or use passes="sequential" with fraction=1.0; if it is something else, name it in shared or '
     "give it another name"
 )
-# So many numbers that count up by themselves are no chance.
-_MANY = 16
+# So many labels seldom go up by chance, and never so many count from 0 in all of several lists.
+_FEW, _MANY = 4, 16
 
 
 def refuse_numbers(
@@ -147,8 +147,8 @@ def _begin_among(starts: Sequence[Tensor], rows: Sequence[Tensor], size: int) ->
     pairs = list(zip(starts, rows, strict=True))
     if len(pairs) == 1:
         begin, entries = pairs[0]
-        # As many as each other may be anything of the items.
-        is_other = len(begin) != len(entries) and not _is_range(entries)
+        # As many as each other may be anything of the items, and fewer go up by chance.
+        is_other = len(begin) >= _FEW and len(begin) != len(entries) and not _is_range(entries)
         return is_other and _go_up(begin, 1) and int(begin[-1]) <= len(entries)
     if not all(len(begin) in (size, size + 1) for begin in starts):
         return False
