@@ -19,7 +19,8 @@ from regdrop import (
     symmetric_kl,
 )
 from regdrop.diagnostics import measure_disagreement
-from regdrop.kernels.class_rows import Columns, RowSums, class_rows, combine_shares
+from regdrop.kernels.class_columns import Columns, RowSums
+from regdrop.kernels.class_rows import class_rows, combine_shares
 from regdrop.kernels.eager import eager_terms
 from regdrop.kernels.selection import select_kernel
 from regdrop.kernels.sharded_classes import whole_tensor

@@ -57,7 +57,7 @@ TRAINER = [
 CPP = ["kernels/test_cpp_rows.py", "kernels/test_whole_loss.py", *LOSS]
 # The tests of each module, the nearest and quickest first; a folder's stands for its modules.
 TESTS = {
-    "kernels/__init__.py": ["kernels/test_whole_loss.py", "kernels/test_cpp_rows.py", *LOSS],
+    "kernels/terms.py": ["kernels/test_whole_loss.py", "kernels/test_cpp_rows.py", *LOSS],
     "kernels/chunked.py": [*LOSS, *ROWS],
     "kernels/class_blocks.py": ROWS,
     "kernels/class_rows.py": ROWS,
@@ -113,7 +113,7 @@ TESTS = {
 # Interpreted and compiled kernels take long, and concern few modules.
 QUICK = ["-m", "not slow and not long", "-k", "not triton and not compiled"]
 WHOLE = ["-m", "not long"]
-BUILT = ("kernels/__init__.py", "kernels/cpp_rows.py", "kernels/selection.py")
+BUILT = ("kernels/terms.py", "kernels/cpp_rows.py", "kernels/selection.py")
 BUILT += ("kernels/rows.cpp", "kernels/row_parts.h", "kernels/narrow_rows.h")
 BUILT += ("kernels/triton_programs.py", "kernels/triton_rows.py")
 BUILD = (

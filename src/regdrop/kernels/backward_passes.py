@@ -54,7 +54,12 @@ def has_tangent(*tensors: Any) -> bool:
     )
 
 
-def limit_backward(passes: Tensor, backward_passes: int) -> Tensor:
+def graded_passes(num_passes: int, backward_passes: int | None) -> int:
+    """Return the number of first passes that carry the gradient; None stands for all of them."""
+    return num_passes if backward_passes is None else backward_passes
+
+
+def limit_backward(passes: Tensor, backward_passes: int | None) -> Tensor:
     """Return the passes with the gradient of the first ones scaled and the others cut.
 
     Masks are drawn alike for every pass and the loss is symmetric in them, so that
@@ -63,20 +68,20 @@ def limit_backward(passes: Tensor, backward_passes: int) -> Tensor:
 
     Args:
         passes: (num_passes, ...).
-        backward_passes: Number of first passes that keep a gradient.
+        backward_passes: Number of first passes that keep a gradient; None: all.
 
     Raises:
         ValueError: In forward mode, which differentiates the value of all passes.
     """
     num_passes = passes.shape[0]
-    if backward_passes == num_passes:
+    if backward_passes is None or backward_passes == num_passes:
         return passes
     if has_tangent(passes):
         raise ValueError(
             f"backward_passes must be None or num_passes={num_passes} in forward-mode "
             f"differentiation, got {backward_passes}"
         )
-    kept: Tensor = _ScaleGradient.apply(passes[:backward_passes], num_passes / backward_passes)
+    kept: Tensor = _MultiplyInBackward.apply(passes[:backward_passes], num_passes / backward_passes)
     return torch.cat([kept, passes[backward_passes:].detach()])
 
 
@@ -95,7 +100,7 @@ class _NoSecondDerivative(Function):
         )
 
 
-class _ScaleGradient(Function):
+class _MultiplyInBackward(Function):
     """Identity whose gradient is multiplied by a constant."""
 
     generate_vmap_rule = True

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regdrop.kernels.closed_form import ClosedForm, Weight, accumulation_dtype
+from regdrop.kernels.closed_form import ClosedForm, Weight
+from regdrop.kernels.precision import accumulation_dtype
 from regdrop.kernels.target import Target
 
 # Temporary blocks together stay below a twentieth of the logits, but a block is never so small

@@ -16,11 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regdrop.kernels.class_rows import ClassRows, Columns, RowSums, assert_classes, class_rows
-from regdrop.kernels.closed_form import accumulation_dtype, scale_gradients
+from regdrop.kernels.class_columns import ClassRows, Columns, RowSums
+from regdrop.kernels.class_rows import assert_classes, class_rows
+from regdrop.kernels.closed_form import pass_slopes
+from regdrop.kernels.precision import accumulation_dtype
 from regdrop.kernels.projection import (
     Gradients,
     Projection,
+    TermGradients,
+    Wanted,
     add_product,
     multiply,
     without_autocast,
@@ -170,9 +174,9 @@ def grade_blocks(
     projection: Projection,
     target: Target,
     kept: Kept,
-    grads: tuple[Tensor | None, Tensor | None],
+    grads: TermGradients,
     backward_passes: int,
-    wanted: tuple[bool, bool, bool],
+    wanted: Wanted,
 ) -> Gradients:
     """Compute the gradients.
 
@@ -181,9 +185,9 @@ def grade_blocks(
         projection: The layer, its dtype given.
         target: Class indices of the N items.
         kept: What the forward has left, which is overwritten.
-        grads: The gradient of each item's NLL and divergence, (N,) or None.
+        grads: The gradient of each item's terms, (N,).
         backward_passes: The first passes that carry the gradient.
-        wanted: Whether hidden, weight and bias need a gradient.
+        wanted: What needs a gradient.
 
     Returns:
         The gradients, in float32 at least but for the weight's, which is in its own dtype.
@@ -194,14 +198,14 @@ def grade_blocks(
     wide = accumulation_dtype(dtype)
     memory = weight.new_empty(weight.numel()) if kept.weight is None else kept.weight
     gradients = Gradients(
-        hidden.new_zeros(hidden.shape, dtype=wide) if wanted[0] else None,
-        memory.view(weight.shape) if wanted[1] else None,
-        hidden.new_zeros(plan.num_classes, dtype=wide) if wanted[2] else None,
+        hidden.new_zeros(hidden.shape, dtype=wide) if wanted.hidden else None,
+        memory.view(weight.shape) if wanted.weight else None,
+        hidden.new_zeros(plan.num_classes, dtype=wide) if wanted.bias else None,
     )
     if num_items == 0:
-        return gradients._replace(weight=torch.zeros_like(weight) if wanted[1] else None)
+        return gradients._replace(weight=torch.zeros_like(weight) if wanted.weight else None)
     write = _rows_kernel(projection, hidden.device).write
-    scaled = scale_gradients(*grads, num_passes, backward_passes)
+    scaled = pass_slopes(*grads, num_passes, backward_passes)
     rows = hidden.to(dtype).reshape(-1, features)
     graded = backward_passes * num_items
     with without_autocast(hidden.device):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from regdrop.kernels.backward_passes import differentiable_once
+from regdrop.kernels.class_columns import ClassRows
 from regdrop.kernels.target import Target
 
 
@@ -83,14 +84,14 @@ class ClosedForm(NamedTuple):
         forward: Computes the terms.
         backward: Writes the gradient.
         least_items: Items a call, below which it leaves a part of the device idle.
-        class_rows: Its form for a block of classes, a `ClassRows`; None leaves that to torch.
+        class_rows: Its form for a block of classes; None leaves that to torch.
         sums: Computes the gradient in the forward, for sums of the terms.
     """
 
     forward: ForwardKernel
     backward: BackwardKernel
     least_items: int = 1
-    class_rows: Any = None
+    class_rows: ClassRows | None = None
     sums: SumKernel | None = None
 
 
@@ -132,13 +133,13 @@ def closed_form_sum(
     """Return a weighted sum of both terms over the items, in fewer operations than the terms take.
 
     Args:
-        logits: As in `closed_form_terms`, as are those that are not named here.
-        target: See above.
-        kernel: See above.
+        logits: As in `closed_form_terms`.
+        target: As in `closed_form_terms`.
+        kernel: As in `closed_form_terms`.
         nll_weight: Weight of every item's NLL, a number; None leaves it out.
         kl_weight: Weight of every item's divergence, likewise.
-        backward_passes: See above.
-        inplace: See above.
+        backward_passes: As in `closed_form_terms`.
+        inplace: As in `closed_form_terms`.
 
     Returns:
         The sum, and the sums of both terms without weight and gradient, all scalars.
@@ -155,12 +156,7 @@ def closed_form_sum(
     return mix(nll, kl, nll_weight, kl_weight), nll, kl
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which terms of numbers of `dtype` are computed."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def scale_gradients(
+def pass_slopes(
     grad_nll: Slope, grad_kl: Slope, num_passes: int, backward_passes: int
 ) -> tuple[Slope, Slope]:
     """Return upstream gradients of both terms as a `BackwardKernel` takes them."""
@@ -192,7 +188,7 @@ class _Terms(Function):
     def backward(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Any:
         if grad_nll is None and grad_kl is None:
             return None, None, None, None, None
-        grads = scale_gradients(grad_nll, grad_kl, ctx.num_passes, ctx.backward_passes)
+        grads = pass_slopes(grad_nll, grad_kl, ctx.num_passes, ctx.backward_passes)
         return _write_gradient(ctx, *grads), None, None, None, None
 
 
@@ -207,7 +203,7 @@ class _Sum(Function):
         backward_passes: int,
         inplace: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        slopes = scale_gradients(*weights, logits.shape[0], backward_passes)
+        slopes = pass_slopes(*weights, logits.shape[0], backward_passes)
         found = None
         if kernel.sums is not None:
             found = kernel.sums(logits, target, *slopes, backward_passes, inplace)
@@ -228,9 +224,9 @@ class _Sum(Function):
         if grad is None:
             return None, None, None, None, None, None
         if ctx.has_gradient:
-            found = _scale_gradient(ctx, grad)
+            found = _kept_gradient(ctx, grad)
         else:
-            slopes = (None if x is None else _scaled(grad, x) for x in ctx.slopes)
+            slopes = (None if x is None else _at_slope(grad, x) for x in ctx.slopes)
             items = (None if x is None else x.expand(ctx.num_items) for x in slopes)
             found = _write_gradient(ctx, *items)
         return found, None, None, None, None, None
@@ -251,7 +247,7 @@ def mix(nll: Tensor, kl: Tensor, nll_weight: Weight, kl_weight: Weight) -> Tenso
     return torch.add(total, kl, alpha=kl_weight)
 
 
-def _scaled(grad: Tensor, slope: Tensor | float) -> Tensor:
+def _at_slope(grad: Tensor, slope: Tensor | float) -> Tensor:
     return grad * (slope.to(grad.device, grad.dtype) if isinstance(slope, Tensor) else slope)
 
 
@@ -292,7 +288,7 @@ def _write_gradient(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -
     return _finished(ctx, out)
 
 
-def _scale_gradient(ctx: Any, grad: Tensor) -> Tensor:
+def _kept_gradient(ctx: Any, grad: Tensor) -> Tensor:
     """Return the gradient that the forward computed, multiplied, as that of the logits."""
     # Autograd clones what anybody else still refers to.
     gradient, ctx.gradient = ctx.gradient, None

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from regdrop.kernels.backward_passes import has_tangent
-from regdrop.kernels.closed_form import ClosedForm, accumulation_dtype
+from regdrop.kernels.closed_form import ClosedForm
+from regdrop.kernels.precision import accumulation_dtype
 from regdrop.kernels.target import Target
 from regdrop.tracing import is_traced, is_transformed
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from regdrop.kernels.backward_passes import limit_backward
+from regdrop.kernels.precision import widen
 from regdrop.kernels.target import Target
 
 
@@ -21,8 +22,7 @@ def eager_terms(logits: Tensor, target: Target, *, backward_passes: int) -> tupl
         The negative log-likelihood, mean over passes, and the symmetric KL, mean over pairs of
         passes, both (N,) and 0 on invalid items (equation 4 of arXiv 2106.14448).
     """
-    x = logits if logits.dtype == torch.float64 else logits.float()
-    x = limit_backward(x, backward_passes)
+    x = limit_backward(widen(logits), backward_passes)
     if target.valid is not None:
         x = x.masked_fill(~target.valid[None, :, None], 0)
     log_p = x.log_softmax(-1)

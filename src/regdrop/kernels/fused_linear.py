@@ -18,9 +18,16 @@ from torch.autograd.function import Function
 
 from regdrop.kernels.backward_passes import differentiable_once, has_tangent
 from regdrop.kernels.class_blocks import BUDGET, collect_blocks, grade_blocks, make_plan
-from regdrop.kernels.closed_form import Weight, accumulation_dtype, mix
-from regdrop.kernels.linear_chunks import TermGradients, Wanted, chunked_linear_terms
-from regdrop.kernels.projection import Gradients, Projection, with_dtype
+from regdrop.kernels.closed_form import Weight, mix
+from regdrop.kernels.linear_chunks import chunked_linear_terms
+from regdrop.kernels.precision import accumulation_dtype
+from regdrop.kernels.projection import (
+    Gradients,
+    Projection,
+    TermGradients,
+    Wanted,
+    with_dtype,
+)
 from regdrop.kernels.target import Target
 from regdrop.tracing import is_transformed
 
@@ -144,7 +151,7 @@ class _BlockTerms(Function):
     def backward(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Any:
         hidden, weight, bias, _ = ctx.saved_tensors
         target, backward_passes = ctx.options
-        grads = (grad_nll, None if hidden.shape[0] == 1 else grad_kl)
+        grads = TermGradients(grad_nll, None if hidden.shape[0] == 1 else grad_kl)
         if all(grad is None for grad in grads):
             return (None,) * 6
         projection = ctx.projection._replace(weight=weight.detach(), bias=_detach(bias))
@@ -158,7 +165,7 @@ class _BlockTerms(Function):
             grads, factor = _near_one(grads)
         gradients = grade_blocks(
             *(hidden, projection, target, kept, grads, backward_passes),
-            ctx.needs_input_grad[:3],
+            Wanted(*ctx.needs_input_grad[:3]),
         )
         del kept
         if factor is not None:
@@ -169,16 +176,13 @@ class _BlockTerms(Function):
         return hidden_gradient, gradients.weight, gradients.bias, None, None, None
 
 
-def _near_one(
-    grads: tuple[Tensor | None, Tensor | None],
-) -> tuple[tuple[Tensor | None, Tensor | None], Tensor]:
+def _near_one(grads: TermGradients) -> tuple[TermGradients, Tensor]:
     """Divide by a power of 2, which float16 multiplies by without a further rounding."""
     given = [grad for grad in grads if grad is not None]
     largest = torch.cat([*given, given[0].new_zeros(1)]).abs().max()
     mantissa, _ = torch.frexp(largest)
     factor = torch.where(largest == 0, 1, largest / mantissa).clamp(2**-14, 2**15)
-    grad_nll, grad_kl = (None if grad is None else grad / factor for grad in grads)
-    return (grad_nll, grad_kl), factor
+    return TermGradients(*(None if grad is None else grad / factor for grad in grads)), factor
 
 
 class _LinearLoss(Function):
@@ -196,7 +200,7 @@ class _LinearLoss(Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # What autograd follows is kept through save_for_backward alone.
         projection = projection._replace(weight=weight.detach(), bias=_detach(bias))
-        options = (target, weights, backward_passes, labelled, ctx.needs_input_grad[:3])
+        options = (target, weights, backward_passes, labelled, Wanted(*ctx.needs_input_grad[:3]))
         nll, kl, ctx.gradients = _weighted_terms(hidden, projection, *options)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.options, ctx.projection = options, projection
@@ -216,7 +220,7 @@ class _LinearLoss(Function):
             hidden, weight, bias = ctx.saved_tensors
             projection = ctx.projection._replace(weight=weight, bias=bias)
             gradients = _weighted_terms(hidden, projection, *ctx.options)[-1]
-        return *_scaled(gradients, grad), *(None,) * 5
+        return *_multiplied(gradients, grad), *(None,) * 5
 
 
 class _LinearTerms(Function):
@@ -258,7 +262,7 @@ class _LinearTerms(Function):
             backward_passes,
             Wanted(*ctx.needs_input_grad[:3]),
         )[-1]
-        return *_scaled(gradients, factor), None, None, None
+        return *_multiplied(gradients, factor), None, None, None
 
 
 def _weighted_terms(
@@ -268,17 +272,17 @@ def _weighted_terms(
     weights: tuple[Weight, Weight],
     backward_passes: int,
     labelled: Tensor | None,
-    wanted: tuple[bool, bool, bool],
+    wanted: Wanted,
 ) -> tuple[Tensor, Tensor, Gradients]:
     ones = hidden.new_ones(hidden.shape[1], dtype=accumulation_dtype(hidden.dtype))
     grad_nll, grad_kl = (None if weight is None else ones * weight for weight in weights)
     if grad_nll is not None and labelled is not None:
         grad_nll = grad_nll * labelled
     grads = TermGradients(grad_nll, grad_kl)
-    return chunked_linear_terms(hidden, projection, target, grads, backward_passes, Wanted(*wanted))
+    return chunked_linear_terms(hidden, projection, target, grads, backward_passes, wanted)
 
 
-def _scaled(gradients: Gradients, factor: Tensor) -> tuple[Tensor | None, ...]:
+def _multiplied(gradients: Gradients, factor: Tensor) -> tuple[Tensor | None, ...]:
     """Multiply in float32 at least; the caller gives the gradients away."""
     wide = torch.promote_types(factor.dtype, torch.float32)
     return tuple(

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from regdrop.kernels.chunked import backward_blocks, forward_blocks, sum_blocks
-from regdrop.kernels.closed_form import ClosedForm, Weight, accumulation_dtype
+from regdrop.kernels.closed_form import ClosedForm, Weight
+from regdrop.kernels.precision import accumulation_dtype
 from regdrop.kernels.target import Target
 
 Function = Callable[..., Any]

@@ -5,17 +5,18 @@ with their gradient by a kernel of the closed form; two more products turn that 
 of the hidden states and of the weight.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from regdrop.kernels.chunked import row_blocks
 from regdrop.kernels.class_blocks import BUDGET
-from regdrop.kernels.closed_form import ClosedForm, accumulation_dtype, scale_gradients
+from regdrop.kernels.closed_form import ClosedForm, pass_slopes
+from regdrop.kernels.precision import accumulation_dtype
 from regdrop.kernels.projection import (
     Gradients,
     Projection,
+    TermGradients,
+    Wanted,
     add_product,
     adds_in_float32,
     logits_slope,
@@ -30,25 +31,6 @@ from regdrop.kernels.target import Target
 # fewer rows that costs more than the products do, the sooner the faster a device multiplies.
 _SMALLEST_CHUNK = 256
 _SMALLEST_CHUNK_ON_DEVICES = 512
-
-
-class TermGradients(NamedTuple):
-    """The gradient of each item's NLL and divergence, (N,); None where there is none."""
-
-    nll: Tensor | None
-    kl: Tensor | None
-
-    def rows(self, items: slice) -> "TermGradients":
-        """Return those of some items."""
-        return TermGradients(*(None if grad is None else grad[items] for grad in self))
-
-
-class Wanted(NamedTuple):
-    """Whether the layer's input and its parameters need a gradient."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
 
 
 NO_GRADIENTS, NOTHING_WANTED = TermGradients(None, None), Wanted(False, False, False)
@@ -141,7 +123,7 @@ def _compare(
     nll, kl, statistics = kernel.forward(logits, target)
     if any(grad is not None for grad in grads):
         slope = logits_slope(logits, projection.scale, projection.softcap)
-        scaled = scale_gradients(*grads, len(logits), backward_passes)
+        scaled = pass_slopes(*grads, len(logits), backward_passes)
         kernel.backward(logits, logits, target, statistics, *scaled, backward_passes)
         if slope is not None:
             logits.mul_(slope)

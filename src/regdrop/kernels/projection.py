@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regdrop.kernels.closed_form import accumulation_dtype
 from regdrop.kernels.implementation import Implementation
+from regdrop.kernels.precision import accumulation_dtype
 
 
 class Projection(NamedTuple):
@@ -41,6 +41,25 @@ class Gradients(NamedTuple):
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+
+
+class TermGradients(NamedTuple):
+    """The gradient of each item's NLL and divergence, (N,); None where there is none."""
+
+    nll: Tensor | None
+    kl: Tensor | None
+
+    def rows(self, items: slice) -> "TermGradients":
+        """Return those of some items."""
+        return TermGradients(*(None if grad is None else grad[items] for grad in self))
+
+
+class Wanted(NamedTuple):
+    """Whether the layer's input and its parameters need a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
 
 
 def with_dtype(hidden: Tensor, projection: Projection) -> Projection:

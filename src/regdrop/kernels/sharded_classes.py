@@ -13,14 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regdrop.kernels.class_rows import (
-    ClassRows,
-    Columns,
-    RowSums,
-    assert_classes,
-    class_rows,
-    combine_shares,
-)
+from regdrop.kernels.class_columns import ClassRows, Columns, RowSums
+from regdrop.kernels.class_rows import assert_classes, class_rows, combine_shares
 from regdrop.kernels.closed_form import ClosedForm
 from regdrop.kernels.target import Target
 

@@ -16,7 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
-from regdrop.kernels.class_rows import ClassRows, Columns, RowSums, assert_classes
+from regdrop.kernels.class_columns import ClassRows, Columns, RowSums
+from regdrop.kernels.class_rows import assert_classes
 from regdrop.kernels.closed_form import ClosedForm
 from regdrop.kernels.target import Target
 from regdrop.kernels.triton_programs import backward_kernel, forward_kernel

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from regdrop.arguments import IGNORE_INDEX, check_integer
-from regdrop.kernels.backward_passes import limit_backward
+from regdrop.kernels.backward_passes import graded_passes, limit_backward
 from regdrop.kernels.eager import kl_divergence
+from regdrop.kernels.precision import widen
 from regdrop.loss.checks import (
     check_finite_divergence,
     check_floating,
@@ -38,15 +39,15 @@ class AdaptiveSoftmax(Protocol):
 
     @property
     def cutoffs(self) -> Sequence[int]:
-        """See above."""
+        """The first class of each tail, and last the number of classes."""
 
     @property
     def head(self) -> Any:
-        """See above."""
+        """From hidden states (n, features) to the logits of frequent classes and of tails."""
 
     @property
     def tail(self) -> Any:
-        """See above."""
+        """For each tail, from hidden states (n, features) to the logits of its classes."""
 
 
 @counted_by(count_classes)
@@ -94,7 +95,7 @@ def adaptive_softmax_terms(
     rows = valid.nonzero()[:, 0]
     classes = target.reshape(-1)[rows]
     passes = hidden.reshape(num_passes, target.numel(), hidden.shape[-1])[:, rows]
-    graded = num_passes if backward_passes is None else backward_passes
+    graded = graded_passes(num_passes, backward_passes)
     compute = _nll if num_passes == 1 else _both_terms
     parts = [
         checkpoint(compute, states, wanted, in_head, softmax, graded, use_reentrant=False)
@@ -188,7 +189,7 @@ def _pick(log_p: Tensor, classes: Tensor) -> Tensor:
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    return widen(logits).log_softmax(-1)
 
 
 def _check(

@@ -88,7 +88,26 @@ def binary_cross_entropy_terms(
     mask: Tensor | None = None,
     backward_passes: int | None = None,
 ) -> ItemTerms:
-    """Return the terms of every element, in the shape of the target; see above."""
+    """Return the terms of every element, in the shape of the target.
+
+    They are those of `rdrop_binary_cross_entropy_with_logits`.
+
+    Args:
+        logits: (num_passes * batch, ...), floating point; pass 0 of the whole batch first.
+        target: The original, unstacked target, (batch, ...), between 0 and 1.
+        num_passes: Number of passes that are stacked; with 1 only the NLL is computed.
+        weight: Weight of each element's NLL, broadcastable to target.
+        pos_weight: Weight of positive labels in the NLL, broadcastable to target.
+        mask: Boolean, True where an element counts in both terms, broadcastable to target.
+        backward_passes: As in `rdrop_binary_cross_entropy_with_logits`.
+
+    Returns:
+        The terms, float32 for half precision; 0 and uncounted where `mask` is False.
+
+    Raises:
+        TypeError: For tensors of the wrong kind.
+        ValueError: For options out of range or shapes that do not fit.
+    """
     passes = split_passes("logits", logits, target, num_passes, backward_passes)
     check_broadcastable("weight", weight, target)
     check_broadcastable("pos_weight", pos_weight, target)

@@ -3,11 +3,12 @@
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX, check_flag, check_integer
 from regdrop.kernels import Implementation, check_implementation, rdrop_sum, rdrop_terms, whole_loss
+from regdrop.kernels.backward_passes import graded_passes
+from regdrop.kernels.precision import accumulation_dtype
 from regdrop.loss.checks import (
     LARGEST_DIVERGENCE,
     check_counts,
@@ -128,7 +129,7 @@ def rdrop_cross_entropy(
         inplace=inplace,
     )
     options: dict[str, Any] = {
-        "backward_passes": num_passes if backward_passes is None else backward_passes,
+        "backward_passes": graded_passes(num_passes, backward_passes),
         "inplace": inplace,
         "impl": impl,
     }
@@ -145,7 +146,7 @@ def rdrop_cross_entropy(
     output = reduce_sums(
         partial(rdrop_sum, items.logits, items.target, **options),
         *items.counts(),
-        torch.float64 if logits.dtype == torch.float64 else torch.float32,
+        accumulation_dtype(logits.dtype),
         alpha=alpha,
         num_passes=num_passes,
         reduction=reduction,
@@ -191,7 +192,7 @@ def _whole(
         kl_weight=kl_weight if alpha else None,
         is_mean=reduction == "mean",
         num_passes=num_passes,
-        backward_passes=backward_passes or num_passes,
+        backward_passes=graded_passes(num_passes, backward_passes),
         inplace=inplace,
         largest_divergence=LARGEST_DIVERGENCE,
     )
@@ -213,7 +214,31 @@ def cross_entropy_terms(
     inplace: bool = False,
     impl: Implementation = "auto",
 ) -> ItemTerms:
-    """Return the terms of every item, in the shape of the class indices; see above."""
+    """Return the terms of every item, in the shape of the class indices.
+
+    They are those of `rdrop_cross_entropy`.
+
+    Args:
+        logits: (num_passes * batch, ..., C), floating point; pass 0 of the whole batch first.
+        target: The original, unstacked target: class indices (batch, ...) or class probabilities
+            (batch, ..., C).
+        num_passes: Number of passes that are stacked; with 1 only the NLL is computed.
+        weight: (C,) weight of each class in the NLL.
+        ignore_index: As in `rdrop_cross_entropy`.
+        unlabelled_index: As in `rdrop_cross_entropy`.
+        class_dim: As in `rdrop_cross_entropy`.
+        label_smoothing: As in `rdrop_cross_entropy`.
+        backward_passes: As in `rdrop_cross_entropy`.
+        inplace: As in `rdrop_cross_entropy`.
+        impl: As in `rdrop_cross_entropy`.
+
+    Returns:
+        The terms, float32 for half-precision logits; 0 where an item does not count.
+
+    Raises:
+        TypeError: For tensors of the wrong kind.
+        ValueError: As `rdrop_cross_entropy`.
+    """
     check_passes(num_passes, backward_passes)
     check_label_smoothing(label_smoothing)
     items = enter_classes(
@@ -229,7 +254,7 @@ def cross_entropy_terms(
     )
     return _terms(
         items,
-        backward_passes=num_passes if backward_passes is None else backward_passes,
+        backward_passes=graded_passes(num_passes, backward_passes),
         inplace=inplace,
         impl=impl,
     )

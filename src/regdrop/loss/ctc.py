@@ -8,6 +8,7 @@ from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX, check_flag, check_integer
 from regdrop.kernels.backward_passes import limit_backward
+from regdrop.kernels.precision import widen
 from regdrop.loss.checks import (
     check_floating,
     check_passes,
@@ -79,8 +80,7 @@ def ctc_terms(
         logits, target, num_passes, blank, logit_lengths, target_lengths, ignore_index, reduction
     )
     passes = logits.reshape(num_passes, *target.shape[:1], *logits.shape[1:])
-    passes = passes if passes.dtype == torch.float64 else passes.float()
-    passes = limit_backward(passes, num_passes if backward_passes is None else backward_passes)
+    passes = limit_backward(widen(passes), backward_passes)
     if logit_lengths is not None:
         # Frames behind the end may hold anything, a nan included.
         passes = passes.masked_fill(~frames[..., None], 0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from regdrop.kernels.backward_passes import limit_backward
+from regdrop.kernels.precision import widen
 from regdrop.loss.checks import (
     check_counts,
     check_floating,
@@ -38,8 +39,7 @@ def split_passes(
             f"{(target.shape[0], *stacked.shape[1:])}, got {tuple(target.shape)}"
         )
     passes = stacked.reshape(num_passes, *target.shape)
-    passes = passes if passes.dtype == torch.float64 else passes.float()
-    return limit_backward(passes, num_passes if backward_passes is None else backward_passes)
+    return limit_backward(widen(passes), backward_passes)
 
 
 def count_elements(target: Tensor, mask: Tensor | None = None) -> ItemCounts:
@@ -80,7 +80,7 @@ def loss_of_elements(
     scale: Scale,
     backward_passes: int | None,
 ) -> RDropOutput:
-    """Check the options of a loss over elements, and combine its terms; see the losses."""
+    """Check the options of a loss over elements, and combine its terms, as the losses have it."""
     check_options(
         alpha=alpha,
         num_passes=num_passes,

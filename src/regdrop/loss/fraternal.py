@@ -7,6 +7,7 @@ from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.kernels.backward_passes import limit_backward
+from regdrop.kernels.precision import widen
 from regdrop.loss.checks import check_plain
 from regdrop.loss.class_items import count_classes
 from regdrop.loss.counts import counted_by
@@ -37,15 +38,16 @@ def fraternal_terms(
         target: Class indices (batch, ...), int64.
         num_passes: Number of passes; the mean is over pairs.
         weight: As in `rdrop_cross_entropy`.
-        ignore_index: As there.
-        unlabelled_index: As there.
-        class_dim: As there.
-        label_smoothing: As there.
-        backward_passes: As there.
+        ignore_index: As in `rdrop_cross_entropy`.
+        unlabelled_index: As in `rdrop_cross_entropy`.
+        class_dim: As in `rdrop_cross_entropy`.
+        label_smoothing: As in `rdrop_cross_entropy`.
+        backward_passes: As in `rdrop_cross_entropy`.
 
     Raises:
-        TypeError: For class probabilities, and as `rdrop_cross_entropy`.
-        ValueError: As there.
+        TypeError: For class probabilities, and tensors of the wrong kind.
+        ValueError: For options out of range, shapes that do not fit, or targets out of range (on
+            the CPU).
     """
     check_plain("logits", logits)
     if isinstance(target, Tensor) and target.is_floating_point():
@@ -62,8 +64,7 @@ def fraternal_terms(
         backward_passes=backward_passes,
     )
     passes = logits.movedim(class_dim, -1).reshape(num_passes, *own.nll.shape, -1)
-    passes = passes if passes.dtype == torch.float64 else passes.float()
-    passes = limit_backward(passes, num_passes if backward_passes is None else backward_passes)
+    passes = limit_backward(widen(passes), backward_passes)
     pairs = [_difference(a, b).square().mean(-1) for a, b in combinations(passes, 2)]
     if not pairs:
         return own

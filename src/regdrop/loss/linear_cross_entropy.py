@@ -7,7 +7,9 @@ from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.kernels import Implementation, Projection, linear_loss, linear_terms
+from regdrop.kernels.backward_passes import graded_passes
 from regdrop.kernels.closed_form import Weight
+from regdrop.kernels.precision import accumulation_dtype
 from regdrop.loss.checks import (
     check_counts,
     check_finite_divergence,
@@ -57,13 +59,13 @@ def linear_rdrop_cross_entropy(
         hidden: (num_passes * batch, ..., features), float16, bfloat16, float32 or float64; pass 0
             of the whole batch first. Matrices are multiplied in their dtype, or autocast's, and
             everything else is computed in float32 at least.
-        weight: (C, features), as in `torch.nn.functional.linear`; of the dtype of `hidden` unless
-            autocast is on.
+        weight: (C, features), that of the layer, as in `torch.nn.functional.linear`; of the dtype
+            of `hidden` unless autocast is on. Weights of classes are `class_weight`.
         target: The original, unstacked target: class indices (batch, ...), int64.
         alpha: Weight of the divergence, the paper's.
         bias: (C,).
         num_passes: Number of passes that are stacked; 1, with alpha 0, is training without R-Drop.
-        class_weight: (C,) weight of each class in the NLL.
+        class_weight: (C,) weight of each class in the NLL: the `weight` of other losses.
         ignore_index: Index that marks an item that counts in neither term.
         unlabelled_index: Index that marks an item without a label, which counts in the divergence
             alone.
@@ -159,7 +161,31 @@ def linear_cross_entropy_terms(
     label_smoothing: float = 0.0,
     backward_passes: int | None = None,
 ) -> ItemTerms:
-    """Return the terms of every item, in the shape of the target; see above."""
+    """Return the terms of every item, in the shape of the target.
+
+    They are those of `linear_rdrop_cross_entropy`, whose `weight` is that of the layer and here the
+    `projection`'s.
+
+    Args:
+        hidden: (num_passes * batch, ..., features), floating point; pass 0 of the whole batch
+            first.
+        target: The original, unstacked target: class indices (batch, ...), int64.
+        projection: The layer, and how its logits are computed.
+        num_passes: Number of passes that are stacked; with 1 only the NLL is computed.
+        weight: (C,) weight of each class in the NLL, as in `cross_entropy_terms`: the
+            `class_weight` of `linear_rdrop_cross_entropy`.
+        ignore_index: As in `linear_rdrop_cross_entropy`.
+        unlabelled_index: As in `linear_rdrop_cross_entropy`.
+        label_smoothing: As in `linear_rdrop_cross_entropy`.
+        backward_passes: As in `linear_rdrop_cross_entropy`.
+
+    Returns:
+        The terms, float32 for half precision; 0 where an item does not count.
+
+    Raises:
+        TypeError: For tensors of the wrong kind; class probabilities are not taken.
+        ValueError: As `linear_rdrop_cross_entropy`.
+    """
     check_passes(num_passes, backward_passes)
     check_label_smoothing(label_smoothing)
     found = find_valid_rows(
@@ -176,7 +202,7 @@ def linear_cross_entropy_terms(
         found.hidden,
         projection,
         found.target,
-        backward_passes=num_passes if backward_passes is None else backward_passes,
+        backward_passes=graded_passes(num_passes, backward_passes),
     )
     if num_passes > 1:
         check_finite_divergence(kl)
@@ -212,10 +238,11 @@ def linear_cross_entropy_loss(
     Args:
         hidden: (num_passes * batch, ..., features), as in `linear_rdrop_cross_entropy`.
         target: The original, unstacked target: class indices (batch, ...), int64.
-        projection: The layer.
+        projection: The layer, with the weight that `linear_rdrop_cross_entropy` takes as `weight`.
         alpha: Weight of the divergence, the paper's.
         num_passes: Number of passes that are stacked; 1, with alpha 0, is training without R-Drop.
-        weight: (C,) weight of each class in the NLL.
+        weight: (C,) weight of each class in the NLL: the `class_weight` of
+            `linear_rdrop_cross_entropy`.
         ignore_index: Index that marks an item that counts in neither term.
         unlabelled_index: Index that marks an item without a label, which counts in the divergence
             alone.
@@ -262,7 +289,7 @@ def linear_cross_entropy_loss(
         unlabelled_index=unlabelled_index,
         label_smoothing=label_smoothing,
     )
-    graded = num_passes if backward_passes is None else backward_passes
+    graded = graded_passes(num_passes, backward_passes)
     if items is None:
         whole = rows_of(hidden, target, num_passes=num_passes)
         weighted_sum = partial(_weighted_sum, whole, projection, graded)
@@ -278,7 +305,7 @@ def linear_cross_entropy_loss(
     output = reduce_sums(
         weighted_sum,
         *whole.counts,
-        torch.promote_types(hidden.dtype, torch.float32),
+        accumulation_dtype(hidden.dtype),
         alpha=alpha,
         num_passes=num_passes,
         reduction=reduction,

@@ -134,12 +134,12 @@ def reduce_sums(
         nll_count: Number (or class weight) of the items that count.
         kl_count: Number of the items that count.
         dtype: Of the sums.
-        alpha: As in `combine_terms`, as are the following.
-        num_passes: See above.
+        alpha: Weight of the divergence.
+        num_passes: Number of passes.
         reduction: "mean" or "sum".
-        scale: See above.
-        num_items: See above.
-        num_weight: See above.
+        scale: As in `combine_terms`.
+        num_items: Replaces both denominators under "mean".
+        num_weight: Replaces the NLL's denominator under "mean"; defaults to num_items.
     """
     nll_weight: Tensor | float
     nll_weight, kl_weight = term_weights(alpha, num_passes, scale)

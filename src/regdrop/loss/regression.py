@@ -40,7 +40,9 @@ def rdrop_mse_loss(
     scale: Scale = "mean",
     backward_passes: int | None = None,
 ) -> RDropOutput:
-    """Compute the R-Drop loss of a regression by squared errors (see this file's source).
+    """Compute the R-Drop loss of a regression by squared errors.
+
+    It is the paper's (appendix A.4 of arXiv 2106.14448).
 
     Args:
         input: (num_passes * batch, ...), the predictions; pass 0 of the whole batch first.
@@ -196,7 +198,25 @@ def mse_terms(
     mask: Tensor | None = None,
     backward_passes: int | None = None,
 ) -> ItemTerms:
-    """Return the terms of every element, in the shape of the target; see above."""
+    """Return the terms of every element, in the shape of the target.
+
+    They are those of `rdrop_mse_loss`.
+
+    Args:
+        input: (num_passes * batch, ...), the predictions; pass 0 of the whole batch first.
+        target: The original, unstacked target, (batch, ...).
+        num_passes: Number of passes that are stacked; with 1 only the NLL is computed.
+        weight: Weight of each element's NLL, broadcastable to target.
+        mask: Boolean, True where an element counts in both terms, broadcastable to target.
+        backward_passes: As in `rdrop_mse_loss`.
+
+    Returns:
+        The terms, float32 for half precision; 0 and uncounted where `mask` is False.
+
+    Raises:
+        TypeError: For tensors of the wrong kind.
+        ValueError: For options out of range or shapes that do not fit.
+    """
     return _terms(F.mse_loss, input, target, num_passes, weight, mask, backward_passes)
 
 
@@ -210,7 +230,25 @@ def l1_terms(
     mask: Tensor | None = None,
     backward_passes: int | None = None,
 ) -> ItemTerms:
-    """Return the terms of every element, in the shape of the target; see above."""
+    """Return the terms of every element, in the shape of the target.
+
+    They are those of `rdrop_l1_loss`.
+
+    Args:
+        input: (num_passes * batch, ...), the predictions; pass 0 of the whole batch first.
+        target: The original, unstacked target, (batch, ...).
+        num_passes: Number of passes that are stacked; with 1 only the NLL is computed.
+        weight: Weight of each element's NLL, broadcastable to target.
+        mask: Boolean, True where an element counts in both terms, broadcastable to target.
+        backward_passes: As in `rdrop_l1_loss`.
+
+    Returns:
+        The terms, float32 for half precision; 0 and uncounted where `mask` is False.
+
+    Raises:
+        TypeError: For tensors of the wrong kind.
+        ValueError: For options out of range or shapes that do not fit.
+    """
     return _terms(F.l1_loss, input, target, num_passes, weight, mask, backward_passes)
 
 
@@ -225,7 +263,26 @@ def smooth_l1_terms(
     mask: Tensor | None = None,
     backward_passes: int | None = None,
 ) -> ItemTerms:
-    """Return the terms of every element, in the shape of the target; see above."""
+    """Return the terms of every element, in the shape of the target.
+
+    They are those of `rdrop_smooth_l1_loss`.
+
+    Args:
+        input: (num_passes * batch, ...), the predictions; pass 0 of the whole batch first.
+        target: The original, unstacked target, (batch, ...).
+        num_passes: Number of passes that are stacked; with 1 only the NLL is computed.
+        beta: As in `rdrop_smooth_l1_loss`.
+        weight: Weight of each element's NLL, broadcastable to target.
+        mask: Boolean, True where an element counts in both terms, broadcastable to target.
+        backward_passes: As in `rdrop_smooth_l1_loss`.
+
+    Returns:
+        The terms, float32 for half precision; 0 and uncounted where `mask` is False.
+
+    Raises:
+        TypeError: For tensors of the wrong kind.
+        ValueError: For options out of range or shapes that do not fit.
+    """
     check_beta(beta)
     distance = partial(F.smooth_l1_loss, beta=beta)
     return _terms(distance, input, target, num_passes, weight, mask, backward_passes)
