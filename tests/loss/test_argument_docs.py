@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import regdrop.loss
 from regdrop import (
     linear_rdrop_cross_entropy,
     rdrop_binary_cross_entropy_with_logits,
@@ -51,6 +52,19 @@ def test_the_table_holds_what_several_losses_have():
     # Weights are those of classes or of elements.
     assert common - {"target", "weight"} <= set(shared_texts())
     assert set(shared_texts()) <= set(named)
+
+
+@pytest.mark.parametrize("name", regdrop.loss.__all__)
+def test_a_public_docstring_says_itself_what_it_is(name):
+    found = getattr(regdrop.loss, name)
+    texts = [inspect.getdoc(found) or ""]
+    if inspect.isclass(found):
+        texts += [inspect.getdoc(each) or "" for each in vars(found).values() if callable(each)]
+        texts += [each.__doc__ or "" for each in vars(found).values() if isinstance(each, property)]
+    elif name.endswith("_terms"):
+        assert set(documented(found)) == set(inspect.signature(found).parameters)
+    for text in texts:
+        assert not re.search(r"\b[Ss]ee above|\bAs there\b|file's source", text), text
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)

@@ -51,7 +51,7 @@ def test_an_option_out_of_range_is_refused_before_the_first_batch(module, option
 
 
 def test_label_smoothing_is_checked_by_the_loss_that_has_it():
-    with pytest.raises(ValueError, match=r"label_smoothing must be finite and from 0 to 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"label_smoothing must be .* from 0 to 1, got 1\.5"):
         RDropCrossEntropyLoss(1.0, label_smoothing=1.5)
     with pytest.raises(TypeError, match="label_smoothing"):
         RDropMSELoss(1.0, label_smoothing=0.1)
