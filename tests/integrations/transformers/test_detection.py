@@ -7,13 +7,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, Trainer
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ElectraConfig,
+    ElectraForPreTraining,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+)
 
 from models import VOCABULARY, Rows, text_rows, tiny_bert, tiny_gpt2, token_rows
-from regdrop import RDropConfig
+from regdrop import RDropConfig, symmetric_kl
 from regdrop.integrations.transformers import RDropTrainer
 from regdrop.integrations.transformers.detection import detect_recipe
-from training import FEATURES, Plain, assert_same_run, build, logged, number_rows, said, train
+from training import (
+    FEATURES,
+    Plain,
+    assert_same_run,
+    build,
+    logged,
+    number_rows,
+    record_scores,
+    said,
+    train,
+)
 
 ONE_PASS = RDropConfig(alpha=0.0, num_passes=1)
 KEPT = {"remove_unused_columns": False}
@@ -372,6 +391,86 @@ def test_a_mean_of_the_rows_means_is_none_of_the_losses(tmp_path):
     flat = nn.functional.cross_entropy(model(batch["input_ids"])["logits"].mT, batch["labels"])
     torch.testing.assert_close(model(**batch)["loss"], flat)
     assert detect_recipe(model, model, batch, ["labels"]) is None
+
+
+def active(logits, labels, mask):
+    """Return the loss of tokens that the mask tells, as many write it."""
+    kept = mask.bool()
+    return F.cross_entropy(logits[kept], labels[kept])
+
+
+class Active(nn.Module):
+    """A tagger whose labels are padded by one of themselves."""
+
+    def __init__(self, criterion=active):
+        super().__init__()
+        self.words, self.out = nn.Embedding(20, 8), nn.Linear(8, 3)
+        self.drop, self.criterion = nn.Dropout(0.3), criterion
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        logits = self.out(self.drop(self.words(input_ids)))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": self.criterion(logits, labels, attention_mask), "logits": logits}
+
+
+# The same behind a familiar name.
+ActiveForTokenClassification = type("ActiveForTokenClassification", (Active,), {})
+ActiveForTokenClassification.config = BertConfig(num_labels=3)
+
+
+@pytest.mark.parametrize("kind", [Active, ActiveForTokenClassification])
+def test_what_a_mask_leaves_out_shows_on_a_first_batch_without_padding(tmp_path, kind):
+    """Padding that comes later counts neither in the NLL nor in the KL."""
+    words, tags = class_labels(SIZE, 6, num_classes=20), class_labels(SIZE, 6)
+    mask = torch.ones_like(words)
+    mask[8:] = torch.arange(6) < torch.arange(8)[:, None] % 4 + 2
+    rows = Rows(input_ids=words, attention_mask=mask, labels=tags)
+    torch.manual_seed(1)
+    model = kind()
+    seen = record_scores(model, "logits")
+    trainer = train(tmp_path, model, rows, RDropConfig(), learning_rate=0.0)
+    nll = sum(active(scores, tags[8:], mask[8:]) for scores in seen[1].chunk(2)) / 2
+    kl = symmetric_kl(seen[1], mask=mask[8:].bool())
+    assert logged(trainer, "nll")[1] == pytest.approx(nll.item(), rel=1e-4)
+    assert logged(trainer, "kl")[1] == pytest.approx(kl.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Active, ActiveForTokenClassification])
+def test_a_mask_that_the_loss_does_not_read_changes_nothing(tmp_path, caplog, kind):
+    words, tags = class_labels(SIZE, 6, num_classes=20), class_labels(SIZE, 6)
+    rows = Rows(input_ids=words, attention_mask=torch.ones_like(words), labels=tags)
+    model = kind(lambda logits, labels, mask: by_position(logits, labels))
+    with caplog.at_level(logging.WARNING):
+        train(tmp_path, model, rows, RDropConfig())
+    assert all("minimised as it is" not in line for line in said(caplog))
+
+
+def test_a_later_batch_tells_of_a_class_of_the_library_that_no_name_tells(tmp_path, caplog):
+    sizes = {"vocab_size": 20, "hidden_size": 8, "embedding_size": 8, "intermediate_size": 8}
+    model = ElectraForPreTraining(
+        ElectraConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    )
+    labels = class_labels(SIZE, 6, num_classes=2)
+    labels[8:] = 0
+    rows = Rows(input_ids=class_labels(SIZE, 6, num_classes=20), labels=labels)
+
+    class LaterLoss(TrainerCallback):
+        """Adds to the loss after the first step."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            def add(module, args, output):
+                if output.loss is not None:
+                    output.loss = output.loss + 1
+
+            model.register_forward_hook(add)
+
+    with caplog.at_level(logging.WARNING):
+        trainer = build(tmp_path, model, rows, RDropConfig())
+        trainer.add_callback(LaterLoss())
+        trainer.train()
+    assert "binary cross entropy, which is minimised" in said(caplog)[0]
+    assert "in step 1 the loss of ElectraForPreTraining" in said(caplog)[1]
 
 
 class FreshBertForSequenceClassification(BertForSequenceClassification):

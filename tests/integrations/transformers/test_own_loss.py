@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import default_collate
 from transformers import Trainer
 
-from models import key_dropout, text_rows, tiny_bert, tiny_gpt2, token_rows
+from models import Rows, key_dropout, text_rows, tiny_bert, tiny_gpt2, token_rows
 from regdrop import RDropConfig, symmetric_kl
 from regdrop.integrations.transformers import RDropTrainer, RDropTrainerMixin
 from training import (
@@ -448,6 +448,51 @@ def test_pairs_are_compared_by_the_chance_of_the_better_row(tmp_path):
     assert logged(trainer, "nll") == [pytest.approx(nll.item(), rel=1e-4)]
     assert logged(trainer, "kl") == [pytest.approx(kl.item(), rel=1e-4)]
     assert logged(trainer, "loss") == [pytest.approx((nll + 0.75 * kl).item(), rel=1e-4)]
+
+
+class SeveralTrainer(Trainer):
+    """Several labels a row, in the way that many write it."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = F.binary_cross_entropy_with_logits(outputs.logits, labels.float())
+        return (loss, outputs) if return_outputs else loss
+
+
+class TasksTrainer(Trainer):
+    """Two tasks, each with classes of its own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        parts = zip(outputs.logits.chunk(2, -1), labels.unbind(-1), strict=True)
+        loss = sum(F.cross_entropy(scores, target) for scores, target in parts)
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.float])
+def test_several_labels_a_row_are_each_a_yes_or_no(tmp_path, dtype):
+    """The model's config says nothing of them, so that whole numbers look like classes."""
+    labels = torch.randint(2, (16, 4), generator=torch.Generator().manual_seed(1)).to(dtype)
+    rows = Rows(**{**text_rows().columns, "labels": labels})
+    model = tiny_bert(num_labels=4)
+    seen = record_scores(model, "logits")
+    trainer = train(tmp_path, model, rows, RDropConfig(), mixed(SeveralTrainer), max_steps=1)
+    a, b = seen[0].chunk(2)
+    kl = ((a.sigmoid() - b.sigmoid()) * (a - b) / 2).mean()
+    assert logged(trainer, "kl") == [pytest.approx(kl.item(), rel=1e-4)]
+
+
+def test_several_tasks_are_trained_by_the_loss_that_knows_them(tmp_path):
+    labels = torch.randint(2, (16, 2), generator=torch.Generator().manual_seed(1))
+    rows = Rows(**{**text_rows().columns, "labels": labels})
+    model = tiny_bert(num_labels=4)
+    seen = record_scores(model, "logits")
+    trainer = train(tmp_path, model, rows, RDropConfig(), mixed(TasksTrainer), max_steps=1)
+    assert [len(scores) for scores in seen] == [16]
+    kl = symmetric_kl(seen[0])
+    assert logged(trainer, "kl") == [pytest.approx(kl.item(), rel=1e-4)]
 
 
 # --- what is refused --------------------------------------------------------------------------

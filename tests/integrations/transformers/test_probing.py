@@ -1,11 +1,16 @@
 """What the first batch tells of a loss that somebody else computes."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from regdrop.heads import Head
 from regdrop.integrations.transformers.probing import probe_own_loss
+from regdrop.loss import cross_entropy_terms
 from training import FEATURES, Plain
 
 
@@ -103,3 +108,216 @@ def test_shapes_tell_how_logits_are_compared(logits, labels, expected):
     assert (found.kind, found.mask, found.class_dim) == expected
     assert found.label == (None if found.kind == "classes" else "y")
     assert found.logits == "logits"
+
+
+# --- the slope of the loss --------------------------------------------------------------------
+
+
+class Scores(nn.Module):
+    """Scores of rows, or of their positions."""
+
+    def __init__(self, width):
+        super().__init__()
+        torch.manual_seed(0)
+        self.out = nn.Linear(FEATURES, width)
+
+    def forward(self, x, **_):
+        return {"logits": self.out(x)}
+
+
+def divergence_of(criterion, width, batch, head=None):
+    """Return how the scores are compared under a loss of scores and the batch."""
+    model = Scores(width)
+
+    def compute(inputs, items):
+        output = model(**inputs)
+        return criterion(output["logits"], inputs), output
+
+    options = {"head": head, "label_names": ["labels"], "counts_items": False}
+    return probe_own_loss(model, compute, batch, **options).divergence
+
+
+def focal_labels(logits, inputs):
+    chance, labels = logits.sigmoid(), inputs["labels"].float()
+    nll = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    return ((labels - chance).abs() ** 2 * nll).mean()
+
+
+def softmax_of_one_hot(logits, inputs):
+    return -(inputs["labels"] * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def with_normaliser(logits, inputs):
+    small = 1e-3 * logits.logsumexp(-1).square().mean()
+    return softmax_of_one_hot(logits, inputs) + small
+
+
+MULTI_HOT = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 0, 1], [0, 0, 0]])
+ONE_HOT = torch.eye(3, dtype=torch.long)[[0, 1, 2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "labels", "kind"),
+    [
+        (focal_labels, MULTI_HOT, "labels"),
+        (focal_labels, MULTI_HOT.bool(), "labels"),
+        (focal_labels, MULTI_HOT.float(), "labels"),
+        (focal_labels, ONE_HOT, "labels"),
+        (focal_labels, ONE_HOT.float(), "labels"),
+        (softmax_of_one_hot, ONE_HOT, "classes"),
+        (softmax_of_one_hot, ONE_HOT.float(), "classes"),
+        (with_normaliser, ONE_HOT, "classes"),
+    ],
+)
+def test_the_slope_tells_yes_or_no_from_one_of_several_classes(criterion, labels, kind):
+    batch = {"x": torch.randn(4, FEATURES), "labels": labels}
+    found = divergence_of(criterion, 3, batch)
+    assert found.kind == kind
+    target = found.head(batch, 4).target
+    assert kind == "classes" or torch.equal(target, labels.float())
+
+
+def test_labels_that_do_not_count_have_no_divergence():
+    labels = MULTI_HOT.masked_fill(torch.eye(4, 3, dtype=torch.bool), -100)
+
+    def criterion(logits, inputs):
+        kept = inputs["labels"] != -100
+        return focal_labels(logits[kept], {"labels": inputs["labels"][kept]})
+
+    batch = {"x": torch.randn(4, FEATURES), "labels": labels}
+    found = divergence_of(criterion, 3, batch)
+    assert found.kind == "labels"
+    head = found.head(batch, 4)
+    assert head.counts().kl == 9
+    logits = torch.randn(8, 3)
+    a, b = (half[labels != -100] for half in logits.chunk(2))
+    kl = (a.sigmoid() - b.sigmoid()) * (a - b) / 2
+    terms = head.terms(logits, head.target, num_passes=2)
+    torch.testing.assert_close(terms.kl.sum() / terms.kl_count, kl.mean())
+
+
+def positions(size=4, length=6):
+    x = torch.randn(size, length, FEATURES)
+    return {"x": x, "attention_mask": torch.ones(size, length, dtype=torch.long)}
+
+
+def active(inputs):
+    return inputs["attention_mask"].bool()
+
+
+def test_a_mask_that_the_loss_obeys_tells_which_yes_or_no_counts():
+    def criterion(logits, inputs):
+        kept = active(inputs)
+        return focal_labels(logits[..., 0][kept], {"labels": inputs["labels"][kept]})
+
+    batch = {**positions(), "labels": torch.randint(2, (4, 6))}
+    found = divergence_of(criterion, 1, batch)
+    assert (found.kind, found.mask) == ("labels", "attention_mask")
+    batch["attention_mask"][0, 2:] = 0
+    assert found.head(batch, 4).counts().kl == 20
+    # As many labels as positions, by chance.
+    several = {**positions(4, 3), "x": torch.randn(4, FEATURES), "labels": MULTI_HOT}
+    assert divergence_of(focal_labels, 3, several).mask is None
+
+
+@pytest.mark.parametrize("is_moved", [True, False])
+def test_a_mask_of_ones_own_tells_which_words_count(is_moved):
+    """As in losses of sampled words, which have no labels."""
+
+    def criterion(logits, inputs):
+        words, kept = inputs["words"], inputs["completion_mask"].bool()
+        if is_moved:
+            logits, words, kept = logits[:, :-1], words[:, 1:], kept[:, 1:]
+        return -logits.log_softmax(-1).gather(-1, words[..., None])[..., 0][kept].square().mean()
+
+    batch = {**positions(), "words": torch.randint(5, (4, 6))}
+    batch["completion_mask"] = torch.ones(4, 6, dtype=torch.long)
+    batch["completion_mask"][:, :2] = 0
+    found = divergence_of(criterion, 5, batch)
+    assert (found.kind, found.mask, found.is_shifted) == ("classes", "completion_mask", is_moved)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "labels"),
+    [
+        (lambda z, batch: (z - batch["x"][:, :3]).square().mean(), {}),
+        (lambda z, batch: F.poisson_nll_loss(z, batch["labels"]), {"labels": 3 * MULTI_HOT}),
+        (lambda z, batch: (z - 1).square().mean(), {"labels": torch.randn(4, 2)}),
+    ],
+    ids=["no labels", "counts", "of another shape"],
+)
+def test_a_loss_that_is_none_of_classes_is_refused_where_nothing_tells_what_it_is(
+    criterion, labels
+):
+    with pytest.raises(ValueError, match=r"is none of classes .*'logits', of shape \(4, 3\).*got"):
+        divergence_of(criterion, 3, {"x": torch.randn(4, FEATURES), **labels})
+
+
+def test_numbers_of_classes_are_believed():
+    """One against the rest is a loss of classes, though no softmax is in it."""
+
+    def criterion(logits, inputs):
+        return F.binary_cross_entropy_with_logits(logits, F.one_hot(inputs["labels"], 3).float())
+
+    batch = {"x": torch.randn(4, FEATURES), "labels": torch.tensor([0, 1, 2, 0])}
+    assert divergence_of(criterion, 3, batch).kind == "classes"
+
+
+def test_rows_against_columns_are_classes_both_ways():
+    def criterion(logits, inputs):
+        which = torch.arange(len(logits))
+        return F.cross_entropy(logits, which) + F.cross_entropy(3 * logits.T, which)
+
+    assert divergence_of(criterion, 4, {"x": torch.randn(4, FEATURES)}).kind == "classes"
+
+
+def test_a_head_that_the_batch_contradicts_is_not_kept():
+    labels = MULTI_HOT
+    batch = {"x": torch.randn(4, FEATURES), "labels": labels}
+    rows = Head({"x": batch["x"]}, labels.reshape(-1), cross_entropy_terms)
+    assert divergence_of(focal_labels, 3, batch, rows).kind == "labels"
+    narrow = Head({"x": batch["x"]}, torch.tensor([0, 1, 2, 7]), cross_entropy_terms)
+    assert divergence_of(focal_labels, 3, batch, narrow).kind == "labels"
+    fitting = Head({"x": batch["x"]}, torch.tensor([0, 1, 2, 0]), cross_entropy_terms)
+    assert divergence_of(focal_labels, 3, batch, fitting) is None
+
+
+# --- chance -----------------------------------------------------------------------------------
+
+
+class Noisy(nn.Module):
+    """Has chance of its own, that nobody knows as dropout."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.out, self.draw = nn.Linear(FEATURES, 3), draw
+
+    def forward(self, x):
+        return self.out(self.draw(x) if self.training else x)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: F.dropout(x, 0.4),
+        lambda x: x + 0.3 * torch.randn_like(x),
+        lambda x: x * random.random(),
+        lambda x: x * np.random.rand(),
+    ],
+    ids=["dropout", "noise", "python", "numpy"],
+)
+def test_chance_does_not_make_rows_depend_on_each_other(draw):
+    model, given = Noisy(draw), []
+
+    def compute(inputs, items):
+        if model.training:
+            given.append(len(inputs["x"]))
+        logits = model(inputs["x"])
+        return F.cross_entropy(logits, inputs["labels"], label_smoothing=0.1), logits
+
+    batch = {"x": torch.randn(4, FEATURES), "labels": torch.tensor([0, 1, 2, 0])}
+    before = torch.get_rng_state()
+    options = {"head": None, "label_names": ["labels"], "counts_items": False}
+    assert probe_own_loss(model, compute, batch, **options).is_rowwise
+    assert given == [4, 4]
+    assert torch.equal(torch.get_rng_state(), before)

@@ -12,9 +12,11 @@ from regdrop.arguments import IGNORE_INDEX
 from regdrop.diagnostics import extra_pass
 from regdrop.integrations.transformers.evaluation import (
     evaluation_mode,
+    find_labels,
     shaken,
     training_mode,
     with_other_labels,
+    with_shorter_masks,
 )
 from regdrop.integrations.transformers.outputs import Key, find_loss, named_tensors
 from regdrop.integrations.transformers.recipe import ELEMENTWISE, Recipe
@@ -45,11 +47,7 @@ def detect_recipe(
     Returns:
         The one that agrees; None where none does, several do, or the model returns no loss.
     """
-    labels = [
-        name
-        for name in dict.fromkeys((*label_names, "labels", "label"))
-        if isinstance(inputs.get(name), Tensor)
-    ]
+    labels = find_labels(inputs, label_names)
     with evaluation_mode(model):
         found = _look_again(model, run, inputs, labels, None)
         for seed in range(_SHAKES):
@@ -62,14 +60,19 @@ def detect_recipe(
         readings = {replace(recipe, ignore_index=IGNORE_INDEX) for recipe in found}
         if len(readings) != 1:
             return None
-        # A mean of the rows' means is another loss, where rows have other numbers of labels.
-        fewer = _with_fewer_labels(inputs, found[0])
-        if fewer is not None:
-            try:
-                found = _look_again(model, run, fewer, labels, found[:1])
-            except Exception:  # whatever a model raises for a label that it does not ignore
-                return None
-    return found[0] if found and _agrees_in_training(model, run, inputs, found[0]) else None
+        with shaken(model):
+            # A mean of the rows' means is another loss, where rows have other numbers of labels.
+            fewer = _with_fewer_labels(inputs, found[0])
+            others = [] if fewer is None else [fewer]
+            masked = with_shorter_masks(inputs, inputs[found[0].label].shape)
+            for other in (*others, *(batch for _, batch in masked)):
+                try:
+                    found = _look_again(model, run, other, labels, found[:1])
+                except Exception:  # whatever a model raises for a label that it does not ignore
+                    return None
+                if not found:
+                    return None
+    return found[0] if _agrees_in_training(model, run, inputs, found[0]) else None
 
 
 def _agrees_in_training(

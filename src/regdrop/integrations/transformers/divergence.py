@@ -19,6 +19,7 @@ from regdrop.loss import (
     mse_terms,
     symmetric_kl,
 )
+from regdrop.passes import find_tensors
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Divergence:
     Attributes:
         kind: "classes", "labels" (each a yes or no), "numbers" or "margins" (of pairs of rows).
         logits: Where they are in the output: a name, a position, or None for the output itself.
-        mask: Name of the input that tells which items count, of their shape; None where all do.
+        mask: Name of the input that tells which items count, of their shape: one whose name ends
+            with "mask", or labels, whose -100 do not count. None where all do.
         class_dim: Dimension of the classes.
         is_shifted: Whether position t predicts the label of position t + 1, which tells of `mask`.
         label: Name of the labels of "labels" and "numbers".
@@ -45,12 +47,12 @@ class Divergence:
         name = "its output" if self.logits is None else f"output {self.logits!r}"
         if self.kind == "margins":
             return f"the KL of the margins of pairs of rows in {name}"
-        if self.kind == "numbers":
-            return f"the squared difference of {name}"
-        if self.kind == "labels":
-            return f"the KL of {name}, each number a yes or no"
         items = "all" if self.mask is None else f"those that {self.mask} tells"
         items += ", moved by one" if self.is_shifted else ""
+        if self.kind == "numbers":
+            return f"the squared difference of {name} (items: {items})"
+        if self.kind == "labels":
+            return f"the KL of {name}, each number a yes or no (items: {items})"
         return f"the KL of {name}, read as scores of classes (items: {items})"
 
     def head(self, inputs: Mapping[str, Any], rows: int) -> Head:
@@ -58,26 +60,30 @@ class Divergence:
         batch = dict(inputs)
         read = partial(find_tensor, key=self.logits)
         if self.kind == "margins":
-            device = next(v for v in batch.values() if isinstance(v, Tensor)).device
-            ones = torch.ones(rows // 2, device=device)
+            ones = torch.ones(rows // 2, device=next(find_tensors(batch)).device)
             margins = partial(_read_margins, read=read)
             return Head(batch, ones, binary_cross_entropy_terms, margins, batch_size=rows)
         if self.label is not None:
-            target = batch[self.label].float()
-            terms = binary_cross_entropy_terms if self.kind == "labels" else mse_terms
+            labels: Tensor = batch[self.label]
+            target = labels.float()
+            if not labels.is_floating_point():
+                target = target.masked_fill(labels == IGNORE_INDEX, torch.nan)
+            if self.mask is not None:
+                target = target.masked_fill(~self.counted(batch, rows), torch.nan)
+            of_elements = binary_cross_entropy_terms if self.kind == "labels" else mse_terms
+            terms = partial(_element_terms, terms=of_elements)
             shaped = partial(_read_shaped, read=read, shape=target.shape[1:])
-            return Head(batch, target, terms, shaped, batch_size=rows)
+            return Head(batch, target, terms, shaped, batch_size=rows, count=_count_numbers)
         counted = self.counted(batch, rows)
         terms = partial(_class_terms, class_dim=self.class_dim)
         return Head(batch, counted, terms, read, batch_size=rows, count=_count_true)
 
     def counted(self, inputs: Mapping[str, Any], rows: int) -> Tensor:
-        """Return which items of "classes" count, of the mask's shape; without one, which rows."""
+        """Return which items count, of the mask's shape; without one, which rows."""
         if self.mask is None:
-            device = next(v for v in inputs.values() if isinstance(v, Tensor)).device
-            return torch.ones(rows, dtype=torch.bool, device=device)
+            return torch.ones(rows, dtype=torch.bool, device=next(find_tensors(inputs)).device)
         mask: Tensor = inputs[self.mask]
-        counted = mask.bool() if self.mask == "attention_mask" else mask != IGNORE_INDEX
+        counted = mask.bool() if self.mask.endswith("mask") else mask != IGNORE_INDEX
         return F.pad(counted[..., 1:], (0, 1), value=False) if self.is_shifted else counted
 
 
@@ -93,6 +99,23 @@ def _class_terms(
     else:
         kl = symmetric_kl(logits, num_passes=num_passes, reduction="none").flatten(1).mean(1)
     return ItemTerms(torch.zeros_like(kl), kl, *_count_true(counted))
+
+
+def _element_terms(
+    outputs: Tensor,
+    target: Tensor,
+    /,
+    *,
+    num_passes: int,
+    terms: Callable[..., ItemTerms],
+    **_: Any,
+) -> ItemTerms:
+    """Return the terms of every element whose target is a number."""
+    return terms(outputs, target, num_passes=num_passes, mask=~target.isnan())
+
+
+def _count_numbers(target: Tensor) -> ItemCounts:
+    return _count_true(~target.isnan())
 
 
 def _count_true(counted: Tensor) -> ItemCounts:

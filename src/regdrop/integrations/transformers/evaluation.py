@@ -1,6 +1,6 @@
 """Looks at a model that leave it as it is: in one mode or the other, shaken, with labels moved."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,6 +91,12 @@ def _own_part(parameter: nn.Parameter) -> Tensor:
     return held.to_local() if isinstance(held, DTensor) else held
 
 
+def find_labels(inputs: Mapping[str, Any], label_names: Sequence[str]) -> list[str]:
+    """Return the names of a batch's labels: those that somebody gave, then the usual ones."""
+    names = dict.fromkeys((*label_names, "labels", "label"))
+    return [name for name in names if isinstance(inputs.get(name), Tensor)]
+
+
 def with_other_labels(
     inputs: Mapping[str, Any], name: str, num_classes: int, ignore_index: int = IGNORE_INDEX
 ) -> dict[str, Any]:
@@ -125,3 +131,25 @@ def with_other_labels(
         other = labels.clone()
         other[is_class] = drawn.to(labels)
     return {**inputs, name: other}
+
+
+def with_shorter_masks(
+    inputs: Mapping[str, Any], shape: torch.Size
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each mask of the items' shape by name, and the batch with one row cut short by it.
+
+    A loss may count what a mask tells, which a first batch without padding does not show.
+
+    Args:
+        inputs: A batch.
+        shape: That of its items, rows of positions; for others nothing is yielded.
+    """
+    for name, mask in inputs.items():
+        if not name.endswith("mask") or not isinstance(mask, Tensor):
+            continue
+        if mask.shape != shape or mask.dim() != 2 or bool(((mask != 0) & (mask != 1)).any()):
+            continue
+        shorter = mask.clone()
+        shorter[mask.sum(1).argmax(), mask.shape[1] // 2 :] = 0
+        if not torch.equal(shorter, mask):
+            yield name, {**inputs, name: shorter}

@@ -3,8 +3,9 @@
 What the loss is not known to be, a mean over rows or one that counts items, is tried.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +18,17 @@ from regdrop.heads import Head
 from regdrop.integrations.transformers.divergence import Divergence
 from regdrop.integrations.transformers.evaluation import (
     evaluation_mode,
+    find_labels,
     shaken,
     training_without_dropout,
+    with_shorter_masks,
 )
-from regdrop.integrations.transformers.outputs import find_logits, find_tensor
+from regdrop.integrations.transformers.outputs import Key, find_logits, find_tensor
 from regdrop.integrations.transformers.own_loss import ComputeLoss, OwnLoss
 from regdrop.passes import (
     copy_structure,
     find_batch_size,
+    find_tensors,
     preserve_buffers,
     preserve_random_state,
     repeat_batch,
@@ -32,6 +36,10 @@ from regdrop.passes import (
 
 # A number of items that no batch has.
 _SOME_ITEMS = 37.0
+# The part of a loss's slope that may not cancel over the classes, where it is one of a softmax and
+# has a small term of another kind, such as one on the normaliser. That of 10,000 numbers, each with
+# a loss of its own, leaves as much by chance.
+_SOFTMAX_TOLERANCE = 1e-2
 
 
 def probe_own_loss(
@@ -42,6 +50,7 @@ def probe_own_loss(
     head: Head | None,
     label_names: Sequence[str],
     counts_items: bool | None,
+    is_given: bool = False,
 ) -> OwnLoss:
     """Try a loss on one batch, dropout off, to see what it is.
 
@@ -52,28 +61,28 @@ def probe_own_loss(
         head: The head of the batch where one is known.
         label_names: Names that labels have.
         counts_items: Whether the loss divides by the number of items that it is given; None to try.
+        is_given: Whether somebody gave that head; else the batch and the loss may contradict it.
 
     Raises:
-        ValueError: If the output holds nothing that could be logits.
+        ValueError: If the output holds nothing that could be logits, or the loss is none of classes
+            and no labels tell what else is compared.
     """
+    divergence = None
     with evaluation_mode(model):
         trial = _try_loss(model, compute, inputs, counts_items)
         # A new head may score all rows alike, and there a loss of pairs is as good as one of rows.
         with shaken(model):
             other = _try_loss(model, compute, inputs, counts_items)
-    counts_items = trial.counts_items or other.counts_items
+            counts_items = trial.counts_items or other.counts_items
+            slope_of = partial(_slope, model, compute, _SOME_ITEMS if counts_items else None)
+            if not is_given and head is not None and not _fits(head, other, inputs, slope_of):
+                head = None
+            if head is None:
+                divergence = _find_divergence(other, inputs, label_names, slope_of)
     is_rowwise = trial.is_rowwise and other.is_rowwise
     if is_rowwise:
         with training_without_dropout(model):
             is_rowwise = _is_rowwise_in_training(model, compute, inputs, counts_items)
-    divergence = None
-    if head is None:
-        rows = find_batch_size(inputs)
-        divergence = _find_divergence(other.output, inputs, label_names, rows, other.loss)
-        if divergence.mask not in (None, "attention_mask") and divergence.class_dim == -1:
-            some = _SOME_ITEMS if counts_items else None
-            is_shifted = _predicts_next(model, compute, inputs, some, divergence)
-            divergence = replace(divergence, is_shifted=is_shifted)
     return OwnLoss(counts_items, is_rowwise, divergence)
 
 
@@ -111,48 +120,107 @@ def _is_rowwise_in_training(
     model: nn.Module, compute: ComputeLoss, inputs: Mapping[str, Any], counts_items: bool
 ) -> bool:
     """Return whether a loss is one of rows in training mode too, as far as can be told."""
+    some = _SOME_ITEMS if counts_items else None
+
+    def look_twice(batch: dict[str, Any]) -> list[Tensor]:
+        losses = []
+        for _ in range(2):
+            # Chance goes on from look to look, and nothing else does.
+            with preserve_buffers(model):
+                own = copy_structure(batch, clones=True)
+                losses.append(compute(own, _on_device(some, inputs))[0])
+        return losses
+
     try:
-        trials = [_try_loss(model, compute, inputs, counts_items) for _ in range(2)]
+        once, again = extra_pass(model, look_twice, dict(inputs))
+        # Where two looks differ, chance acts that is no known dropout.
+        if not _are_close(once, again):
+            return True
+        return _try_loss(model, compute, inputs, counts_items).is_rowwise
     except Exception:  # a loss may need what only a training step gives
         return True
-    # Where two looks differ, chance acts that is no known dropout.
-    return not _are_close(*(trial.loss for trial in trials)) or trials[0].is_rowwise
 
 
-def _predicts_next(
+# From a batch and the place of the logits to the loss's slope there.
+_SlopeOf = Callable[[Mapping[str, Any], Key], Tensor | None]
+
+
+def _slope(
     model: nn.Module,
     compute: ComputeLoss,
-    inputs: Mapping[str, Any],
     num_items: float | None,
-    divergence: Divergence,
-) -> bool:
-    """Return whether the logits that a loss depends on are those one before the labels."""
-    rows = find_batch_size(inputs)
-    valid = divergence.counted(inputs, rows)
+    inputs: Mapping[str, Any],
+    key: Key,
+) -> Tensor | None:
+    """Return the derivative of a loss with respect to the logits; None if it does not act there."""
     items = _on_device(num_items, inputs)
-    with (
-        evaluation_mode(model),
-        preserve_random_state(),
-        preserve_buffers(model),
-        torch.enable_grad(),
-    ):
+    with preserve_random_state(), preserve_buffers(model), torch.enable_grad():
         loss, output = compute(copy_structure(dict(inputs), clones=True), items)
-        logits = find_tensor(output, divergence.logits)
-        if valid.dim() < 2 or not (loss.requires_grad and logits.requires_grad):
-            return False
+        logits = find_tensor(output, key)
+        if not (loss.requires_grad and logits.requires_grad):
+            return None
         (slope,) = torch.autograd.grad(loss, logits, allow_unused=True)
-    if slope is None:
+    return slope if slope is not None and bool(slope.any()) else None
+
+
+def _fits(head: Head, trial: _Trial, inputs: Mapping[str, Any], slope_of: _SlopeOf) -> bool:
+    """Return whether a head reads the batch and the output, and items where the loss does."""
+    rows = find_batch_size(inputs)
+    if head.rows != rows:
         return False
-    acts = slope.abs().sum(-1) > 0
-    moved = replace(divergence, is_shifted=True).counted(inputs, rows)
-    return torch.equal(acts, moved) and not torch.equal(acts, valid)
+    try:
+        head.terms(head.outputs(trial.output), head.target, num_passes=1)
+    except (ValueError, TypeError, RuntimeError):  # labels of another kind than the head's
+        return False
+    try:
+        key, _ = find_logits(trial.output, rows)
+    except ValueError:
+        return True
+    # A head counts the items that labels tell, and may not know of a mask.
+    return _obeyed_mask(inputs, head.target.shape, key, slope_of) is None
+
+
+def _obeyed_mask(
+    inputs: Mapping[str, Any], shape: torch.Size, key: Key, slope_of: _SlopeOf
+) -> str | None:
+    """Return the name of a mask of the items' shape without which a loss reads no logits."""
+    before: Tensor | None = None
+    for name, batch in with_shorter_masks(inputs, shape):
+        before = _acting(slope_of(inputs, key), shape) if before is None else before
+        try:
+            after = _acting(slope_of(batch, key), shape)
+        except Exception:  # whatever a model raises for a mask that it cannot have
+            continue
+        if before is None or after is None:
+            continue
+        cut = inputs[name] != batch[name]
+        if bool(before[cut].any()) and not bool(after[cut].any()):
+            return name
+    return None
+
+
+def _acting(slope: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """Return at which positions of rows a loss acts; None for a slope of another shape."""
+    if slope is None or slope.shape[:2] != shape:
+        return None
+    return slope.flatten(2).any(-1) if slope.dim() > 2 else slope != 0
+
+
+def _is_of_classes(slope: Tensor, class_dim: int) -> bool:
+    """Return whether a loss has the slope of one of a softmax: its sum over the classes is 0.
+
+    Where each row is scored against the others of its batch, columns may be classes too.
+    """
+    slope = slope.float()
+    is_square = slope.dim() == 2 and slope.shape[0] == slope.shape[1]
+    sums = slope.sum() if is_square else slope.sum(class_dim)
+    return bool(sums.abs().sum() <= _SOFTMAX_TOLERANCE * slope.abs().sum())
 
 
 def _on_device(num_items: float | None, inputs: Mapping[str, Any]) -> Tensor | None:
     if num_items is None:
         return None
-    device = next(v for v in inputs.values() if isinstance(v, Tensor)).device
-    return torch.tensor(num_items, device=device)
+    return torch.tensor(num_items, device=next(find_tensors(inputs)).device)
 
 
 def _are_close(a: Tensor, b: Tensor) -> bool:
@@ -160,59 +228,101 @@ def _are_close(a: Tensor, b: Tensor) -> bool:
 
 
 def _find_divergence(
-    output: Any, inputs: Mapping[str, Any], label_names: Sequence[str], rows: int, loss: Tensor
+    trial: _Trial, inputs: Mapping[str, Any], label_names: Sequence[str], slope_of: _SlopeOf
 ) -> Divergence:
-    """Return how the logits of an output are compared, by their shape and that of the labels."""
-    key, logits = find_logits(output, rows)
+    """Return how the logits of an output are compared.
+
+    Their shape and that of the labels tell, and whether the loss's slope is that of classes.
+    """
+    rows = find_batch_size(inputs)
+    key, logits = find_logits(trial.output, rows)
     if _are_probabilities(logits):
         raise ValueError(
             f"the model's output {key!r} holds probabilities, which sum to 1, and the KL needs "
             "scores: return the logits, or override rdrop_head of the trainer with outputs that "
             "take their logarithm"
         )
-    name = next(
-        (n for n in (*label_names, "labels", "label") if isinstance(inputs.get(n), Tensor)), None
-    )
+    name = next(iter(find_labels(inputs, label_names)), None)
     labels = None if name is None else inputs[name]
     items = logits.shape[:-1] if logits.dim() > 1 else logits.shape
     is_single = logits.dim() == 1 or logits.shape[-1] == 1
-    if (
-        labels is not None
-        and labels.numel() == logits.numel()
-        and (is_single or labels.is_floating_point())
-    ):
-        values = labels.float()
-        is_shares = (
-            logits.dim() > 1
-            and not is_single
-            and bool(torch.isclose(values.sum(-1), values.new_ones(())).all())
-        )
-        if is_shares:
+    second = (len(logits), *logits.shape[2:]) if logits.dim() > 2 else None
+    is_second = labels is not None and labels.shape == second != items
+    slope = None if is_single else slope_of(inputs, key)
+    is_of_classes = slope is None or _is_of_classes(slope, 1 if is_second else -1)
+    if labels is not None and labels.numel() == logits.numel():
+        found = _of_elements(labels, logits, is_of_classes)
+        if found in ("labels", "numbers"):
+            mask = _obeyed_mask(inputs, labels.shape, key, slope_of)
+            return Divergence(found, key, mask, label=name)
+        if found == "shares":
             return Divergence("classes", key)
-        is_binary = bool(((values >= 0) & (values <= 1)).all())
-        return Divergence("labels" if is_binary else "numbers", key, label=name)
     if is_single:
-        if rows % 2 == 0 and logits.numel() == rows and _are_pairs(logits, loss):
+        if rows % 2 == 0 and logits.numel() == rows and _are_pairs(logits, trial.loss):
             return Divergence("margins", key)
         raise ValueError(
             f"the model's output {key!r} is one number a row, of shape {tuple(logits.shape)}, and "
             "no labels of that shape tell how passes are compared: override rdrop_head of the "
             "trainer to say what its divergence is"
         )
-    second = (len(logits), *logits.shape[2:]) if logits.dim() > 2 else None
-    if labels is not None and not labels.is_floating_point() and labels.shape == second != items:
+    are_numbers = labels is None or labels.is_floating_point() or labels.numel() == logits.numel()
+    if are_numbers and not is_of_classes:
+        got = "none" if labels is None else f"{name!r} of shape {tuple(labels.shape)}"
+        raise ValueError(
+            f"the loss is none of classes (its slope over the model's output {key!r}, of shape "
+            f"{tuple(logits.shape)}, does not sum to 0), and labels of that shape, each a number "
+            f"or a yes or no, tell what passes are compared by, got {got}: give label_names in the "
+            "Trainer's arguments, or override rdrop_head of the trainer"
+        )
+    if labels is not None and not labels.is_floating_point() and is_second:
         return Divergence("classes", key, mask=name, class_dim=1)
-    # Labels may be padded by one of themselves: then the attention mask tells.
+    divergence = Divergence("classes", key, mask=_find_mask(name, inputs, items, key, slope_of))
+    return replace(divergence, is_shifted=_predicts_next(slope, divergence, inputs, rows))
+
+
+def _of_elements(labels: Tensor, logits: Tensor, is_of_classes: bool) -> str | None:
+    """Return what labels are that are as many as the logits: "labels", "numbers" or "shares"."""
+    is_single = logits.dim() == 1 or logits.shape[-1] == 1
+    values = labels.float()
+    if not (is_single or labels.is_floating_point()):
+        is_binary = ((values == 0) | (values == 1) | (values == IGNORE_INDEX)).all()
+        return "labels" if bool(is_binary) and not is_of_classes else None
+    if not is_single and is_of_classes:
+        is_shares = torch.isclose(values.sum(-1), values.new_ones(())).all()
+        if bool(is_shares):
+            return "shares"
+    return "labels" if bool(((values >= 0) & (values <= 1)).all()) else "numbers"
+
+
+def _find_mask(
+    name: str | None, inputs: Mapping[str, Any], items: torch.Size, key: Key, slope_of: _SlopeOf
+) -> str | None:
+    """Return the input that tells which items count: labels, or a mask of the items' shape."""
+    labels: Tensor | None = None if name is None else inputs[name]
+    if labels is not None and (labels.is_floating_point() or labels.shape != items):
+        labels = None
+    if labels is not None and bool((labels == IGNORE_INDEX).any()):
+        return name
+    # Labels may be padded by one of themselves: then a mask tells.
+    obeyed = _obeyed_mask(inputs, items, key, slope_of)
+    if obeyed is not None:
+        return obeyed
     attention = inputs.get("attention_mask")
-    is_attended = isinstance(attention, Tensor) and attention.shape == items
-    if (
-        labels is not None
-        and not labels.is_floating_point()
-        and labels.shape == items
-        and not (is_attended and bool((labels != IGNORE_INDEX).all()))
-    ):
-        return Divergence("classes", key, mask=name)
-    return Divergence("classes", key, mask="attention_mask" if is_attended else None)
+    if isinstance(attention, Tensor) and attention.shape == items:
+        return "attention_mask"
+    return None if labels is None else name
+
+
+def _predicts_next(
+    slope: Tensor | None, divergence: Divergence, inputs: Mapping[str, Any], rows: int
+) -> bool:
+    """Return whether the logits that a loss depends on are those one before the labels."""
+    valid = divergence.counted(inputs, rows)
+    if slope is None or divergence.mask is None or valid.dim() < 2:
+        return False
+    acts = slope.any(-1)
+    moved = replace(divergence, is_shifted=True).counted(inputs, rows)
+    return torch.equal(acts, moved) and not torch.equal(acts, valid)
 
 
 def _are_probabilities(logits: Tensor) -> bool:

@@ -128,8 +128,7 @@ class HeadSelection(TrainerInternals):
             return source
         model = self._unwrapped(self.model)
         is_sharded = self._splits_parameters()
-        is_overridden = type(self).rdrop_head is not HeadSelection.rdrop_head
-        if is_overridden or has_registered_class(model):
+        if self._is_head_given(model):
             head = self.rdrop_head(model, inputs)
             return Source() if is_sharded else self._check_own_head(model, head, inputs)
         name = type(base_model(model)).__name__
@@ -164,7 +163,7 @@ class HeadSelection(TrainerInternals):
             source = self._own_source(inputs)
         except ValueError as error:
             raise ValueError(
-                f"{reason}, and it returns no loss that could be minimised as it is: {error} "
+                f"{reason}, and there is no loss that could be minimised as it is: {error} "
                 "(override rdrop_head of the trainer to say what is minimised)"
             ) from error
         self._tell_own(f"{reason}, and its own loss is none that regdrop knows", source)
@@ -189,14 +188,17 @@ class HeadSelection(TrainerInternals):
         )
 
     def _note_later_loss(self, head: Head, inputs: Mapping[str, Any]) -> None:
-        """Say once where a later batch shows that somebody's own class has another loss."""
+        """Say once where a later batch shows another loss than the first one did.
+
+        A class of the library has the loss that its name tells, if it is known by name.
+        """
         assert self._source is not None
         model = self._unwrapped(self.model)
         if (
             self._has_told_of_loss
             or self._source.own is not None
             or self._splits_parameters()
-            or _is_of_library(base_model(model))
+            or (self._source.recipe is None and _is_of_library(base_model(model)))
             or type(self).rdrop_head is not HeadSelection.rdrop_head
         ):
             return
@@ -224,6 +226,11 @@ class HeadSelection(TrainerInternals):
         """Return whether a process holds a part of each parameter: FSDP, or DeepSpeed's ZeRO 3."""
         plugin = self.accelerator.state.deepspeed_plugin
         return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+    def _is_head_given(self, model: nn.Module) -> bool:
+        """Return whether somebody says what the model predicts."""
+        is_overridden = type(self).rdrop_head is not HeadSelection.rdrop_head
+        return is_overridden or has_registered_class(model)
 
     def _check_own_head(self, model: nn.Module, head: Head, inputs: Mapping[str, Any]) -> Source:
         """Hold a head of `rdrop_head` against the model's own loss and its terms' own count."""
@@ -285,6 +292,7 @@ class HeadSelection(TrainerInternals):
             head=head,
             label_names=self.label_names,
             counts_items=self._own_loss_counts(),
+            is_given=self._is_head_given(model),
         )
         return Source(own=own)
 

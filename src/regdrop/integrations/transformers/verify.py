@@ -15,6 +15,7 @@ from regdrop.integrations.transformers.evaluation import (
     shaken,
     training_mode,
     with_other_labels,
+    with_shorter_masks,
 )
 from regdrop.integrations.transformers.forward import auxiliary_loss
 from regdrop.integrations.transformers.fused import find_fused_head, fused_options
@@ -60,7 +61,7 @@ class Comparison(NamedTuple):
 def agrees_when_shaken(
     model: nn.Module, find: Callable[[Mapping[str, Any]], Head], inputs: Mapping[str, Any]
 ) -> bool:
-    """Return whether a head is the model's own loss also for other logits and labels.
+    """Return whether a head is the model's own loss also for other logits, labels and masks.
 
     A new head gives all classes alike: there a weighted, smoothed or focal loss may be the same.
 
@@ -70,14 +71,17 @@ def agrees_when_shaken(
         inputs: The first batch.
     """
     labels = inputs.get("labels")
+    labels = labels if isinstance(labels, Tensor) else None
     with shaken(model):
-        if isinstance(labels, Tensor):
+        if labels is not None:
             head = find(inputs)
             with evaluation_mode(model):
                 logits = extra_pass(model, lambda batch: head.outputs(model(**batch)), head.inputs)
             ignored = getattr(head.terms, "keywords", {}).get("ignore_index", IGNORE_INDEX)
             inputs = with_other_labels(inputs, "labels", logits.shape[-1], ignored)
-        return compare_losses(model, find(inputs), inputs).agrees_closely
+        masked = [] if labels is None else with_shorter_masks(inputs, labels.shape)
+        others = (inputs, *(batch for _, batch in masked))
+        return all(compare_losses(model, find(x), x).agrees_closely for x in others)
 
 
 def compare_in_training(model: nn.Module, head: Head, inputs: Mapping[str, Any]) -> Comparison:
@@ -210,7 +214,7 @@ def check_fused_head(model: nn.Module, head: Head) -> None:
 
 def _trained_behind(states: Tensor, tensors: list[Tensor]) -> set[Tensor]:
     """Return the trained leaves on which tensors depend otherwise than by these states."""
-    found = {x for x in tensors if x.is_leaf}
+    found = {x for x in tensors if x.is_leaf and x.requires_grad}
     seen, nodes = {states.grad_fn}, [x.grad_fn for x in tensors]
     while nodes:
         node = nodes.pop()
