@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regdrop.heads import Head
 from regdrop.kernels import Implementation, Projection
@@ -18,6 +18,8 @@ _NEED_NOTHING = frozenset(
     for name in ("Add", "Addmm", "Bmm", "Cat", "Clone", "Index", "Mm", "Mul", "Stack", "ToCopy")
 )
 _VIEWS = frozenset({"UnsafeViewBackward0", "ViewBackward0"})
+# Packages whose own forward hooks keep nothing that a module returns.
+_LIBRARIES = frozenset({"accelerate", "deepspeed", "peft", "torch", "transformers"})
 
 
 class Reading(NamedTuple):
@@ -58,23 +60,18 @@ def check_implementation(head: Head, impl: Implementation) -> None:
         )
 
 
-def head_terms(
-    head: Head, impl: Implementation, outputs: Tensor, may_overwrite: bool
-) -> TermsFunction:
+def head_terms(head: Head, impl: Implementation, overwrites: bool) -> TermsFunction:
     """Return a head's terms with the options of its kernel bound.
 
     Args:
         head: The head of a micro-batch.
         impl: How a cross entropy is computed.
-        outputs: What the head read of the model, (items, ...).
-        may_overwrite: Whether nobody but the loss reads them, so that the gradient may overwrite
-            them where nothing else needs them.
+        overwrites: Whether the gradient overwrites the logits, as `may_overwrite` tells.
     """
     bound: TermsFunction = head.terms
     if head.takes_kernel:
         unbound: Any = head.terms
-        is_free = may_overwrite and impl != "eager" and is_free_to_overwrite(outputs)
-        bound = partial(unbound, impl=impl, inplace=is_free)
+        bound = partial(unbound, impl=impl, inplace=overwrites)
     if is_counted(head.terms):
         return bound
     own_terms = cut_outputs_of(bound)
@@ -119,6 +116,57 @@ def require_counts(head: Head, terms: ItemTerms) -> None:
             f"{message}; it gave {counts.nll.item():g} and {counts.kl.item():g}, the terms "
             f"{terms.nll_count.item():g} and {terms.kl_count.item():g}"
         )
+
+
+def may_overwrite(model: nn.Module, head: Head, impl: Implementation, logits: Tensor) -> bool:
+    """Return whether the gradient may overwrite logits: none but the loss reads them.
+
+    Args:
+        model: Whose logits they are.
+        head: The head of a micro-batch.
+        impl: How a cross entropy is computed.
+        logits: What the head read of the model.
+    """
+    if not head.takes_kernel or impl == "eager" or not is_free_to_overwrite(logits):
+        return False
+    return not _has_watchers(model) and not _keeps(model, logits)
+
+
+def _has_watchers(model: nn.Module) -> bool:
+    """Return whether somebody's forward hooks may keep what a module returns."""
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    return any(_home(hook) not in _LIBRARIES for hook in hooks)
+
+
+def _home(hook: Any) -> str:
+    """Return the package of a hook's function, whatever is bound to it."""
+    function = getattr(hook, "func", hook)
+    return str(getattr(function, "__module__", None)).split(".")[0]
+
+
+def _keeps(model: nn.Module, logits: Tensor) -> bool:
+    """Return whether a model, or a part of it, keeps its last logits as an attribute."""
+    place = logits.untyped_storage().data_ptr()
+    held = (value for module in (model, *model.children()) for value in vars(module).values())
+    plain = (x for x in held if type(x) is Tensor and x.layout is torch.strided and not x.is_nested)
+    return any(x.untyped_storage().data_ptr() == place for x in plain)
+
+
+def refuse_second_gradient(loss: Tensor) -> None:
+    """Let a second gradient of a loss say what it cannot have: the first overwrote the logits."""
+    taken: list[bool] = []
+
+    def check(_: Any) -> None:
+        if taken:
+            raise RuntimeError(
+                "the gradient of this loss was asked for twice, and the first one overwrote the "
+                "logits: set impl='eager' in the RDropConfig, or call compute_loss with "
+                "return_outputs=True"
+            )
+        taken.append(True)
+
+    if loss.grad_fn is not None:
+        loss.grad_fn.register_prehook(check)
 
 
 def is_free_to_overwrite(logits: Tensor) -> bool:

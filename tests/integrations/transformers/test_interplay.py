@@ -1,9 +1,12 @@
 """R-Drop together with what else people switch on in the Trainer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer
+from torch.utils.data import default_collate
+from transformers import BertForSequenceClassification, Trainer
 
 from implementations import CPP
 from models import key_dropout, text_rows, tiny_bert
@@ -191,25 +194,83 @@ def test_training_overwrites_logits_and_gives_the_same_model(tmp_path):
     overwritten = []
 
     class Watching(RDropTrainer):
+        takes_kernel = True
+
+        def rdrop_head(self, model, inputs):
+            def read(output):
+                self.kept = output.logits, output.logits.clone()
+                return output.logits
+
+            head = super().rdrop_head(model, inputs)
+            return replace(head, outputs=read, takes_kernel=self.takes_kernel)
+
         def training_step(self, model, inputs, num_items_in_batch=None):
-            kept = []
-            handle = model.register_forward_hook(
-                lambda module, args, output: kept.append((output.logits, output.logits.clone()))
-            )
             loss = super().training_step(model, inputs, num_items_in_batch)
-            handle.remove()
-            overwritten.append(not torch.equal(*kept[-1]))
+            overwritten.append(not torch.equal(*self.kept))
             return loss
 
     class Copying(Watching):
-        def rdrop_head(self, model, inputs):
-            from dataclasses import replace
-
-            return replace(super().rdrop_head(model, inputs), takes_kernel=False)
+        takes_kernel = False
 
     a, b = run(tmp_path, kind=Watching), run(tmp_path, kind=Copying)
     assert overwritten == [True] * 3 + [False] * 3
     assert_same_rdrop_run(a, b, rtol=1e-6)
+
+
+class KeepingBert(BertForSequenceClassification):
+    """Keeps its logits for somebody else to read."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        self.kept = output.logits if self.keeps_them else output.logits.detach()
+        self.copied = output.logits.detach().clone()
+        return output
+
+
+@pytest.mark.parametrize("keeps_them", [True, False])
+def test_logits_that_a_model_keeps_stay_readable(tmp_path, keeps_them):
+    model = KeepingBert(tiny_bert().config)
+    model.keeps_them, seen = keeps_them, []
+
+    class Comparing(RDropTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            seen.append(torch.equal(model.kept, model.copied))
+            return loss
+
+    options = {"remove_unused_columns": False}
+    train(tmp_path, model, text_rows(), RDropConfig(), Comparing, **options)
+    assert all(seen)
+
+
+@pytest.mark.parametrize("name", ["classifier", ""])
+def test_logits_that_a_hook_keeps_stay_readable(tmp_path, name):
+    model, kept = tiny_bert(), []
+
+    def keep(module, args, output):
+        logits = getattr(output, "logits", output)
+        kept.append((logits.detach(), logits.detach().clone()))
+
+    model.get_submodule(name).register_forward_hook(keep)
+    train(tmp_path, model, text_rows(), RDropConfig())
+    assert all(torch.equal(*pair) for pair in kept)
+
+
+@pytest.mark.parametrize("impl", ["auto", "eager"])
+def test_a_second_gradient_of_a_loss_is_as_the_first_or_says_what_it_needs(tmp_path, impl):
+    """As in ways to keep the gradients of several tasks from each other's."""
+    trainer = build(tmp_path, tiny_bert(), text_rows(), RDropConfig(impl=impl))
+    batch = default_collate([text_rows()[i] for i in range(4)])
+    model = trainer.model.train()
+    loss = trainer.compute_loss(model, batch)
+    (first,) = torch.autograd.grad(loss, [model.classifier.weight], retain_graph=True)
+    if impl == "auto":
+        with pytest.raises(RuntimeError, match=r"asked for twice, .* set impl='eager'"):
+            torch.autograd.grad(loss, [model.classifier.weight])
+        loss, _ = trainer.compute_loss(model, batch, return_outputs=True)
+        (first,) = torch.autograd.grad(loss, [model.classifier.weight], retain_graph=True)
+    (second,) = torch.autograd.grad(loss, [model.classifier.weight])
+    torch.testing.assert_close(first, second)
 
 
 def test_a_step_computes_the_softmax_of_its_logits_once(tmp_path):

@@ -33,7 +33,14 @@ from regdrop.loss import ItemCounts, LossFunction, RDropOutput, TermsFunction
 from regdrop.loss.reduction import term_weights
 from regdrop.meter import LossMeter
 from regdrop.passes import dropout_rates, embedding_noise
-from regdrop.reading import Reading, check_implementation, head_terms, join_readings
+from regdrop.reading import (
+    Reading,
+    check_implementation,
+    head_terms,
+    join_readings,
+    may_overwrite,
+    refuse_second_gradient,
+)
 from regdrop.schedule import StepPlan, is_monitored
 from regdrop.step import compute_passes_loss, run_step_passes
 
@@ -138,13 +145,19 @@ class RDropTrainerMixin(RunState):
             )
         reading: Reading = passes.outputs
 
-        terms, loss_function = self._terms(head, own, reading, return_outputs)
+        overwrites = own is None and reading.projection is None and not return_outputs
+        if overwrites:
+            unwrapped = self._unwrapped(model)
+            overwrites = may_overwrite(unwrapped, head, self.rdrop.impl, reading.scores)
+        terms, loss_function = self._terms(head, own, reading, overwrites)
         result = compute_passes_loss(
             *(passes._replace(outputs=reading.scores), head.target, terms, config, plan),
             num_items=num_items_in_batch,
             num_weight=None if num_items_in_batch is None else self._num_weight,
             loss=loss_function,
         )
+        if overwrites:
+            refuse_second_gradient(result.loss)
         # Fraternal dropout's divergence is no KL.
         is_kl = plan.num_passes > 1 and self.rdrop.method != "fraternal"
         kl = result.kl if is_kl else None
@@ -224,15 +237,14 @@ class RDropTrainerMixin(RunState):
         return partial(read_logits_of, model, head, self._source.recipe is None)
 
     def _terms(
-        self, head: Head, own: OwnLoss | None, reading: Reading, return_outputs: bool
+        self, head: Head, own: OwnLoss | None, reading: Reading, overwrites: bool
     ) -> tuple[TermsFunction, LossFunction | None]:
         """Return the terms of what was read, and the loss where it is cheaper than its terms."""
         if own is not None:
             return divergence_terms(head), None
         if reading.projection is not None:
             return fused_terms(head, reading.projection._replace(impl=self.rdrop.impl))
-        may_overwrite = not return_outputs
-        return head_terms(head, self.rdrop.impl, reading.scores, may_overwrite), None
+        return head_terms(head, self.rdrop.impl, overwrites), None
 
     def _note_reading(self, inputs: dict[str, Any], head: Head, reading: Reading) -> None:
         """See what the loss of a micro-batch read, for a subclass that has metrics of its own."""
