@@ -107,6 +107,7 @@ def _in_both(rank, folder):
         "one class": _loss(mesh, {}, num_classes=1),
         "mesh of two dimensions": _loss_on_two_dimensions(),
         "model": _train(_parallel(_Model(), mesh, "head")),
+        "counted": _counted(mesh),
         "disagreement": _disagreement(_parallel(_noisy(), mesh, "2")).epkl,
         "refused": _refusals(mesh, rank),
     }
@@ -133,6 +134,18 @@ def _loss(mesh, options, num_classes=CLASSES):
         for one, other in zip(results[0], result, strict=True):
             torch.testing.assert_close(one, other)
     return results[0]
+
+
+def _counted(mesh):
+    """Return the gradient where the items are counted in a target that is a DTensor."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    logits, target = make({})
+    leaf = distribute_tensor(logits, mesh, [Shard(2)]).detach().requires_grad_()
+    target = distribute_tensor(target, mesh, [Replicate()])
+    count = (target != -100).sum()
+    rdrop_cross_entropy(leaf, target, alpha=1.3, num_items=count, num_weight=count).loss.backward()
+    return leaf.grad.full_tensor()
 
 
 def _loss_on_two_dimensions():
@@ -257,7 +270,7 @@ SAID = {
     "uneven": "logits must be spread over processes as torch.chunk does it, [43] of 7 classes here",
     "targets": "the processes that share the classes of logits must have the same target",
     "ignored": "the processes that share the classes of logits must have the same target",
-    "fused": "weight must be a plain tensor, got a DTensor",
+    "fused": "weight must be a plain tensor, got a DTensor; under FSDP2 leave the last layer",
     "mse": "input must be a plain tensor, got a DTensor",
     "fraternal": "logits must be a plain tensor, got a DTensor",
     "words": "until='0' cannot be shared: its output is not summed over the processes yet",
@@ -281,6 +294,7 @@ def test_two_processes_give_what_one_does(tmp_path):
             for ours, theirs in zip(process, (*output, leaf.grad), strict=True):
                 torch.testing.assert_close(ours, theirs.detach())
     for process in (first, second):
+        torch.testing.assert_close(process["counted"], process["losses"][0][-1])
         assert process["mesh of two dimensions"] == process["losses"][0][0]
         assert process["disagreement"] == pytest.approx(_disagreement(_noisy()).epkl)
     expected = _train(_Model())

@@ -557,3 +557,15 @@ def test_inside_a_compiled_function_it_is_the_same():
     gradients = (torch.autograd.grad(loss, [hidden, weight]) for loss in (found, expected))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_part_of_an_empty_batch_has_a_loss_of_zero():
+    """One process of several may have it, and the others wait for that one."""
+    weight = torch.randn(7, 5, requires_grad=True)
+    hidden, nothing = weight.new_zeros(0, 5), torch.zeros(0, dtype=torch.long)
+    output = linear_cross_entropy_loss(
+        hidden, nothing, projection=Projection(weight), alpha=1.0, num_passes=2, items=nothing
+    )
+    output.loss.backward()
+    assert [x.item() for x in output] == [0, 0, 0]
+    assert (weight.grad == 0).all()

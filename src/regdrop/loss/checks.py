@@ -122,13 +122,14 @@ def check_real(name: str, tensor: Tensor | None) -> None:
         raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
 
 
-def check_plain(name: str, tensor: Any) -> None:
+def check_plain(
+    name: str,
+    tensor: Any,
+    advice: str = "rdrop_cross_entropy and symmetric_kl alone take one, for logits",
+) -> None:
     """Raise TypeError for a DTensor, which only the losses of classes take."""
     if is_distributed(tensor):
-        raise TypeError(
-            f"{name} must be a plain tensor, got a DTensor; rdrop_cross_entropy and symmetric_kl "
-            "alone take one, for logits"
-        )
+        raise TypeError(f"{name} must be a plain tensor, got a DTensor; {advice}")
 
 
 def check_stacked(name: str, stacked: Tensor, target: Tensor, num_passes: int) -> None:

@@ -63,7 +63,8 @@ def fraternal_terms(
         label_smoothing=label_smoothing,
         backward_passes=backward_passes,
     )
-    passes = logits.movedim(class_dim, -1).reshape(num_passes, *own.nll.shape, -1)
+    rows = logits.movedim(class_dim, -1)
+    passes = rows.reshape(num_passes, *own.nll.shape, rows.shape[-1])
     passes = limit_backward(widen(passes), backward_passes)
     pairs = [_difference(a, b).square().mean(-1) for a, b in combinations(passes, 2)]
     if not pairs:

@@ -299,7 +299,7 @@ def linear_cross_entropy_loss(
         whole = rows_of(first, target, num_passes=1)
         both = torch.cat([first.index_select(0, items), others])
         part = rows_of(both, target[items], num_passes=num_passes)
-        share = target.shape[0] / items.numel()
+        share = target.shape[0] / max(1, items.numel())
         weighted_sum = partial(_weighted_sum_of_a_part, whole, part, share, projection, graded)
     # It finds the weights of both terms from their counts, then calls `weighted_sum` with them.
     output = reduce_sums(

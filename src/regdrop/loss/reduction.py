@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from regdrop.kernels import whole_tensor
 from regdrop.loss.checks import check_counts, check_options
 from regdrop.loss.output import RDropOutput, Reduction, Scale
 from regdrop.loss.terms import ItemTerms
@@ -169,6 +170,7 @@ def _nonzero(count: Tensor | float, dtype: torch.dtype) -> Tensor | float:
     """Return a count; where nothing counts it is 1, for a sum that is 0."""
     if not isinstance(count, Tensor):
         return float(count) or 1.0
+    count = whole_tensor(count)  # counted from a target that is a DTensor
     count = count if count.dim() == 0 else count.reshape(())
     # Numbers of items need one operation, sums of weights two.
     if not count.is_floating_point():
