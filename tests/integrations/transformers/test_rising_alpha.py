@@ -50,6 +50,38 @@ def train(*positional, resume=None, **named):
     return trainer
 
 
+class Options(TrainerCallback):
+    """Replaces the options of R-Drop from the third step on."""
+
+    def __init__(self, **changes):
+        self.changes = changes
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.trainer.rdrop = replace(self.trainer.rdrop, **self.changes)
+
+
+def train_with_other_options(folder, rdrop, **changes):
+    callback = Options(**changes)
+    callback.trainer = make(folder, rdrop, max_steps=4)
+    callback.trainer.add_callback(callback)
+    callback.trainer.train()
+    return logged(callback.trainer, "alpha")
+
+
+@pytest.mark.parametrize("alpha", [3.0, "auto"])
+def test_options_that_a_callback_replaces_are_those_of_the_next_step(tmp_path, alpha):
+    found = train_with_other_options(tmp_path, RDropConfig(alpha=alpha), alpha=0.5)
+    assert found[2:] == [0.5, 0.5]
+    assert found[:2] == ([3.0, 3.0] if alpha == 3.0 else [0.0, 4.0])
+
+
+def test_a_rule_that_did_not_begin_with_the_run_is_refused(tmp_path):
+    changes = {"alpha": "auto", "alpha_rule": "stall"}
+    with pytest.raises(ValueError, match=r"alpha_rule='stall' must be given before training"):
+        train_with_other_options(tmp_path, RDropConfig(), **changes)
+
+
 # --- ramps --------------------------------------------------------------------------------------
 
 

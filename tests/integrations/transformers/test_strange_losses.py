@@ -1,5 +1,6 @@
 """Classes and losses of somebody's own that do in training, or later, what a first look misses."""
 
+import functools
 import logging
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BertConfig, Trainer
 
-from models import Rows, tiny_bert
+from models import Rows, text_rows, tiny_bert
 from regdrop import RDropConfig
 from regdrop.integrations.transformers import RDropTrainer, RDropTrainerMixin
 from training import logged, said, train
@@ -84,6 +85,35 @@ def test_a_loss_that_is_another_in_training_is_minimised_as_it_is(make, tmp_path
         found = first_loss(make, tmp_path, rdrop=ONE_PASS)
     assert found == pytest.approx(expected, rel=1e-5)
     assert any("has a loss of its own" in line for line in said(caplog))
+
+
+def with_normaliser():
+    """Return a model of the library whose forward adds a small term, for this object alone."""
+    model = tiny_bert(dropout=0.0)
+    original = model.forward
+
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        output = original(*args, **kwargs)
+        if output.loss is not None:
+            output.loss = output.loss + 1e-3 * output.logits.logsumexp(-1).square().mean()
+        return output
+
+    model.forward = forward
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=["float32", "bf16"])
+def test_a_forward_that_was_replaced_is_no_longer_the_librarys(tmp_path, caplog, options):
+    kept = {"remove_unused_columns": False, **options}
+    expected = logged(run(tmp_path, with_normaliser(), text_rows(), Trainer, **kept), "loss")
+    with caplog.at_level(logging.WARNING):
+        found = run(tmp_path, with_normaliser(), text_rows(), rdrop=ONE_PASS, **kept)
+        plain = run(tmp_path, tiny_bert(dropout=0.0), text_rows(), rdrop=ONE_PASS, **kept)
+    assert logged(found, "loss") == pytest.approx(expected, rel=1e-5)
+    assert len(said(caplog)) == 1
+    assert "BertForSequenceClassification has a loss of its own" in said(caplog)[0]
+    assert plain._source.own is None
 
 
 def test_a_loss_in_training_alone_is_named(tmp_path):

@@ -35,8 +35,20 @@ class StepPlanner:
         return self.controller is not None and self.controller.rule != "ramp"
 
     def plan(self, config: RDropConfig, step: int) -> StepPlan:
-        """Return what a step does."""
-        alpha = None if self.controller is None else self.controller.alpha_at(step)
+        """Return what a step does, by the options of that moment.
+
+        Raises:
+            ValueError: If a rule that follows the validation loss did not begin with the run.
+        """
+        is_begun = self.total_steps is not None and self.controller is None
+        if is_begun and config.alpha == "auto" and config.alpha_rule != "ramp":
+            raise ValueError(
+                f"alpha='auto' with alpha_rule={config.alpha_rule!r} must be given before training "
+                "begins, got it for a run that began with another alpha"
+            )
+        alpha = None
+        if self.controller is not None and config.alpha == "auto":
+            alpha = self.controller.alpha_at(step)
         return plan_step(config, step, total_steps=self.total_steps, alpha=alpha)
 
     def add(self, plan: StepPlan, nll: Tensor, kl: Tensor | None, counts: ItemCounts) -> None:

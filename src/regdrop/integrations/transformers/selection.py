@@ -338,6 +338,10 @@ class HeadSelection(TrainerInternals):
 
 
 def _is_of_library(model: nn.Module) -> bool:
-    """Return whether a model's class and its loss are transformers' (or regdrop's) own."""
+    """Return whether a model's class, forward and loss are transformers' (or regdrop's) own."""
     home = type(model).__module__.split(".")[0]
-    return home in ("transformers", "regdrop") and "_loss_function" not in vars(model)
+    own = vars(model)
+    # accelerate puts autocast around a model's forward, and keeps the one before.
+    forward = own.get("_original_forward", own.get("forward"))
+    is_kept = forward is None or getattr(forward, "__func__", None) is type(model).forward
+    return home in ("transformers", "regdrop") and is_kept and "_loss_function" not in own
