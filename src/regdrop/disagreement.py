@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,13 @@ from torch import Tensor, nn
 
 from regdrop.arguments import IGNORE_INDEX, check_integer
 from regdrop.kernels import whole_tensor
-from regdrop.passes import copy_structure, preserve_buffers, preserve_random_state
+from regdrop.passes import (
+    copy_structure,
+    preserve_buffers,
+    preserve_modes,
+    preserve_random_state,
+    train_without_statistics,
+)
 
 # A class that is masked has no probability: so large a number times 0 is 0, and stays finite in
 # sums over masks.
@@ -123,7 +128,7 @@ def measure_disagreement(
     """
     check_integer("num_masks", num_masks, low=2)
     total = _Total(num_masks)
-    with torch.no_grad(), preserve_random_state(), preserve_buffers(model), _kept_modes(model):
+    with torch.no_grad(), preserve_random_state(), preserve_buffers(model), preserve_modes(model):
         for batch in batches:
             predict, target = _enter(model, batch, forward)
             counted = target != ignore_index
@@ -133,7 +138,7 @@ def measure_disagreement(
             deployed = _log_probabilities(output, target, counted, labels)
             if isinstance(batch, Mapping) and not total.items:
                 _check_own_loss(output, deployed, labels)
-            _switch_dropout_on(model)
+            train_without_statistics(model)
             masks = (_keeping_buffers(model, predict) for _ in range(num_masks))
             submodels = (_log_probabilities(mask, target, counted, labels) for mask in masks)
             total.add(deployed, submodels, labels)
@@ -324,23 +329,3 @@ def _check_own_loss(output: Any, log_p: Tensor, labels: Tensor) -> None:
             "regdrop.integrations.transformers.disagreement.measure_model knows how, and pairs "
             "(inputs, target) with forward=... say it"
         )
-
-
-@contextmanager
-def _kept_modes(model: nn.Module) -> Iterator[None]:
-    """Put the modes of a model's modules back on exit."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        model.train(modes[model])  # what a model does of its own when it changes its mode
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _switch_dropout_on(model: nn.Module) -> None:
-    """Train all modules but those with running statistics, which are no part of a mask."""
-    model.train()
-    for module in model.modules():
-        if getattr(module, "running_mean", None) is not None:
-            module.training = False

@@ -3,7 +3,12 @@
 from regdrop.passes.dropout import DropoutSource, find_dropout
 from regdrop.passes.noise import embedding_noise
 from regdrop.passes.outputs import concatenate_outputs, count_rows, map_rows
-from regdrop.passes.preserved_state import preserve_buffers, preserve_random_state
+from regdrop.passes.preserved_state import (
+    preserve_buffers,
+    preserve_modes,
+    preserve_random_state,
+    train_without_statistics,
+)
 from regdrop.passes.rates import DropoutOdds, dropout_rates, scale_dropout_odds
 from regdrop.passes.shared_prefix import SharedPrefix, share_prefix, why_not_shared
 from regdrop.passes.stacking import find_batch_size, find_tensors, repeat_batch, take_items
@@ -25,6 +30,7 @@ __all__ = [
     "find_tensors",
     "map_rows",
     "preserve_buffers",
+    "preserve_modes",
     "preserve_random_state",
     "refuse_other_rows",
     "repeat_batch",
@@ -32,5 +38,6 @@ __all__ = [
     "scale_dropout_odds",
     "share_prefix",
     "take_items",
+    "train_without_statistics",
     "why_not_shared",
 ]

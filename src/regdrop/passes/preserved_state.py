@@ -1,4 +1,4 @@
-"""What an extra forward would change in a run, kept: random states and a model's buffers."""
+"""What an extra forward would change in a run, kept: random states, a model's buffers and modes."""
 
 import random
 import sys
@@ -66,3 +66,23 @@ def preserve_buffers(model: nn.Module) -> Iterator[None]:
                 if buffer is not None and value is not None and not torch.equal(buffer, value):
                     # Observers of quantisation make room for the channels that they see.
                     buffer.resize_(value.shape).copy_(value)
+
+
+@contextmanager
+def preserve_modes(model: nn.Module) -> Iterator[None]:
+    """Put the modes of a model's modules, training or evaluation, back on exit."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        model.train(modes[model])  # what a model does of its own when it changes its mode
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def train_without_statistics(model: nn.Module) -> None:
+    """Switch all modules to training but those with running statistics, which stay as they are."""
+    model.train()
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.training = False

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from regdrop.arguments import IGNORE_INDEX
+from regdrop.passes import preserve_modes, train_without_statistics
 from regdrop.passes.dropout import rate_attributes
 
 # How far parameters are moved, in their own deviation and at least.
@@ -18,7 +19,7 @@ _SHAKE, _SMALLEST_SHAKE = 0.5, 0.05
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Run a model in evaluation mode; the modes of all its modules come back on exit."""
-    with _kept_modes(model):
+    with preserve_modes(model):
         model.eval()
         yield
 
@@ -26,7 +27,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
     """Run a model in training mode; the modes of all its modules come back on exit."""
-    with _kept_modes(model):
+    with preserve_modes(model):
         model.train()
         yield
 
@@ -41,24 +42,12 @@ def training_without_dropout(model: nn.Module) -> Iterator[None]:
     try:
         for found in sources:
             setattr(found.owner, found.attribute, 0.0)
-        with training_mode(model):
-            for module in model.modules():
-                if getattr(module, "running_mean", None) is not None:
-                    module.training = False
+        with preserve_modes(model):
+            train_without_statistics(model)
             yield
     finally:
         for found in sources:
             setattr(found.owner, found.attribute, found.source.rate)
-
-
-@contextmanager
-def _kept_modes(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager
