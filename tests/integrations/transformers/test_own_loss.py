@@ -495,6 +495,23 @@ def test_several_tasks_are_trained_by_the_loss_that_knows_them(tmp_path):
     assert logged(trainer, "kl") == [pytest.approx(kl.item(), rel=1e-4)]
 
 
+def test_no_gradient_is_asked_of_parameters_that_are_spread_over_processes(tmp_path, monkeypatch):
+    """FSDP does not survive a part of a backward."""
+
+    class Split(RDropTrainer):
+        def _splits_parameters(self):
+            return True
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a slope was asked")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    with pytest.raises(AssertionError, match="a slope was asked"):
+        train(tmp_path, tiny_gpt2(), token_rows(8), OWN, max_steps=1)
+    ours = train(tmp_path, tiny_gpt2(), token_rows(8), OWN, Split, max_steps=1)
+    assert min(logged(ours, "kl")) > 0
+
+
 # --- what is refused --------------------------------------------------------------------------
 
 

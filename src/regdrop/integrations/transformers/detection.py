@@ -20,12 +20,12 @@ from regdrop.integrations.transformers.evaluation import (
 )
 from regdrop.integrations.transformers.outputs import Key, find_loss, named_tensors
 from regdrop.integrations.transformers.recipe import ELEMENTWISE, Recipe
+from regdrop.integrations.transformers.tolerances import LOSS
 from regdrop.loss import combine_terms
 from regdrop.passes import copy_structure
 
 # What words are padded with where labels are padded by a word.
 _PADDING = (0, 1)
-_TOLERANCE, _HALF_TOLERANCE = 1e-4, 2e-2
 # Looks at shaken parameters, to tell apart what agrees by chance, as with logits that are all 0.
 _SHAKES = 4
 
@@ -216,6 +216,4 @@ def _agrees(recipe: Recipe, logits: Tensor, inputs: Mapping[str, Any], own: Tens
     except (ValueError, TypeError, RuntimeError):  # labels that are no classes of these logits
         return False
     ours = combine_terms(terms, alpha=0.0, num_passes=1).loss
-    is_half = logits.dtype in (torch.float16, torch.bfloat16)
-    tolerance = _HALF_TOLERANCE if is_half else _TOLERANCE
-    return bool(torch.isclose(ours, own.to(ours), rtol=tolerance, atol=1e-7))
+    return bool(torch.isclose(ours, own.to(ours), rtol=LOSS.of(logits.dtype), atol=1e-7))

@@ -25,6 +25,7 @@ from regdrop.integrations.transformers.evaluation import (
 )
 from regdrop.integrations.transformers.outputs import Key, find_logits, find_tensor
 from regdrop.integrations.transformers.own_loss import ComputeLoss, OwnLoss
+from regdrop.integrations.transformers.tolerances import FORWARD
 from regdrop.passes import (
     copy_structure,
     find_batch_size,
@@ -51,6 +52,7 @@ def probe_own_loss(
     label_names: Sequence[str],
     counts_items: bool | None,
     is_given: bool = False,
+    asks_slope: bool = True,
 ) -> OwnLoss:
     """Try a loss on one batch, dropout off, to see what it is.
 
@@ -62,6 +64,8 @@ def probe_own_loss(
         label_names: Names that labels have.
         counts_items: Whether the loss divides by the number of items that it is given; None to try.
         is_given: Whether somebody gave that head; else the batch and the loss may contradict it.
+        asks_slope: Whether the slope of the loss is asked too: parameters that are spread over
+            processes are not whole again after a part of a backward. Without it shapes tell.
 
     Raises:
         ValueError: If the output holds nothing that could be logits, or the loss is none of classes
@@ -74,7 +78,8 @@ def probe_own_loss(
         with shaken(model):
             other = _try_loss(model, compute, inputs, counts_items)
             counts_items = trial.counts_items or other.counts_items
-            slope_of = partial(_slope, model, compute, _SOME_ITEMS if counts_items else None)
+            some = _SOME_ITEMS if counts_items else None
+            slope_of = partial(_slope, model, compute, some) if asks_slope else _no_slope
             if not is_given and head is not None and not _fits(head, other, inputs, slope_of):
                 head = None
             if head is None:
@@ -163,6 +168,10 @@ def _slope(
     return slope if slope is not None and bool(slope.any()) else None
 
 
+def _no_slope(inputs: Mapping[str, Any], key: Key) -> None:
+    return None
+
+
 def _fits(head: Head, trial: _Trial, inputs: Mapping[str, Any], slope_of: _SlopeOf) -> bool:
     """Return whether a head reads the batch and the output, and items where the loss does."""
     rows = find_batch_size(inputs)
@@ -224,7 +233,7 @@ def _on_device(num_items: float | None, inputs: Mapping[str, Any]) -> Tensor | N
 
 
 def _are_close(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.isclose(a, b.to(a), rtol=1e-3, atol=1e-6, equal_nan=True))
+    return bool(torch.isclose(a, b.to(a), rtol=FORWARD.single, atol=1e-6, equal_nan=True))
 
 
 def _find_divergence(

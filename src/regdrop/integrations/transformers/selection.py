@@ -293,6 +293,7 @@ class HeadSelection(TrainerInternals):
             label_names=self.label_names,
             counts_items=self._own_loss_counts(),
             is_given=self._is_head_given(model),
+            asks_slope=not self._splits_parameters(),
         )
         return Source(own=own)
 

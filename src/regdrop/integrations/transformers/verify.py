@@ -20,6 +20,7 @@ from regdrop.integrations.transformers.evaluation import (
 from regdrop.integrations.transformers.forward import auxiliary_loss
 from regdrop.integrations.transformers.fused import find_fused_head, fused_options
 from regdrop.integrations.transformers.outputs import find_loss
+from regdrop.integrations.transformers.tolerances import FORWARD, LAYER, LOSS, Tolerance
 from regdrop.kernels import Projection, project
 from regdrop.loss import ItemTerms, combine_terms, is_counted
 from regdrop.passes import copy_structure, repeat_batch
@@ -43,19 +44,18 @@ class Comparison(NamedTuple):
     @property
     def agrees(self) -> bool:
         """Whether both are the same up to rounding; True where there is nothing to compare."""
-        return self._agrees(2e-3, 5e-2)
+        return self._agrees(FORWARD)
 
     @property
     def agrees_closely(self) -> bool:
         """Whether no term of a small weight is missing, as somebody's own class may have one."""
-        return self._agrees(1e-4, 2e-2)
+        return self._agrees(LOSS)
 
-    def _agrees(self, tolerance: float, of_half: float) -> bool:
+    def _agrees(self, tolerance: Tolerance) -> bool:
         if self.own is None or not self.own.isfinite():
             return True
-        tolerance = tolerance if self.dtype in (torch.float32, torch.float64) else of_half
-        own = self.own.to(self.ours.dtype)
-        return bool(torch.isclose(self.ours, own, rtol=tolerance, atol=1e-5, equal_nan=True))
+        own, rtol = self.own.to(self.ours.dtype), tolerance.of(self.dtype)
+        return bool(torch.isclose(self.ours, own, rtol=rtol, atol=1e-5, equal_nan=True))
 
 
 def agrees_when_shaken(
@@ -130,10 +130,9 @@ def why_rows_depend(model: nn.Module, head: Head) -> str | None:
     expected = torch.cat([once, once])
     if twice.shape != expected.shape:
         return reason
-    is_half = once.dtype in (torch.float16, torch.bfloat16)
     distance = (twice.float() - expected.float()).nan_to_num(0.0, 0.0, 0.0).norm()
     size = expected.float().nan_to_num(0.0, 0.0, 0.0).norm()
-    return None if bool(distance <= (5e-2 if is_half else 1e-3) * size + 1e-5) else reason
+    return None if bool(distance <= FORWARD.of(once.dtype) * size + 1e-5) else reason
 
 
 def compare_losses(model: nn.Module, head: Head, inputs: Mapping[str, Any]) -> Comparison:
@@ -197,8 +196,7 @@ def check_fused_head(model: nn.Module, head: Head) -> None:
         )
     own = head.outputs(output)
     ours = project(hidden[:, :1], projection)
-    tolerance = 1e-3 if projection.dtype in (None, torch.float32) else 1e-2
-    tolerance = max(tolerance, 4 * torch.finfo(own.dtype).eps)
+    tolerance = max(LAYER.of(projection.dtype), 4 * torch.finfo(own.dtype).eps)
     is_same = own.shape == ours.shape and bool(
         (own.detach().to(ours.dtype) - ours).norm() <= tolerance * ours.norm()
     )
