@@ -89,10 +89,21 @@ def test_a_divisor_shows_by_twice_as_many_items(divides, says):
         ((4, 5, 3), torch.zeros(4, 5, dtype=torch.long), ("classes", "y", -1)),
         ((4, 3, 5), torch.zeros(4, 5, dtype=torch.long), ("classes", "y", 1)),
         ((4, 3), torch.full((4, 3), 1 / 3), ("classes", None, -1)),
+        ((4, 3), torch.eye(3, dtype=torch.long)[[0, 1, 2, 0]], ("classes", None, -1)),
+        ((4, 3), torch.arange(12).view(4, 3) % 2, ("labels", None, -1)),
         ((4, 3), torch.arange(12.0).view(4, 3) % 2, ("labels", None, -1)),
         ((4, 1), torch.tensor([0.5, 2.0, 3.0, -1.0]), ("numbers", None, -1)),
     ],
-    ids=["classes", "positions", "second", "shares", "labels", "numbers"],
+    ids=[
+        "classes",
+        "positions",
+        "second",
+        "shares",
+        "one-hot",
+        "whole labels",
+        "labels",
+        "numbers",
+    ],
 )
 def test_shapes_tell_how_logits_are_compared(logits, labels, expected):
     weight = nn.Parameter(torch.randn(logits))

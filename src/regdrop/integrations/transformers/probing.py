@@ -258,7 +258,7 @@ def _find_divergence(
     second = (len(logits), *logits.shape[2:]) if logits.dim() > 2 else None
     is_second = labels is not None and labels.shape == second != items
     slope = None if is_single else slope_of(inputs, key)
-    is_of_classes = slope is None or _is_of_classes(slope, 1 if is_second else -1)
+    is_of_classes = None if slope is None else _is_of_classes(slope, 1 if is_second else -1)
     if labels is not None and labels.numel() == logits.numel():
         found = _of_elements(labels, logits, is_of_classes)
         if found in ("labels", "numbers"):
@@ -275,7 +275,7 @@ def _find_divergence(
             "trainer to say what its divergence is"
         )
     are_numbers = labels is None or labels.is_floating_point() or labels.numel() == logits.numel()
-    if are_numbers and not is_of_classes:
+    if are_numbers and is_of_classes is False:
         got = "none" if labels is None else f"{name!r} of shape {tuple(labels.shape)}"
         raise ValueError(
             f"the loss is none of classes (its slope over the model's output {key!r}, of shape "
@@ -289,18 +289,22 @@ def _find_divergence(
     return replace(divergence, is_shifted=_predicts_next(slope, divergence, inputs, rows))
 
 
-def _of_elements(labels: Tensor, logits: Tensor, is_of_classes: bool) -> str | None:
-    """Return what labels are that are as many as the logits: "labels", "numbers" or "shares"."""
+def _of_elements(labels: Tensor, logits: Tensor, is_of_classes: bool | None) -> str | None:
+    """Return what labels are that are as many as the logits: "labels", "numbers" or "shares".
+
+    None where they are whole numbers of another kind. Where nobody knows whether the loss is one of
+    classes, rows that sum to 1 are shares of classes.
+    """
     is_single = logits.dim() == 1 or logits.shape[-1] == 1
     values = labels.float()
-    if not (is_single or labels.is_floating_point()):
-        is_binary = ((values == 0) | (values == 1) | (values == IGNORE_INDEX)).all()
-        return "labels" if bool(is_binary) and not is_of_classes else None
-    if not is_single and is_of_classes:
-        is_shares = torch.isclose(values.sum(-1), values.new_ones(())).all()
-        if bool(is_shares):
-            return "shares"
-    return "labels" if bool(((values >= 0) & (values <= 1)).all()) else "numbers"
+    sums = values.sum(-1)
+    is_shares = not is_single and bool(torch.isclose(sums, torch.ones_like(sums)).all())
+    if is_shares and is_of_classes is not False:
+        return "shares"
+    if is_single or labels.is_floating_point():
+        return "labels" if bool(((values >= 0) & (values <= 1)).all()) else "numbers"
+    is_binary = ((values == 0) | (values == 1) | (values == IGNORE_INDEX)).all()
+    return "labels" if bool(is_binary) and not is_of_classes else None
 
 
 def _find_mask(
