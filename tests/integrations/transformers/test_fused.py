@@ -422,6 +422,32 @@ def test_a_head_that_is_not_understood_is_trained_with_its_logits_and_told_once(
         train(True)
 
 
+def test_what_acts_behind_the_layer_later_is_seen_then(tmp_path):
+    class CooledLMHeadModel(LateBiasLMHeadModel):
+        temperature = 1.0
+
+        def change(self, logits):
+            return logits / self.temperature
+
+    class Cooling(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            model.temperature = 0.5
+
+    def train(fused):
+        torch.manual_seed(4)
+        options = {**GPT2, "vocab_size": SMALLEST_FUSED_VOCABULARY}
+        model = CooledLMHeadModel(transformers.GPT2Config(**options))
+        rdrop = RDropConfig(alpha=2.0, fused_linear=fused)
+        trainer = trainer_for(tmp_path, "gpt2", rdrop, model, remove_unused_columns=False)
+        trainer.add_callback(Cooling())
+        trainer.train()
+        return outcome(trainer, PARTS), None
+
+    with pytest.warns(UserWarning, match="its logits are not those of its last layer"):
+        auto = train("auto")
+    assert_same(auto, train(False))
+
+
 def test_a_head_of_ones_own_keeps_its_terms(tmp_path):
     class Own(RDropTrainer):
         def rdrop_head(self, model, inputs):
