@@ -80,6 +80,14 @@ def _own_part(parameter: nn.Parameter) -> Tensor:
     return held.to_local() if isinstance(held, DTensor) else held
 
 
+def has_label(inputs: Any, label_names: Sequence[str]) -> bool:
+    """Return whether something counts in a batch: not where all of its labels are ignored."""
+    if not isinstance(inputs, Mapping):
+        return False
+    labels = [inputs[name] for name in find_labels(inputs, label_names)]
+    return not labels or any(bool((x != IGNORE_INDEX).any()) for x in labels)
+
+
 def find_labels(inputs: Mapping[str, Any], label_names: Sequence[str]) -> list[str]:
     """Return the names of a batch's labels: those that somebody gave, then the usual ones."""
     names = dict.fromkeys((*label_names, "labels", "label"))

@@ -1,12 +1,12 @@
 """Which NLL a trainer minimises: by the model's name, its own loss or its first batch."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch import Tensor, nn
 
 from regdrop.config import RDropConfig
@@ -14,6 +14,7 @@ from regdrop.heads import Head, UnknownHeadError
 from regdrop.integrations.transformers.batches import why_not_stacked
 from regdrop.integrations.transformers.count_rules import COUNT_RULES, find_count_rule
 from regdrop.integrations.transformers.detection import detect_recipe
+from regdrop.integrations.transformers.evaluation import has_label
 from regdrop.integrations.transformers.heads import (
     base_model,
     find_head,
@@ -78,19 +79,32 @@ class HeadSelection(TrainerInternals):
     def _head(self, inputs: Mapping[str, Any]) -> Head:
         """Return the head of a batch; the first batch decides where it comes from."""
         if self._source is None:
-            # A window is counted before the Trainer brings its batches to the model's device, to
-            # which a loader of one's own may leave it.
-            first = self._on_device(inputs)
-            source = self._find_source(first)
-            head = self._head_of(source, first)
-            obstacle = why_not_stacked(head.inputs, head.rows)
-            if obstacle is None:
-                obstacle = self._why_rows_depend(source, head)
-            self._source = replace(source, obstacle=obstacle)
-            if self.accelerator.num_processes > 1:
-                # All processes do as the main one does, whose first batch is another.
-                self._source = broadcast_object_list([self._source])[0]
+            self._source = self._examine([inputs])
         return self._head_of(self._source, inputs)
+
+    def _examine(self, window: Sequence[Mapping[str, Any]]) -> Source:
+        """Find where heads come from, by the first micro-batch of a window that has a label."""
+        labelled = [inputs for inputs in window if has_label(inputs, self.label_names)]
+        first = labelled[0] if labelled else window[0]
+        is_spread = self.accelerator.num_processes > 1
+        if is_spread:
+            # All processes look at one batch, since what they run and refuse must be the same: that
+            # of the first of them that has a label.
+            have_labels = gather_object([bool(labelled)])
+            held = [send_to_device(first, "cpu")]
+            origin = have_labels.index(any(have_labels))
+            first = broadcast_object_list(held, from_process=origin)[0]
+        # A window is counted before the Trainer brings its batches to the model's device, to
+        # which a loader of one's own may leave it.
+        first = self._on_device(first)
+        source = self._find_source(first)
+        head = self._head_of(source, first)
+        obstacle = why_not_stacked(head.inputs, head.rows)
+        if obstacle is None:
+            obstacle = self._why_rows_depend(source, head)
+        source = replace(source, obstacle=obstacle)
+        # Chance may have told each of them something else.
+        return broadcast_object_list([source])[0] if is_spread else source
 
     def _why_rows_depend(self, source: Source, head: Head) -> str | None:
         """Return why a model that is not the library's cannot be stacked; None if it can."""
@@ -319,7 +333,8 @@ class HeadSelection(TrainerInternals):
         lines = [f"{reason}; that loss is minimised as it is, beside {compared}"]
         if not source.own.is_rowwise:
             lines.append("Its rows depend on each other, so that passes run one after the other")
-        if not source.own.counts_items and self.args.gradient_accumulation_steps > 1:
+        batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        if not source.own.counts_items and batches > 1:
             lines.append(
                 "It is a mean over its own batch: micro-batches count alike, however many items "
                 "they hold"

@@ -32,7 +32,7 @@ from regdrop.integrations.transformers.run_state import RunState
 from regdrop.loss import ItemCounts, LossFunction, RDropOutput, TermsFunction
 from regdrop.loss.reduction import term_weights
 from regdrop.meter import LossMeter
-from regdrop.passes import dropout_rates, embedding_noise
+from regdrop.passes import dropout_rates, embedding_noise, find_dropout
 from regdrop.reading import (
     Reading,
     check_implementation,
@@ -207,6 +207,7 @@ class RDropTrainerMixin(RunState):
         is_noisy = self.rdrop.method == "r3f" and self.rdrop.noise > 0
         if num_passes > 1 and not is_noisy and not self._is_dropout_checked:
             self._is_dropout_checked = True
+            self._refuse_unused_parameters(model)
             self._has_warned = warn_without_dropout(model)
 
     def _check_counts(self, head: Head) -> None:
@@ -298,8 +299,10 @@ class RDropTrainerMixin(RunState):
         divergence = result.loss * self._gradient_shares(num_items)
         if num_items is None:
             divergence = result.loss / batches
-        weight = torch.ones((), device=own_loss.device)
-        nll = own_loss.detach()
+        # The mean over no item is nan.
+        is_counted = head.counts().kl > 0
+        weight = is_counted.to(own_loss.device, torch.float)
+        nll = torch.where(is_counted, own_loss.detach(), 0)
         if own.counts_items and self._own_num_items is not None:
             # It is a share of the window's mean; the window's items are shared out alike.
             nll = nll * batches
@@ -316,6 +319,22 @@ class RDropTrainerMixin(RunState):
         if num_items is None or not self.args.average_tokens_across_devices:
             return 1
         return int(self.accelerator.num_processes // self.get_tp_size())
+
+    def _refuse_unused_parameters(self, model: nn.Module) -> None:
+        """Refuse several forwards a backward of which each leaves out layers of its own."""
+        graded = self.rdrop.backward_passes or self.rdrop.num_passes
+        is_drawn = any(s.kind == "layerdrop" and s.rate > 0 for s in find_dropout(model))
+        if (
+            self.rdrop.passes == "sequential"
+            and graded > 1
+            and getattr(model, "find_unused_parameters", False)
+            and is_drawn
+        ):
+            raise ValueError(
+                "passes must be 'stacked', or backward_passes 1, under DistributedDataParallel for "
+                "a model with LayerDrop, got passes='sequential': it counts the layers that a pass "
+                "leaves out once a backward. Or set the model's layerdrop to 0"
+            )
 
     def _refuse_several_forwards(self, what: str) -> None:
         if self.is_deepspeed_enabled:
@@ -360,6 +379,8 @@ class RDropTrainerMixin(RunState):
         self._own_num_items = num_items
         if not samples:
             return num_items
+        if self._source is None:
+            self._source = self._examine(samples)
         counts = [self._head(sample).counts() for sample in samples]
         if not self.state.global_step:
             self._first_counts = counts[0]
