@@ -330,6 +330,24 @@ def test_schedules_of_alpha_are_drawn_by_step(tmp_path, record, monkeypatch):
     assert (tmp_path / "alpha_schedules.png").exists()
 
 
+def test_without_a_baseline_nothing_is_drawn_against_its_time(tmp_path, record, monkeypatch):
+    from matplotlib.figure import Figure
+
+    kept = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (kept.append(self), save(self, *a, **k))
+    )
+    for arm in study_arms("alpha-schedules", DIGITS, [1])[1:3]:
+        config = resolved_config(DIGITS, arm)
+        record(arm.name, config=config).save(record_path(tmp_path, arm.name, 0))
+    note_command(tmp_path, "alpha-schedules", "regdrop sweep alpha-schedules")
+    write_report(tmp_path)
+    labels = {axes.get_xlabel() for figure in kept for axes in figure.axes}
+    assert "operations, in single-pass steps of the baseline" in labels
+    assert "training time, in times of the baseline's" not in labels
+
+
 def test_a_folder_keeps_to_one_study_and_its_commands(tmp_path, record):
     check_study(tmp_path, "alpha")
     record().save(record_path(tmp_path, "baseline", 0))

@@ -139,13 +139,18 @@ def _draw_cost(
 ) -> list[tuple[Path, str]]:
     """Draw the test metrics against the cost and the time of a run, with their Pareto fronts."""
     rows = build_rows(records)
-    figure, panels = new_figure(2 * len(metrics))
-    for name, metric in metrics.items():
-        factor = 100 if metric.percent else 1
+    axes = [
+        (title, x_of)
         for title, x_of in (
             ("operations, in single-pass steps of the baseline", _cost_of),
             ("training time, in times of the baseline's", _time_of),
-        ):
+        )
+        if any(x_of(row) is not None for row in rows)  # without a baseline there is no time of it
+    ]
+    figure, panels = new_figure(len(axes) * len(metrics))
+    for name, metric in metrics.items():
+        factor = 100 if metric.percent else 1
+        for title, x_of in axes:
             panel = next(panels)
             known = [row for row in rows if x_of(row) is not None]
             points = [(float(x_of(row) or 0), row.cells[name].value.mean * factor) for row in known]
