@@ -53,6 +53,8 @@ CLASSES = {
 }
 # Those of classifiers, where the time is that of starting operations.
 SMALL = [(8, 2), (32, 3), (512, 30), (32, 1000)]
+# Those of pixels and tokens, many rows of few classes.
+FEW_CLASSES = [(16_384, 3), (65_536, 2)]
 OFFICIAL, FLOOR = "official form", "copy floor"
 LIGER = "Liger's cross entropy, in place"
 # Of the logits read or written, in pairs: by a copy, and by the GPU kernel.
@@ -182,14 +184,14 @@ def main() -> None:
     from drawing import draw_sweeps
 
     options = recording.parser(__doc__, repeats=3)
-    options.add_argument("--small", action="store_true", help="small logits alone, of classifiers")
+    options.add_argument("--small", action="store_true", help="logits of classifiers alone: few items or few classes")
     arguments = recording.parse(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sweeps = {"classes": CLASSES[device], "items": ITEMS[device]}
     if arguments.quick:
         sweeps = {axis: [(64, 1000)] for axis in sweeps}
     if arguments.small:
-        sweeps = {}
+        sweeps = {"": FEW_CLASSES}
     shapes = list(dict.fromkeys(chain([] if arguments.quick else SMALL, *sweeps.values())))
     console = Console()
     dtypes = [torch.float32] if arguments.quick else [torch.float32, torch.bfloat16]
