@@ -32,6 +32,10 @@ class Bags(NamedTuple):
         {"dense": DENSE, "offsets": [OFFSETS] * 3, "words": [WORDS] * 3},
         {"dense": DENSE, "user_offsets": OFFSETS, "user_words": WORDS},
         {"coord": torch.rand(12, 3), "offset": torch.tensor([5, 12])},
+        {"dense": DENSE, "offsets": OFFSETS, "words": [WORDS, WORDS]},
+        {"dense": DENSE, "offsets": OFFSETS, "words": WORDS[:, None]},
+        {"dense": DENSE, "offsets": OFFSETS, "words": WORDS, "per_sample_weights": WORDS / 2},
+        {"category": LABELS, "coord": torch.rand(12, 3), "offset": OFFSETS + 5},
         {"x": torch.rand(12, 3), "offsets": WITH_END},
         {"x": torch.rand(12, 3), "ptr": WITH_END},
         {"inner": [{"x": torch.rand(12, 3), "ptr": WITH_END}]},
@@ -121,6 +125,11 @@ def test_ends_of_edges_are_refused():
         (torch.ones(4, 6).long(), torch.tensor([[0, 0, 0, 1, 1, 1]]), torch.arange(6)[None]),
         {"x": DENSE, "offsets": torch.tensor([0, 4, 2, 9]), "y": LABELS},  # of clips
         {"x": DENSE, "offsets": torch.rand(7)},
+        {"x": torch.ones(8, 6), "offset": torch.arange(8), "position_ids": torch.arange(6)[None]},
+        {"audio": DENSE, "start_offset": OFFSETS, "window": torch.rand(400)},
+        {"video": torch.rand(12, 2), "frame_idx": OFFSETS, "label": WORDS},
+        (DENSE, torch.tensor([0, 2, 5, 12]), WORDS),
+        {"x": DENSE, "batch": torch.rand(4)},  # a covariate
         {"x": DENSE, "batch": 3, "batch_idx": torch.tensor(5), "edge_index": None},
         {"x": DENSE, "senders": LABELS},
     ],
@@ -130,6 +139,29 @@ def test_other_integers_are_stacked_or_pass_through(batch):
     first = next(iter(batch.values() if isinstance(batch, dict) else batch))
     found = next(iter(repeated.values() if isinstance(repeated, dict) else repeated))
     assert torch.equal(found, torch.cat([first, first]))
+
+
+def test_values_are_compared_on_their_own_device():
+    batch = (DENSE, torch.arange(7))
+    with torch.device("meta"):
+        first, numbers = repeat_batch(batch)
+    assert torch.equal(first, torch.cat([DENSE, DENSE]))
+    assert numbers is batch[1]
+
+
+@pytest.mark.parametrize("name", ["batch", "offset"])
+def test_a_covariate_of_each_item_is_stacked_under_another_name(name):
+    batch = {"x": DENSE, name: LABELS, "words": WORDS}
+    advice = "give it another name; name it in shared only if it is the same for all passes"
+    with pytest.raises(ValueError, match=f"fraction=1.0; if it is something else, {advice}"):
+        repeat_batch(batch)
+    assert len(repeat_batch({"x": DENSE, "site": LABELS, "words": WORDS})["site"]) == 8
+
+
+def test_what_only_looks_like_places_is_stacked_with_a_second_dimension():
+    with pytest.raises(ValueError, match=r"else, give it a second dimension \(numbers\[:, None"):
+        repeat_batch((DENSE, OFFSETS, WORDS))
+    assert len(repeat_batch((DENSE, OFFSETS[:, None], WORDS))[1]) == 8
 
 
 def test_bags_of_words_run_one_pass_after_the_other():

@@ -33,8 +33,8 @@ _BEGINNINGS = (
     "to pass (torch.cat([offsets, offsets + len(indices)]))"
 )
 _WAYS_OUT = (
-    ', or use passes="sequential" with fraction=1.0; if it is something else, name it in shared or '
-    "give it another name"
+    ', or use passes="sequential" with fraction=1.0; if it is something else, give it {}; name it '
+    "in shared only if it is the same for all passes"
 )
 # So many labels seldom go up by chance, and never so many count from 0 in all of several lists.
 _FEW, _MANY = 4, 16
@@ -60,14 +60,15 @@ def refuse_numbers(
         is_end = name in _ENDS_OF_EDGES and items.keys() >= _ENDS_OF_EDGES
         if (dims == 2 and _EDGES.search(name)) or (dims == 1 and is_end):
             meaning = _NODES
-        elif dims == 1 and _OWNERS.fullmatch(name) and item.dtype != torch.bool:
+        elif dims == 1 and _OWNERS.fullmatch(name) and _are_owners(name, item):
             meaning = _GROUPS
         elif _STARTS.search(name) and _are_starts(name, item, items, size, dim):
             meaning = _BEGINNINGS
         else:
             continue
         if not is_whole():
-            raise ValueError(f"batch holds {name}, which {meaning}{_WAYS_OUT}")
+            ways_out = _WAYS_OUT.format("another name")
+            raise ValueError(f"batch holds {name}, which {meaning}{ways_out}")
 
 
 def refuse_hidden_numbers(parts: Mapping[Any, Any], size: int) -> None:
@@ -94,10 +95,19 @@ def refuse_hidden_numbers(parts: Mapping[Any, Any], size: int) -> None:
             is_alone and _end_at(starts[0], _count_rows(parts.values(), size))
         ):
             what = name if isinstance(name, str) else f"a tensor of shape {tuple(starts[0].shape)}"
+            ways_out = _WAYS_OUT.format("a second dimension (numbers[:, None])")
             raise ValueError(
                 f"batch holds {what}, {starts[0][:4].tolist()} and so on, which "
-                f"{_BEGINNINGS}{_WAYS_OUT}"
+                f"{_BEGINNINGS}{ways_out}"
             )
+
+
+def _are_owners(name: str, item: Tensor) -> bool:
+    """Return whether an entry with such a name has whole numbers; Ultralytics has them in floats.
+
+    Others with floats are a covariate of each item.
+    """
+    return _counts(item) or (name == "batch_idx" and item.is_floating_point())
 
 
 def _are_starts(name: str, item: Any, items: Mapping[str, Any], size: int, dim: int) -> bool:
@@ -108,14 +118,22 @@ def _are_starts(name: str, item: Any, items: Mapping[str, Any], size: int, dim: 
         return False
     if len(item) != size:
         return True
-    # Of an item alone, such as the beginning of a clip, if all the rest has one row an item.
+    # Of an item alone, such as the beginning of a clip, if nothing else may be what they number.
     others = {other: rows for other, rows in items.items() if other != name}
     return any(
-        (isinstance(leaf, Tensor) and leaf.dim() > 0 and find_dim(leaf, size, dim) is None)
+        _may_be_entries(other, leaf, size, dim)
         or (_ENTRIES.search(other) is not None and _is_line_of_integers(leaf))
         for other, rows in others.items()
         for leaf in find_leaves(rows)
     )
+
+
+def _may_be_entries(name: str, value: Any, size: int, dim: int) -> bool:
+    """Return whether a tensor may be the rows of all items: integers, or the points of clouds."""
+    if not isinstance(value, Tensor) or value.is_nested or value.dim() not in (1, 2):
+        return False
+    is_longer = len(value) > size and find_dim(value, size, dim) is None
+    return is_longer and (_counts(value) or name == "coord")
 
 
 def _is_line_of_integers(value: Any) -> bool:
@@ -142,16 +160,15 @@ def _read_integers(part: Any, size: int) -> list[Tensor] | None:
 
 def _begin_among(starts: Sequence[Tensor], rows: Sequence[Tensor], size: int) -> bool:
     """Return whether items begin at some places among rows, in one table or in each of several."""
-    if len(starts) != len(rows):
+    if len(starts) != len(rows) or not all(len(begin) in (size, size + 1) for begin in starts):
         return False
     pairs = list(zip(starts, rows, strict=True))
     if len(pairs) == 1:
         begin, entries = pairs[0]
         # As many as each other may be anything of the items, and fewer go up by chance.
         is_other = len(begin) >= _FEW and len(begin) != len(entries) and not _is_range(entries)
-        return is_other and _go_up(begin, 1) and int(begin[-1]) <= len(entries)
-    if not all(len(begin) in (size, size + 1) for begin in starts):
-        return False
+        last = len(entries) - (len(begin) == size)  # the end of all is one more than the items
+        return is_other and _go_up(begin, 1) and int(begin[-1]) <= last
     is_one_each = all(len(begin) == len(entries) for begin, entries in pairs)
     if is_one_each and (len(pairs) * size < _MANY or not all(map(_is_range, starts))):
         return False
@@ -181,4 +198,4 @@ def _go_up(starts: Tensor, step: int) -> bool:
 
 
 def _is_range(numbers: Tensor) -> bool:
-    return bool((numbers == torch.arange(len(numbers))).all())
+    return bool((numbers == torch.arange(len(numbers), device=numbers.device)).all())
