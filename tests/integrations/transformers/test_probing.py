@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from regdrop.heads import Head
+from regdrop.integrations.transformers.evaluation import with_shorter_masks
 from regdrop.integrations.transformers.probing import probe_own_loss
 from regdrop.loss import cross_entropy_terms
 from training import FEATURES, Plain
@@ -188,6 +190,41 @@ def test_the_slope_tells_yes_or_no_from_one_of_several_classes(criterion, labels
     assert kind == "classes" or torch.equal(target, labels.float())
 
 
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda z, batch: F.mse_loss(z, batch["labels"].float()),
+        lambda z, batch: F.poisson_nll_loss(z, batch["labels"]),
+    ],
+    ids=["ratings", "counts"],
+)
+def test_whole_numbers_of_the_logits_shape_are_numbers_where_no_softmax_is(criterion):
+    labels = torch.tensor([[1, 5, 3], [2, 2, 4], [5, 1, 1], [3, 4, 2]])
+    found = divergence_of(criterion, 3, {"x": torch.randn(4, FEATURES), "labels": labels})
+    assert (found.kind, found.label) == ("numbers", "labels")
+
+
+@pytest.mark.parametrize("dtype", [torch.float, torch.long])
+def test_shares_of_classes_may_be_all_zero_in_rows_that_do_not_count(dtype):
+    labels = ONE_HOT.to(dtype).index_fill(0, torch.tensor([1]), 0)
+    batch = {"x": torch.randn(4, FEATURES), "labels": labels}
+    assert divergence_of(softmax_of_one_hot, 3, batch).kind == "classes"
+
+
+def test_one_yes_or_no_an_item_may_be_padded():
+    labels = torch.randint(2, (4, 6))
+    labels[:2, 3:] = -100
+
+    def criterion(logits, inputs):
+        kept = inputs["labels"] != -100
+        return focal_labels(logits[..., 0][kept], {"labels": inputs["labels"][kept]})
+
+    batch = {**positions(), "labels": labels}
+    found = divergence_of(criterion, 1, batch)
+    assert found.kind == "labels"
+    assert found.head(batch, 4).counts().kl == 18
+
+
 def test_labels_that_do_not_count_have_no_divergence():
     labels = MULTI_HOT.masked_fill(torch.eye(4, 3, dtype=torch.bool), -100)
 
@@ -231,6 +268,30 @@ def test_a_mask_that_the_loss_obeys_tells_which_yes_or_no_counts():
     assert divergence_of(focal_labels, 3, several).mask is None
 
 
+def test_a_mask_is_obeyed_where_padding_is_on_the_left():
+    """A row without a position has no mean."""
+
+    def criterion(logits, inputs):
+        kept, labels = active(inputs), inputs["labels"].float()
+        nll = F.binary_cross_entropy_with_logits(logits[..., 0], labels, reduction="none")
+        return ((nll * kept).sum(1) / kept.sum(1)).mean()
+
+    batch = {**positions(), "labels": torch.randint(2, (4, 6))}
+    batch["attention_mask"][:, :3] = 0
+    assert divergence_of(criterion, 1, batch).mask == "attention_mask"
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float])
+def test_a_shorter_mask_has_half_the_ones_of_its_longest_row(dtype):
+    mask = torch.tensor([[0, 0, 0, 0, 0, 1], [0, 0, 1, 1, 1, 1]]).to(dtype)
+    ((name, batch),) = with_shorter_masks({"some_mask": mask}, mask.shape)
+    shorter = torch.tensor([[0, 0, 0, 0, 0, 1], [0, 0, 1, 1, 0, 0]]).to(dtype)
+    assert name == "some_mask"
+    assert torch.equal(batch[name], shorter)
+    # A row of one position cannot be halved.
+    assert not list(with_shorter_masks({"some_mask": mask[:1]}, mask[:1].shape))
+
+
 @pytest.mark.parametrize("is_moved", [True, False])
 def test_a_mask_of_ones_own_tells_which_words_count(is_moved):
     """As in losses of sampled words, which have no labels."""
@@ -252,10 +313,9 @@ def test_a_mask_of_ones_own_tells_which_words_count(is_moved):
     ("criterion", "labels"),
     [
         (lambda z, batch: (z - batch["x"][:, :3]).square().mean(), {}),
-        (lambda z, batch: F.poisson_nll_loss(z, batch["labels"]), {"labels": 3 * MULTI_HOT}),
         (lambda z, batch: (z - 1).square().mean(), {"labels": torch.randn(4, 2)}),
     ],
-    ids=["no labels", "counts", "of another shape"],
+    ids=["no labels", "of another shape"],
 )
 def test_a_loss_that_is_none_of_classes_is_refused_where_nothing_tells_what_it_is(
     criterion, labels
@@ -291,6 +351,24 @@ def test_a_head_that_the_batch_contradicts_is_not_kept():
     assert divergence_of(focal_labels, 3, batch, narrow).kind == "labels"
     fitting = Head({"x": batch["x"]}, torch.tensor([0, 1, 2, 0]), cross_entropy_terms)
     assert divergence_of(focal_labels, 3, batch, fitting) is None
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_shapes_tell_where_a_reentrant_checkpoint_refuses_to_give_a_slope():
+    def criterion(logits, inputs):
+        return checkpoint(focal_labels, logits, inputs, use_reentrant=True)
+
+    batch = {"x": torch.randn(4, FEATURES), "labels": MULTI_HOT}
+    assert divergence_of(criterion, 3, batch).kind == "labels"
+
+
+def test_a_slope_for_which_memory_is_missing_is_said(monkeypatch):
+    def grad(*_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        divergence_of(focal_labels, 3, {"x": torch.randn(4, FEATURES), "labels": MULTI_HOT})
 
 
 # --- chance -----------------------------------------------------------------------------------

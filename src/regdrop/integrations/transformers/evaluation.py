@@ -146,7 +146,11 @@ def with_shorter_masks(
             continue
         if mask.shape != shape or mask.dim() != 2 or bool(((mask != 0) & (mask != 1)).any()):
             continue
+        row = mask.sum(1).argmax()
+        ones = mask[row].bool()
+        if ones.sum() < 2:
+            continue
+        # Padding may be on either side, and no row loses all that it has.
         shorter = mask.clone()
-        shorter[mask.sum(1).argmax(), mask.shape[1] // 2 :] = 0
-        if not torch.equal(shorter, mask):
-            yield name, {**inputs, name: shorter}
+        shorter[row, ones.cumsum(0) > ones.sum() // 2] = 0
+        yield name, {**inputs, name: shorter}

@@ -157,14 +157,22 @@ def _slope(
     inputs: Mapping[str, Any],
     key: Key,
 ) -> Tensor | None:
-    """Return the derivative of a loss with respect to the logits; None if it does not act there."""
+    """Return the derivative of a loss with respect to the logits.
+
+    None if it does not act there, or a part of the model knows a whole backward alone.
+    """
     items = _on_device(num_items, inputs)
     with preserve_random_state(), preserve_buffers(model), torch.enable_grad():
         loss, output = compute(copy_structure(dict(inputs), clones=True), items)
         logits = find_tensor(output, key)
         if not (loss.requires_grad and logits.requires_grad):
             return None
-        (slope,) = torch.autograd.grad(loss, logits, allow_unused=True)
+        try:
+            (slope,) = torch.autograd.grad(loss, logits, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # as that of a reentrant checkpoint
+            return None
     return slope if slope is not None and bool(slope.any()) else None
 
 
@@ -274,7 +282,7 @@ def _find_divergence(
             "no labels of that shape tell how passes are compared: override rdrop_head of the "
             "trainer to say what its divergence is"
         )
-    are_numbers = labels is None or labels.is_floating_point() or labels.numel() == logits.numel()
+    are_numbers = labels is None or labels.is_floating_point()
     if are_numbers and is_of_classes is False:
         got = "none" if labels is None else f"{name!r} of shape {tuple(labels.shape)}"
         raise ValueError(
@@ -296,15 +304,19 @@ def _of_elements(labels: Tensor, logits: Tensor, is_of_classes: bool | None) -> 
     classes, rows that sum to 1 are shares of classes.
     """
     is_single = logits.dim() == 1 or logits.shape[-1] == 1
+    is_whole = not is_single and not labels.is_floating_point()
     values = labels.float()
     sums = values.sum(-1)
     is_shares = not is_single and bool(torch.isclose(sums, torch.ones_like(sums)).all())
     if is_shares and is_of_classes is not False:
         return "shares"
-    if is_single or labels.is_floating_point():
-        return "labels" if bool(((values >= 0) & (values <= 1)).all()) else "numbers"
-    is_binary = ((values == 0) | (values == 1) | (values == IGNORE_INDEX)).all()
-    return "labels" if bool(is_binary) and not is_of_classes else None
+    if is_of_classes:
+        # Rows of shares that do not count may be all 0.
+        return None if is_whole else "shares"
+    counted = values[labels != IGNORE_INDEX]
+    if bool(((counted >= 0) & (counted <= 1)).all()):
+        return "labels"
+    return None if is_whole and is_of_classes is None else "numbers"
 
 
 def _find_mask(
