@@ -10,7 +10,8 @@ _FORWARD_SHARE = 1 / 3
 # What the cost of a step comes from, and what tells which steps have one pass.
 _STEP_OPTIONS = ("num_passes", "backward_passes", "fraction", "every_n_steps", "single_pass_below")
 _ALPHA_OPTIONS = (
-    *("alpha", "alpha_start", "alpha_rule", "alpha_max", "alpha_schedule", "alpha_warmup_ratio"),
+    *("alpha", "alpha_start", "alpha_rule", "alpha_max"),
+    *("alpha_schedule", "alpha_warmup_ratio", "alpha_warmup_steps"),
 )
 # How many steps with R-Drop a long run has at least.
 _LONG_RUN = 1000

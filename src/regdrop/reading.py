@@ -19,7 +19,7 @@ _NEED_NOTHING = frozenset(
 )
 _VIEWS = frozenset({"UnsafeViewBackward0", "ViewBackward0"})
 # Packages whose own forward hooks keep nothing that a module returns.
-_LIBRARIES = frozenset({"accelerate", "deepspeed", "peft", "torch", "transformers"})
+_LIBRARIES = frozenset({"accelerate", "deepspeed", "peft", "regdrop", "torch", "transformers"})
 
 
 class Reading(NamedTuple):
@@ -134,7 +134,9 @@ def may_overwrite(model: nn.Module, head: Head, impl: Implementation, logits: Te
 
 def _has_watchers(model: nn.Module) -> bool:
     """Return whether somebody's forward hooks may keep what a module returns."""
-    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    tables = (module._forward_hooks for module in model.modules())
+    everywhere = nn.modules.module._global_forward_hooks
+    hooks = (hook for table in (everywhere, *tables) for hook in table.values())
     return any(_home(hook) not in _LIBRARIES for hook in hooks)
 
 

@@ -27,7 +27,7 @@ from regdrop.loss import (
 )
 from regdrop.loss.checks import check_counts, check_plain, place_of_tensor
 from regdrop.loss.class_weight import class_weight_on
-from regdrop.loss.counts import take_items
+from regdrop.loss.counts import terms_of_items
 from regdrop.passes import (
     copy_structure,
     count_rows,
@@ -466,7 +466,7 @@ def _terms_of_part(
 ) -> ItemTerms:
     """Return the terms of some items; raise where terms of one's own hold something of all."""
     try:
-        part = take_items(terms, target, items)(outputs, target[items], **passes)
+        part = terms_of_items(terms, target, items)(outputs, target[items], **passes)
     except (ValueError, IndexError, RuntimeError) as error:
         if is_counted(terms) or isinstance(error, torch.cuda.OutOfMemoryError):
             raise

@@ -82,7 +82,7 @@ def count_items(terms: Callable[..., Any], target: Any) -> ItemCounts | None:
     return rules.counting(target, **bound)
 
 
-def take_items(terms: Callable[..., Any], target: Tensor, items: Tensor) -> Callable[..., Any]:
+def terms_of_items(terms: Callable[..., Any], target: Tensor, items: Tensor) -> Callable[..., Any]:
     """Return terms for some items of a target: what is bound to them is that of these items.
 
     Args:

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from transformers import BartConfig, BartForSequenceClassification
 
 from models import LENGTH, VOCABULARY, key_dropout, text_rows, tiny_bert_of, token_rows
 from regdrop import RDropConfig
+from regdrop.integrations.transformers.selection import _can_be_sent, _is_of_library
 from training import assert_same_outcome, build, logged, outcome, said, train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -72,6 +74,24 @@ def test_two_processes_look_at_one_batch(tmp_path, unlabelled):
     rows = rows_without(unlabelled)
     found = in_two_processes(tmp_path, tag_in_one_of_two, rows, config)
     assert_same_outcome(found, tag(tmp_path, rows, config), least_kl=1e-3)
+
+
+def test_a_batch_that_cannot_be_sent_is_examined_where_it_is():
+    """Such as one with the mask of flex attention, which holds a function."""
+    words = torch.ones(2, 3)
+    assert _can_be_sent({"input_ids": words, "name": "a"})
+    assert not _can_be_sent({"input_ids": words, "mask": lambda: None})
+    assert not _can_be_sent([words])
+
+
+def test_a_model_whose_parts_accelerate_moves_is_still_the_librarys():
+    model = tiny_bert_of("ForTokenClassification")()
+    assert _is_of_library(model)
+    add_hook_to_module(model, ModelHook())
+    assert _is_of_library(model)
+    model.forward = lambda **inputs: None
+    del model._old_forward
+    assert not _is_of_library(model)
 
 
 def test_a_mean_over_no_item_is_no_part_of_the_log(tmp_path):

@@ -448,6 +448,30 @@ def test_what_acts_behind_the_layer_later_is_seen_then(tmp_path):
     assert_same(auto, train(False))
 
 
+class Watching(transformers.TrainerCallback):
+    """Puts a hook on the last layer once the run has begun, between two looks at it."""
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == 2:
+            model.lm_head.register_forward_hook(lambda module, inputs, output: None)
+
+
+def test_a_layer_that_is_watched_later_on_has_its_logits_from_then_on(tmp_path, caplog):
+    def train(fused):
+        model = build("gpt2", vocab_size=SMALLEST_FUSED_VOCABULARY)
+        rdrop = RDropConfig(alpha=2.0, fused_linear=fused)
+        trainer = trainer_for(tmp_path, "gpt2", rdrop, model, max_steps=4)
+        trainer.add_callback(Watching())
+        trainer.train()
+        return outcome(trainer, PARTS), None
+
+    auto = train("auto")
+    assert "from this step on the logits are computed" in caplog.text
+    assert_same(auto, train(False))
+    with pytest.raises(ValueError, match="must have no forward and no backward hooks"):
+        train(True)
+
+
 def test_a_head_of_ones_own_keeps_its_terms(tmp_path):
     class Own(RDropTrainer):
         def rdrop_head(self, model, inputs):

@@ -10,9 +10,9 @@ from transformers import BertForSequenceClassification, Trainer
 
 from implementations import CPP
 from models import key_dropout, text_rows, tiny_bert
-from regdrop import RDropConfig, find_dropout, step
+from regdrop import RDropConfig, dropout_rates, find_dropout, share_prefix, step
 from regdrop.integrations.transformers import RDropTrainer
-from regdrop.reading import is_free_to_overwrite
+from regdrop.reading import is_free_to_overwrite, may_overwrite
 from training import arguments, assert_same_rdrop_run, build, logged, train
 
 
@@ -254,6 +254,35 @@ def test_logits_that_a_hook_keeps_stay_readable(tmp_path, name):
     model.get_submodule(name).register_forward_hook(keep)
     train(tmp_path, model, text_rows(), RDropConfig())
     assert all(torch.equal(*pair) for pair in kept)
+
+
+def test_logits_that_a_hook_of_all_modules_keeps_stay_readable(tmp_path):
+    kept = []
+
+    def keep(module, args, output):
+        if isinstance(output, torch.Tensor) and output.shape[-1] == 3:
+            kept.append((output.detach(), output.detach().clone()))
+
+    hook = torch.nn.modules.module.register_module_forward_hook(keep)
+    try:
+        train(tmp_path, tiny_bert(), text_rows(), RDropConfig())
+    finally:
+        hook.remove()
+    assert kept
+    assert all(torch.equal(*pair) for pair in kept)
+
+
+def test_hooks_of_ours_keep_no_logits(tmp_path):
+    """With them the gradient overwrites the logits as without."""
+    trainer = build(tmp_path, tiny_bert(), text_rows(), RDropConfig())
+    batch = default_collate([text_rows()[i] for i in range(4)])
+    head = trainer.rdrop_head(trainer.model, batch)
+    logits = torch.nn.functional.linear(torch.ones(8, 3), torch.ones(3, 3, requires_grad=True))
+    words = "bert.embeddings.word_embeddings"
+    with dropout_rates(trainer.model, 0.2), share_prefix(trainer.model, words):
+        assert may_overwrite(trainer.model, head, "auto", logits)
+    trainer.model.register_forward_hook(lambda module, args, output: None)
+    assert not may_overwrite(trainer.model, head, "auto", logits)
 
 
 @pytest.mark.parametrize("impl", ["auto", "eager"])

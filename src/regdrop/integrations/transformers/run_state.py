@@ -33,6 +33,7 @@ class RunState(HeadSelection):
     _resumed_state: dict[str, Any] | None = None
     _has_warned = False
     _is_checked = False
+    _looked_at = -1
 
     def begin_training(self) -> None:
         """Begin the meter and the rule of alpha anew, or as a checkpoint has them.
@@ -43,6 +44,7 @@ class RunState(HeadSelection):
         self._planner = StepPlanner(self.rdrop, self.state.max_steps)
         # The model, the loss or the data may be others than those of a run before.
         self._source, self._is_checked = None, False
+        self._looked_at, self._has_told_of_loss = -1, False
         if self.rdrop.alpha_rule == "restore" and not self.args.load_best_model_at_end:
             raise ValueError(
                 "alpha_rule='restore' goes back to the best checkpoint: it needs "

@@ -1,6 +1,7 @@
 """Which NLL a trainer minimises: by the model's name, its own loss or its first batch."""
 
 import logging
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -88,12 +89,7 @@ class HeadSelection(TrainerInternals):
         first = labelled[0] if labelled else window[0]
         is_spread = self.accelerator.num_processes > 1
         if is_spread:
-            # All processes look at one batch, since what they run and refuse must be the same: that
-            # of the first of them that has a label.
-            have_labels = gather_object([bool(labelled)])
-            held = [send_to_device(first, "cpu")]
-            origin = have_labels.index(any(have_labels))
-            first = broadcast_object_list(held, from_process=origin)[0]
+            first = self._agree_on_batch(first, bool(labelled))
         # A window is counted before the Trainer brings its batches to the model's device, to
         # which a loader of one's own may leave it.
         first = self._on_device(first)
@@ -105,6 +101,21 @@ class HeadSelection(TrainerInternals):
         source = replace(source, obstacle=obstacle)
         # Chance may have told each of them something else.
         return broadcast_object_list([source])[0] if is_spread else source
+
+    def _agree_on_batch(self, first: Mapping[str, Any], is_labelled: bool) -> Mapping[str, Any]:
+        """Return one batch in all processes, that of the first of them that has a label.
+
+        What they run and refuse must be the same. Where a batch cannot be sent, each looks at its
+        own.
+        """
+        told = gather_object([(is_labelled, _can_be_sent(first))])
+        if not all(can_be_sent for _, can_be_sent in told):
+            return first
+        have_labels = [has_label for has_label, _ in told]
+        origin = have_labels.index(any(have_labels))
+        held = [send_to_device(first, "cpu")]
+        sent: Mapping[str, Any] = broadcast_object_list(held, from_process=origin)[0]
+        return sent
 
     def _why_rows_depend(self, source: Source, head: Head) -> str | None:
         """Return why a model that is not the library's cannot be stacked; None if it can."""
@@ -353,11 +364,24 @@ class HeadSelection(TrainerInternals):
         return found
 
 
+def _can_be_sent(batch: Any) -> bool:
+    """Return whether a batch can be pickled: the function of an attention mask cannot."""
+    if not isinstance(batch, Mapping):
+        return False
+    try:
+        pickle.dumps([value for value in batch.values() if not isinstance(value, Tensor)])
+    except Exception:  # whatever an object raises that cannot be
+        return False
+    return True
+
+
 def _is_of_library(model: nn.Module) -> bool:
     """Return whether a model's class, forward and loss are transformers' (or regdrop's) own."""
     home = type(model).__module__.split(".")[0]
     own = vars(model)
-    # accelerate puts autocast around a model's forward, and keeps the one before.
-    forward = own.get("_original_forward", own.get("forward"))
+    # accelerate puts autocast, or what brings the parts to their devices, around a model's forward,
+    # and keeps the one before.
+    names = ("_old_forward", "_original_forward", "forward")
+    forward = next((own[name] for name in names if name in own), None)
     is_kept = forward is None or getattr(forward, "__func__", None) is type(model).forward
     return home in ("transformers", "regdrop") and is_kept and "_loss_function" not in own

@@ -22,7 +22,7 @@ from regdrop.integrations.transformers.forward import (
     read_states_of,
     weigh_expert_loss,
 )
-from regdrop.integrations.transformers.fused import find_fused_head
+from regdrop.integrations.transformers.fused import FusedHead, find_fused_head
 from regdrop.integrations.transformers.fusing import chooses_fused
 from regdrop.integrations.transformers.internals import require_internals
 from regdrop.integrations.transformers.own_loss import OwnLoss, divergence_terms, read_own_loss
@@ -90,7 +90,6 @@ class RDropTrainerMixin(RunState):
         self._take_over_counting()
         self._num_weight: Tensor | None = None
         self._first_counts: ItemCounts | None = None
-        self._looked_at = -1
         self._own_num_items: Tensor | int | None = None
         self._meter = LossMeter()
         max_steps = self.args.max_steps
@@ -137,6 +136,8 @@ class RDropTrainerMixin(RunState):
         is_measured_apart = plan.num_passes == 1 and is_monitored(self.rdrop, step)
         other = extra_pass(model, read, head.inputs) if is_measured_apart else None
         config = self._step_config(head, own, plan)
+        if plan.num_passes > 1 and config.passes == "sequential":
+            self._refuse_unused_parameters(model)
         with self._noise(model, plan.num_passes):
             passes = run_step_passes(
                 *(read, head.inputs, head.target, config, plan),
@@ -207,7 +208,6 @@ class RDropTrainerMixin(RunState):
         is_noisy = self.rdrop.method == "r3f" and self.rdrop.noise > 0
         if num_passes > 1 and not is_noisy and not self._is_dropout_checked:
             self._is_dropout_checked = True
-            self._refuse_unused_parameters(model)
             self._has_warned = warn_without_dropout(model)
 
     def _check_counts(self, head: Head) -> None:
@@ -232,10 +232,23 @@ class RDropTrainerMixin(RunState):
             return partial(read_own_loss, partial(self._own_loss, model), head, num_items)
         # Who asks for the outputs wants their logits.
         if self._is_fused and not return_outputs:
-            return partial(read_states_of, model, find_fused_head(self._unwrapped(model)))
+            fused = self._find_fused_head(model)
+            if fused is not None:
+                return partial(read_states_of, model, fused)
         assert self._source is not None
         # What a recipe agreed with had no other part.
         return partial(read_logits_of, model, head, self._source.recipe is None)
+
+    def _find_fused_head(self, model: nn.Module) -> FusedHead | None:
+        """Return the last layer that the loss takes over; None where it has become another."""
+        try:
+            return find_fused_head(self._unwrapped(model))
+        except ValueError as error:
+            if self.rdrop.fused_linear is True:
+                raise
+            self._is_fused = False
+            self._tell(f"from this step on the logits are computed: {error}")
+            return None
 
     def _terms(
         self, head: Head, own: OwnLoss | None, reading: Reading, overwrites: bool
@@ -299,16 +312,16 @@ class RDropTrainerMixin(RunState):
         divergence = result.loss * self._gradient_shares(num_items)
         if num_items is None:
             divergence = result.loss / batches
-        # The mean over no item is nan.
-        is_counted = head.counts().kl > 0
-        weight = is_counted.to(own_loss.device, torch.float)
-        nll = torch.where(is_counted, own_loss.detach(), 0)
+        items = head.counts().kl
+        has_items = items > 0  # the mean over no item is nan
+        weight = has_items.to(own_loss.device, torch.float)
+        nll = torch.where(has_items, own_loss.detach(), 0)
         if own.counts_items and self._own_num_items is not None:
             # It is a share of the window's mean; the window's items are shared out alike.
             nll = nll * batches
         else:
             own_loss = own_loss / batches
-        self._note_step(plan, nll, kl, ItemCounts(weight, head.counts().kl))
+        self._note_step(plan, nll, kl, ItemCounts(weight, items))
         factor = plan.factor
         if plan.num_passes > 1:
             factor = term_weights(plan.alpha, plan.num_passes, self.rdrop.scale)[0]
@@ -323,17 +336,13 @@ class RDropTrainerMixin(RunState):
     def _refuse_unused_parameters(self, model: nn.Module) -> None:
         """Refuse several forwards a backward of which each leaves out layers of its own."""
         graded = self.rdrop.backward_passes or self.rdrop.num_passes
-        is_drawn = any(s.kind == "layerdrop" and s.rate > 0 for s in find_dropout(model))
-        if (
-            self.rdrop.passes == "sequential"
-            and graded > 1
-            and getattr(model, "find_unused_parameters", False)
-            and is_drawn
-        ):
+        if graded == 1 or not getattr(model, "find_unused_parameters", False):
+            return
+        if any(source.kind == "layerdrop" and source.rate > 0 for source in find_dropout(model)):
             raise ValueError(
                 "passes must be 'stacked', or backward_passes 1, under DistributedDataParallel for "
-                "a model with LayerDrop, got passes='sequential': it counts the layers that a pass "
-                "leaves out once a backward. Or set the model's layerdrop to 0"
+                "a model with LayerDrop, and here they run one after the other: it counts the "
+                "layers that a pass leaves out once a backward. Or set the model's layerdrop to 0"
             )
 
     def _refuse_several_forwards(self, what: str) -> None:
