@@ -184,7 +184,7 @@ def main() -> None:
     from drawing import draw_sweeps
 
     options = recording.parser(__doc__, repeats=3)
-    options.add_argument("--small", action="store_true", help="logits of classifiers alone: few items or few classes")
+    options.add_argument("--small", action="store_true", help="few items or few classes alone")
     arguments = recording.parse(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sweeps = {"classes": CLASSES[device], "items": ITEMS[device]}
