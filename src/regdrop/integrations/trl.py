@@ -1,6 +1,6 @@
 """R-Drop in TRL's trainers for supervised fine-tuning and for reward models."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -97,8 +97,10 @@ class RDropSFTTrainer(RDropTrainerMixin, SFTTrainer):
         )
 
     def _head(self, inputs: Mapping[str, Any]) -> Head:
-        # With a cache the library's models do not tell packed documents apart.
-        return super()._head({**inputs, "use_cache": False})
+        return super()._head(_without_cache(inputs))
+
+    def _examine(self, window: Sequence[Mapping[str, Any]]) -> Any:
+        return super()._examine([_without_cache(inputs) for inputs in window])
 
     @torch.no_grad()
     def _note_reading(self, inputs: dict[str, Any], head: Head, reading: Reading) -> None:
@@ -196,6 +198,11 @@ class RDropRewardTrainer(RDropTrainerMixin, RewardTrainer):
             source: Any = super()._own_source(inputs)
         # TRL takes the first half of the rows for the better answers: stacked rows are others.
         return replace(source, own=replace(source.own, is_rowwise=False))
+
+
+def _without_cache(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    # With a cache the library's models do not tell packed documents apart.
+    return {**inputs, "use_cache": False}
 
 
 @contextmanager

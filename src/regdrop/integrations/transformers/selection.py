@@ -383,5 +383,8 @@ def _is_of_library(model: nn.Module) -> bool:
     # and keeps the one before.
     names = ("_old_forward", "_original_forward", "forward")
     forward = next((own[name] for name in names if name in own), None)
-    is_kept = forward is None or getattr(forward, "__func__", None) is type(model).forward
+    function = getattr(forward, "__func__", None)
+    # TRL puts one of its own there, whose logits are those of the class.
+    origin = getattr(function, "__globals__", {}).get("__name__", "").split(".")[0]
+    is_kept = forward is None or function is type(model).forward or origin == "trl"
     return home in ("transformers", "regdrop") and is_kept and "_loss_function" not in own
