@@ -200,7 +200,7 @@ def test_interrupting_and_repeating_the_command_goes_on(tmp_path):
     assert json.loads(before[0]) == record.history[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killing_the_command_ends_its_runs(tmp_path):
     _, process, _ = start(tmp_path)
     process.kill()

@@ -100,7 +100,7 @@ def test_two_commands_share_the_runs_of_a_comparison(tmp_path, short):
     assert not (tmp_path / "out" / "unfinished").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_process_takes_its_own_run_and_no_other(tmp_path, short):
     class Kills(Noted):
         """Kills the process of the first run that has come to a step."""

@@ -85,7 +85,7 @@ def test_two_processes_train_one_translation_model_with_the_figures_of_one(tmp_p
     assert again.stdout.count("Finished before") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_share_each_batch_and_count_examples_once(tmp_path):
     """An odd number of test examples is padded to two processes, and the padding not counted."""
     data = write_glue(tmp_path / "data", "cola", train=60, test=21)
@@ -161,7 +161,7 @@ def test_two_processes_go_on_where_they_were_killed_and_average_their_checkpoint
     assert evaluate(run, "test").metrics == pytest.approx(record["test"], rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_refused_is_said_once_and_ends_all_processes(tmp_path):
     data = write_translation(tmp_path / "data")
     common = ["multi30k-de-en", "--data", data, "--output", tmp_path / "run"]

@@ -348,7 +348,7 @@ def _train_in_process(rank, folder, output):
     torch.save((model.state_dict(), trainer.state.log_history), output / f"{rank}.pt")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_keep_one_model(folder, tmp_path):
     run_in_two_processes(_train_in_process, folder, tmp_path)
     (first, logs), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -260,7 +260,7 @@ def _worker(rank, folder):
         torch.save(found, folder / "found.pt")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_evaluation_of_two_processes_is_that_of_one(tmp_path):
     run_in_two_processes(_worker, tmp_path)
     two = torch.load(tmp_path / "found.pt", weights_only=False)

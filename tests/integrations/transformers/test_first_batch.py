@@ -66,8 +66,13 @@ def tag_in_one_of_two(folder, rows, config):
     return tag(folder, rows, config, **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("unlabelled", [slice(0, 4), slice(4, 8)], ids=["first", "second"])
+@pytest.mark.parametrize(
+    "unlabelled",
+    [
+        pytest.param(slice(0, 4), marks=pytest.mark.long, id="first"),
+        pytest.param(slice(4, 8), marks=pytest.mark.slow, id="second"),
+    ],
+)
 def test_two_processes_look_at_one_batch(tmp_path, unlabelled):
     """Also where one of them begins with a batch that tells nothing."""
     config = RDropConfig(alpha=3.0, class_weight=(1.0, 2.0, 3.0))

@@ -37,7 +37,7 @@ def test_gradient_checkpointing_recomputes_the_same_masks(tmp_path, use_reentran
     assert_same_rdrop_run(checkpointed, plain)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_models_train_the_same_and_their_passes_differ(tmp_path):
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     assert min(logged(run(tmp_path, **options), "kl")) > 0

@@ -25,7 +25,7 @@ def all_cases(folder):
     return [result(build(folder, *case, ddp_backend="gloo")) for case in CASES]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_learn_what_one_does_also_beside_the_models_own_loss(tmp_path):
     for found, case in zip(in_two_processes(tmp_path, all_cases), CASES, strict=True):
         assert_same(found, in_one_process(tmp_path, *case))

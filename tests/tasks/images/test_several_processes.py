@@ -64,7 +64,7 @@ def load_in_two(folder, cache):
     return [torch.load(cache / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_of_two_processes_checks_its_half_once_and_both_name_what_one_cannot_read(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
