@@ -189,6 +189,31 @@ def test_the_regret_of_alphas_that_rise():
             assert numbers(shown)[0] == numbers(recorded)[0]
 
 
+def test_the_alphas_of_cola():
+    """Three arms are those of the comparison, of the same seeds."""
+    names = {"rdrop": "alpha-1", "baseline": "baseline", "alpha-0": "alpha-0"}
+    compared = load_records(ROOT / "results/minilm-cola-tuned")
+    by_arm = {}
+    for record in [*compared, *load_records(ROOT / "results/minilm-cola-alpha-schedules")]:
+        arm = names.get(record.arm, record.arm if record not in compared else None)
+        if record.seed < 3 and arm is not None:
+            by_arm.setdefault(arm, {})[record.seed] = record.test
+    arms = ["baseline", *(f"alpha-{n}" for n in (0, 1, 3, 6, 10, 16)), "ramp-16", "narrow-ramp-10"]
+    rows = table("docs/experiments-alpha.md", "| arm | test Matthews")
+    for row, arm in zip(rows, arms, strict=True):
+        for cell, metric, factor in zip(
+            row[1:], ("matthews_correlation", "nll"), (100, 1), strict=False
+        ):
+            own, best = (
+                {seed: test[metric] * factor for seed, test in by_arm[name].items()}
+                for name in (arm, "alpha-6")
+            )
+            found = estimate(list(own.values()))
+            change = paired_difference(own, best)
+            further = [] if arm == "alpha-6" else [change.mean, change.half_width]
+            assert_rounded(cell, found.mean, found.half_width, *further)
+
+
 def test_the_ramps_that_begin_above_0_beside_the_best_constant():
     for row in table("docs/experiments-alpha.md", "| task | best constant"):
         (task,) = (task for task, name in STUDIED.items() if name == row[0])
