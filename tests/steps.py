@@ -1,6 +1,6 @@
 """A step of R-Drop as its two halves in a row, as trainers and `rdrop_step` have them."""
 
-from regdrop.step import compute_passes_loss, run_step_passes
+from regdrop.step_passes import compute_passes_loss, run_step_passes
 
 
 def compute_step_loss(forward, batch, target, terms, config, plan, **options):

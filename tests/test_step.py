@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 import reference
-from regdrop import RDropConfig
-from regdrop import step as step_module
+from regdrop import RDropConfig, step_passes
 from regdrop.kernels import Projection
 from regdrop.loss import cross_entropy_terms, linear_cross_entropy_loss
 from regdrop.schedule import plan_step
@@ -63,7 +62,7 @@ def mean_gradient(setup, config, num_passes, parts=(None,)):
             with pytest.MonkeyPatch.context() as patch:
                 if part is not None:
                     chosen = torch.tensor(part)
-                    patch.setattr(step_module, "_random_items", lambda *_, chosen=chosen: chosen)
+                    patch.setattr(step_passes, "_random_items", lambda *_, chosen=chosen: chosen)
                 output = loss_of(model, batch, target, config, masks)
             total, count = total + gradient(model, output.loss), count + 1
     return total / count
@@ -152,7 +151,7 @@ def test_every_combination_is_unbiased_over_masks_parts_and_steps(
         for part, step in product(parts, steps):
             used = masks[: SIZE * plan_step(cheap, step).num_passes]
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(step_module, "_random_items", lambda *_, part=part: part)
+                patch.setattr(step_passes, "_random_items", lambda *_, part=part: part)
                 loss = loss_of(model, batch, target, cheap, used, step).loss
             total, count = total + gradient(model, loss), count + 1
     expected = mean_gradient(setup, options(num_passes=num_passes), num_passes)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from regdrop.heads import Head
 from regdrop.kernels import Implementation, Projection
 from regdrop.loss import ItemTerms, TermsFunction, is_counted
-from regdrop.step import cut_outputs_of
+from regdrop.step_terms import cut_outputs_of
 
 # Backward nodes that do not need what they returned, and views, which are asked further.
 _NEED_NOTHING = frozenset(

@@ -97,6 +97,8 @@ TESTS = {
         "test_mistakes.py",
     ],
     "step.py": ["test_rdrop_step.py", "test_step.py"],
+    "step_passes.py": ["test_rdrop_step.py", "test_step.py"],
+    "step_terms.py": ["test_rdrop_step.py", "test_step_outputs.py"],
     "heads.py": [*HEADS, "integrations/transformers/test_methods.py"],
     "integrations/transformers/heads.py": HEADS,
     "integrations/transformers/heads_batch.py": HEADS,

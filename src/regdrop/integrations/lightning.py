@@ -12,7 +12,8 @@ from regdrop.integrations import extra
 from regdrop.loss import ItemTerms
 from regdrop.passes import find_batch_size
 from regdrop.schedule import is_monitored, plan_step, refuse_validation_rule
-from regdrop.step import Loss, rdrop_step
+from regdrop.step import rdrop_step
+from regdrop.step_terms import Loss
 
 with extra("lightning"):
     from lightning.pytorch import LightningModule

@@ -10,7 +10,7 @@ from transformers import BertForSequenceClassification, Trainer
 
 from implementations import CPP
 from models import key_dropout, text_rows, tiny_bert
-from regdrop import RDropConfig, dropout_rates, find_dropout, share_prefix, step
+from regdrop import RDropConfig, dropout_rates, find_dropout, share_prefix, step_passes
 from regdrop.integrations.transformers import RDropTrainer
 from regdrop.reading import is_free_to_overwrite, may_overwrite
 from training import arguments, assert_same_rdrop_run, build, logged, train
@@ -331,13 +331,13 @@ def test_outputs_that_are_asked_for_stay_readable(tmp_path):
 def test_the_loss_is_computed_as_asked_and_trains_the_same(tmp_path, impl, monkeypatch):
     automatic = run(tmp_path)
     seen = set()
-    original = step.rdrop_cross_entropy
+    original = step_passes.rdrop_cross_entropy
 
     def watched(*args, impl, **kwargs):
         seen.add(impl)
         return original(*args, impl=impl, **kwargs)
 
-    monkeypatch.setattr(step, "rdrop_cross_entropy", watched)
+    monkeypatch.setattr(step_passes, "rdrop_cross_entropy", watched)
     assert_same_rdrop_run(run(tmp_path, rdrop=RDropConfig(alpha=2.0, impl=impl)), automatic)
     assert seen == {impl}
 

@@ -15,7 +15,7 @@ from regdrop.integrations.transformers.divergence import Divergence
 from regdrop.loss import ItemTerms, TermsFunction
 from regdrop.passes import find_batch_size
 from regdrop.reading import Reading
-from regdrop.step import cut_outputs_of
+from regdrop.step_terms import cut_outputs_of
 
 # From a batch with its labels, and the number of items of the window or None, to loss and output.
 ComputeLoss = Callable[[dict[str, Any], Any], tuple[Tensor, Any]]

@@ -42,7 +42,7 @@ from regdrop.reading import (
     refuse_second_gradient,
 )
 from regdrop.schedule import StepPlan, is_monitored
-from regdrop.step import compute_passes_loss, run_step_passes
+from regdrop.step_passes import compute_passes_loss, run_step_passes
 
 # Steps at which a later batch is asked whether a model still has the loss and the last layer that
 # the first one showed.
