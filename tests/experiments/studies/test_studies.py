@@ -343,6 +343,10 @@ def test_without_a_baseline_nothing_is_drawn_against_its_time(tmp_path, record, 
         record(arm.name, config=config).save(record_path(tmp_path, arm.name, 0))
     note_command(tmp_path, "alpha-schedules", "regdrop sweep alpha-schedules")
     write_report(tmp_path)
+    (cost,) = [f for f in kept if f.axes[0].get_xlabel().startswith("operations")]
+    # Both cost the same, and lie beside each other.
+    places = [bars.lines[0].get_xdata()[0] for bars in cost.axes[0].containers]
+    assert len(set(places)) == 2
     labels = {axes.get_xlabel() for figure in kept for axes in figure.axes}
     assert "operations, in single-pass steps of the baseline" in labels
     assert "training time, in times of the baseline's" not in labels

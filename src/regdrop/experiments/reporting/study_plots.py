@@ -206,7 +206,7 @@ def _draw_alpha_schedules(
 
 def _apart(values: Sequence[float]) -> list[float]:
     """Return places of points, those that share one a little apart."""
-    step = 0.015 * (max(values) - min(values))
+    step = 0.015 * (max(values) - min(values) or 1.0)
     result = []
     for i, value in enumerate(values):
         same = [j for j, other in enumerate(values) if abs(other - value) <= step]
