@@ -54,13 +54,13 @@ def write_lines(path):
 
 
 def write_the_state_of_a_checkpoint(path):
-    from regdrop.integrations.transformers import run_state
+    from regdrop.integrations.transformers.run import state
 
-    run_state._write(path, {"alpha": 1.0})
+    state._write(path, {"alpha": 1.0})
 
 
 def write_a_model_card(path):
-    from regdrop.integrations.transformers import recording
+    from regdrop.integrations.transformers.run import recording
 
     path.exists() or path.write_text(recording._MARK)
     recording.add_to_model_card(path, RDropConfig())

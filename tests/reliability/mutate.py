@@ -40,18 +40,18 @@ ELEMENTS = ["loss/test_elementwise.py", "loss/test_loss_pairs.py", "loss/test_ev
 LINEAR = ["loss/test_linear_cross_entropy.py", "loss/test_every_reduction.py"]
 ROWS = ["kernels/test_class_blocks.py", *LOSS, *LINEAR]
 HEADS = [
-    "integrations/transformers/test_heads.py",
-    "integrations/transformers/test_own_loss.py",
-    "integrations/transformers/test_every_head.py",
+    "integrations/transformers/heads/test_heads.py",
+    "integrations/transformers/likelihood/test_own_loss.py",
+    "integrations/transformers/heads/test_every_head.py",
 ]
 TRAINER = [
     "integrations/transformers/test_trainer.py",
     "integrations/transformers/test_trainer_pairs.py",
     "integrations/transformers/test_features.py",
     "integrations/transformers/test_interplay.py",
-    "integrations/transformers/test_selection.py",
-    "integrations/transformers/test_batches.py",
-    "integrations/transformers/test_own_loss.py",
+    "integrations/transformers/likelihood/test_selection.py",
+    "integrations/transformers/forward/test_batches.py",
+    "integrations/transformers/likelihood/test_own_loss.py",
     "integrations/transformers/test_two_processes.py",
 ]
 CPP = ["kernels/test_cpp_rows.py", "kernels/test_whole_loss.py", *LOSS]
@@ -70,7 +70,7 @@ TESTS = {
     "kernels/projection.py": [
         *LINEAR,
         "kernels/test_class_blocks.py",
-        "integrations/transformers/test_fused.py",
+        "integrations/transformers/forward/test_fused.py",
     ],
     "kernels/selection.py": ["kernels/test_kernel_choice.py", *LOSS, *LINEAR],
     "kernels/target.py": [*LOSS, *LINEAR, "kernels/test_cpp_rows.py"],
@@ -100,10 +100,10 @@ TESTS = {
     "step_passes.py": ["test_rdrop_step.py", "test_step.py"],
     "step_terms.py": ["test_rdrop_step.py", "test_step_outputs.py"],
     "heads.py": [*HEADS, "integrations/transformers/test_methods.py"],
-    "integrations/transformers/heads.py": HEADS,
-    "integrations/transformers/heads_batch.py": HEADS,
-    "integrations/transformers/heads_classes.py": HEADS,
-    "integrations/transformers/heads_words.py": HEADS,
+    "integrations/transformers/heads/registry.py": HEADS,
+    "integrations/transformers/heads/batch.py": HEADS,
+    "integrations/transformers/heads/classes.py": HEADS,
+    "integrations/transformers/heads/words.py": HEADS,
     "integrations/transformers/trainer.py": TRAINER,
     "experiments/bootstrap.py": ["experiments/test_bootstrap.py"],
     "experiments/statistics.py": ["experiments/test_statistics.py"],

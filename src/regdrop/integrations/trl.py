@@ -21,8 +21,8 @@ with extra("trl"):
     from trl import RewardTrainer, SFTTrainer
 
     from regdrop.integrations.transformers import RDropTrainerMixin
-    from regdrop.integrations.transformers.divergence import Divergence
     from regdrop.integrations.transformers.internals import missing_attributes, refuse_without
+    from regdrop.integrations.transformers.likelihood.divergence import Divergence
 
 # What is used of TRL's trainers that is not their public interface.
 INTERNALS: dict[type, tuple[str, ...]] = {

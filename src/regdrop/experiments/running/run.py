@@ -44,7 +44,7 @@ from regdrop.experiments.running.optimisers import check_optimiser
 from regdrop.experiments.running.rising_dropout import RisingDropout
 from regdrop.experiments.running.running_loss import RunningLoss
 from regdrop.integrations.transformers import RDropTrainer
-from regdrop.integrations.transformers.checkpoints import average_weights
+from regdrop.integrations.transformers.run.checkpoints import average_weights
 from regdrop.passes import scale_dropout_odds
 from regdrop.tasks import PreparedTask, Task
 

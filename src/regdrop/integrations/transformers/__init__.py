@@ -3,7 +3,7 @@
 from regdrop.integrations import extra
 
 with extra("transformers"):
-    from regdrop.integrations.transformers.heads import (
+    from regdrop.integrations.transformers.heads.registry import (
         Head,
         LabelledBatch,
         find_head,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.diagnostics import Disagreement, measure_disagreement
 from regdrop.heads import Head
-from regdrop.integrations.transformers.heads import base_model, find_head
+from regdrop.integrations.transformers.heads.registry import base_model, find_head
 from regdrop.loss import adaptive_log_softmax, adaptive_softmax_terms, cross_entropy_terms
 
 

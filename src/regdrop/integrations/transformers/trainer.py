@@ -15,20 +15,24 @@ from regdrop.cost import full_step_cost
 from regdrop.diagnostics import extra_pass, measure_divergence
 from regdrop.divergence_watch import warn_without_dropout
 from regdrop.heads import Head, fraternal_head
-from regdrop.integrations.transformers.batches import why_not_stacked
-from regdrop.integrations.transformers.forward import (
+from regdrop.integrations.transformers.forward.batches import why_not_stacked
+from regdrop.integrations.transformers.forward.fusing import chooses_fused
+from regdrop.integrations.transformers.forward.last_layer import FusedHead, find_fused_head
+from regdrop.integrations.transformers.forward.micro_batch import (
     fused_terms,
     read_logits_of,
     read_states_of,
     weigh_expert_loss,
 )
-from regdrop.integrations.transformers.fused import FusedHead, find_fused_head
-from regdrop.integrations.transformers.fusing import chooses_fused
 from regdrop.integrations.transformers.internals import require_internals
-from regdrop.integrations.transformers.own_loss import OwnLoss, divergence_terms, read_own_loss
-from regdrop.integrations.transformers.planning import StepPlanner
-from regdrop.integrations.transformers.recording import RecordOptions
-from regdrop.integrations.transformers.run_state import RunState
+from regdrop.integrations.transformers.likelihood.own_loss import (
+    OwnLoss,
+    divergence_terms,
+    read_own_loss,
+)
+from regdrop.integrations.transformers.run.planning import StepPlanner
+from regdrop.integrations.transformers.run.recording import RecordOptions
+from regdrop.integrations.transformers.run.state import RunState
 from regdrop.loss import ItemCounts, LossFunction, RDropOutput, TermsFunction
 from regdrop.loss.reduction import term_weights
 from regdrop.meter import LossMeter

@@ -7,7 +7,7 @@ from torch import nn
 
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.integrations.transformers import RDropTrainer
-from regdrop.integrations.transformers.heads import find_head
+from regdrop.integrations.transformers.heads.registry import find_head
 from regdrop.tasks.common.full_precision import FullPrecisionEvaluation
 
 

@@ -7,8 +7,8 @@ from accelerate.utils import is_compiled_module
 from torch import nn
 
 from regdrop.heads import Head
-from regdrop.integrations.transformers.heads import base_model
-from regdrop.integrations.transformers.verify import check_fused_head
+from regdrop.integrations.transformers.forward.verify import check_fused_head
+from regdrop.integrations.transformers.heads.registry import base_model
 
 # With fewer words the logits are no larger than what a model keeps for its backward anyway.
 SMALLEST_FUSED_VOCABULARY = 8192

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from regdrop.config import RDropConfig
 from regdrop.divergence_watch import warn_zero_divergence
-from regdrop.integrations.transformers.checkpoints import load_renamed_weights
-from regdrop.integrations.transformers.planning import StepPlanner, find_validation_loss
-from regdrop.integrations.transformers.recording import add_to_model_card
-from regdrop.integrations.transformers.selection import HeadSelection
+from regdrop.integrations.transformers.likelihood.selection import HeadSelection
+from regdrop.integrations.transformers.run.checkpoints import load_renamed_weights
+from regdrop.integrations.transformers.run.planning import StepPlanner, find_validation_loss
+from regdrop.integrations.transformers.run.recording import add_to_model_card
 from regdrop.loss import ItemCounts
 from regdrop.meter import LossMeter
 from regdrop.schedule import StepPlan

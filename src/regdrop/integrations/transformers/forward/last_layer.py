@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regdrop.integrations.transformers.heads import Head, base_model
+from regdrop.integrations.transformers.heads.registry import Head, base_model
 from regdrop.kernels import Projection
 from regdrop.kernels.projection import casts_itself
 from regdrop.loss import cross_entropy_terms

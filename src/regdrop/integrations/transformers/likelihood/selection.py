@@ -12,26 +12,26 @@ from torch import Tensor, nn
 
 from regdrop.config import RDropConfig
 from regdrop.heads import Head, UnknownHeadError
-from regdrop.integrations.transformers.batches import why_not_stacked
-from regdrop.integrations.transformers.count_rules import COUNT_RULES, find_count_rule
-from regdrop.integrations.transformers.detection import detect_recipe
 from regdrop.integrations.transformers.evaluation import has_label
-from regdrop.integrations.transformers.heads import (
-    base_model,
-    find_head,
-    has_registered_class,
-)
-from regdrop.integrations.transformers.internals import TrainerInternals
-from regdrop.integrations.transformers.own_loss import OwnLoss
-from regdrop.integrations.transformers.probing import probe_own_loss
-from regdrop.integrations.transformers.recipe import Recipe
-from regdrop.integrations.transformers.verify import (
+from regdrop.integrations.transformers.forward.batches import why_not_stacked
+from regdrop.integrations.transformers.forward.verify import (
     Comparison,
     agrees_when_shaken,
     compare_in_training,
     compare_losses,
     why_rows_depend,
 )
+from regdrop.integrations.transformers.heads.registry import (
+    base_model,
+    find_head,
+    has_registered_class,
+)
+from regdrop.integrations.transformers.internals import TrainerInternals
+from regdrop.integrations.transformers.likelihood.count_rules import COUNT_RULES, find_count_rule
+from regdrop.integrations.transformers.likelihood.detection import detect_recipe
+from regdrop.integrations.transformers.likelihood.own_loss import OwnLoss
+from regdrop.integrations.transformers.likelihood.probing import probe_own_loss
+from regdrop.integrations.transformers.likelihood.recipe import Recipe
 from regdrop.loss import cross_entropy_terms, is_counted
 from regdrop.passes import find_batch_size
 from regdrop.reading import require_counts

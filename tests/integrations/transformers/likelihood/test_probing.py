@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from regdrop.heads import Head
 from regdrop.integrations.transformers.evaluation import with_shorter_masks
-from regdrop.integrations.transformers.probing import probe_own_loss
+from regdrop.integrations.transformers.likelihood.probing import probe_own_loss
 from regdrop.loss import cross_entropy_terms
 from training import FEATURES, Plain
 

@@ -10,8 +10,8 @@ import reference
 from models import Rows
 from regdrop import RDropConfig
 from regdrop.integrations.transformers import RDropSeq2SeqTrainer, RDropTrainer, find_head
-from regdrop.integrations.transformers.forward import auxiliary_loss
-from regdrop.integrations.transformers.verify import compare_losses
+from regdrop.integrations.transformers.forward.micro_batch import auxiliary_loss
+from regdrop.integrations.transformers.forward.verify import compare_losses
 from regdrop.loss import combine_terms
 from tiny_batches import tiny_batch
 from tiny_models import tiny_model

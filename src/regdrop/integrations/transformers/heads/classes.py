@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regdrop.heads import Head, read_logits, read_output
-from regdrop.integrations.transformers.heads_batch import LabelledBatch
+from regdrop.integrations.transformers.heads.batch import LabelledBatch
 from regdrop.loss import ItemCounts, ItemTerms, binary_cross_entropy_terms, mse_terms
 
 

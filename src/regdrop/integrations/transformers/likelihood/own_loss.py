@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regdrop.heads import Head
-from regdrop.integrations.transformers.divergence import Divergence
+from regdrop.integrations.transformers.likelihood.divergence import Divergence
 from regdrop.loss import ItemTerms, TermsFunction
 from regdrop.passes import find_batch_size
 from regdrop.reading import Reading

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from regdrop.heads import Head, UnknownHeadError
-from regdrop.integrations.transformers.heads_batch import WAY_OUT, LabelledBatch, base_model
-from regdrop.integrations.transformers.heads_classes import (
+from regdrop.integrations.transformers.heads.batch import WAY_OUT, LabelledBatch, base_model
+from regdrop.integrations.transformers.heads.classes import (
     choices,
     classification,
     frames,
@@ -17,8 +17,8 @@ from regdrop.integrations.transformers.heads_classes import (
     spans,
     tokens,
 )
-from regdrop.integrations.transformers.heads_speech import transcription
-from regdrop.integrations.transformers.heads_words import aligned, causal, generation
+from regdrop.integrations.transformers.heads.speech import transcription
+from regdrop.integrations.transformers.heads.words import aligned, causal, generation
 
 __all__ = [
     "Head",

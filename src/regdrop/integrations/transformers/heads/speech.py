@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from regdrop.heads import Head
-from regdrop.integrations.transformers.heads_batch import LabelledBatch
+from regdrop.integrations.transformers.heads.batch import LabelledBatch
 from regdrop.loss import ItemTerms, ctc_terms
 from regdrop.loss.ctc import count_sequences
 

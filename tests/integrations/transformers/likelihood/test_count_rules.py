@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regdrop.integrations.transformers.count_rules import COUNT_RULES, find_count_rule
+from regdrop.integrations.transformers.likelihood.count_rules import COUNT_RULES, find_count_rule
 from regdrop.loss import ItemTerms
 
 TARGET = torch.tensor([[0, 1, -100], [2, -100, -100], [1, 1, 2], [0, 0, 0]])

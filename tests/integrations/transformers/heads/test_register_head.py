@@ -11,7 +11,8 @@ from torch import nn
 from models import tiny_bert_of, token_rows
 from regdrop import RDropConfig, rdrop_cross_entropy
 from regdrop.heads import Head, UnknownHeadError
-from regdrop.integrations.transformers import find_head, heads, register_head
+from regdrop.integrations.transformers import find_head, register_head
+from regdrop.integrations.transformers.heads import registry
 from regdrop.loss import mse_terms
 from training import Plain, logged, number_rows, record_scores, said, train
 
@@ -21,7 +22,7 @@ LABELS = torch.randint(0, 3, (16,), generator=torch.Generator().manual_seed(3))
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
     for name in ("_OF_CLASS", "_OF_ENDING"):
-        monkeypatch.setattr(heads, name, dict(getattr(heads, name)))
+        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
 
 
 class Scorer(Plain):

@@ -21,7 +21,7 @@ from transformers import (
 from models import VOCABULARY, Rows, text_rows, tiny_bert, tiny_gpt2, token_rows
 from regdrop import RDropConfig, symmetric_kl
 from regdrop.integrations.transformers import RDropTrainer
-from regdrop.integrations.transformers.detection import detect_recipe
+from regdrop.integrations.transformers.likelihood.detection import detect_recipe
 from training import (
     FEATURES,
     Plain,

@@ -18,8 +18,8 @@ from regdrop.integrations.transformers.evaluation import (
     with_other_labels,
     with_shorter_masks,
 )
+from regdrop.integrations.transformers.likelihood.recipe import ELEMENTWISE, Recipe
 from regdrop.integrations.transformers.outputs import Key, find_loss, named_tensors
-from regdrop.integrations.transformers.recipe import ELEMENTWISE, Recipe
 from regdrop.integrations.transformers.tolerances import LOSS
 from regdrop.loss import combine_terms
 from regdrop.passes import copy_structure

@@ -17,8 +17,8 @@ from regdrop.integrations.transformers.evaluation import (
     with_other_labels,
     with_shorter_masks,
 )
-from regdrop.integrations.transformers.forward import auxiliary_loss
-from regdrop.integrations.transformers.fused import find_fused_head, fused_options
+from regdrop.integrations.transformers.forward.last_layer import find_fused_head, fused_options
+from regdrop.integrations.transformers.forward.micro_batch import auxiliary_loss
 from regdrop.integrations.transformers.outputs import find_loss
 from regdrop.integrations.transformers.tolerances import FORWARD, LAYER, LOSS, Tolerance
 from regdrop.kernels import Projection, project

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from regdrop import repeat_batch
 from regdrop.heads import Head, UnknownHeadError
-from regdrop.integrations.transformers.forward import auxiliary_loss
-from regdrop.integrations.transformers.heads import find_head, known_endings
+from regdrop.integrations.transformers.forward.micro_batch import auxiliary_loss
+from regdrop.integrations.transformers.heads.registry import find_head, known_endings
 from regdrop.loss import ItemTerms, combine_terms
 from tiny_batches import tiny_batch
 from tiny_models import class_names, tiny_model

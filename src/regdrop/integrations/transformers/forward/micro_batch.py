@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from regdrop.config import RDropConfig
 from regdrop.heads import Head
-from regdrop.integrations.transformers.fused import FusedHead, fused_options
-from regdrop.integrations.transformers.heads import base_model
+from regdrop.integrations.transformers.forward.last_layer import FusedHead, fused_options
+from regdrop.integrations.transformers.heads.registry import base_model
 from regdrop.kernels import Projection
 from regdrop.loss import (
     LossFunction,

@@ -16,9 +16,9 @@ from models import Rows
 from processes import run_in_two_processes
 from regdrop import RDropConfig
 from regdrop.integrations.transformers import RDropTrainer, find_head
-from regdrop.integrations.transformers.fused import find_fused_head
-from regdrop.integrations.transformers.fusing import SMALLEST_FUSED_VOCABULARY
-from regdrop.integrations.transformers.verify import check_fused_head
+from regdrop.integrations.transformers.forward.fusing import SMALLEST_FUSED_VOCABULARY
+from regdrop.integrations.transformers.forward.last_layer import find_fused_head
+from regdrop.integrations.transformers.forward.verify import check_fused_head
 from regdrop.loss import cross_entropy_terms
 from training import PARTS, arguments, assert_same_outcome, outcome
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.diagnostics import extra_pass
 from regdrop.heads import Head
-from regdrop.integrations.transformers.divergence import Divergence
 from regdrop.integrations.transformers.evaluation import (
     evaluation_mode,
     find_labels,
@@ -23,8 +22,9 @@ from regdrop.integrations.transformers.evaluation import (
     training_without_dropout,
     with_shorter_masks,
 )
+from regdrop.integrations.transformers.likelihood.divergence import Divergence
+from regdrop.integrations.transformers.likelihood.own_loss import ComputeLoss, OwnLoss
 from regdrop.integrations.transformers.outputs import Key, find_logits, find_tensor
-from regdrop.integrations.transformers.own_loss import ComputeLoss, OwnLoss
 from regdrop.integrations.transformers.tolerances import FORWARD
 from regdrop.passes import (
     copy_structure,

@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import tiny_bert, tiny_vit
-from regdrop.integrations.transformers.checkpoints import load_renamed_weights
+from regdrop.integrations.transformers.run.checkpoints import load_renamed_weights
 
 
 def changed(model):

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from models import VOCABULARY, Rows
 from regdrop import RDropConfig, symmetric_kl
-from regdrop.integrations.transformers.batches import why_not_stacked
+from regdrop.integrations.transformers.forward.batches import why_not_stacked
 from training import NamedRows, logged, record_scores, said, train
 
 KEPT = {"remove_unused_columns": False}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.heads import Head
-from regdrop.integrations.transformers.heads_batch import LabelledBatch
+from regdrop.integrations.transformers.heads.batch import LabelledBatch
 
 # The other kinds of PEFT's prompts add learned positions to the decoder too.
 _ENCODER_PROMPTS = frozenset({"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE"})

@@ -1,0 +1,1 @@
+"""What a model predicts, from its class and its batch."""
