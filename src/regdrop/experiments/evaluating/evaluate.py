@@ -1,7 +1,7 @@
 """The model of a finished run on a split of its data, or of other data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from pickle import UnpicklingError
@@ -50,17 +50,23 @@ class Evaluation:
 def load_run(folder: Path) -> tuple[Task, RunRecord]:
     """Return the task and the record of a finished run of `regdrop train`.
 
+    The task reads tokenizer, processor and configuration from the run's own model: the checkpoint
+    that it began from may have gone.
+
     Raises:
         ValueError: If the folder holds none.
     """
-    path = folder / RECORD_NAME
-    if not path.exists() or not (folder / MODEL_FOLDER).exists():
+    path, saved = folder / RECORD_NAME, folder / MODEL_FOLDER
+    if not path.exists() or not saved.exists():
         raise ValueError(
             f"{folder} must be the folder of a finished run of `regdrop train`, with "
             f"{RECORD_NAME} and {MODEL_FOLDER}/"
         )
     record = RunRecord.load(path)
-    return task_from_config(record.config), record
+    task: Any = task_from_config(record.config)
+    if getattr(task, "model", None) is not None:
+        task = replace(task, model=str(saved))
+    return task, record
 
 
 def load_saved_model(prepared: PreparedTask, folder: Path) -> nn.Module:
