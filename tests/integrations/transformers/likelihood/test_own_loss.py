@@ -484,6 +484,50 @@ def test_several_labels_a_row_are_each_a_yes_or_no(tmp_path, dtype):
     assert logged(trainer, "kl") == [pytest.approx(kl.item(), rel=1e-4)]
 
 
+class PaddedNumbersTrainer(Trainer):
+    """Numbers, of which some are not there; or of which one may be -100."""
+
+    leaves_out = True
+    is_yes_or_no = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        function = F.binary_cross_entropy_with_logits if self.is_yes_or_no else F.mse_loss
+        losses = function(outputs.logits, labels, reduction="none")
+        counted = (labels != -100) if self.leaves_out else torch.ones_like(labels, dtype=torch.bool)
+        loss = (losses * counted).sum() / counted.sum()
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("padded_from", [0, 8])
+@pytest.mark.parametrize(
+    ("leaves_out", "is_yes_or_no"), [(True, False), (True, True), (False, False)]
+)
+def test_numbers_that_a_loss_leaves_out_are_not_compared(
+    tmp_path, leaves_out, is_yes_or_no, padded_from
+):
+    """The first batch may hold none of them."""
+    class_ = mixed(PaddedNumbersTrainer)
+    class_.leaves_out, class_.is_yes_or_no = leaves_out, is_yes_or_no
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(2, (16, 4), generator=generator).float()
+    labels = labels if is_yes_or_no else labels * 3 - 1
+    labels[padded_from:].view(-1)[::3] = -100
+    rows = Rows(**{**text_rows().columns, "labels": labels})
+    model = tiny_bert(num_labels=4)
+    seen = record_scores(model, "logits")
+    options = {"max_steps": 2, "train_sampling_strategy": "sequential"}
+    trainer = train(tmp_path, model, rows, RDropConfig(), class_, **options)
+    counted = (labels != -100) if leaves_out else torch.ones_like(labels, dtype=torch.bool)
+    for scores, own, kl in zip(seen, counted.split(8), logged(trainer, "kl"), strict=True):
+        a, b = scores.chunk(2)
+        difference = (a.sigmoid() - b.sigmoid()) if is_yes_or_no else (a - b)
+        scale = 0.5 if is_yes_or_no else 1
+        expected = (scale * difference * (a - b))[own].mean()
+        assert kl == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_several_tasks_are_trained_by_the_loss_that_knows_them(tmp_path):
     labels = torch.randint(2, (16, 2), generator=torch.Generator().manual_seed(1))
     rows = Rows(**{**text_rows().columns, "labels": labels})

@@ -34,6 +34,7 @@ class Divergence:
         class_dim: Dimension of the classes.
         is_shifted: Whether position t predicts the label of position t + 1, which tells of `mask`.
         label: Name of the labels of "labels" and "numbers".
+        ignores: Whether their -100 do not count; of numbers, -100 may be one.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Divergence:
     label: str | None = None
     class_dim: int = -1
     is_shifted: bool = False
+    ignores: bool = True
 
     def __str__(self) -> str:
         name = "its output" if self.logits is None else f"output {self.logits!r}"
@@ -66,7 +68,7 @@ class Divergence:
         if self.label is not None:
             labels: Tensor = batch[self.label]
             target = labels.float()
-            if not labels.is_floating_point():
+            if self.ignores:
                 target = target.masked_fill(labels == IGNORE_INDEX, torch.nan)
             if self.mask is not None:
                 target = target.masked_fill(~self.counted(batch, rows), torch.nan)

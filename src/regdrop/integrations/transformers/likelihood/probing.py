@@ -267,11 +267,13 @@ def _find_divergence(
     is_second = labels is not None and labels.shape == second != items
     slope = None if is_single else slope_of(inputs, key)
     is_of_classes = None if slope is None else _is_of_classes(slope, 1 if is_second else -1)
-    if labels is not None and labels.numel() == logits.numel():
+    if name is not None and labels is not None and labels.numel() == logits.numel():
         found = _of_elements(labels, logits, is_of_classes)
         if found in ("labels", "numbers"):
             mask = _obeyed_mask(inputs, labels.shape, key, slope_of)
-            return Divergence(found, key, mask, label=name)
+            # No yes or no and no whole number of a class is -100.
+            ignores = found == "labels" or _leaves_out(name, inputs, key, slope_of)
+            return Divergence(found, key, mask, label=name, ignores=ignores)
         if found == "shares":
             return Divergence("classes", key)
     if is_single:
@@ -317,6 +319,17 @@ def _of_elements(labels: Tensor, logits: Tensor, is_of_classes: bool | None) -> 
     if bool(((counted >= 0) & (counted <= 1)).all()):
         return "labels"
     return None if is_whole and is_of_classes is None else "numbers"
+
+
+def _leaves_out(name: str, inputs: Mapping[str, Any], key: Key, slope_of: _SlopeOf) -> bool:
+    """Return whether a loss reads no number of the logits whose label is -100."""
+    labels: Tensor = inputs[name]
+    if not labels.is_floating_point():
+        return True
+    marked = labels.clone(memory_format=torch.contiguous_format)
+    marked.view(-1)[0] = IGNORE_INDEX
+    slope = slope_of({**inputs, name: marked}, key)
+    return slope is not None and not bool(slope.reshape(-1)[marked.view(-1) == IGNORE_INDEX].any())
 
 
 def _find_mask(
