@@ -19,6 +19,7 @@ from regdrop.integrations.transformers.forward.batches import why_not_stacked
 from regdrop.integrations.transformers.forward.fusing import chooses_fused
 from regdrop.integrations.transformers.forward.last_layer import FusedHead, find_fused_head
 from regdrop.integrations.transformers.forward.micro_batch import (
+    Window,
     fused_terms,
     read_logits_of,
     read_states_of,
@@ -51,6 +52,10 @@ from regdrop.step_passes import compute_passes_loss, run_step_passes
 # Steps at which a later batch is asked whether a model still has the loss and the last layer that
 # the first one showed.
 _LATER_LOOKS = (1, 10, 100, 1000)
+
+
+# No number of items and none given are not the same.
+_NOT_GIVEN: Any = object()
 
 
 class RDropTrainerMixin(RunState):
@@ -108,7 +113,7 @@ class RDropTrainerMixin(RunState):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | int | None = _NOT_GIVEN,
     ) -> Any:
         """Compute the loss; with R-Drop in training, as the Trainer does in evaluation.
 
@@ -116,7 +121,14 @@ class RDropTrainerMixin(RunState):
 
         With `return_outputs` in training, the outputs are those of the forward with pass 0, of
         stacked passes all of them.
+
+        Without `num_items_in_batch` the loss is the mean of the micro-batch: a `training_step` of
+        one's own divides it by the micro-batches, as it does without R-Drop.
         """
+        # The Trainer's own training_step leaves dividing to the loss, and gives None at least.
+        is_divided_here = self._is_in_step and num_items_in_batch is not _NOT_GIVEN
+        if num_items_in_batch is _NOT_GIVEN:
+            num_items_in_batch = None
         is_training = self._is_in_step or (model.training and torch.is_grad_enabled())
         if not is_training:
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -136,7 +148,8 @@ class RDropTrainerMixin(RunState):
         if self.rdrop.method == "fraternal":
             head = fraternal_head(head)
 
-        read = self._reader(model, head, own, return_outputs)
+        window = self._window(own, num_items_in_batch, is_divided_here)
+        read = self._reader(model, head, own, window, return_outputs)
         is_measured_apart = plan.num_passes == 1 and is_monitored(self.rdrop, step)
         other = extra_pass(model, read, head.inputs) if is_measured_apart else None
         config = self._step_config(head, own, plan)
@@ -157,8 +170,8 @@ class RDropTrainerMixin(RunState):
         terms, loss_function = self._terms(head, own, reading, overwrites)
         result = compute_passes_loss(
             *(passes._replace(outputs=reading.scores), head.target, terms, config, plan),
-            num_items=num_items_in_batch,
-            num_weight=None if num_items_in_batch is None else self._num_weight,
+            num_items=window.num_items,
+            num_weight=None if window.num_items is None else self._num_weight,
             loss=loss_function,
         )
         if overwrites:
@@ -171,15 +184,9 @@ class RDropTrainerMixin(RunState):
 
         if own is None:
             self._note_step(plan, result.nll, kl, head.counts())
-            shares = self._gradient_shares(num_items_in_batch)
-            batches = self._num_micro_batches() * shares
-            experts = weigh_expert_loss(reading, head, self.rdrop, num_items_in_batch, batches)
-            loss = (result.loss + experts) * shares
-            if num_items_in_batch is None and self._is_in_step:
-                # A mean over this micro-batch, which nobody else divides.
-                loss = loss / self._num_micro_batches()
+            loss = window.scale(result.loss + weigh_expert_loss(reading, head, self.rdrop, window))
         else:
-            loss = self._add_own_loss(own, head, reading, result, plan, kl, num_items_in_batch)
+            loss = self._add_own_loss(head, reading, result, plan, kl, window)
         self._note_reading(inputs, head, reading)
         return (loss, reading.output) if return_outputs else loss
 
@@ -228,12 +235,16 @@ class RDropTrainerMixin(RunState):
             )
 
     def _reader(
-        self, model: nn.Module, head: Head, own: OwnLoss | None, return_outputs: bool
+        self,
+        model: nn.Module,
+        head: Head,
+        own: OwnLoss | None,
+        window: Window,
+        return_outputs: bool,
     ) -> Callable[[dict[str, Any]], Reading]:
         """Return a function from the inputs of some passes to what the loss reads of them."""
         if own is not None:
-            num_items = self._own_num_items if own.counts_items else None
-            return partial(read_own_loss, partial(self._own_loss, model), head, num_items)
+            return partial(read_own_loss, partial(self._own_loss, model), head, window.own_items)
         # Who asks for the outputs wants their logits.
         if self._is_fused and not return_outputs:
             fused = self._find_fused_head(model)
@@ -298,38 +309,46 @@ class RDropTrainerMixin(RunState):
                 self._tell(f"passes run one after the other, not stacked: {reason}")
         return replace(config, passes="sequential")
 
+    def _window(
+        self, own: OwnLoss | None, num_items: Tensor | int | None, is_divided_here: bool
+    ) -> Window:
+        """Return what the loss of a micro-batch is divided by."""
+        is_mean = num_items is None and not is_divided_here
+        counts = own is not None and own.counts_items and not is_mean
+        return Window(
+            num_items,
+            own_items=self._own_num_items if counts else None,
+            num_batches=1 if is_mean else self._num_micro_batches(),
+            num_shares=self._gradient_shares(num_items),
+        )
+
     def _add_own_loss(
         self,
-        own: OwnLoss,
         head: Head,
         reading: Reading,
         result: RDropOutput,
         plan: StepPlan,
         kl: Tensor | None,
-        num_items: Tensor | int | None,
+        window: Window,
     ) -> Tensor:
         """Return the loss of a micro-batch from the own loss of its passes and the divergence."""
         own_loss = torch.stack(reading.losses).mean()
         if self.rdrop.fraction < 1:
             own_loss = reading.losses[0]  # that of pass 0, which alone has all rows
-        batches = self._num_micro_batches()
-        divergence = result.loss * self._gradient_shares(num_items)
-        if num_items is None:
-            divergence = result.loss / batches
         items = head.counts().kl
         has_items = items > 0  # the mean over no item is nan
         weight = has_items.to(own_loss.device, torch.float)
         nll = torch.where(has_items, own_loss.detach(), 0)
-        if own.counts_items and self._own_num_items is not None:
+        if window.own_items is not None:
             # It is a share of the window's mean; the window's items are shared out alike.
-            nll = nll * batches
+            nll = nll * window.num_batches
         else:
-            own_loss = own_loss / batches
+            own_loss = own_loss / window.num_batches
         self._note_step(plan, nll, kl, ItemCounts(weight, items))
         factor = plan.factor
         if plan.num_passes > 1:
             factor = term_weights(plan.alpha, plan.num_passes, self.rdrop.scale)[0]
-        return own_loss * factor + divergence
+        return own_loss * factor + window.scale(result.loss)
 
     def _gradient_shares(self, num_items: Tensor | int | None) -> int:
         """Return over how many processes gradients are averaged that were counted together."""

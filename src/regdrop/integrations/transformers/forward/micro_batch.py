@@ -1,5 +1,6 @@
 """One micro-batch through a model of transformers: what its loss reads."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -54,12 +55,30 @@ def fused_terms(head: Head, projection: Projection) -> tuple[TermsFunction, Loss
     )
 
 
+@dataclass(frozen=True)
+class Window:
+    """What the loss of a micro-batch is divided by: the accumulation window in which it stands.
+
+    Attributes:
+        num_items: Items of the window as R-Drop's terms count them, of all processes; None for the
+            mean of the micro-batch alone.
+        own_items: Its items as a loss of somebody's own counts them; None if it does not.
+        num_batches: By which a mean of the micro-batch alone is divided.
+        num_shares: Processes over which gradients are averaged that were counted together.
+    """
+
+    num_items: Tensor | int | None
+    own_items: Tensor | int | None
+    num_batches: int
+    num_shares: int
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """Return the micro-batch's part of the loss, from its sum over `num_items` or its mean."""
+        return loss / self.num_batches if self.num_items is None else loss * self.num_shares
+
+
 def weigh_expert_loss(
-    reading: Reading,
-    head: Head,
-    config: RDropConfig,
-    num_items: Tensor | int | None,
-    num_batches: int,
+    reading: Reading, head: Head, config: RDropConfig, window: Window
 ) -> Tensor | float:
     """Return the mean auxiliary loss of the forwards with a gradient, on the loss's scale.
 
@@ -70,17 +89,17 @@ def weigh_expert_loss(
         reading: What was read of the forwards.
         head: The head of the micro-batch.
         config: The options.
-        num_items: Items of the window; None for the mean of the micro-batch alone.
-        num_batches: Micro-batches of the window.
+        window: The window.
     """
     if not reading.losses:
         return 0.0
     mean = torch.stack(reading.losses).mean()
     factor = config.num_passes if config.scale == "sum" else 1
-    if num_items is None:
+    if window.num_items is None:
         return mean * factor
-    items = torch.as_tensor(num_items, device=mean.device)
-    share = torch.where(items > 0, head.counts().kl / items.clamp(min=1), 1 / num_batches)
+    items = torch.as_tensor(window.num_items, device=mean.device)
+    alike = 1 / (window.num_batches * window.num_shares)
+    share = torch.where(items > 0, head.counts().kl / items.clamp(min=1), alike)
     return mean * factor * share
 
 
