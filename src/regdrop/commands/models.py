@@ -88,7 +88,7 @@ def convert_alpha(
         int | None, typer.Option(help="Target tokens of its micro-batch, for token tasks.")
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(help="Number of classes, or size of the vocabulary.")
+        int | None, typer.Option(help="Number of classes or labels, or size of the vocabulary.")
     ] = None,
 ) -> None:
     """Convert another implementation's KL coefficient to the paper's alpha, which is ours."""
@@ -99,7 +99,7 @@ def convert_alpha(
             value, convention, batch_size=batch_size, tokens=tokens, num_classes=num_classes
         )
     found = CONVENTIONS[convention]
-    for line in (found.loss, found.layout):
+    for line in (found.loss, found.layout, found.note):
         if line is not None:
             console.print(line, style="dim", highlight=False, markup=False)
     console.print(f"alpha = {alpha:g}")

@@ -47,8 +47,9 @@ def ctc_terms(
     """Return the terms of every sequence, as in CR-CTC (arXiv 2410.05101), no gradient stopped.
 
     The divergence of a sequence is the sum of that of its frames, as its NLL is a sum over
-    them. `reduction` weighs both alike, so that alpha has one meaning: with the scale "mean", twice
-    the weight of CR-CTC's regularisation.
+    them. `reduction` weighs both alike, so that alpha has one meaning. CR-CTC detaches one side of
+    each KL, which halves its gradient: with the scale "mean" an alpha equal to its weight gives
+    about its gradient, and one of twice that the value of its loss.
 
     Args:
         logits: (num_passes * batch, frames, C), raw scores, floating point; pass 0 of the whole
