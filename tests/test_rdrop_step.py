@@ -775,3 +775,22 @@ def test_what_is_bound_to_terms_gives_way_to_the_step():
         for loss in (bound, plain)
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("num_passes", [1, 2])
+def test_labels_of_one_logit_are_sent_to_the_binary_loss(num_passes):
+    model, x, labels = network(classes=1), inputs(), torch.randint(0, 2, (SIZE, 1)).double()
+    config = RDropConfig(alpha=1.0) if num_passes == 2 else RDropConfig(num_passes=1, alpha=0.0)
+    with pytest.raises(ValueError, match="of rdrop_step loss='binary_cross_entropy'"):
+        rdrop_step(model, x, labels, config=config, step=0)
+    found = rdrop_step(model, x, labels, config=config, step=0, loss="binary_cross_entropy")
+    assert found.loss > 0
+
+
+def test_contrastive_scores_of_one_pair_are_computed():
+    encoder = network()
+    config = RDropConfig(alpha=1.0, passes="sequential")
+    found = rdrop_step(
+        lambda x: encoder(x) @ encoder(x).T, inputs(1), torch.zeros(1).long(), config=config, step=0
+    )
+    assert found.loss == found.kl == 0

@@ -10,6 +10,7 @@ import reference
 from implementations import CPP, HAS_COMPILER, TRITON
 from regdrop import RDropCrossEntropyLoss, rdrop_cross_entropy
 from regdrop.kernels.chunked import row_blocks
+from regdrop.loss import cross_entropy_terms
 
 IMPLEMENTATIONS = ["eager", "chunked"]
 CLOSED_FORMS = ["chunked", TRITON, CPP]
@@ -670,3 +671,28 @@ def test_bad_input_is_named(change, error, message):
     arguments = {"logits": logits, "target": target, "alpha": 1.0} | change
     with pytest.raises(error, match=message):
         rdrop_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (5,), (5, 1, 3)])
+@pytest.mark.parametrize("num_passes", [1, 2])
+def test_labels_of_one_logit_are_sent_to_the_binary_loss(shape, num_passes):
+    logits = torch.randn(num_passes * 5, 1, *shape[2:])
+    options = {"alpha": num_passes - 1.0, "num_passes": num_passes, "class_dim": 1}
+    with pytest.raises(ValueError, match="take rdrop_binary_cross_entropy_with_logits"):
+        rdrop_cross_entropy(logits, torch.ones(shape), **options)
+    with pytest.raises(ValueError, match="take rdrop_binary_cross_entropy_with_logits"):
+        cross_entropy_terms(logits, torch.ones(shape), num_passes=num_passes, class_dim=1)
+    wrong = torch.ones(5, *shape[2:], dtype=torch.long)
+    with pytest.raises(ValueError, match=r"got 1; .* take rdrop_binary_cross_entropy_with_logits"):
+        rdrop_cross_entropy(logits, wrong, **options)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_the_one_class_there_is_may_be_the_target(impl):
+    """A group with one candidate has nothing to learn, in torch's cross entropy too."""
+    target = torch.zeros(5, dtype=torch.long)
+    assert rdrop_cross_entropy(torch.randn(10, 1), target, alpha=1.0, impl=impl).loss == 0
+    alone = rdrop_cross_entropy(torch.randn(2, 1), torch.ones(1, 1), alpha=1.0, impl=impl)
+    assert alone.loss == 0
+    none = rdrop_cross_entropy(torch.randn(0, 1), torch.ones(0, 1), alpha=1.0, impl=impl)
+    assert none.loss == 0

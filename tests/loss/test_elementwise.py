@@ -313,3 +313,24 @@ def test_symmetric_kl_checks_its_input():
         symmetric_kl(torch.randn(4, 3), num_passes=1)
     with pytest.raises(TypeError, match="logits must be floating point"):
         symmetric_kl(torch.ones(4, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((8, 1), {}),
+        ((6, 1), {"num_passes": 3}),
+        ((2, 5, 1), {}),
+        ((2, 1, 4, 4), {"class_dim": 1}),
+        ((8, 1), {"reduction": "none"}),
+    ],
+)
+def test_symmetric_kl_of_one_class_is_refused(shape, options):
+    with pytest.raises(ValueError, match=r"binary_cross_entropy_terms\(logits, target"):
+        symmetric_kl(torch.randn(shape), **options)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (0, 1), (0, 4, 1)])
+def test_symmetric_kl_of_one_item_or_none_may_have_one_class(shape):
+    """The last batch of a contrastive loss may be one pair, its own only candidate."""
+    assert symmetric_kl(torch.randn(shape)) == 0

@@ -20,6 +20,12 @@ _INFINITE_DIVERGENCE = (
     "class in one pass and not in another; a mask must be the same in every pass"
 )
 
+_OF_ONE_LOGIT = (
+    "for a yes or no of one logit take rdrop_binary_cross_entropy_with_logits, of rdrop_step "
+    "loss='binary_cross_entropy', and for its divergence alone "
+    "regdrop.loss.binary_cross_entropy_terms(logits, target, num_passes=2).kl"
+)
+
 
 def check_options(
     *,
@@ -179,6 +185,18 @@ def check_class_dim(name: str, logits: Tensor, class_dim: int) -> None:
         )
 
 
+def check_several_classes(logits: Tensor, class_dim: int, num_passes: int) -> None:
+    """Raise ValueError for logits of one class, whose softmax is 1 and whose KL is exactly 0.
+
+    One item alone may have one class: the last batch of a contrastive loss may be a single pair.
+    """
+    if logits.shape[class_dim] == 1 and logits.numel() > num_passes:
+        raise ValueError(
+            f"logits must have more than one class, got shape {tuple(logits.shape)} with "
+            f"class_dim={class_dim}; {_OF_ONE_LOGIT}"
+        )
+
+
 def check_sums(target: Tensor, class_dim: int) -> None:
     """Raise ValueError on the CPU for probabilities whose classes are in dimension 1.
 
@@ -234,7 +252,7 @@ def check_classes(
             others += f" or unlabelled_index={unlabelled_index}"
         raise ValueError(
             f"target must hold class indices from 0 to {num_classes - 1} or {others}, "
-            f"got {low if low < 0 else high}"
+            f"got {low if low < 0 else high}" + (f"; {_OF_ONE_LOGIT}" if num_classes == 1 else "")
         )
 
 

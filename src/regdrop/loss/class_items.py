@@ -17,6 +17,7 @@ from regdrop.loss.checks import (
     check_floating,
     check_own_memory,
     check_real,
+    check_several_classes,
     check_stacked,
     check_sums,
     check_unlabelled_index,
@@ -135,6 +136,9 @@ def check_classes_of(
     check_class_dim("logits", logits, class_dim)
     shape = (target.shape[0], *_without(logits.shape, class_dim)[1:])
     if target.is_floating_point():
+        # Class indices may name the one class there is, as in torch; probabilities of it are labels
+        # of yes or no.
+        check_several_classes(logits, class_dim, num_passes)
         if target.shape[1:] != logits.shape[1:]:
             raise ValueError(
                 f"target of class probabilities must have the shape of one pass, "

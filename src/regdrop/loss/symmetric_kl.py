@@ -11,6 +11,7 @@ from regdrop.loss.checks import (
     check_floating,
     check_mask,
     check_options,
+    check_several_classes,
 )
 from regdrop.loss.output import Reduction
 
@@ -39,7 +40,8 @@ def symmetric_kl(
 
     Raises:
         TypeError: For tensors of the wrong kind.
-        ValueError: For shapes that do not fit, or a class masked with -inf in one pass only.
+        ValueError: For shapes that do not fit, several items of one class each, or a class masked
+            with -inf in one pass only.
     """
     check_integer("num_passes", num_passes, low=2)
     check_options(alpha=1.0, num_passes=num_passes, reduction=reduction, scale="sum")
@@ -50,6 +52,7 @@ def symmetric_kl(
             f"logits must be (num_passes * batch, ..., classes) with num_passes={num_passes}, "
             f"got shape {tuple(logits.shape)}"
         )
+    check_several_classes(logits, class_dim, num_passes)
     shape = [logits.shape[0] // num_passes, *logits.shape[1:]]
     del shape[class_dim]
     classes = torch.zeros(shape, dtype=torch.long, device=logits.device)
