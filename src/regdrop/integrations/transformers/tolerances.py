@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Tolerance(NamedTuple):
@@ -22,3 +23,8 @@ LOSS = Tolerance(1e-4, 2e-2)
 LAYER = Tolerance(1e-3, 1e-2)
 # What two forwards of the same rows give, with other rows beside them or other kernels.
 FORWARD = Tolerance(1e-3, 5e-2)
+
+
+def are_close(a: Tensor, b: Tensor) -> bool:
+    """Return whether two losses are those of the same rows."""
+    return bool(torch.isclose(a, b.to(a), rtol=FORWARD.single, atol=1e-6, equal_nan=True))

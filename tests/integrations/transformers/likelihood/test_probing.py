@@ -138,8 +138,8 @@ class Scores(nn.Module):
         return {"logits": self.out(x)}
 
 
-def divergence_of(criterion, width, batch, head=None):
-    """Return how the scores are compared under a loss of scores and the batch."""
+def found_of(criterion, width, batch, head=None):
+    """Return what is found of a loss of scores and the batch."""
     model = Scores(width)
 
     def compute(inputs, items):
@@ -147,7 +147,12 @@ def divergence_of(criterion, width, batch, head=None):
         return criterion(output["logits"], inputs), output
 
     options = {"head": head, "label_names": ["labels"], "counts_items": False}
-    return probe_own_loss(model, compute, batch, **options).divergence
+    return probe_own_loss(model, compute, batch, **options)
+
+
+def divergence_of(*args, **kwargs):
+    """Return how the scores are compared."""
+    return found_of(*args, **kwargs).divergence
 
 
 def focal_labels(logits, inputs):
@@ -410,3 +415,178 @@ def test_chance_does_not_make_rows_depend_on_each_other(draw):
     assert probe_own_loss(model, compute, batch, **options).is_rowwise
     assert given == [4, 4]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- do rows depend on each other ---------------------------------------------------------------
+
+
+def correlation(logits, inputs):
+    z, y = (x.flatten() - x.mean() for x in (logits, inputs["labels"]))
+    return 1 - (z * y).sum() / (z.norm() * y.norm() + 1e-8)
+
+
+def root(logits, inputs):
+    return F.mse_loss(logits, inputs["labels"]).sqrt()
+
+
+def concordance(logits, inputs):
+    z, y = logits, inputs["labels"]
+    both = ((z - z.mean()) * (y - y.mean())).mean()
+    spread = z.var(correction=0) + y.var(correction=0)
+    return 1 - 2 * both / (spread + (z.mean() - y.mean()) ** 2)
+
+
+def with_correlation(logits, inputs):
+    return F.mse_loss(logits, inputs["labels"]) + correlation(logits, inputs)
+
+
+def absolute(logits, inputs):
+    return F.l1_loss(logits, inputs["labels"])
+
+
+def weighted(logits, inputs):
+    weight = inputs["labels"].abs()
+    return (weight * (logits - inputs["labels"]) ** 2).sum() / weight.sum()
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+@pytest.mark.parametrize("rows", [4, 8, 16])
+@pytest.mark.parametrize(
+    ("criterion", "is_rowwise"),
+    [
+        (correlation, False),
+        (root, False),
+        (concordance, False),
+        (with_correlation, False),
+        (absolute, True),
+        (weighted, True),
+    ],
+)
+def test_a_loss_of_the_whole_batch_is_none_of_its_rows(criterion, is_rowwise, rows, scale):
+    """Two equal passes have the correlation of one, and the root of a mean is nearly a mean."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.rand(rows, 1, generator=generator) * scale
+    batch = {"x": torch.randn(rows, FEATURES, generator=generator), "labels": labels}
+    assert found_of(criterion, 1, batch).is_rowwise is is_rowwise
+
+
+@pytest.mark.parametrize("rows", [8, 16])
+def test_the_hardest_half_of_a_batch_depends_on_its_other_rows(rows):
+    labels = torch.arange(rows) % 3
+    batch = {"x": torch.randn(rows, FEATURES), "labels": labels}
+
+    def hardest(logits, inputs):
+        nll = F.cross_entropy(logits, inputs["labels"], reduction="none")
+        return nll.topk(len(nll) // 2).values.mean()
+
+    assert not found_of(hardest, 3, batch).is_rowwise
+
+
+def test_labels_of_positions_and_masks_make_no_rows_depend_on_each_other():
+    labels = torch.tensor(
+        [[0, 1, 2, -100], [1, 2, -100, -100], [2, 0, 1, 0], [1, -100, -100, -100]]
+    )
+    mask = (labels != -100).long()
+    batch = {"x": torch.randn(4, 4, FEATURES), "labels": labels, "attention_mask": mask}
+
+    def of_labels(logits, inputs):
+        return F.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten())
+
+    def of_mask(logits, inputs):
+        nll = F.cross_entropy(
+            logits.flatten(0, 1), inputs["labels"].flatten().clamp(min=0), reduction="none"
+        )
+        counted = inputs["attention_mask"].flatten()
+        return (nll * counted).sum() / counted.sum()
+
+    assert found_of(of_labels, 3, batch).is_rowwise
+    assert found_of(of_mask, 3, batch).is_rowwise
+
+
+# --- numbers from 0 to 1 ------------------------------------------------------------------------
+
+
+def huber(logits, inputs):
+    return F.huber_loss(logits, inputs["labels"], delta=0.3)
+
+
+def hinge(logits, inputs):
+    return (1 - logits * (2 * inputs["labels"] - 1)).clamp(min=0).mean()
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("levels", [1, 4, 1000])
+@pytest.mark.parametrize(
+    ("criterion", "kind"),
+    [(root, "numbers"), (huber, "numbers"), (absolute, "numbers"), (focal_labels, "labels")],
+)
+def test_numbers_from_0_to_1_are_chances_where_the_loss_draws_a_sigmoid_to_them(
+    criterion, kind, levels, width
+):
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(levels + 1, (8, width), generator=generator) / levels
+    batch = {"x": torch.randn(8, FEATURES, generator=generator), "labels": labels}
+    assert divergence_of(criterion, width, batch).kind == kind
+
+
+def test_a_hinge_is_one_of_yes_or_no():
+    labels = MULTI_HOT.float()
+    batch = {"x": torch.randn(4, FEATURES), "labels": labels}
+    assert divergence_of(hinge, 3, batch).kind == "labels"
+
+
+# --- what else is said of a loss ----------------------------------------------------------------
+
+
+def note_of(compute_of, model=None):
+    model = model or nn.Sequential(nn.Linear(FEATURES, 3), nn.Dropout(0.5))
+    batch = {"x": torch.randn(4, FEATURES), "labels": torch.tensor([0, 1, 2, 0])}
+    options = {"head": None, "label_names": ["labels"], "counts_items": False}
+    return probe_own_loss(model, compute_of(model), batch, **options).note
+
+
+def plainly(model):
+    def compute(inputs, items):
+        logits = model(inputs["x"])
+        return F.cross_entropy(logits, inputs["labels"]), logits
+
+    return compute
+
+
+def mixed_up(model):
+    def compute(inputs, items):
+        x, order = inputs["x"], torch.randperm(len(inputs["x"]))
+        share = torch.rand(()) if model.training else torch.ones(())
+        logits = model(share * x + (1 - share) * x[order])
+        return F.cross_entropy(logits, inputs["labels"]), logits
+
+    return compute
+
+
+def run_twice(model):
+    def compute(inputs, items):
+        first, second = model(inputs["x"]), model(inputs["x"])
+        return F.cross_entropy(first, inputs["labels"]) + F.mse_loss(first, second), first
+
+    return compute
+
+
+class OwnDropout(nn.Module):
+    """Dropout that no module tells of."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(FEATURES, 3)
+
+    def forward(self, x):
+        return self.out(F.dropout(x, 0.5, self.training))
+
+
+def test_a_batch_that_a_loss_changes_by_chance_is_told_of():
+    assert "It changes its batch by chance" in note_of(mixed_up)
+    assert note_of(plainly) is None
+    assert note_of(plainly, OwnDropout()) is None
+
+
+def test_a_loss_that_runs_the_model_twice_is_told_of():
+    assert "It runs the model 2 times for one batch" in note_of(run_twice)

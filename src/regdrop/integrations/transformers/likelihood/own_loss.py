@@ -31,11 +31,13 @@ class OwnLoss:
         is_rowwise: Whether its value for a stacked batch is the mean of those of the passes. Where
             it is not, as with negatives or pairs in the batch, passes run one by one.
         divergence: How the logits are compared; None where the head is known.
+        note: What else to say of it; None for nothing.
     """
 
     counts_items: bool
     is_rowwise: bool
     divergence: Divergence | None
+    note: str | None = None
 
 
 def read_own_loss(
@@ -61,9 +63,10 @@ def read_own_loss(
     if not logits.requires_grad:
         raise ValueError(
             "the logits to be compared must carry a gradient, and those beside this loss "
-            "have none, so that their divergence would train nothing (TRL's trainers "
-            "compute losses without logits: use regdrop.integrations.trl.RDropSFTTrainer; "
-            "there is no form for preferences against a reference model, as DPO's)"
+            "have none, so that their divergence would train nothing: return scores, not labels "
+            "that were decoded of them (TRL's trainers compute losses without logits: use "
+            "regdrop.integrations.trl.RDropSFTTrainer; there is no form for preferences against a "
+            "reference model, as DPO's)"
         )
     return Reading(logits, output, (loss,))
 

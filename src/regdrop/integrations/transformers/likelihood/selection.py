@@ -344,6 +344,8 @@ class HeadSelection(TrainerInternals):
         lines = [f"{reason}; that loss is minimised as it is, beside {compared}"]
         if not source.own.is_rowwise:
             lines.append("Its rows depend on each other, so that passes run one after the other")
+        if source.own.note is not None:
+            lines.append(source.own.note)
         batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
         if not source.own.counts_items and batches > 1:
             lines.append(

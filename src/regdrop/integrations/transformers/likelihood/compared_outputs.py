@@ -1,0 +1,254 @@
+"""Which output is compared over the passes, and how: shapes tell, and the slope of the loss.
+
+It is the loss of somebody else, of which nothing but its value and its slope is known.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regdrop.arguments import IGNORE_INDEX
+from regdrop.heads import Head
+from regdrop.integrations.transformers.evaluation import find_labels, with_shorter_masks
+from regdrop.integrations.transformers.likelihood.divergence import Divergence
+from regdrop.integrations.transformers.outputs import Key, find_logits
+from regdrop.integrations.transformers.tolerances import are_close
+from regdrop.passes import find_batch_size
+
+# From a batch and the place of the logits to the loss's slope there; None where nobody knows.
+SlopeOf = Callable[[Mapping[str, Any], Key], Tensor | None]
+
+# The part of a loss's slope that may not cancel over the classes, where it is one of a softmax and
+# has a small term of another kind, such as one on the normaliser. That of 10,000 numbers, each with
+# a loss of its own, leaves as much by chance.
+_SOFTMAX_TOLERANCE = 1e-2
+
+
+def find_divergence(
+    loss: Tensor,
+    output: Any,
+    inputs: Mapping[str, Any],
+    label_names: Sequence[str],
+    slope_of: SlopeOf,
+) -> Divergence:
+    """Return how the logits of an output are compared.
+
+    Args:
+        loss: The loss of the batch.
+        output: What the model returned.
+        inputs: The batch with its labels.
+        label_names: Names that labels have.
+        slope_of: The slope of the loss.
+
+    Raises:
+        ValueError: If the output holds nothing that could be logits, or the loss is none of classes
+            and no labels tell what else is compared.
+    """
+    rows = find_batch_size(inputs)
+    key, logits = find_logits(output, rows)
+    if _are_probabilities(logits):
+        raise ValueError(
+            f"the model's output {key!r} holds probabilities, which sum to 1, and the KL needs "
+            "scores: return the logits, or override rdrop_head of the trainer with outputs that "
+            "take their logarithm"
+        )
+    name = next(iter(find_labels(inputs, label_names)), None)
+    labels = None if name is None else inputs[name]
+    items = logits.shape[:-1] if logits.dim() > 1 else logits.shape
+    is_single = logits.dim() == 1 or logits.shape[-1] == 1
+    second = (len(logits), *logits.shape[2:]) if logits.dim() > 2 else None
+    is_second = labels is not None and labels.shape == second != items
+    slope = slope_of(inputs, key)
+    is_of_classes = None
+    if slope is not None and not is_single:
+        is_of_classes = _is_of_classes(slope, 1 if is_second else -1)
+    if name is not None and labels is not None and labels.numel() == logits.numel():
+        found = _of_elements(labels, logits, slope, is_of_classes)
+        if found in ("labels", "numbers"):
+            mask = _obeyed_mask(inputs, labels.shape, key, slope_of)
+            # No yes or no and no whole number of a class is -100.
+            ignores = found == "labels" or _leaves_out(name, inputs, key, slope_of)
+            return Divergence(found, key, mask, label=name, ignores=ignores)
+        if found == "shares":
+            return Divergence("classes", key)
+    if is_single:
+        if rows % 2 == 0 and logits.numel() == rows and _are_pairs(logits, loss):
+            return Divergence("margins", key)
+        raise ValueError(
+            f"the model's output {key!r} is one number a row, of shape {tuple(logits.shape)}, and "
+            "no labels of that shape tell how passes are compared: override rdrop_head of the "
+            "trainer to say what its divergence is"
+        )
+    are_numbers = labels is None or labels.is_floating_point()
+    if are_numbers and is_of_classes is False:
+        got = "none" if labels is None else f"{name!r} of shape {tuple(labels.shape)}"
+        raise ValueError(
+            f"the loss is none of classes (its slope over the model's output {key!r}, of shape "
+            f"{tuple(logits.shape)}, does not sum to 0), and labels of that shape, each a number "
+            f"or a yes or no, tell what passes are compared by, got {got}: give label_names in the "
+            "Trainer's arguments, or override rdrop_head of the trainer"
+        )
+    if labels is not None and not labels.is_floating_point() and is_second:
+        return Divergence("classes", key, mask=name, class_dim=1)
+    divergence = Divergence("classes", key, mask=_find_mask(name, inputs, items, key, slope_of))
+    return replace(divergence, is_shifted=_predicts_next(slope, divergence, inputs, rows))
+
+
+def fits_head(head: Head, output: Any, inputs: Mapping[str, Any], slope_of: SlopeOf) -> bool:
+    """Return whether a head reads a batch and its output, and items where the loss does.
+
+    Args:
+        head: The head.
+        output: What the model returned.
+        inputs: The batch with its labels.
+        slope_of: The slope of the loss.
+    """
+    rows = find_batch_size(inputs)
+    if head.rows != rows:
+        return False
+    try:
+        head.terms(head.outputs(output), head.target, num_passes=1)
+    except (ValueError, TypeError, RuntimeError):  # labels of another kind than the head's
+        return False
+    try:
+        key, _ = find_logits(output, rows)
+    except ValueError:
+        return True
+    # A head counts the items that labels tell, and may not know of a mask.
+    return _obeyed_mask(inputs, head.target.shape, key, slope_of) is None
+
+
+def _obeyed_mask(
+    inputs: Mapping[str, Any], shape: torch.Size, key: Key, slope_of: SlopeOf
+) -> str | None:
+    """Return the name of a mask of the items' shape without which a loss reads no logits."""
+    before: Tensor | None = None
+    for name, batch in with_shorter_masks(inputs, shape):
+        before = _acting(slope_of(inputs, key), shape) if before is None else before
+        try:
+            after = _acting(slope_of(batch, key), shape)
+        except Exception:  # whatever a model raises for a mask that it cannot have
+            continue
+        if before is None or after is None:
+            continue
+        cut = inputs[name] != batch[name]
+        if bool(before[cut].any()) and not bool(after[cut].any()):
+            return name
+    return None
+
+
+def _acting(slope: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """Return at which positions of rows a loss acts; None for a slope of another shape."""
+    if slope is None or slope.shape[:2] != shape:
+        return None
+    return slope.flatten(2).any(-1) if slope.dim() > 2 else slope != 0
+
+
+def _is_of_classes(slope: Tensor, class_dim: int) -> bool:
+    """Return whether a loss has the slope of one of a softmax: its sum over the classes is 0.
+
+    Where each row is scored against the others of its batch, columns may be classes too.
+    """
+    slope = slope.float()
+    is_square = slope.dim() == 2 and slope.shape[0] == slope.shape[1]
+    sums = slope.sum() if is_square else slope.sum(class_dim)
+    return bool(sums.abs().sum() <= _SOFTMAX_TOLERANCE * slope.abs().sum())
+
+
+def _of_elements(
+    labels: Tensor, logits: Tensor, slope: Tensor | None, is_of_classes: bool | None
+) -> str | None:
+    """Return what labels are that are as many as the logits: "labels", "numbers" or "shares".
+
+    None where they are whole numbers of another kind. Where nobody knows whether the loss is one of
+    classes, rows that sum to 1 are shares of classes.
+    """
+    is_single = logits.dim() == 1 or logits.shape[-1] == 1
+    is_whole = not is_single and not labels.is_floating_point()
+    values = labels.float()
+    sums = values.sum(-1)
+    is_shares = not is_single and bool(torch.isclose(sums, torch.ones_like(sums)).all())
+    if is_shares and is_of_classes is not False:
+        return "shares"
+    if is_of_classes:
+        # Rows of shares that do not count may be all 0.
+        return None if is_whole else "shares"
+    counted = values[labels != IGNORE_INDEX]
+    if bool(((counted >= 0) & (counted <= 1)).all()) and _are_chances(labels, logits, slope):
+        return "labels"
+    return None if is_whole and is_of_classes is None else "numbers"
+
+
+def _are_chances(labels: Tensor, logits: Tensor, slope: Tensor | None) -> bool:
+    """Return whether labels from 0 to 1 are chances of a yes, not values that logits should have.
+
+    The slope tells, where a logit and its sigmoid lie on either side of the label.
+    """
+    if slope is None:
+        return True
+    value, wanted, slope = (x.detach().float().reshape(-1) for x in (logits, labels, slope))
+    of_chance, of_value = (value.sigmoid() - wanted).sign(), (value - wanted).sign()
+    telling = (of_chance != of_value) & (slope != 0)
+    agrees = (slope.sign() == of_chance)[telling]
+    return bool(agrees.sum() * 2 >= len(agrees))
+
+
+def _leaves_out(name: str, inputs: Mapping[str, Any], key: Key, slope_of: SlopeOf) -> bool:
+    """Return whether a loss reads no number of the logits whose label is -100."""
+    labels: Tensor = inputs[name]
+    if not labels.is_floating_point():
+        return True
+    marked = labels.clone(memory_format=torch.contiguous_format)
+    marked.view(-1)[0] = IGNORE_INDEX
+    slope = slope_of({**inputs, name: marked}, key)
+    return slope is not None and not bool(slope.reshape(-1)[marked.view(-1) == IGNORE_INDEX].any())
+
+
+def _find_mask(
+    name: str | None, inputs: Mapping[str, Any], items: torch.Size, key: Key, slope_of: SlopeOf
+) -> str | None:
+    """Return the input that tells which items count: labels, or a mask of the items' shape."""
+    labels: Tensor | None = None if name is None else inputs[name]
+    if labels is not None and (labels.is_floating_point() or labels.shape != items):
+        labels = None
+    if labels is not None and bool((labels == IGNORE_INDEX).any()):
+        return name
+    # Labels may be padded by one of themselves: then a mask tells.
+    obeyed = _obeyed_mask(inputs, items, key, slope_of)
+    if obeyed is not None:
+        return obeyed
+    attention = inputs.get("attention_mask")
+    if isinstance(attention, Tensor) and attention.shape == items:
+        return "attention_mask"
+    return None if labels is None else name
+
+
+def _predicts_next(
+    slope: Tensor | None, divergence: Divergence, inputs: Mapping[str, Any], rows: int
+) -> bool:
+    """Return whether the logits that a loss depends on are those one before the labels."""
+    valid = divergence.counted(inputs, rows)
+    if slope is None or divergence.mask is None or valid.dim() < 2:
+        return False
+    acts = slope.any(-1)
+    moved = replace(divergence, is_shifted=True).counted(inputs, rows)
+    return torch.equal(acts, moved) and not torch.equal(acts, valid)
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    """Return whether every row is a distribution over several classes, as behind a softmax."""
+    if logits.dim() < 2 or logits.shape[-1] < 2 or not logits.is_floating_point():
+        return False
+    rows = logits.float()
+    sums = rows.sum(-1)
+    return bool((rows >= 0).all()) and bool(torch.isclose(sums, torch.ones_like(sums)).all())
+
+
+def _are_pairs(logits: Tensor, loss: Tensor) -> bool:
+    """Return whether a loss is that of pairs, their better rows first (Bradley and Terry)."""
+    chosen, rejected = logits.flatten().float().chunk(2)
+    return are_close(-F.logsigmoid(chosen - rejected).mean(), loss)
