@@ -794,3 +794,17 @@ def test_contrastive_scores_of_one_pair_are_computed():
         lambda x: encoder(x) @ encoder(x).T, inputs(1), torch.zeros(1).long(), config=config, step=0
     )
     assert found.loss == found.kl == 0
+
+
+def test_a_second_gradient_needs_the_eager_form_of_the_config():
+    model, x, y = network(), inputs(), classes()
+
+    def penalty(impl):
+        loss = rdrop_step(model, x, y, config=RDropConfig(alpha=1.0, impl=impl), step=0).loss
+        (gradient,) = torch.autograd.grad(loss, model[0].weight, create_graph=True)
+        return gradient.square().sum()
+
+    with pytest.raises(RuntimeError, match=r"RDropConfig\(impl='eager'\)"):
+        penalty("auto").backward()
+    penalty("eager").backward()
+    assert model[0].weight.grad.abs().sum() > 0

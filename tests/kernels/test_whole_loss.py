@@ -133,5 +133,5 @@ def test_its_second_derivative_is_refused_whichever_way_it_is_asked_for(classes,
     loss = rdrop_cross_entropy(x * x, CLASSES, **options).loss * scale
     (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
     for wanted in (x, scale):
-        with pytest.raises(RuntimeError, match="gives no second derivative; use"):
+        with pytest.raises(RuntimeError, match=r"no second derivative; use .* or RDropConfig"):
             torch.autograd.grad(gradient.sum(), wanted, retain_graph=True)

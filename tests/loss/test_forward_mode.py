@@ -142,7 +142,7 @@ def test_a_second_derivative_of_the_closed_form_is_refused(reduction, is_fused):
         lambda: torch.autograd.grad(penalty, x, retain_graph=True),
         lambda: torch.autograd.grad(gradient.sum(), scale, allow_unused=True),
     ):
-        with pytest.raises(RuntimeError, match="gives no second derivative; use"):
+        with pytest.raises(RuntimeError, match=r"no second derivative; use .* or RDropConfig"):
             differentiate()
     # A gradient may be written to, as by clipping.
     assert gradient.mul_(2.0) is gradient

@@ -11,9 +11,10 @@ from torch.autograd.function import Function
 
 from regdrop.tracing import is_batched
 
+_WAY_OUT = "use rdrop_cross_entropy with impl='eager', or RDropConfig(impl='eager')"
 _NO_BATCHED = (
     "the closed form of the R-Drop loss gives one gradient at a time, not a batch of them "
-    "(is_grads_batched, vectorize); use rdrop_cross_entropy with impl='eager'"
+    f"(is_grads_batched, vectorize); {_WAY_OUT}"
 )
 
 
@@ -95,8 +96,7 @@ class _NoSecondDerivative(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
-            "the closed form of the R-Drop loss gives no second derivative; "
-            "use rdrop_cross_entropy with impl='eager'"
+            f"the closed form of the R-Drop loss gives no second derivative; {_WAY_OUT}"
         )
 
 

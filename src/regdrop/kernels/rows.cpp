@@ -535,7 +535,7 @@ struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
   static Variables backward(torch::autograd::AutogradContext*, const Variables&) {
     TORCH_CHECK(false,
                 "the closed form of the R-Drop loss gives no second derivative; "
-                "use rdrop_cross_entropy with impl='eager'");
+                "use rdrop_cross_entropy with impl='eager', or RDropConfig(impl='eager')");
   }
 };
 
