@@ -136,7 +136,7 @@ class GraphOfPyG(Graph):
         return super().forward({"nodes": graph.x, "edges": graph.edge_index})
 
 
-@pytest.mark.parametrize(("name", "count"), [("recipes.md", 6), ("recipes-batches.md", 6)])
+@pytest.mark.parametrize(("name", "count"), [("recipes.md", 6), ("recipes-batches.md", 7)])
 def test_recipes_run(name, count):
     x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
     dropout, classifier = nn.Dropout(0.5), nn.Linear(4, 3)
@@ -144,6 +144,7 @@ def test_recipes_run(name, count):
     setting = {
         "x": x,
         "y": y,
+        "labels": torch.randint(0, 2, (6, 3)).float(),
         "model": nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)),
         "segmenter": nn.Sequential(nn.Dropout(0.5), nn.Conv2d(1, 4, 3, padding=1)),
         "images": torch.randn(2, 1, 6, 6),
@@ -183,7 +184,23 @@ def test_recipes_run(name, count):
             assert setting["loss"].isfinite()
         if "both_heads" in setting:
             check_two_heads(setting.pop("both_heads"))
+        if "binary_cross_entropy_terms" in block:
+            check_binary_focal_loss(setting)
     assert seen == count
+
+
+def check_binary_focal_loss(setting):
+    """The mean of both passes' focal losses, and half of alpha times the KL of each label."""
+    labels, likelihoods = setting["labels"], []
+    p = setting["logits"].sigmoid()
+    for own in p.chunk(2):
+        right = torch.where(labels == 1, own, 1 - own)
+        likelihoods.append(-((1 - right) ** 2 * right.log()).mean())
+    p, q = (torch.stack([own, 1 - own]) for own in p.chunk(2))
+    kl = ((p - q) * (p / q).log()).sum(0).mean() / 2
+    expected = sum(likelihoods) / 2 + setting["alpha"] / 2 * kl
+    torch.testing.assert_close(setting["loss"], expected)
+    assert kl > 0
 
 
 def check_two_heads(both_heads):
