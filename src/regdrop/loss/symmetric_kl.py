@@ -26,6 +26,9 @@ def symmetric_kl(
 ) -> Tensor:
     """Compute the symmetric KL divergence `1/2 [KL(P||Q) + KL(Q||P)]` between passes.
 
+    It is that of a softmax. For labels of yes or no take `regdrop.loss.binary_cross_entropy_terms`,
+    whose `kl` is that of each label by itself.
+
     Args:
         logits: (num_passes * batch, ..., C), floating point; pass 0 of the whole batch first. A
             DTensor may be spread over processes by classes; the mask is then the same in each.
