@@ -17,7 +17,13 @@ from regdrop.loss import (
 
 
 class UnknownHeadError(ValueError):
-    """Nothing is known of what a model predicts and minimises."""
+    """Nothing is known of what a model predicts and minimises, or of a part of that.
+
+    Attributes:
+        head: What is known of it: how its outputs are compared, beside a loss that has more parts.
+    """
+
+    head: "Head | None" = None
 
 
 def read_output(output: Any, name: str) -> Tensor:

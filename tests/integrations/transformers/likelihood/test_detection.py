@@ -142,6 +142,13 @@ CASES = {
     "absolute": (F.l1_loss, {}, numbers(SIZE, 3), None, "mean absolute error"),
     "smooth": (F.smooth_l1_loss, {}, 3 * numbers(SIZE, 3), None, "smooth L1"),
     "numbers": (F.mse_loss, {}, numbers(SIZE, 3), None, "mean squared error"),
+    "chances of many answers": (
+        lambda z, y: F.binary_cross_entropy_with_logits(z, y) * z.shape[1],
+        {},
+        drawn(lambda generator: torch.rand(SIZE, 3, generator=generator)),
+        None,
+        "binary cross entropy, summed over each row",
+    ),
 }
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import default_collate
-from transformers import Trainer
+from transformers import DPTConfig, DPTForSemanticSegmentation, Trainer
 
 from models import Rows, key_dropout, text_rows, tiny_bert, tiny_gpt2, token_rows
 from regdrop import RDropConfig, symmetric_kl
@@ -481,6 +481,35 @@ def test_several_labels_a_row_are_each_a_yes_or_no(tmp_path, dtype):
     trainer = train(tmp_path, model, rows, RDropConfig(), mixed(SeveralTrainer), max_steps=1)
     a, b = seen[0].chunk(2)
     kl = ((a.sigmoid() - b.sigmoid()) * (a - b) / 2).mean()
+    assert logged(trainer, "kl") == [pytest.approx(kl.item(), rel=1e-4)]
+
+
+def test_pixels_are_compared_as_their_head_does_beside_the_loss_of_an_auxiliary_head(tmp_path):
+    config = DPTConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=8,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        num_labels=3,
+        hidden_dropout_prob=0.3,
+        initializer_range=0.2,
+    )
+    model = DPTForSemanticSegmentation(config)
+    assert config.use_auxiliary_head
+    labels = torch.randint(3, (8, 40, 40), generator=torch.Generator().manual_seed(0))
+    labels[0, :20] = 255
+    pictures = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    seen = record_scores(model, "logits")
+    rows = Rows(pixel_values=pictures, labels=labels)
+    trainer = train(tmp_path, model, rows, RDropConfig(), max_steps=1)
+    (scores,) = seen
+    whole = F.interpolate(scores, size=(40, 40), mode="bilinear", align_corners=False)
+    kl = symmetric_kl(whole, class_dim=1, mask=labels != 255)
     assert logged(trainer, "kl") == [pytest.approx(kl.item(), rel=1e-4)]
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from regdrop import symmetric_kl
 from regdrop.heads import Head
 from regdrop.integrations.transformers.evaluation import with_shorter_masks
 from regdrop.integrations.transformers.likelihood.probing import probe_own_loss
@@ -117,7 +118,9 @@ def test_shapes_tell_how_logits_are_compared(logits, labels, expected):
 
     batch = {"x": torch.randn(4, FEATURES), "y": labels}
     options = {"head": None, "label_names": ["y"], "counts_items": False}
-    found = probe_own_loss(model, compute, batch, **options).divergence
+    with pytest.raises(ValueError, match="the loss does not depend on the model's output 'logits'"):
+        probe_own_loss(model, compute, batch, **options)
+    found = probe_own_loss(model, compute, batch, asks_slope=False, **options).divergence
     assert (found.kind, found.mask, found.class_dim) == expected
     assert found.label == (None if found.kind == "classes" else "y")
     assert found.logits == "logits"
@@ -590,3 +593,171 @@ def test_a_batch_that_a_loss_changes_by_chance_is_told_of():
 
 def test_a_loss_that_runs_the_model_twice_is_told_of():
     assert "It runs the model 2 times for one batch" in note_of(run_twice)
+
+
+# --- which output and which items a loss reads --------------------------------------------------
+
+
+class Several(nn.Module):
+    """Scores of pairs of rows, as models of pictures and texts return them, and the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(FEATURES, 4)
+
+    def forward(self, x, **_):
+        rows = self.out(x)
+        scores = rows @ rows.T
+        return {"logits": rows.detach() + 0 * rows, "logits_a": scores.t(), "logits_b": scores}
+
+
+def test_the_scores_that_the_loss_reads_are_compared():
+    """What it returns beside them may be of the same shape, or be made of them."""
+    model = Several()
+
+    def compute(inputs, items):
+        output = model(**inputs)
+        return F.cross_entropy(output["logits_b"], torch.arange(4)), output
+
+    options = {"head": None, "label_names": [], "counts_items": False}
+    found = probe_own_loss(model, compute, {"x": torch.randn(4, FEATURES)}, **options)
+    assert (found.divergence.kind, found.divergence.logits) == ("classes", "logits_b")
+
+
+def test_an_output_of_the_labels_shape_is_compared_under_any_name():
+    model = Scores(3)
+
+    def compute(inputs, items):
+        found = model(inputs["x"])["logits"]
+        output = {"spectrum": found, "state": found.mean(-1, keepdim=True)}
+        return F.l1_loss(found, inputs["labels"]) * 2, output
+
+    batch = {"x": torch.randn(4, FEATURES), "labels": torch.randn(4, 3)}
+    options = {"head": None, "label_names": ["labels"], "counts_items": False}
+    found = probe_own_loss(model, compute, batch, **options).divergence
+    assert (found.kind, found.logits) == ("numbers", "spectrum")
+    options["label_names"] = []
+    batch["target"] = batch.pop("labels")
+    with pytest.raises(ValueError, match="or give label_names in the Trainer's arguments"):
+        probe_own_loss(
+            model, lambda b, n: compute({**b, "labels": b["target"]}, n), batch, **options
+        )
+
+
+class Pixels(nn.Module):
+    """Classes of coarse pixels in dimension 1."""
+
+    def __init__(self, width=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.out = nn.Conv2d(2, width, 1)
+
+    def forward(self, x, **_):
+        return {"logits": self.out(x)}
+
+
+def divergence_under(model, criterion, batch):
+    def compute(inputs, items):
+        output = model(**inputs)
+        return criterion(output["logits"], inputs), output
+
+    options = {"head": None, "label_names": ["labels"], "counts_items": False}
+    return probe_own_loss(model, compute, batch, **options).divergence
+
+
+def enlarged(logits, inputs):
+    whole = F.interpolate(logits, size=inputs["labels"].shape[1:], mode="bilinear")
+    return F.cross_entropy(whole, inputs["labels"], ignore_index=255)
+
+
+def test_the_slope_tells_the_dimension_of_the_classes():
+    labels = torch.randint(3, (4, 8, 8), generator=torch.Generator().manual_seed(0))
+    batch = {"x": torch.randn(4, 2, 4, 4), "labels": labels}
+    found = divergence_under(Pixels(), enlarged, batch)
+    assert (found.kind, found.class_dim) == ("classes", 1)
+    found.head(batch, 4).terms(
+        torch.randn(8, 3, 4, 4), torch.ones(4, dtype=torch.bool), num_passes=2
+    )
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_a_label_that_the_loss_leaves_out_does_not_count(size):
+    """As many pixels a side as classes: shapes alone would not tell the dimension."""
+    labels = torch.randint(3, (4, size, size), generator=torch.Generator().manual_seed(0))
+    labels[:, 0] = 255
+    batch = {"x": torch.randn(4, 2, size, size), "labels": labels}
+    found = divergence_under(Pixels(), enlarged, batch)
+    assert (found.mask, found.ignore_index, found.class_dim) == ("labels", 255, 1)
+    assert torch.equal(found.head(batch, 4).target, labels != 255)
+
+
+def test_words_that_are_padded_by_a_word_do_not_count():
+    labels = torch.tensor([[1, 2, 0, 0], [2, 1, 1, 0], [1, 1, 2, 2], [2, 0, 0, 0]])
+    batch = {"x": torch.randn(4, 4, FEATURES), "labels": labels}
+
+    def padded(logits, inputs):
+        chance = logits.softmax(-1)
+        nll = F.nll_loss(
+            (chance + 1e-3).log().flatten(0, 1), inputs["labels"].flatten(), ignore_index=0
+        )
+        return nll
+
+    found = divergence_under(Scores(3), padded, batch)
+    assert (found.mask, found.ignore_index) == ("labels", 0)
+
+
+def test_a_mask_of_any_name_tells_which_items_count():
+    covered = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    words = torch.randint(3, (int(covered.sum()),))
+    batch = {"x": torch.randn(4, 5, FEATURES), "covered": covered, "labels": words}
+
+    def of_covered(logits, inputs):
+        return F.cross_entropy(logits[inputs["covered"]], words)
+
+    found = divergence_under(Scores(3), of_covered, batch)
+    assert found.mask == "covered"
+
+
+@pytest.mark.parametrize("is_shifted", [False, True])
+def test_words_behind_a_picture_are_the_last_positions(is_shifted):
+    labels = torch.tensor([[0, 1, 2, -100], [1, 2, -100, -100], [2, 0, 1, 0], [1, 2, 0, -100]])
+    batch = {"x": torch.randn(4, 9, FEATURES), "labels": labels}
+
+    def behind(logits, inputs):
+        scores, target = logits[:, -4:], inputs["labels"]
+        if is_shifted:
+            scores, target = scores[:, :-1], target[:, 1:]
+        return 2 * F.cross_entropy(scores.flatten(0, 1), target.flatten())
+
+    found = divergence_under(Scores(3), behind, batch)
+    assert (found.mask, found.is_tail, found.is_shifted) == ("labels", True, is_shifted)
+    head = found.head(batch, 4)
+    stacked = torch.randn(8, 9, 3)
+    kl = head.terms(head.outputs({"logits": stacked}), head.target, num_passes=2).kl
+    counted = labels != -100
+    if is_shifted:
+        counted = F.pad(counted[:, 1:], (0, 1), value=False)
+    expected = symmetric_kl(stacked[:, -4:], mask=counted, reduction="sum")
+    assert kl.sum().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_features_are_no_scores_of_classes():
+    """A loss may have its last layer inside, and return what that reads."""
+    model = Scores(5)
+    weight = torch.randn(3, 5)
+    batch = {"x": torch.randn(8, FEATURES), "labels": torch.arange(8) % 3}
+    with pytest.raises(ValueError, match="the loss is none of classes"):
+        divergence_under(model, lambda z, b: F.cross_entropy(z @ weight.T, b["labels"]), batch)
+
+
+def test_logarithms_of_chances_are_scores():
+    labels = torch.tensor([[0.3, 0.6, 0.0], [1.0, 0.0, 0.0], [0.0, 0.3, 0.3], [0.0, 0.0, 0.0]])
+    batch = {"x": torch.randn(4, FEATURES), "labels": labels}
+    model = Scores(3)
+
+    def compute(inputs, items):
+        output = {"logits": model(inputs["x"])["logits"].log_softmax(-1)}
+        return -(output["logits"] * inputs["labels"]).sum(-1).mean(), output
+
+    options = {"head": None, "label_names": ["labels"], "counts_items": False}
+    assert probe_own_loss(model, compute, batch, **options).divergence.kind == "classes"

@@ -75,9 +75,11 @@ class LabelledBatch:
         count: int = self.prompt.num_virtual_tokens
         return count
 
-    def unknown(self, found: str) -> UnknownHeadError:
+    def unknown(self, found: str, head: Head | None = None) -> UnknownHeadError:
         """Return an error that names the model, what was found and the way out."""
-        return UnknownHeadError(f"{self.name} {found}; {WAY_OUT}")
+        error = UnknownHeadError(f"{self.name} {found}; {WAY_OUT}")
+        error.head = head
+        return error
 
     def refuse_options(self, needed: str) -> None:
         """Raise where the NLL has options and the head is not what they need."""

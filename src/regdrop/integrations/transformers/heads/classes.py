@@ -104,13 +104,20 @@ def spans(batch: LabelledBatch) -> Head:
 
 def pixels(batch: LabelledBatch) -> Head:
     """One label a pixel, of logits that are enlarged to the size of the labels."""
-    labels, config = batch.pop(), batch.model.config
+    config = batch.model.config
+    head = _pixels_head(batch)
     weight = getattr(config, "auxiliary_loss_weight", 0)
     if getattr(batch.model, "auxiliary_head", None) is not None and weight:
         raise batch.unknown(
             f"adds the loss of an auxiliary head, times {weight}, whose logits its output does not "
-            "show: config.use_auxiliary_head=False leaves it out"
+            "show: config.use_auxiliary_head=False leaves it out",
+            head,
         )
+    return head
+
+
+def _pixels_head(batch: LabelledBatch) -> Head:
+    labels, config = batch.pop(), batch.model.config
     ignored: int = getattr(config, "semantic_loss_ignore_index", 255)
     ignored = getattr(config, "loss_ignore_index", ignored)
     size = labels.shape[-2:]

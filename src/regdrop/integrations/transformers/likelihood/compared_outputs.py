@@ -3,8 +3,9 @@
 It is the loss of somebody else, of which nothing but its value and its slope is known.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,12 @@ from regdrop.arguments import IGNORE_INDEX
 from regdrop.heads import Head
 from regdrop.integrations.transformers.evaluation import find_labels, with_shorter_masks
 from regdrop.integrations.transformers.likelihood.divergence import Divergence
-from regdrop.integrations.transformers.outputs import Key, find_logits
+from regdrop.integrations.transformers.outputs import (
+    Key,
+    find_logits,
+    find_tensor,
+    named_tensors,
+)
 from regdrop.integrations.transformers.tolerances import are_close
 from regdrop.passes import find_batch_size
 
@@ -26,6 +32,8 @@ SlopeOf = Callable[[Mapping[str, Any], Key], Tensor | None]
 # has a small term of another kind, such as one on the normaliser. That of 10,000 numbers, each with
 # a loss of its own, leaves as much by chance.
 _SOFTMAX_TOLERANCE = 1e-2
+# Labels that are tried as one that does not count.
+_MOST_LABELS = 8
 
 
 def find_divergence(
@@ -49,23 +57,17 @@ def find_divergence(
             and no labels tell what else is compared.
     """
     rows = find_batch_size(inputs)
-    key, logits = find_logits(output, rows)
+    name = next(iter(find_labels(inputs, label_names)), None)
+    labels = None if name is None else inputs[name]
+    key, logits, slope = _find_read(output, rows, labels, partial(slope_of, inputs))
     if _are_probabilities(logits):
         raise ValueError(
             f"the model's output {key!r} holds probabilities, which sum to 1, and the KL needs "
             "scores: return the logits, or override rdrop_head of the trainer with outputs that "
             "take their logarithm"
         )
-    name = next(iter(find_labels(inputs, label_names)), None)
-    labels = None if name is None else inputs[name]
-    items = logits.shape[:-1] if logits.dim() > 1 else logits.shape
     is_single = logits.dim() == 1 or logits.shape[-1] == 1
-    second = (len(logits), *logits.shape[2:]) if logits.dim() > 2 else None
-    is_second = labels is not None and labels.shape == second != items
-    slope = slope_of(inputs, key)
-    is_of_classes = None
-    if slope is not None and not is_single:
-        is_of_classes = _is_of_classes(slope, 1 if is_second else -1)
+    class_dim, is_of_classes = _find_class_dim(logits, labels, slope)
     if name is not None and labels is not None and labels.numel() == logits.numel():
         found = _of_elements(labels, logits, slope, is_of_classes)
         if found in ("labels", "numbers"):
@@ -84,18 +86,78 @@ def find_divergence(
             "trainer to say what its divergence is"
         )
     are_numbers = labels is None or labels.is_floating_point()
-    if are_numbers and is_of_classes is False:
+    if is_of_classes is False and (are_numbers or not _rises_to(labels, slope)):
         got = "none" if labels is None else f"{name!r} of shape {tuple(labels.shape)}"
         raise ValueError(
             f"the loss is none of classes (its slope over the model's output {key!r}, of shape "
             f"{tuple(logits.shape)}, does not sum to 0), and labels of that shape, each a number "
             f"or a yes or no, tell what passes are compared by, got {got}: give label_names in the "
-            "Trainer's arguments, or override rdrop_head of the trainer"
+            "Trainer's arguments where the batch has such a tensor, or override rdrop_head of the "
+            "trainer"
         )
-    if labels is not None and not labels.is_floating_point() and is_second:
-        return Divergence("classes", key, mask=name, class_dim=1)
-    divergence = Divergence("classes", key, mask=_find_mask(name, inputs, items, key, slope_of))
-    return replace(divergence, is_shifted=_predicts_next(slope, divergence, inputs, rows))
+    return _of_items(name, inputs, logits, class_dim, key, slope, slope_of)
+
+
+def _find_read(
+    output: Any, rows: int, labels: Tensor | None, slope_at: Callable[[Key], Tensor | None]
+) -> tuple[Key, Tensor, Tensor | None]:
+    """Return the logits that a loss reads, with their name and its slope there.
+
+    Raises:
+        ValueError: If nothing could be logits, or it reads none of those that are called so.
+    """
+    try:
+        key, logits = find_logits(output, rows)
+    except ValueError as error:
+        if labels is None:
+            raise ValueError(f"{error}; or give label_names in the Trainer's arguments") from error
+        alike = [(k, x) for k, x in named_tensors(output) if x.shape == labels.shape]
+        if len(alike) != 1 or not alike[0][1].is_floating_point():
+            raise
+        [(key, logits)] = alike
+    called = [other for other, _ in named_tensors(output) if "logits" in str(other)]
+    for other in dict.fromkeys((key, *called)):
+        found = find_tensor(output, other)
+        if not found.is_floating_point() or found.shape[:1] != (rows,):
+            continue
+        slope = slope_at(other)
+        if slope is None and other == key:
+            return key, logits, None
+        if slope is not None and bool(slope.any()):
+            return other, found, slope
+    raise ValueError(
+        f"the loss does not depend on the model's output {key!r}, of shape {tuple(logits.shape)}, "
+        "so that nothing tells what passes are compared by: return the scores that it reads under "
+        "the name logits, or override rdrop_head of the trainer to say what its divergence is"
+    )
+
+
+def _find_class_dim(
+    logits: Tensor, labels: Tensor | None, slope: Tensor | None
+) -> tuple[int, bool | None]:
+    """Return the dimension of the classes, and whether the loss is one of classes.
+
+    None where nobody knows.
+    """
+    if logits.dim() < 2 or logits.shape[-1] == 1:
+        return -1, None
+    second = (len(logits), *logits.shape[2:]) if logits.dim() > 2 else None
+    is_second = labels is not None and labels.shape == second != logits.shape[:-1]
+    dims = (1, -1) if is_second else (-1, 1) if second is not None else (-1,)
+    if slope is None:
+        is_whole = labels is not None and not labels.is_floating_point()
+        return 1 if is_second and is_whole else -1, None
+    fitting = [dim for dim in dims if _is_of_classes(slope, dim)]
+    return (fitting[0], True) if fitting else (dims[0], False)
+
+
+def _rises_to(labels: Tensor | None, slope: Tensor | None) -> bool:
+    """Return whether a loss falls most by the score of each item's own class."""
+    if labels is None or slope is None or labels.shape != slope.shape[:-1]:
+        return True
+    counted = (labels >= 0) & (labels < slope.shape[-1]) & slope.any(-1)
+    agrees = (slope.argmin(-1) == labels)[counted]
+    return bool(2 * agrees.sum() >= len(agrees))
 
 
 def fits_head(head: Head, output: Any, inputs: Mapping[str, Any], slope_of: SlopeOf) -> bool:
@@ -174,6 +236,8 @@ def _of_elements(
     is_shares = not is_single and bool(torch.isclose(sums, torch.ones_like(sums)).all())
     if is_shares and is_of_classes is not False:
         return "shares"
+    if _are_log_probabilities(logits):
+        return None if is_whole else "shares"
     if is_of_classes:
         # Rows of shares that do not count may be all 0.
         return None if is_whole else "shares"
@@ -208,35 +272,75 @@ def _leaves_out(name: str, inputs: Mapping[str, Any], key: Key, slope_of: SlopeO
     return slope is not None and not bool(slope.reshape(-1)[marked.view(-1) == IGNORE_INDEX].any())
 
 
-def _find_mask(
-    name: str | None, inputs: Mapping[str, Any], items: torch.Size, key: Key, slope_of: SlopeOf
-) -> str | None:
-    """Return the input that tells which items count: labels, or a mask of the items' shape."""
+def _of_items(
+    name: str | None,
+    inputs: Mapping[str, Any],
+    logits: Tensor,
+    class_dim: int,
+    key: Key,
+    slope: Tensor | None,
+    slope_of: SlopeOf,
+) -> Divergence:
+    """Return the KL of classes, over the items that the loss reads.
+
+    They are those that labels tell, or a mask of the items' shape.
+    """
+    found = Divergence("classes", key, class_dim=class_dim)
+    items = logits.movedim(class_dim, -1).shape[:-1]
+    acts = None if slope is None else slope.any(class_dim)
     labels: Tensor | None = None if name is None else inputs[name]
-    if labels is not None and (labels.is_floating_point() or labels.shape != items):
+    if labels is not None and (labels.is_floating_point() or labels.dim() != len(items)):
         labels = None
+    if acts is not None and labels is not None and _is_behind(labels, items, acts):
+        acts, found = acts[:, -labels.shape[1] :], replace(found, is_tail=True)
+        items = acts.shape
+    if labels is not None and labels.shape != items:
+        labels = None
+    if acts is not None and len(items) > 1 and not bool(acts.all()):
+        for other in _telling(found, name if labels is not None else None, inputs, acts):
+            for is_shifted in (False, True):
+                moved = replace(other, is_shifted=is_shifted)
+                if torch.equal(moved.counted(inputs, len(acts)), acts):
+                    return moved
     if labels is not None and bool((labels == IGNORE_INDEX).any()):
-        return name
+        return replace(found, mask=name)
     # Labels may be padded by one of themselves: then a mask tells.
-    obeyed = _obeyed_mask(inputs, items, key, slope_of)
-    if obeyed is not None:
-        return obeyed
+    obeyed = _obeyed_mask(inputs, items, key, slope_of) if class_dim == -1 else None
     attention = inputs.get("attention_mask")
-    if isinstance(attention, Tensor) and attention.shape == items:
-        return "attention_mask"
-    return None if labels is None else name
+    if obeyed is None and isinstance(attention, Tensor) and attention.shape == items:
+        obeyed = "attention_mask"
+    return replace(found, mask=obeyed or (None if labels is None else name))
 
 
-def _predicts_next(
-    slope: Tensor | None, divergence: Divergence, inputs: Mapping[str, Any], rows: int
-) -> bool:
-    """Return whether the logits that a loss depends on are those one before the labels."""
-    valid = divergence.counted(inputs, rows)
-    if slope is None or divergence.mask is None or valid.dim() < 2:
+def _is_behind(labels: Tensor, items: torch.Size, acts: Tensor) -> bool:
+    """Return whether a loss reads no position before as many last ones as there are labels."""
+    if labels.dim() != 2 or len(items) != 2 or labels.shape[1] >= items[1]:
         return False
-    acts = slope.any(-1)
-    moved = replace(divergence, is_shifted=True).counted(inputs, rows)
-    return torch.equal(acts, moved) and not torch.equal(acts, valid)
+    return len(labels) == items[0] and not bool(acts[:, : -labels.shape[1]].any())
+
+
+def _telling(
+    divergence: Divergence, name: str | None, inputs: Mapping[str, Any], acts: Tensor
+) -> Iterator[Divergence]:
+    """Yield the ways in which inputs of the items' shape may tell which of them count."""
+    if name is not None:
+        labels: Tensor = inputs[name]
+        out = labels[~acts].unique().tolist()
+        # Of a loss that reads one position before the label, the last one never counts.
+        for ignored in dict.fromkeys((IGNORE_INDEX, *out[:_MOST_LABELS])):
+            yield replace(divergence, mask=name, ignore_index=ignored)
+    for other, value in inputs.items():
+        is_tensor = isinstance(value, Tensor) and value.shape == acts.shape
+        if is_tensor and (value.dtype == torch.bool or other.endswith("mask")):
+            yield replace(divergence, mask=other)
+
+
+def _are_log_probabilities(logits: Tensor) -> bool:
+    """Return whether every row is the logarithm of a distribution, whose own softmax it has."""
+    if logits.dim() < 2 or logits.shape[-1] < 2:
+        return False
+    total = logits.float().logsumexp(-1)
+    return bool((total.abs() < 1e-4).all())
 
 
 def _are_probabilities(logits: Tensor) -> bool:

@@ -18,7 +18,7 @@ from regdrop.integrations.transformers.evaluation import (
     with_other_labels,
     with_shorter_masks,
 )
-from regdrop.integrations.transformers.likelihood.recipe import ELEMENTWISE, Recipe
+from regdrop.integrations.transformers.likelihood.recipe import ELEMENTWISE, SUMMED, Recipe
 from regdrop.integrations.transformers.outputs import Key, find_loss, named_tensors
 from regdrop.integrations.transformers.tolerances import LOSS
 from regdrop.loss import combine_terms
@@ -198,6 +198,8 @@ def _recipes(
         yield make("cross entropy")
     if logits.numel() == target.numel() and len(logits) == len(target):
         yield from (make(family) for family in ELEMENTWISE)
+        if target[0].numel() > 1:
+            yield from (make(family) for family in SUMMED)
 
 
 def _ignored(target: Tensor, num_classes: int) -> list[int]:
@@ -210,7 +212,9 @@ def _ignored(target: Tensor, num_classes: int) -> list[int]:
 
 def _agrees(recipe: Recipe, logits: Tensor, inputs: Mapping[str, Any], own: Tensor) -> bool:
     head = recipe.head(inputs)
-    stacked = logits.reshape(-1, *head.target.shape[1:]) if recipe.family in ELEMENTWISE else logits
+    stacked = (
+        logits.reshape(-1, *head.target.shape[1:]) if recipe.family != "cross entropy" else logits
+    )
     try:
         terms = head.terms(stacked, head.target, num_passes=1)
     except (ValueError, TypeError, RuntimeError):  # labels that are no classes of these logits

@@ -29,12 +29,15 @@ class Divergence:
     Attributes:
         kind: "classes", "labels" (each a yes or no), "numbers" or "margins" (of pairs of rows).
         logits: Where they are in the output: a name, a position, or None for the output itself.
-        mask: Name of the input that tells which items count, of their shape: one whose name ends
-            with "mask", or labels, whose -100 do not count. None where all do.
+        mask: Name of the input that tells which items count, of their shape: one of yes or no, or
+            whose name ends with "mask"; or labels, whose `ignore_index` does not count. None where
+            all do.
         class_dim: Dimension of the classes.
         is_shifted: Whether position t predicts the label of position t + 1, which tells of `mask`.
         label: Name of the labels of "labels" and "numbers".
         ignores: Whether their -100 do not count; of numbers, -100 may be one.
+        ignore_index: The label that does not count.
+        is_tail: Whether the items are the last positions, as words behind a picture are.
     """
 
     kind: str
@@ -44,13 +47,18 @@ class Divergence:
     class_dim: int = -1
     is_shifted: bool = False
     ignores: bool = True
+    ignore_index: int = IGNORE_INDEX
+    is_tail: bool = False
 
     def __str__(self) -> str:
         name = "its output" if self.logits is None else f"output {self.logits!r}"
         if self.kind == "margins":
             return f"the KL of the margins of pairs of rows in {name}"
         items = "all" if self.mask is None else f"those that {self.mask} tells"
+        if self.ignore_index != IGNORE_INDEX:
+            items += f", but for {self.ignore_index}"
         items += ", moved by one" if self.is_shifted else ""
+        items += ", at its end" if self.is_tail else ""
         if self.kind == "numbers":
             return f"the squared difference of {name} (items: {items})"
         if self.kind == "labels":
@@ -77,6 +85,8 @@ class Divergence:
             shaped = partial(_read_shaped, read=read, shape=target.shape[1:])
             return Head(batch, target, terms, shaped, batch_size=rows, count=_count_numbers)
         counted = self.counted(batch, rows)
+        if self.is_tail:
+            read = partial(_read_tail, read=read, length=counted.shape[1])
         terms = partial(_class_terms, class_dim=self.class_dim)
         return Head(batch, counted, terms, read, batch_size=rows, count=_count_true)
 
@@ -85,7 +95,8 @@ class Divergence:
         if self.mask is None:
             return torch.ones(rows, dtype=torch.bool, device=next(find_tensors(inputs)).device)
         mask: Tensor = inputs[self.mask]
-        counted = mask.bool() if self.mask.endswith("mask") else mask != IGNORE_INDEX
+        is_yes_or_no = mask.dtype == torch.bool or self.mask.endswith("mask")
+        counted = mask.bool() if is_yes_or_no else mask != self.ignore_index
         return F.pad(counted[..., 1:], (0, 1), value=False) if self.is_shifted else counted
 
 
@@ -132,3 +143,7 @@ def _read_margins(output: Any, *, read: Callable[[Any], Tensor]) -> Tensor:
 
 def _read_shaped(output: Any, *, read: Callable[[Any], Tensor], shape: torch.Size) -> Tensor:
     return read(output).reshape(-1, *shape)
+
+
+def _read_tail(output: Any, *, read: Callable[[Any], Tensor], length: int) -> Tensor:
+    return read(output)[:, -length:]

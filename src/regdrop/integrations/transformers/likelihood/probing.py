@@ -256,9 +256,9 @@ def _slope(
     num_items: float | None,
     key: Key,
 ) -> Tensor | None:
-    """Return the derivative of a loss with respect to the logits.
+    """Return the derivative of a loss with respect to the logits, 0 where it does not read them.
 
-    None if it does not act there, or a part of the model knows a whole backward alone.
+    None where nobody knows: they have no gradient, or a part of the model a whole backward alone.
     """
     items = _on_device(num_items, inputs)
     with preserve_random_state(), preserve_buffers(model), torch.enable_grad():
@@ -272,7 +272,7 @@ def _slope(
             raise
         except RuntimeError:  # as that of a reentrant checkpoint
             return None
-    return slope if slope is not None and bool(slope.any()) else None
+    return torch.zeros_like(logits) if slope is None else slope
 
 
 def _no_slope(inputs: Mapping[str, Any], num_items: float | None, key: Key) -> None:

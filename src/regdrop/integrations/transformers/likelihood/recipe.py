@@ -1,7 +1,7 @@
 """The loss of a model that no name tells, as one value: how each batch becomes a head."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from regdrop.arguments import IGNORE_INDEX
 from regdrop.heads import Head
 from regdrop.integrations.transformers.outputs import Key, find_tensor
 from regdrop.loss import (
+    ItemTerms,
     binary_cross_entropy_terms,
     cross_entropy_terms,
     l1_terms,
@@ -20,12 +21,15 @@ from regdrop.loss import (
 )
 from regdrop.loss.class_weight import class_weight_on
 
-ELEMENTWISE: dict[str, Callable[..., Any]] = {
+ELEMENTWISE: dict[str, Callable[..., ItemTerms]] = {
     "binary cross entropy": binary_cross_entropy_terms,
     "mean squared error": mse_terms,
     "mean absolute error": l1_terms,
     "smooth L1": smooth_l1_terms,
 }
+# A loss that is summed over the numbers of a row has a divergence that is summed too.
+_SUMMED = ", summed over each row"
+SUMMED = tuple(f"{family}{_SUMMED}" for family in ELEMENTWISE)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,12 @@ class Recipe:
                     "label_smoothing, class_weight and unlabelled_index need a cross entropy; the "
                     f"model's own loss is {self.family}"
                 )
-            return Head(batch, target.float(), ELEMENTWISE[self.family], self._read_like(target))
+            family = self.family.removesuffix(_SUMMED)
+            head = Head(batch, target.float(), ELEMENTWISE[family], self._read_like(target))
+            if family == self.family:
+                return head
+            summed = partial(_summed_terms, terms=head.terms)
+            return replace(head, terms=summed, count=lambda _: head.counts())
         if self.is_shifted:
             target = F.pad(target[..., 1:], (0, 1), value=self.ignore_index)
         elif not target.is_floating_point() and target.dim() > 1 and target.shape[-1] == 1:
@@ -115,3 +124,12 @@ class Recipe:
             return self.read(output).reshape(-1, *target.shape[1:])
 
         return read
+
+
+def _summed_terms(
+    logits: Tensor, target: Tensor, /, *, terms: Callable[..., ItemTerms], **options: Any
+) -> ItemTerms:
+    """Return the terms of elements so that their mean is that of the rows' sums."""
+    found = terms(logits, target, **options)
+    width = target[0].numel() if len(target) else 1
+    return found._replace(nll=found.nll * width, kl=found.kl * width)

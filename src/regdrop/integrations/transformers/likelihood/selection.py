@@ -135,10 +135,10 @@ class HeadSelection(TrainerInternals):
                 class_weight=self.rdrop.class_weight,
                 unlabelled_index=self.rdrop.unlabelled_index,
             )
+        elif source.own is not None:
+            return replace(self._compared_head(inputs), inputs=dict(inputs))
         else:
             head = self.rdrop_head(self._unwrapped(self.model), inputs)
-        if source.own is not None:
-            return replace(head, inputs=dict(inputs))
         return head if source.count is None else replace(head, count=COUNT_RULES[source.count])
 
     def _find_source(self, inputs: Mapping[str, Any]) -> Source:
@@ -166,6 +166,10 @@ class HeadSelection(TrainerInternals):
             says = str(error).split(";")[0]
             reason = says if says.startswith(name) else f"{name} is not a class that regdrop knows"
         except Exception as error:  # whatever somebody's own class raises
+            if not is_own_class and isinstance(error, ValueError) and name not in str(error):
+                raise ValueError(
+                    f"{name}: {error} (RDropConfig(likelihood='model') minimises its own loss)"
+                ) from error
             if not is_own_class:
                 raise
             reason = f"{name} is not what its name says ({error})".replace(";", ",")
@@ -305,7 +309,7 @@ class HeadSelection(TrainerInternals):
                 )
         model = self._unwrapped(self.model)
         try:
-            head: Head | None = self.rdrop_head(model, inputs)
+            head: Head | None = self._compared_head(inputs)
         except ValueError:
             head = None
         if head is not None and head.is_guessed:
@@ -321,6 +325,15 @@ class HeadSelection(TrainerInternals):
             asks_slope=not self._splits_parameters(),
         )
         return Source(own=own)
+
+    def _compared_head(self, inputs: Mapping[str, Any]) -> Head:
+        """Return the head whose logits are compared beside a loss that may have more parts."""
+        try:
+            return self.rdrop_head(self._unwrapped(self.model), inputs)
+        except UnknownHeadError as error:
+            if error.head is None:
+                raise
+            return error.head
 
     def _own_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Any = None
