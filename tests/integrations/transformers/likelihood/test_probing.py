@@ -689,6 +689,10 @@ def test_a_label_that_the_loss_leaves_out_does_not_count(size):
     found = divergence_under(Pixels(), enlarged, batch)
     assert (found.mask, found.ignore_index, found.class_dim) == ("labels", 255, 1)
     assert torch.equal(found.head(batch, 4).target, labels != 255)
+    whole = {**batch, "labels": labels.clamp(max=2)}
+    found = divergence_under(Pixels(), enlarged, whole)
+    # The first batch has none of them.
+    assert torch.equal(found.head(batch, 4).target, labels != 255)
 
 
 def test_words_that_are_padded_by_a_word_do_not_count():

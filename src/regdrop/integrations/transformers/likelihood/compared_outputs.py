@@ -95,7 +95,13 @@ def find_divergence(
             "Trainer's arguments where the batch has such a tensor, or override rdrop_head of the "
             "trainer"
         )
-    return _of_items(name, inputs, logits, class_dim, key, slope, slope_of)
+    divergence = _of_items(name, inputs, logits, class_dim, key, slope, slope_of)
+    if labels is None or divergence.mask != name:
+        return divergence
+    # A later batch may hold a label that names no class, as 255, where the first has none.
+    num_classes = logits.shape[class_dim]
+    known = (labels == divergence.ignore_index) | ((labels >= 0) & (labels < num_classes))
+    return replace(divergence, num_classes=num_classes) if bool(known.all()) else divergence
 
 
 def _find_read(

@@ -37,6 +37,8 @@ class Divergence:
         label: Name of the labels of "labels" and "numbers".
         ignores: Whether their -100 do not count; of numbers, -100 may be one.
         ignore_index: The label that does not count.
+        num_classes: Labels below 0 or from this number on name no class and do not count either;
+            None where they may.
         is_tail: Whether the items are the last positions, as words behind a picture are.
     """
 
@@ -48,6 +50,7 @@ class Divergence:
     is_shifted: bool = False
     ignores: bool = True
     ignore_index: int = IGNORE_INDEX
+    num_classes: int | None = None
     is_tail: bool = False
 
     def __str__(self) -> str:
@@ -97,6 +100,8 @@ class Divergence:
         mask: Tensor = inputs[self.mask]
         is_yes_or_no = mask.dtype == torch.bool or self.mask.endswith("mask")
         counted = mask.bool() if is_yes_or_no else mask != self.ignore_index
+        if self.num_classes is not None and not is_yes_or_no:
+            counted = counted & (mask >= 0) & (mask < self.num_classes)
         return F.pad(counted[..., 1:], (0, 1), value=False) if self.is_shifted else counted
 
 
