@@ -228,6 +228,29 @@ def test_the_ramps_that_begin_above_0_beside_the_best_constant():
             assert_rounded(shown, nll.mean, nll.half_width, change.mean, change.half_width)
 
 
+def test_the_fresh_seed_of_the_narrow_ramp():
+    arms = ["alpha-3", "alpha-6", "alpha-10", "ramp-16", "narrow-ramp-10"]
+    units = (ROOT / "results/alpha_regret_nll.md").read_text("utf-8").splitlines()
+    header, unit = (
+        next(line for line in units if line.startswith(f"| {name}")).strip("|").split("|")
+        for name in ("arm", "unit")
+    )
+    unit_of = dict(zip((name.strip() for name in header), unit, strict=True))
+    regrets = {arm: [] for arm in arms}
+    for row in table("docs/experiments-alpha.md", "| task | alpha 3 | alpha 6 | alpha 10 | from 0"):
+        (task,) = (task for task, name in STUDIED.items() if name == row[0])
+        records = load_records(ROOT / f"results/alpha-fresh-seeds/{task}")
+        assert {record.seed for record in records} == {3}
+        nll = {record.arm: record.test["nll"] for record in records}
+        assert row[1:] == [f"{nll[arm]:.3f}" for arm in arms]
+        for arm in arms:
+            regrets[arm].append((nll[arm] - nll["alpha-6"]) / float(unit_of[task]))
+    text = (ROOT / "docs/experiments-alpha.md").read_text("utf-8")
+    means = [sum(regrets[arm]) / 5 for arm in ("narrow-ramp-10", "ramp-16")]
+    narrow, wide = (f"{mean:+.2f}".replace("-", "−") for mean in means)
+    assert f"the mean over the tasks is {narrow} for the ramp from 3 to 10 and {wide}\nfor" in text
+
+
 def test_the_alpha_of_translation_is_the_choice_on_validation():
     chosen = json.loads((ROOT / "results/multi30k-part-tuned-tuning/tuned.json").read_text("utf-8"))
     assert chosen["arms"]["rdrop"]["settings"]["rdrop.alpha"] == alpha("multi30k-part-tuned")
