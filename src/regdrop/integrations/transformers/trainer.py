@@ -1,7 +1,7 @@
 """The Hugging Face Trainer with R-Drop: what one micro-batch computes."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -54,7 +54,7 @@ from regdrop.step_passes import compute_passes_loss, run_step_passes
 _LATER_LOOKS = (1, 10, 100, 1000)
 
 
-# No number of items and none given are not the same.
+# The Trainer passes None where it has no number; a step of one's own that divides passes nothing.
 _NOT_GIVEN: Any = object()
 
 
@@ -104,7 +104,8 @@ class RDropTrainerMixin(RunState):
         max_steps = self.args.max_steps
         self._planner = StepPlanner(self.rdrop, max_steps if max_steps > 0 else None)
         self._is_dropout_checked = self._has_told_of_passes = False
-        self._is_fused = self._was_computed = self._is_in_step = False
+        self._is_fused = self._was_computed = False
+        self._is_in_step = self._is_asked_by_trainer = False
         self._given_rdrop = self.rdrop
         self.callback_handler.callbacks.insert(0, RecordOptions(self))
 
@@ -125,8 +126,11 @@ class RDropTrainerMixin(RunState):
         Without `num_items_in_batch` the loss is the mean of the micro-batch: a `training_step` of
         one's own divides it by the micro-batches, as it does without R-Drop.
         """
-        # The Trainer's own training_step leaves dividing to the loss, and gives None at least.
-        is_divided_here = self._is_in_step and num_items_in_batch is not _NOT_GIVEN
+        # The Trainer's own training_step leaves dividing to the loss. What it gives, a compute_loss
+        # of a subclass may not hand on.
+        is_given = num_items_in_batch is not _NOT_GIVEN
+        is_overridden = type(self).compute_loss is not RDropTrainerMixin.compute_loss
+        is_divided_here = self._is_asked_by_trainer and (is_given or is_overridden)
         if num_items_in_batch is _NOT_GIVEN:
             num_items_in_batch = None
         is_training = self._is_in_step or (model.training and torch.is_grad_enabled())
@@ -189,6 +193,13 @@ class RDropTrainerMixin(RunState):
             loss = self._add_own_loss(head, reading, result, plan, kl, window)
         self._note_reading(inputs, head, reading)
         return (loss, reading.output) if return_outputs else loss
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Return the Trainer's context, in which its own `training_step` asks for the loss."""
+        context = super().compute_loss_context_manager()
+        context.callback(setattr, self, "_is_asked_by_trainer", self._is_asked_by_trainer)
+        self._is_asked_by_trainer = self._is_in_step
+        return context
 
     def _evaluation_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Any
