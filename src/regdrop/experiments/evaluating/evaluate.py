@@ -50,8 +50,8 @@ class Evaluation:
 def load_run(folder: Path) -> tuple[Task, RunRecord]:
     """Return the task and the record of a finished run of `regdrop train`.
 
-    The task reads tokenizer, processor and configuration from the run's own model: the checkpoint
-    that it began from may have gone.
+    Where the folder of the checkpoint that the run began from is gone, the task reads tokenizer,
+    processor and configuration from the run's own model.
 
     Raises:
         ValueError: If the folder holds none.
@@ -64,9 +64,15 @@ def load_run(folder: Path) -> tuple[Task, RunRecord]:
         )
     record = RunRecord.load(path)
     task: Any = task_from_config(record.config)
-    if getattr(task, "model", None) is not None:
+    if _is_gone(getattr(task, "model", None)):
         task = replace(task, model=str(saved))
     return task, record
+
+
+def _is_gone(model: str | None) -> bool:
+    """Return whether a checkpoint was in a folder that is no longer there."""
+    is_folder = model is not None and model.startswith((".", "/", "~"))
+    return is_folder and not Path(str(model)).expanduser().exists()
 
 
 def load_saved_model(prepared: PreparedTask, folder: Path) -> nn.Module:

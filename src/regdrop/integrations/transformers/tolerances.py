@@ -27,4 +27,4 @@ FORWARD = Tolerance(1e-3, 5e-2)
 
 def are_close(a: Tensor, b: Tensor) -> bool:
     """Return whether two losses are those of the same rows."""
-    return bool(torch.isclose(a, b.to(a), rtol=FORWARD.single, atol=1e-6, equal_nan=True))
+    return bool(torch.isclose(a, b.to(a), rtol=FORWARD.of(a.dtype), atol=1e-6, equal_nan=True))

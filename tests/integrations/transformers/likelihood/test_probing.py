@@ -506,6 +506,33 @@ def test_labels_of_positions_and_masks_make_no_rows_depend_on_each_other():
     assert found_of(of_mask, 3, batch).is_rowwise
 
 
+def test_a_mask_and_ignored_labels_together_make_no_rows_depend_on_each_other():
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]])
+    labels = torch.randint(3, (4, 4), generator=torch.Generator().manual_seed(0))
+    batch = {"x": torch.randn(4, 4, FEATURES), "labels": labels, "attention_mask": mask}
+
+    def active(logits, inputs):
+        is_active = inputs["attention_mask"].flatten() == 1
+        target = torch.where(is_active, inputs["labels"].flatten(), -100)
+        return F.cross_entropy(logits.flatten(0, 1), target)
+
+    assert found_of(active, 3, batch).is_rowwise
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_of_half_precision_makes_no_rows_depend_on_each_other(seed):
+    torch.manual_seed(seed)
+    model = nn.Linear(FEATURES, 3).bfloat16()
+
+    def compute(inputs, items):
+        logits = model(inputs["x"])
+        return F.cross_entropy(logits, inputs["labels"]), logits
+
+    batch = {"x": torch.randn(8, FEATURES).bfloat16(), "labels": torch.arange(8) % 3}
+    options = {"head": None, "label_names": ["labels"], "counts_items": False}
+    assert probe_own_loss(model, compute, batch, **options).is_rowwise
+
+
 # --- numbers from 0 to 1 ------------------------------------------------------------------------
 
 
@@ -541,9 +568,10 @@ def test_a_hinge_is_one_of_yes_or_no():
 # --- what else is said of a loss ----------------------------------------------------------------
 
 
-def note_of(compute_of, model=None):
+def note_of(compute_of, model=None, missing=False):
     model = model or nn.Sequential(nn.Linear(FEATURES, 3), nn.Dropout(0.5))
     batch = {"x": torch.randn(4, FEATURES), "labels": torch.tensor([0, 1, 2, 0])}
+    batch["x"][0, 0] = torch.nan if missing else 0.0
     options = {"head": None, "label_names": ["labels"], "counts_items": False}
     return probe_own_loss(model, compute_of(model), batch, **options).note
 
@@ -589,6 +617,8 @@ def test_a_batch_that_a_loss_changes_by_chance_is_told_of():
     assert "It changes its batch by chance" in note_of(mixed_up)
     assert note_of(plainly) is None
     assert note_of(plainly, OwnDropout()) is None
+    # Numbers that are missing are the same twice.
+    assert note_of(plainly, missing=True) is None
 
 
 def test_a_loss_that_runs_the_model_twice_is_told_of():
@@ -622,6 +652,38 @@ def test_the_scores_that_the_loss_reads_are_compared():
     options = {"head": None, "label_names": [], "counts_items": False}
     found = probe_own_loss(model, compute, {"x": torch.randn(4, FEATURES)}, **options)
     assert (found.divergence.kind, found.divergence.logits) == ("classes", "logits_b")
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [torch.Tensor.double, torch.clone, lambda x: x.view(2, 2, 3), lambda x: x.unsqueeze(1)[:, 0]],
+    ids=["double", "clone", "view", "indexed"],
+)
+def test_a_copy_of_what_the_loss_reads_is_compared(copy, request):
+    """As autocast returns one in single precision."""
+    model = Scores(3)
+
+    def compute(inputs, items):
+        logits = model(inputs["x"].flatten(0, -2))["logits"]
+        return 2 * F.cross_entropy(logits, inputs["labels"].flatten()), {"logits": copy(logits)}
+
+    is_view = "view" in request.node.name
+    labels = torch.tensor([[0, 1], [2, 0]]) if is_view else torch.tensor([0, 1, 2, 0])
+    batch = {"x": torch.randn(*labels.shape, FEATURES), "labels": labels}
+    options = {"head": None, "label_names": ["labels"], "counts_items": False}
+    if "indexed" in request.node.name:
+        with pytest.raises(ValueError, match="the loss does not depend on"):
+            probe_own_loss(model, compute, batch, **options)
+        return
+    assert probe_own_loss(model, compute, batch, **options).divergence.kind == "classes"
+
+
+def test_a_loss_whose_margins_are_met_is_not_taken_for_one_of_another_output():
+    def met(logits, inputs):
+        return F.multi_margin_loss(1e3 * logits, logits.argmax(-1), margin=1e-3)
+
+    batch = {"x": torch.randn(4, FEATURES), "labels": torch.tensor([0, 1, 2, 0])}
+    assert divergence_of(met, 3, batch).kind == "classes"
 
 
 def test_an_output_of_the_labels_shape_is_compared_under_any_name():

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from regdrop.diagnostics import extra_pass
 from regdrop.heads import Head
@@ -38,6 +39,20 @@ from regdrop.passes import (
 # From a batch, its number of items and the place of the logits to the loss's slope there.
 SlopeIn = Callable[[Mapping[str, Any], float | None, Key], Tensor | None]
 
+# What autograd calls the making of the same numbers in the same order.
+_COPIES = {
+    f"{name}Backward"
+    for name in (
+        "Alias",
+        "Clone",
+        "ReshapeAlias",
+        "Squeeze",
+        "ToCopy",
+        "UnsafeView",
+        "Unsqueeze",
+        "View",
+    )
+}
 # A number of items that no batch has.
 _SOME_ITEMS = 37.0
 
@@ -124,6 +139,8 @@ def _try_loss(
     loss, output = look(inputs, some)
     try:
         is_rowwise = are_close(look(repeat_batch(dict(inputs)), twice)[0], loss)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # whatever a model raises for rows that do not fit together
         return _Trial(counts_items, False, loss, output)
     # Passes are not the same: a correlation is that of its rows only while they are.
@@ -131,6 +148,8 @@ def _try_loss(
     try:
         mean = (loss + look(moved, some)[0]) / 2
         is_rowwise = is_rowwise and are_close(look(stacked, twice)[0], mean)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # what belongs to a row may be elsewhere too
         pass
     return _Trial(counts_items, is_rowwise, loss, output)
@@ -139,12 +158,18 @@ def _try_loss(
 def _moved_passes(
     inputs: Mapping[str, Any], label_names: Sequence[str], shift: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a batch whose rows are moved on against their labels; and both batches, stacked."""
+    """Return a batch whose rows are moved on against their labels; and both batches, stacked.
+
+    Masks stay with the labels, so that as many items count as before.
+    """
     rows, labels = find_batch_size(inputs), find_labels(inputs, label_names)
     moved = {
         name: value.roll(shift, 0)
         for name, value in inputs.items()
-        if isinstance(value, Tensor) and value.shape[:1] == (rows,) and name not in labels
+        if isinstance(value, Tensor)
+        and value.shape[:1] == (rows,)
+        and name not in labels
+        and not name.endswith("mask")
     }
     stacked = {name: torch.cat([inputs[name], value]) for name, value in moved.items()}
     return {**inputs, **moved}, {**repeat_batch(dict(inputs)), **stacked}
@@ -175,6 +200,8 @@ def _is_slope_rowwise(
             difference = (2 * beside[: len(alone)] - alone).abs().sum()
             if difference > FORWARD.of(alone.dtype) * alone.abs().sum():
                 return False
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # whatever a model raises for rows that do not fit together
         return True
     return True
@@ -214,6 +241,8 @@ def _try_in_training(
             return _TrainingTrial(True, note)
         trial = _try_loss(model, compute, inputs, label_names, counts_items)
         return _TrainingTrial(trial.is_rowwise, note)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # a loss may need what only a training step gives
         return None
 
@@ -233,6 +262,12 @@ def _recorded_calls(model: nn.Module) -> Iterator[list[list[Tensor]]]:
         handle.remove()
 
 
+def _are_equal(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
 def _note_of_calls(calls: Sequence[list[Tensor]], further: Sequence[list[Tensor]]) -> str | None:
     """Return what to say of a loss by the calls of two looks at one batch: the model's inputs."""
     if len(calls) > 1:
@@ -241,7 +276,7 @@ def _note_of_calls(calls: Sequence[list[Tensor]], further: Sequence[list[Tensor]
             "many"
         )
     pairs = zip(calls, further, strict=False)
-    if all(len(a) == len(b) and all(map(torch.equal, a, b)) for a, b in pairs):
+    if all(len(a) == len(b) and all(map(_are_equal, a, b)) for a, b in pairs):
         return None
     return (
         "It changes its batch by chance, so that the passes are compared on other inputs: draw "
@@ -258,7 +293,8 @@ def _slope(
 ) -> Tensor | None:
     """Return the derivative of a loss with respect to the logits, 0 where it does not read them.
 
-    None where nobody knows: they have no gradient, or a part of the model a whole backward alone.
+    None where nobody knows: they have no gradient, it is 0 here, or a part of the model knows a
+    whole backward alone.
     """
     items = _on_device(num_items, inputs)
     with preserve_random_state(), preserve_buffers(model), torch.enable_grad():
@@ -267,12 +303,29 @@ def _slope(
         if not (loss.requires_grad and logits.requires_grad):
             return None
         try:
-            (slope,) = torch.autograd.grad(loss, logits, allow_unused=True)
+            place: Tensor | GradientEdge
+            for place in (logits, *_same_numbers(logits)):
+                (slope,) = torch.autograd.grad(loss, place, allow_unused=True, retain_graph=True)
+                if slope is not None:
+                    # A loss whose margins are all met tells nothing.
+                    return slope.reshape(logits.shape) if bool(slope.any()) else None
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # as that of a reentrant checkpoint
             return None
-    return torch.zeros_like(logits) if slope is None else slope
+    return torch.zeros_like(logits)
+
+
+def _same_numbers(logits: Tensor) -> Iterator[GradientEdge]:
+    """Yield what logits were copied or reshaped from, which a loss may have read in their place.
+
+    Under autocast what a model returns is a copy in single precision.
+    """
+    node = logits.grad_fn
+    while node is not None and node.name().rstrip("0123456789") in _COPIES:
+        node, index = node.next_functions[0]
+        if node is not None:
+            yield GradientEdge(node, index)
 
 
 def _no_slope(inputs: Mapping[str, Any], num_items: float | None, key: Key) -> None:
