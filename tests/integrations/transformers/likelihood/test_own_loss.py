@@ -513,6 +513,13 @@ def test_pixels_are_compared_as_their_head_does_beside_the_loss_of_an_auxiliary_
     assert logged(trainer, "kl") == [pytest.approx(kl.item(), rel=1e-4)]
 
 
+def test_a_loss_of_the_models_own_is_minimised_under_autocast(tmp_path):
+    """The logits that a model returns are then a copy of what its loss read."""
+    config = RDropConfig(likelihood="model")
+    trainer = train(tmp_path, Plain(focal), number_rows(LABELS), config, bf16=True, **KEPT)
+    assert min(logged(trainer, "kl")) > 1e-4
+
+
 class PaddedNumbersTrainer(Trainer):
     """Numbers, of which some are not there; or of which one may be -100."""
 

@@ -303,8 +303,8 @@ def _slope(
         if not (loss.requires_grad and logits.requires_grad):
             return None
         try:
-            place: Tensor | GradientEdge
-            for place in (logits, *_same_numbers(logits)):
+            places: list[Tensor | GradientEdge] = [logits, *_same_numbers(logits)]
+            for place in places:
                 (slope,) = torch.autograd.grad(loss, place, allow_unused=True, retain_graph=True)
                 if slope is not None:
                     # A loss whose margins are all met tells nothing.
