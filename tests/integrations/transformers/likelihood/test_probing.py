@@ -757,6 +757,61 @@ def test_a_label_that_the_loss_leaves_out_does_not_count(size):
     assert torch.equal(found.head(batch, 4).target, labels != 255)
 
 
+def test_the_slope_for_other_labels_tells_the_dimension_of_the_classes():
+    """Of a loss of each class by itself, whose slope does not sum to 0 over the classes."""
+    labels = torch.randint(3, (4, 8, 8), generator=torch.Generator().manual_seed(0))
+
+    def by_class(logits, inputs):
+        whole = F.interpolate(logits, size=(8, 8), mode="bilinear")
+        target = F.one_hot(inputs["labels"], 3).movedim(-1, 1).float()
+        return F.binary_cross_entropy_with_logits(whole, target)
+
+    batch = {"x": torch.randn(4, 2, 4, 4), "labels": labels}
+    found = divergence_under(Pixels(), by_class, batch)
+    assert (found.kind, found.class_dim) == ("classes", 1)
+
+
+def test_a_term_that_reads_no_label_does_not_hide_the_classes():
+    teacher = 4 * torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
+    batch = {"x": torch.randn(8, FEATURES), "labels": torch.arange(8), "teacher": teacher}
+
+    def distilled(logits, inputs):
+        return F.cross_entropy(logits, inputs["labels"]) + F.mse_loss(logits, inputs["teacher"])
+
+    assert divergence_under(Scores(10), distilled, batch).kind == "classes"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_class_that_is_certain_is_none_that_does_not_count(seed):
+    torch.manual_seed(seed)
+    batch = {"x": 300 * torch.randn(4, 6, FEATURES), "labels": torch.randint(3, (4, 6))}
+
+    def focal(logits, inputs):
+        nll = F.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten(), reduction="none")
+        return ((1 - (-nll).exp()) ** 2 * nll).mean()
+
+    assert divergence_under(Scores(3), focal, batch).ignore_index == -100
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3), (24, 3)], ids=["time first", "flat"])
+def test_logits_whose_rows_are_not_first_are_refused(shape):
+    model = Scores(3)
+
+    def compute(inputs, items):
+        logits = model(inputs["x"])["logits"].movedim(1, 0).reshape(shape)
+        return logits.square().mean(), {"logits": logits}
+
+    batch = {"x": torch.randn(4, 6, FEATURES), "labels": torch.zeros(4, 6, dtype=torch.long)}
+    options = {"head": None, "label_names": ["labels"], "counts_items": False}
+    with pytest.raises(ValueError, match="must have the 4 rows of the batch as its first"):
+        probe_own_loss(model, compute, batch, **options)
+
+
+def test_two_numbers_of_1_are_values_where_the_loss_draws_the_logits_to_them():
+    batch = {"x": torch.randn(2, FEATURES), "labels": torch.ones(2, 1)}
+    assert divergence_of(huber, 1, batch).kind == "numbers"
+
+
 def test_words_that_are_padded_by_a_word_do_not_count():
     labels = torch.tensor([[1, 2, 0, 0], [2, 1, 1, 0], [1, 1, 2, 2], [2, 0, 0, 0]])
     batch = {"x": torch.randn(4, 4, FEATURES), "labels": labels}

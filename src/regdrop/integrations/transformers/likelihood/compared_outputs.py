@@ -14,7 +14,10 @@ from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.heads import Head
-from regdrop.integrations.transformers.evaluation import find_labels, with_shorter_masks
+from regdrop.integrations.transformers.evaluation import (
+    find_labels,
+    with_shorter_masks,
+)
 from regdrop.integrations.transformers.likelihood.divergence import Divergence
 from regdrop.integrations.transformers.outputs import (
     Key,
@@ -68,12 +71,16 @@ def find_divergence(
         )
     is_single = logits.dim() == 1 or logits.shape[-1] == 1
     class_dim, is_of_classes = _find_class_dim(logits, labels, slope)
-    if name is not None and labels is not None and labels.numel() == logits.numel():
-        found = _of_elements(labels, logits, slope, is_of_classes)
+    is_whole = labels is not None and not labels.is_floating_point()
+    is_of_elements = labels is not None and labels.numel() == logits.numel()
+    if name is not None and is_whole and is_of_classes is False and not is_of_elements:
+        class_dim, is_of_classes = _class_dim_by_labels(name, inputs, logits, key, slope_of)
+    if name is not None and labels is not None and is_of_elements:
+        found = _of_elements(name, inputs, logits, key, slope_of, is_of_classes)
         if found in ("labels", "numbers"):
             mask = _obeyed_mask(inputs, labels.shape, key, slope_of)
             # No yes or no and no whole number of a class is -100.
-            ignores = found == "labels" or _leaves_out(name, inputs, key, slope_of)
+            ignores = found == "labels" or _leaves_out(name, inputs, key, slope, slope_of)
             return Divergence(found, key, mask, label=name, ignores=ignores)
         if found == "shares":
             return Divergence("classes", key)
@@ -85,8 +92,7 @@ def find_divergence(
             "no labels of that shape tell how passes are compared: override rdrop_head of the "
             "trainer to say what its divergence is"
         )
-    are_numbers = labels is None or labels.is_floating_point()
-    if is_of_classes is False and (are_numbers or not _rises_to(labels, slope)):
+    if is_of_classes is False:
         got = "none" if labels is None else f"{name!r} of shape {tuple(labels.shape)}"
         raise ValueError(
             f"the loss is none of classes (its slope over the model's output {key!r}, of shape "
@@ -121,6 +127,12 @@ def _find_read(
         if len(alike) != 1 or not alike[0][1].is_floating_point():
             raise
         [(key, logits)] = alike
+    if logits.shape[:1] != (rows,):
+        raise ValueError(
+            f"the model's output {key!r} must have the {rows} rows of the batch as its first "
+            f"dimension, to be compared between passes, got shape {tuple(logits.shape)}: return it "
+            "so, or override rdrop_head of the trainer"
+        )
     called = [other for other, _ in named_tensors(output) if "logits" in str(other)]
     for other in dict.fromkeys((key, *called)):
         found = find_tensor(output, other)
@@ -152,18 +164,31 @@ def _find_class_dim(
     dims = (1, -1) if is_second else (-1, 1) if second is not None else (-1,)
     if slope is None:
         is_whole = labels is not None and not labels.is_floating_point()
-        return 1 if is_second and is_whole else -1, None
+        # Labels of pixels may be of a larger picture than the logits.
+        is_picture = logits.dim() > 3 and labels is not None and labels.dim() == logits.dim() - 1
+        is_picture = is_picture and labels is not None and labels.shape != logits.shape[:-1]
+        return 1 if is_whole and (is_second or is_picture) else -1, None
     fitting = [dim for dim in dims if _is_of_classes(slope, dim)]
     return (fitting[0], True) if fitting else (dims[0], False)
 
 
-def _rises_to(labels: Tensor | None, slope: Tensor | None) -> bool:
-    """Return whether a loss falls most by the score of each item's own class."""
-    if labels is None or slope is None or labels.shape != slope.shape[:-1]:
-        return True
-    counted = (labels >= 0) & (labels < slope.shape[-1]) & slope.any(-1)
-    agrees = (slope.argmin(-1) == labels)[counted]
-    return bool(2 * agrees.sum() >= len(agrees))
+def _class_dim_by_labels(
+    name: str, inputs: Mapping[str, Any], logits: Tensor, key: Key, slope_of: SlopeOf
+) -> tuple[int, bool | None]:
+    """Return the dimension of the classes by what the slope is for other labels.
+
+    Terms that read no label, as of a teacher, or one on the logits' size, are in both slopes.
+    """
+    labels: Tensor = inputs[name]
+    dims = (-1,) if logits.dim() == 2 else (-1, 1)
+    # Those that are there, in other places: others may be none that the loss knows.
+    counted = (labels >= 0) & (labels < max(logits.shape[dim] for dim in dims))
+    moved = labels.masked_scatter(counted, labels[counted].roll(1))
+    before, after = slope_of(inputs, key), slope_of({**inputs, name: moved}, key)
+    if before is None or after is None or torch.equal(before, after):
+        return dims[0], None
+    fitting = [dim for dim in dims if _is_of_classes(after - before, dim)]
+    return (fitting[0], True) if fitting else (dims[0], False)
 
 
 def fits_head(head: Head, output: Any, inputs: Mapping[str, Any], slope_of: SlopeOf) -> bool:
@@ -228,13 +253,19 @@ def _is_of_classes(slope: Tensor, class_dim: int) -> bool:
 
 
 def _of_elements(
-    labels: Tensor, logits: Tensor, slope: Tensor | None, is_of_classes: bool | None
+    name: str,
+    inputs: Mapping[str, Any],
+    logits: Tensor,
+    key: Key,
+    slope_of: SlopeOf,
+    is_of_classes: bool | None,
 ) -> str | None:
     """Return what labels are that are as many as the logits: "labels", "numbers" or "shares".
 
     None where they are whole numbers of another kind. Where nobody knows whether the loss is one of
     classes, rows that sum to 1 are shares of classes.
     """
+    labels: Tensor = inputs[name]
     is_single = logits.dim() == 1 or logits.shape[-1] == 1
     is_whole = not is_single and not labels.is_floating_point()
     values = labels.float()
@@ -248,34 +279,52 @@ def _of_elements(
         # Rows of shares that do not count may be all 0.
         return None if is_whole else "shares"
     counted = values[labels != IGNORE_INDEX]
-    if bool(((counted >= 0) & (counted <= 1)).all()) and _are_chances(labels, logits, slope):
+    is_share = bool(((counted >= 0) & (counted <= 1)).all())
+    if is_share and _are_chances(name, inputs, logits, key, slope_of):
         return "labels"
     return None if is_whole and is_of_classes is None else "numbers"
 
 
-def _are_chances(labels: Tensor, logits: Tensor, slope: Tensor | None) -> bool:
+def _are_chances(
+    name: str, inputs: Mapping[str, Any], logits: Tensor, key: Key, slope_of: SlopeOf
+) -> bool:
     """Return whether labels from 0 to 1 are chances of a yes, not values that logits should have.
 
-    The slope tells, where a logit and its sigmoid lie on either side of the label.
+    The slope tells, where a label lies between a logit and its sigmoid.
     """
+    labels: Tensor = inputs[name]
+    value = logits.detach().float().reshape(labels.shape)
+    between = ((value + value.sigmoid()) / 2).clamp(0, 1)
+    if not labels.is_floating_point():
+        between = between.round()
+    asked = torch.where(labels == IGNORE_INDEX, labels, between.to(labels.dtype))
+    try:
+        slope = slope_of({**inputs, name: asked}, key)
+    except Exception:  # whatever a loss raises for labels that it cannot have
+        return True
     if slope is None:
         return True
-    value, wanted, slope = (x.detach().float().reshape(-1) for x in (logits, labels, slope))
+    slope, wanted = slope.float().reshape(labels.shape), asked.float()
     of_chance, of_value = (value.sigmoid() - wanted).sign(), (value - wanted).sign()
-    telling = (of_chance != of_value) & (slope != 0)
+    telling = (of_chance != of_value) & (slope != 0) & (labels != IGNORE_INDEX)
     agrees = (slope.sign() == of_chance)[telling]
     return bool(agrees.sum() * 2 >= len(agrees))
 
 
-def _leaves_out(name: str, inputs: Mapping[str, Any], key: Key, slope_of: SlopeOf) -> bool:
+def _leaves_out(
+    name: str, inputs: Mapping[str, Any], key: Key, slope: Tensor | None, slope_of: SlopeOf
+) -> bool:
     """Return whether a loss reads no number of the logits whose label is -100."""
     labels: Tensor = inputs[name]
     if not labels.is_floating_point():
         return True
+    if slope is None:
+        return False
     marked = labels.clone(memory_format=torch.contiguous_format)
-    marked.view(-1)[0] = IGNORE_INDEX
-    slope = slope_of({**inputs, name: marked}, key)
-    return slope is not None and not bool(slope.reshape(-1)[marked.view(-1) == IGNORE_INDEX].any())
+    # One that the loss reads as it is.
+    marked.view(-1)[slope.reshape(-1).abs().argmax()] = IGNORE_INDEX
+    after = slope_of({**inputs, name: marked}, key)
+    return after is not None and not bool(after.reshape(-1)[marked.view(-1) == IGNORE_INDEX].any())
 
 
 def _of_items(
@@ -306,7 +355,9 @@ def _of_items(
         for other in _telling(found, name if labels is not None else None, inputs, acts):
             for is_shifted in (False, True):
                 moved = replace(other, is_shifted=is_shifted)
-                if torch.equal(moved.counted(inputs, len(acts)), acts):
+                if not torch.equal(moved.counted(inputs, len(acts)), acts):
+                    continue
+                if _is_confirmed(moved, name, inputs, key, slope_of):
                     return moved
     if labels is not None and bool((labels == IGNORE_INDEX).any()):
         return replace(found, mask=name)
@@ -316,6 +367,38 @@ def _of_items(
     if obeyed is None and isinstance(attention, Tensor) and attention.shape == items:
         obeyed = "attention_mask"
     return replace(found, mask=obeyed or (None if labels is None else name))
+
+
+def _is_confirmed(
+    divergence: Divergence,
+    name: str | None,
+    inputs: Mapping[str, Any],
+    key: Key,
+    slope_of: SlopeOf,
+) -> bool:
+    """Return whether a label that no class has to be does not count where it changes places.
+
+    All items of a class may be so certain that the loss asks nothing of them.
+    """
+    ignored = divergence.ignore_index
+    if name is None or divergence.mask != name or ignored == IGNORE_INDEX:
+        return True
+    labels: Tensor = inputs[name]
+    counted = labels[labels != ignored]
+    if len(counted) == 0:
+        return False
+    swapped = torch.where(labels == counted[0], ignored, labels)
+    swapped = torch.where(labels == ignored, counted[0], swapped)
+    changed = {**inputs, name: swapped}
+    try:
+        slope = slope_of(changed, key)
+    except Exception:  # whatever a loss raises for labels that it cannot have
+        return False
+    if slope is None:
+        return False
+    acts = slope.any(divergence.class_dim)
+    acts = acts[:, -labels.shape[1] :] if divergence.is_tail else acts
+    return torch.equal(divergence.counted(changed, len(acts)), acts)
 
 
 def _is_behind(labels: Tensor, items: torch.Size, acts: Tensor) -> bool:

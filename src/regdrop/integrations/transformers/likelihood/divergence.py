@@ -60,6 +60,8 @@ class Divergence:
         items = "all" if self.mask is None else f"those that {self.mask} tells"
         if self.ignore_index != IGNORE_INDEX:
             items += f", but for {self.ignore_index}"
+        if self.num_classes is not None:
+            items += " and that name a class"
         items += ", moved by one" if self.is_shifted else ""
         items += ", at its end" if self.is_tail else ""
         if self.kind == "numbers":

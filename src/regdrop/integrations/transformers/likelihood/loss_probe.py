@@ -61,8 +61,8 @@ class LossProbe:
     def slope(self, batch: Mapping[str, Any], key: Key, num_passes: int = 1) -> Tensor | None:
         """Return the derivative with respect to the logits, 0 where the loss does not read them.
 
-        None where nobody knows: they have no gradient, it is 0 here, or a part of the model knows
-        a whole backward alone.
+        None where nobody knows: they have no gradient, it is 0 or no number here, or a part of the
+        model knows a whole backward alone.
 
         Args:
             batch: A batch with its labels.
@@ -97,8 +97,9 @@ def _slope_at(loss: Tensor, logits: Tensor) -> Tensor | None:
     for place in places:
         (slope,) = torch.autograd.grad(loss, place, allow_unused=True, retain_graph=True)
         if slope is not None:
-            # A loss whose margins are all met tells nothing.
-            return slope.reshape(logits.shape) if bool(slope.any()) else None
+            # A loss whose margins are all met tells nothing, nor does one that is no number.
+            tells = bool(slope.any()) and bool(slope.isfinite().all())
+            return slope.reshape(logits.shape) if tells else None
     return torch.zeros_like(logits)
 
 
