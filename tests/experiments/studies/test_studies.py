@@ -98,9 +98,16 @@ def test_schedules_of_alpha_are_constants_ramps_rules_and_cheaper_ramps():
     assert arms["ramp-16-below-5-every-2"] == replace(ramp, every_n_steps=2, single_pass_below=5)
     narrow = arms["narrow-ramp-10"]
     assert narrow == replace(ramp, alpha_start=3, alpha_max=10)
+    assert arms["narrow-ramp-10-below-6.5"] == replace(narrow, single_pass_below=6.5)
+    assert arms["narrow-ramp-10-every-2"] == replace(narrow, every_n_steps=2)
+    both = arms["narrow-ramp-10-below-5.2-every-2"]
+    assert both == replace(narrow, every_n_steps=2, single_pass_below=5.2)
+    half = DIGITS.training.max_steps // 2
+    assert arms["alpha-6-every-2"] == replace(arms["alpha-6"], every_n_steps=2)
+    assert arms["alpha-6-late-start"] == replace(arms["alpha-6"], start_step=half)
     late = arms["late-start"]
     # Its mean over the run is that of the ramp to 16.
-    assert (late.alpha, late.start_step) == (16, DIGITS.training.max_steps / 2)
+    assert (late.alpha, late.start_step) == (16, half)
     rising = next(a for a in study_arms("alpha-schedules", DIGITS) if a.dropout_rises)
     assert (rising.rdrop.num_passes, rising.dropout_odds) == (1, 4)
     others = [

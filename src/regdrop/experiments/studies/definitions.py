@@ -95,12 +95,19 @@ def _alpha_schedules(task: Task, grid: Sequence[float]) -> list[Arm]:
         dropout_odds=4.0,
         dropout_rises=True,
     )
-    late_start = _arm(
-        plain,
-        "late-start",
-        "R-Drop, alpha 16 in the second half of the steps",
-        alpha=16.0,
-        start_step=round(task.training.max_steps / 2),
+    half = round(task.training.max_steps / 2)
+    late_start, constant_late_start = (
+        _arm(
+            plain,
+            name,
+            f"R-Drop, alpha {alpha:g} in the second half of the steps",
+            alpha=alpha,
+            start_step=half,
+        )
+        for name, alpha in (("late-start", 16.0), ("alpha-6-late-start", 6.0))
+    )
+    every_second = _arm(
+        plain, "alpha-6-every-2", "R-Drop, alpha 6 on every 2nd step", alpha=6.0, every_n_steps=2
     )
     return [
         baseline,
@@ -109,7 +116,10 @@ def _alpha_schedules(task: Task, grid: Sequence[float]) -> list[Arm]:
         *_rules(plain),
         rising_dropout,
         late_start,
-        *_cheaper_ramps(plain),
+        *_cheaper_ramps(plain, "ramp-16", 0.0, 16.0, (8.0, 5.0)),
+        *_cheaper_ramps(plain, "narrow-ramp-10", 3.0, 10.0, (6.5, 5.2)),
+        every_second,
+        constant_late_start,
     ]
 
 
@@ -167,18 +177,29 @@ def _rules(task: Task) -> list[Arm]:
     return [*arms, *later, cheaper]
 
 
-def _cheaper_ramps(task: Task) -> list[Arm]:
+def _cheaper_ramps(
+    task: Task, ramp: str, start: float, end: float, thresholds: tuple[float, float]
+) -> list[Arm]:
+    """Return a ramp with one pass in its first half, on every 2nd step, and with some of both."""
+    alone, together = thresholds
     ways: list[tuple[str, str, dict[str, Any]]] = [
-        ("below-8", "one pass below 8", {"single_pass_below": 8.0}),
+        (f"below-{alone:g}", f"one pass below {alone:g}", {"single_pass_below": alone}),
         ("every-2", "on every 2nd step", {"every_n_steps": 2}),
         (
-            "below-5-every-2",
-            "one pass below 5, then on every 2nd step",
-            {"single_pass_below": 5.0, "every_n_steps": 2},
+            f"below-{together:g}-every-2",
+            f"one pass below {together:g}, then on every 2nd step",
+            {"single_pass_below": together, "every_n_steps": 2},
         ),
     ]
     return [
-        _rising(task, f"ramp-16-{name}", f"from 0 to 16, {text}", alpha_max=16.0, **changes)
+        _rising(
+            task,
+            f"{ramp}-{name}",
+            f"from {start:g} to {end:g}, {text}",
+            alpha_start=start,
+            alpha_max=end,
+            **changes,
+        )
         for name, text, changes in ways
     ]
 
