@@ -126,33 +126,24 @@ class RDropTrainerMixin(RunState):
         Without `num_items_in_batch` the loss is the mean of the micro-batch: a `training_step` of
         one's own divides it by the micro-batches, as it does without R-Drop.
         """
-        # The Trainer's own training_step leaves dividing to the loss. What it gives, a compute_loss
-        # of a subclass may not hand on.
         is_given = num_items_in_batch is not _NOT_GIVEN
-        is_overridden = type(self).compute_loss is not RDropTrainerMixin.compute_loss
-        is_divided_here = self._is_asked_by_trainer and (is_given or is_overridden)
-        if num_items_in_batch is _NOT_GIVEN:
-            num_items_in_batch = None
+        num_items = num_items_in_batch if is_given else None
         is_training = self._is_in_step or (model.training and torch.is_grad_enabled())
         if not is_training:
-            return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._evaluation_loss(model, inputs, return_outputs, num_items)
         self._was_computed = True
         step = self.state.global_step
         plan = self._planner.plan(self.rdrop, step)
         head = self._head(inputs)
         assert self._source is not None
         own = self._source.own
-        if step in _LATER_LOOKS and step != self._looked_at:
-            self._looked_at = step
-            self._note_later_loss(head, inputs)
-            # What follows the last layer may act by now.
-            self._is_checked = self._is_checked and not self._is_fused
+        self._look_again(step, head, inputs)
         self._check(model, head, plan.num_passes, own)
         self._check_counts(head)
         if self.rdrop.method == "fraternal":
             head = fraternal_head(head)
 
-        window = self._window(own, num_items_in_batch, is_divided_here)
+        window = self._window(own, num_items, self._divides_here(is_given))
         read = self._reader(model, head, own, window, return_outputs)
         is_measured_apart = plan.num_passes == 1 and is_monitored(self.rdrop, step)
         other = extra_pass(model, read, head.inputs) if is_measured_apart else None
@@ -219,6 +210,24 @@ class RDropTrainerMixin(RunState):
         return self._compute_without_rdrop(
             model, inputs, return_outputs, num_items if is_counting else None
         )
+
+    def _divides_here(self, is_given: bool) -> bool:
+        """Return whether the loss is divided here, or by a `training_step` of one's own.
+
+        The Trainer's own leaves it to the loss. The number of items that it gives may not be handed
+        on by the `compute_loss` of a subclass.
+        """
+        is_overridden = type(self).compute_loss is not RDropTrainerMixin.compute_loss
+        return self._is_asked_by_trainer and (is_given or is_overridden)
+
+    def _look_again(self, step: int, head: Head, inputs: dict[str, Any]) -> None:
+        """At some later steps, see whether the model is still what the first batch showed."""
+        if step not in _LATER_LOOKS or step == self._looked_at:
+            return
+        self._looked_at = step
+        self._note_later_loss(head, inputs)
+        # What follows the last layer may act by now.
+        self._is_checked = self._is_checked and not self._is_fused
 
     def _check(self, model: nn.Module, head: Head, num_passes: int, own: OwnLoss | None) -> None:
         """Before the first step, choose how the last layer is computed; warn without dropout."""
