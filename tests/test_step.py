@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import reference
-from regdrop import RDropConfig, step_passes
+from regdrop import RDropConfig, rdrop_step, step_passes
 from regdrop.kernels import Projection
 from regdrop.loss import cross_entropy_terms, linear_cross_entropy_loss
 from regdrop.schedule import plan_step
@@ -269,3 +269,39 @@ def test_a_loss_that_computes_its_gradient_at_once_is_that_of_combined_terms(
 
     fused = partial(linear_cross_entropy_loss, projection=Projection(weight), weight=class_weight)
     torch.testing.assert_close(run(fused), run(None))
+
+
+# --- the caller's batch --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "step"),
+    [
+        (RDropConfig(every_n_steps=2), 0),
+        (RDropConfig(every_n_steps=2), 1),
+        (RDropConfig(start_step=5), 0),
+        (RDropConfig(alpha=0, num_passes=1), 0),
+        (RDropConfig(passes="sequential"), 0),
+        (RDropConfig(fraction=0.5), 0),
+    ],
+)
+def test_a_layer_that_writes_into_its_input_leaves_the_callers_batch(config, step):
+    model = nn.Sequential(nn.Dropout(0.5, inplace=True), nn.Linear(FEATURES, CLASSES))
+    batch, target = torch.ones(4, FEATURES), torch.tensor([0, 3, 1, 2])
+    rdrop_step(model, batch, target, config=config, step=step)
+    assert torch.equal(batch, torch.ones(4, FEATURES))
+
+
+def test_what_is_shared_is_handed_to_one_pass_as_it_is():
+    table = torch.ones(3)
+    seen = []
+
+    def forward(batch):
+        seen.append(batch["table"])
+        return batch["x"]
+
+    batch = {"x": torch.randn(2, CLASSES), "table": table}
+    config = RDropConfig(alpha=0, num_passes=1)
+    options = {"config": config, "step": 0, "shared": "table"}
+    rdrop_step(forward, batch, torch.tensor([0, 1]), **options)
+    assert seen[0] is table

@@ -28,6 +28,7 @@ from regdrop.passes import (
     map_rows,
     run_passes,
 )
+from regdrop.passes.structures import as_names
 from regdrop.schedule import StepPlan
 
 
@@ -59,7 +60,7 @@ def run_step_passes(
 
     Args:
         forward: Maps a batch without its target to the model's output, (items, ...).
-        batch: The original batch.
+        batch: The original batch; never changed.
         target: The original target, (batch, ...).
         config: How the passes are run.
         plan: What this step does.
@@ -71,7 +72,8 @@ def run_step_passes(
         ValueError: For a fraction of a batch whose target is not one row an item.
     """
     if plan.num_passes == 1:
-        return StepPasses(forward(copy_structure(batch)))
+        # A layer may write into its input, as dropout in place does: into a clone, as elsewhere.
+        return StepPasses(forward(copy_structure(batch, clones=True, shared=as_names(shared))))
 
     def count_items() -> int:
         return find_batch_size(batch) if batch_size is None else batch_size

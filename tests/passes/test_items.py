@@ -88,12 +88,35 @@ def test_short_tuples_of_texts_and_lists_are_repeated_too():
         assert repeat_batch((x, items))[1] == items * 2
 
 
+class Picture:
+    """An image of some library."""
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize(
+    "make_one",
+    [
+        lambda i: (i, i + 2),  # a span
+        lambda i: ("a", "b") * 5,
+        lambda i: torch.tensor(i),
+        lambda i: Picture(),
+    ],
+)
+def test_what_is_of_one_item_is_repeated_however_few_there_are(size, make_one):
+    items = tuple(make_one(i) for i in range(size))
+    repeated = repeat_batch({"x": torch.randn(size, 2), "more": items})["more"]
+    assert [*map(id, repeated)] == [*map(id, items * 2)]
+
+
 @pytest.mark.parametrize(
     ("size", "other"),
     [
         (2, (224, 224)),
         (3, (3, 224, 224)),
         (2, ("bilinear", 224)),
+        (3, ("bilinear", torch.float32, None)),
+        (2, (torch.device("cpu"), Picture())),
+        (2, (torch.nn.GELU(), torch.nn.ReLU())),
         (5, (None,) * 5),
         (3, torch.Size([3, 8, 8])),
         (5, torch.Size([5, 3, 8, 8, 8])),

@@ -195,6 +195,14 @@ def test_an_object_that_hides_tensors_of_the_items_is_named(kind, function):
         function(batch)
 
 
+def test_a_few_objects_that_each_hide_all_items_are_fields():
+    both = (Hidden(torch.randn(2, 5)), Hidden(torch.randn(2, 5)))
+    with pytest.raises(TypeError, match=r"holds a Hidden.*shape \(2, 5\) for its 2 items"):
+        repeat_batch({"x": torch.randn(2, 2), "sentences": both})
+    instances = (Hidden(torch.randn(2, 5)), Hidden(torch.randn(3, 5)))
+    assert repeat_batch((torch.randn(2, 2), instances))[1] == instances * 2
+
+
 @pytest.mark.parametrize("kind", HIDING)
 def test_an_object_without_tensors_of_the_items_passes_through(kind):
     batch = {"x": torch.randn(3, 2), "settings": kind(torch.randn(4, 3)), "net": nn.Linear(2, 3)}

@@ -1,16 +1,25 @@
 """What in a batch is of its items: the tensors with a row for each, the lists with an entry."""
 
 from collections.abc import Mapping, Sequence
+from enum import Enum
+from numbers import Number
+from types import FunctionType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from regdrop.passes.containers import count_graphs, is_graph
 from regdrop.passes.structures import children, find_leaves, is_array, is_plain, named_children
 
 # A tuple of numbers is a size, as that of an image, up to this length.
-_LONGEST_SIZE = 4
+LONGEST_SIZE = 4
+# What sizes are made of, and settings.
+_SETTINGS = (
+    *(Number, torch.SymInt, torch.SymFloat, torch.SymBool, type(None), slice, Enum, type),
+    *(torch.dtype, torch.device, torch.Generator, nn.Module, FunctionType),
+)
 
 
 def find_dim(value: Any, size: int, dim: int) -> int | None:
@@ -36,9 +45,9 @@ def is_of_items(value: Any, size: int, dim: int) -> bool:
 def are_items(value: Any, size: int, dim: int) -> bool:
     """Return whether a list or a tuple has an entry for each item, so that it is repeated whole.
 
-    It is as long as the batch then, and no structure: not the fields of the items, nor what may be
-    the size of an image. With tensors it is one of mappings or records, as of the boxes in each
-    image, whose rows are not those of the batch.
+    It is as long as the batch then, and no structure: not the fields of the items, nor a few
+    numbers or settings, as of the size of an image. With tensors it is one of mappings or records,
+    as of the boxes in each image, whose rows are not those of the batch.
     """
     is_list = isinstance(value, list)
     if not (is_list or type(value) is tuple) or len(value) != size:
@@ -82,6 +91,6 @@ def _are_boxes(value: Sequence[Any]) -> bool:
 
 
 def _may_be_a_size(value: Sequence[Any]) -> bool:
-    if len(value) > _LONGEST_SIZE:
+    if len(value) > LONGEST_SIZE:
         return all(entry is None for entry in value)
-    return not all(isinstance(entry, (str, bytes, list, Mapping)) for entry in value)
+    return any(isinstance(entry, _SETTINGS) for entry in value)

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from regdrop.passes.containers import count_graphs, is_container, is_graph
-from regdrop.passes.items import are_items, are_records_of_items
+from regdrop.passes.items import LONGEST_SIZE, are_items, are_records_of_items
 from regdrop.passes.numbered_rows import refuse_hidden_numbers
 from regdrop.passes.packed_rows import tell_documents
 from regdrop.passes.structures import (
@@ -66,6 +66,7 @@ def _refuse(value: Any, first: Any, size: int, dim: int, shared: frozenset[str])
         return
     if are_items(value, size, dim):  # and repeated as such
         _refuse_items_of_unknown_number(value, first)
+        _refuse_hidden_fields(value, size, dim)
         return
     if isinstance(value, list):
         _refuse_list_of_items(value, first, size, dim)
@@ -113,6 +114,16 @@ def _refuse_items_of_unknown_number(values: Sequence[Any], first: Any) -> None:
             "the number of the items; put a tensor with a row for each item before it, or use "
             'passes="sequential" with fraction=1.0'
         )
+
+
+def _refuse_hidden_fields(values: Sequence[Any], size: int, dim: int) -> None:
+    """Raise for a few objects in a tuple of which each has tensors of all items, not of one."""
+    if type(values) is not tuple or len(values) > LONGEST_SIZE:
+        return
+    if all(
+        items_by_name(one) is None and _find_hidden([one], size, dim) is not None for one in values
+    ):
+        _refuse_hidden(values[0], values[:1], size, dim)
 
 
 def _refuse_images_and_targets(parts: Sequence[Any], size: int, dim: int) -> None:
@@ -169,16 +180,24 @@ def _refuse_tensors_of_nodes(leaves: Sequence[Any], size: int) -> None:
 
 
 def _refuse_hidden(value: Any, places: Iterable[Any], size: int, dim: int) -> None:
+    found = _find_hidden(places, size, dim)
+    if found is not None:
+        raise TypeError(
+            f"batch holds a {type(value).__name__}, an object with a tensor of shape "
+            f"{tuple(found.shape)} for its {size} items, which is not seen in it; give a "
+            "mapping, a dataclass or a tuple of tensors instead, name the object in shared, "
+            "leave it out of the batch, or use "
+            'passes="sequential" with fraction=1.0'
+        )
+
+
+def _find_hidden(places: Iterable[Any], size: int, dim: int) -> Any:
+    """Return a tensor or an array of the items in some objects; None if there is none."""
     for found in islice(_hidden(places, _DEPTH), _PARTS):
         is_one = isinstance(found, Tensor) and not is_lazy(found) and not found.is_nested
         if (is_one or is_array(found)) and found.ndim > dim and found.shape[dim] == size:
-            raise TypeError(
-                f"batch holds a {type(value).__name__}, an object with a tensor of shape "
-                f"{tuple(found.shape)} for its {size} items, which is not seen in it; give a "
-                "mapping, a dataclass or a tuple of tensors instead, name the object in shared, "
-                "leave it out of the batch, or use "
-                'passes="sequential" with fraction=1.0'
-            )
+            return found
+    return None
 
 
 def _hidden(values: Iterable[Any], depth: int) -> Iterator[Any]:
