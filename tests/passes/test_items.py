@@ -41,7 +41,7 @@ def test_a_list_of_images_beside_their_targets_is_named(kind):
 
 def test_targets_that_told_the_size_are_named_beside_numbers():
     numbered = [{"boxes": torch.rand(n, 4), "id": torch.tensor(n), "n": n} for n in (5, 3)]
-    with pytest.raises(TypeError, match=r"mappings of them.* differ, \[\(5,\), \(3,\)\]"):
+    with pytest.raises(TypeError, match=r"mappings\), whose sizes differ, \[\(5,\), \(3,\)\]"):
         repeat_batch(numbered)
 
 

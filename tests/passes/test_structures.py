@@ -3,7 +3,7 @@
 import enum
 import functools
 import timeit
-from collections import deque
+from collections import UserList, deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -340,8 +340,52 @@ def test_a_list_of_items_of_different_sizes_is_named():
         with pytest.raises(TypeError, match=r"list of 3 tensors.* differ, \[5, 7, 3\]"):
             repeat_batch(batch)
     samples = [{"x": torch.zeros(5), "n": torch.ones(5)}, {"x": torch.zeros(7), "n": torch.ones(7)}]
-    with pytest.raises(TypeError, match=r"mappings of them.* differ, \[\(5, 5\), \(7, 7\)\]"):
+    with pytest.raises(TypeError, match=r"mappings\), whose sizes differ, \[\(5, 5\), \(7, 7\)\]"):
         repeat_batch(samples)
+
+
+def test_a_list_of_arrays_of_different_sizes_is_named():
+    arrays = [np.zeros((3, 2)), np.zeros((5, 2))]
+    with pytest.raises(TypeError, match=r"list of 2 tensors \(or arrays.* differ, \[3, 5\]"):
+        repeat_batch(arrays)
+    assert len(repeat_batch({"x": torch.zeros(2), "one_an_item": arrays})["one_an_item"]) == 4
+    tables = {"x": torch.zeros(4), "tables": arrays}
+    assert repeat_batch(tables)["tables"][0] is arrays[0]
+
+
+class Column:
+    """As a column of pandas is."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __array__(self):
+        return np.array(self.values)
+
+
+@pytest.mark.parametrize(
+    "make_column",
+    [lambda: Column([1, 2, 3]), lambda: UserList("abc"), lambda: deque("abc"), lambda: range(3)],
+)
+def test_a_sequence_of_another_kind_is_named(make_column):
+    column = make_column()
+    batch = {"x": torch.zeros(3, 2), "more": column}
+    with pytest.raises(TypeError, match=f"holds a {type(column).__name__} with an entry for each"):
+        repeat_batch(batch)
+    assert repeat_batch(batch, shared="more")["more"] is column
+    assert repeat_batch({"x": torch.zeros(4, 2), "more": column})["more"] is column
+
+
+def test_what_a_property_has_kept_is_computed_again():
+    for kind in (Cached, CachedInAttrs, CachedInPydantic):
+        batch = kind(x=torch.randn(3, 2))
+        assert batch.mask.shape == (3, 2)
+        assert repeat_batch(batch).mask.shape == (6, 2)
+        assert take_items(batch, torch.tensor([1])).mask.shape == (1, 2)
+        assert "mask" in vars(batch)
 
 
 def test_lists_that_are_structures_are_stacked():
@@ -367,6 +411,32 @@ def test_a_list_of_objects_of_the_items_is_repeated():
 class Plain:
     x: Any
     note: Any = "kept"
+
+
+@dataclass(frozen=True)
+class Cached:
+    x: Any
+
+    @functools.cached_property
+    def mask(self):
+        return self.x > 0
+
+
+@attrs.define(slots=False)
+class CachedInAttrs:
+    x: Any
+
+    @functools.cached_property
+    def mask(self):
+        return self.x > 0
+
+
+class CachedInPydantic(pydantic.BaseModel):
+    x: Any
+
+    @functools.cached_property
+    def mask(self):
+        return self.x > 0
 
 
 class Rows(list):

@@ -7,6 +7,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,18 +54,31 @@ def record_items(value: Any) -> dict[str, Any] | None:
 
 
 def rebuild_record(original: Any, changed: Mapping[str, Any]) -> Any:
-    """Return a copy of a record with other values in some of its fields."""
+    """Return a copy of a record with other values in some of its fields.
+
+    What a `cached_property` keeps is left out: it is that of the original's fields.
+    """
     if is_pydantic(original):
-        return original.model_copy(update=dict(changed))
-    try:
-        result = copy.copy(original)
-    except AttributeError:  # slots of attrs that are not set cannot be copied
-        result = object.__new__(type(original))
-        changed = {**(record_items(original) or {}), **changed}
-    for name, item in changed.items():
-        # A frozen dataclass is filled the way its own __init__ does it.
-        object.__setattr__(result, name, item)
+        result = original.model_copy(update=dict(changed))
+    else:
+        try:
+            result = copy.copy(original)
+        except AttributeError:  # slots of attrs that are not set cannot be copied
+            result = object.__new__(type(original))
+            changed = {**(record_items(original) or {}), **changed}
+        for name, item in changed.items():
+            # A frozen dataclass is filled the way its own __init__ does it.
+            object.__setattr__(result, name, item)
+    for name in cached_names(result):
+        if name not in changed:
+            object.__delattr__(result, name)
     return result
+
+
+def cached_names(value: Any) -> list[str]:
+    """Return the names of what an object's properties have computed once and keep."""
+    own = getattr(value, "__dict__", {})
+    return [name for name in own if isinstance(getattr(type(value), name, None), cached_property)]
 
 
 def rebuild_mapping(original: Mapping[Any, Any], changed: dict[Any, Any]) -> Any:

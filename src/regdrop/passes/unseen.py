@@ -17,6 +17,7 @@ from regdrop.passes.numbered_rows import refuse_hidden_numbers
 from regdrop.passes.packed_rows import tell_documents
 from regdrop.passes.structures import (
     SIMPLE,
+    cached_names,
     children,
     find_leaves,
     is_array,
@@ -72,16 +73,35 @@ def _refuse(value: Any, first: Any, size: int, dim: int, shared: frozenset[str])
         _refuse_list_of_items(value, first, size, dim)
     items = items_by_name(value)
     if items is None:
+        _refuse_column(value, size)
         _refuse_hidden(value, [value], size, dim)
         return
     if not isinstance(value, (list, tuple, Mapping)):
-        _refuse_hidden(value, _attributes(value, without=items), size, dim)
+        known = (*items, *cached_names(value))  # what is cached is computed again
+        _refuse_hidden(value, _attributes(value, without=known), size, dim)
     parts = {name: item for name, item in items.items() if name not in shared}
     _refuse_images_and_targets(list(parts.values()), size, dim)
     if not tell_documents(items):
         refuse_hidden_numbers(parts, size)
     for part in parts.values():
         _refuse(part, first, size, dim, shared)
+
+
+def _refuse_column(value: Any, size: int) -> None:
+    """Raise for a sequence of another kind, such as a column of pandas, with an entry an item."""
+    is_sequence = isinstance(value, Sequence) or hasattr(type(value), "__array__")
+    if not is_sequence or not hasattr(type(value), "__len__"):
+        return
+    try:
+        length = len(value)
+    except TypeError:  # a number, as an array without a dimension is
+        return
+    if length == size:
+        raise TypeError(
+            f"batch holds a {type(value).__name__} with an entry for each of the {size} items, "
+            "which is not repeated: give a list, an array of NumPy or a tensor (list(values)); "
+            "name it in shared if it is something else"
+        )
 
 
 def _refuse_list_of_items(values: list[Any], first: Any, size: int, dim: int) -> None:
@@ -99,7 +119,7 @@ def _refuse_list_of_items(values: list[Any], first: Any, size: int, dim: int) ->
     told_the_size = any(leaf is first for leaf in find_leaves(values))
     if len(set(kinds)) > 1 and (len(values) == size or told_the_size):
         raise TypeError(
-            f"batch holds a list of {len(values)} tensors, or mappings of them, whose sizes "
+            f"batch holds a list of {len(values)} tensors (or arrays, or mappings), whose sizes "
             f"differ, {[sizes for _, sizes in kinds[:4]]}; if they are the items, pad or pack them "
             '(torch.nn.utils.rnn), or use passes="sequential" with fraction=1.0; if they are none, '
             "put them into a tuple"
@@ -146,10 +166,12 @@ def _refuse_images_and_targets(parts: Sequence[Any], size: int, dim: int) -> Non
 
 
 def _sizes(value: Any, dim: int) -> Any:
-    """Return what a tensor, or a mapping of tensors, is, and its size; None for anything else.
+    """Return what a tensor, an array or a mapping of them is, and its size; else None.
 
     What has no size, such as the number of an image, tells nothing.
     """
+    if is_array(value):
+        return ((value.ndim, value.dtype), value.shape[dim]) if value.ndim > dim else None
     if isinstance(value, Tensor):
         has_rows = not is_lazy(value) and not value.is_nested and value.dim() > dim
         return ((value.dim(), value.dtype), value.shape[dim]) if has_rows else None
