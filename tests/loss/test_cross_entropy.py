@@ -232,6 +232,34 @@ def test_class_masked_in_every_pass_contributes_nothing(impl, num_passes):
 
 
 @pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("num_passes", [1, 2, 3])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_a_masked_class_costs_infinity_where_the_target_has_mass_on_it(
+    impl, num_passes, label_smoothing, weighted, kind
+):
+    """Elsewhere it costs nothing, and the gradient is finite in any case."""
+    logits, _ = make(num_passes)
+    logits[:, 0] = -math.inf
+    target = torch.tensor([0, 1, 2, 0, 4])
+    one_hot = F.one_hot(target, 7).double()
+    weight = torch.tensor([0.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0]) if weighted else None
+    mass = (1 - label_smoothing) * one_hot[:, 0] + label_smoothing / 7
+    masked_is_wanted = (mass > 0) & (not weighted)
+    target = one_hot if kind == "probabilities" else target
+    options = {"num_passes": num_passes, "impl": impl, "weight": weight}
+    options["label_smoothing"] = label_smoothing
+    terms = cross_entropy_terms(logits, target, **options)
+    assert torch.equal(terms.nll.isinf(), masked_is_wanted)
+    assert (terms.nll[~masked_is_wanted] < 100).all()
+    options |= {"alpha": 1.0 if num_passes > 1 else 0.0, "reduction": "sum"}
+    output = rdrop_cross_entropy(logits, target, **options)
+    torch.testing.assert_close(output.nll, terms.nll.sum() / terms.nll_count)
+    assert gradient(logits, target, **options).isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize(
     ("dtype", "num_passes", "share"),
     [

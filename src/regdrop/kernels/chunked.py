@@ -16,6 +16,7 @@ from torch import Tensor
 from regdrop.kernels.closed_form import ClosedForm, Weight
 from regdrop.kernels.precision import accumulation_dtype
 from regdrop.kernels.target import Target
+from regdrop.tracing import can_read
 
 # Temporary blocks together stay below a twentieth of the logits, but a block is never so small
 # that starting the threads costs more than the arithmetic (nor so slow when cores are shared).
@@ -34,6 +35,8 @@ _FEW_CLASSES = 16
 _MANY_ROWS = 256
 # Above this, a difference of log-probabilities is that of a mask, however it was written.
 _LARGEST_DIFFERENCE = 1e30
+# Below this no masked class takes part in an NLL.
+_LARGEST_LIKELIHOOD = 1e9
 
 
 class Comparison(NamedTuple):
@@ -200,7 +203,7 @@ def _compare(logits: Tensor, target: Target) -> Comparison:
     # A class masked with -inf has a difference too: 0, where it is masked in every pass.
     log_p.clamp_(min=torch.finfo(dtype).min)
     mean = _mean_of_passes(log_p)
-    nll = -_target_sum(mean, target)
+    nll = _infinite_where_masked(-_target_sum(mean, target), logits, target)
     p = log_p.exp()
     difference = log_p.sub_(mean)
     # One masked in one pass only is infinitely unlikely there, and its product may be 0.
@@ -328,6 +331,32 @@ def _target_sum(x: Tensor, target: Target) -> Tensor:
         total = weighted.sum(-1, keepdim=True)
         at_class = at_class + (total if isinstance(spread, Tensor) else total * spread)
     return at_class.view(-1)
+
+
+def _infinite_where_masked(nll: Tensor, logits: Tensor, target: Target) -> Tensor:
+    """Return the NLL, (n,), infinite where the target has mass on a class masked with -inf.
+
+    Among log-probabilities the least finite number stood for such a class.
+
+    Args:
+        nll: Computed from them.
+        logits: (num_passes, n, C); the masks of all passes are the same.
+        target: What the items are compared with.
+    """
+    if can_read(nll.device) and nll.max().item() < _LARGEST_LIKELIHOOD:
+        return nll
+    one_pass = logits[0]
+    if target.probabilities is not None:
+        is_hit = (one_pass.isneginf() & (target.dense(nll.dtype) != 0)).any(-1)
+    else:
+        assert target.classes is not None
+        has_mass = target.class_mass(nll.dtype) != 0
+        is_hit = one_pass.gather(-1, target.classes.view(-1, 1)).view(-1).isneginf() & has_mass
+        if target.label_smoothing:
+            spread = target.spread_mass(one_pass.shape[-1], nll.dtype)
+            is_hit = is_hit | (one_pass.isneginf() & (spread != 0)).any(-1)
+    # Added, since where all classes are masked there is no number.
+    return nll + torch.zeros_like(nll).masked_fill(is_hit, torch.inf)
 
 
 def _subtract_target(common: Tensor, target: Target, grad_nll: Tensor) -> None:

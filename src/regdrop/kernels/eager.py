@@ -38,10 +38,19 @@ def _nll(log_p: Tensor, target: Target) -> Tensor:
         dense = target.dense(log_p.dtype)
         return -torch.where(dense == 0, 0, dense * log_p).sum(-1)
     assert target.classes is not None
-    nll = -log_p.gather(-1, target.classes[:, None])[:, 0] * target.class_mass(log_p.dtype)
+    at_class = log_p.gather(-1, target.classes[:, None])[:, 0]
+    nll = -_weighted(at_class, target.class_mass(log_p.dtype))
     if target.label_smoothing:
-        nll = nll - (log_p * target.spread_mass(log_p.shape[-1], log_p.dtype)).sum(-1)
+        spread = target.spread_mass(log_p.shape[-1], log_p.dtype)
+        nll = nll - _weighted(log_p, spread).sum(-1)
     return nll
+
+
+def _weighted(log_p: Tensor, mass: Tensor | float) -> Tensor:
+    """Return mass * log_p; a class without mass costs nothing, though -inf may mask it."""
+    if isinstance(mass, Tensor):
+        return torch.where(mass == 0, 0, log_p * mass)
+    return log_p * mass if mass else torch.zeros_like(log_p)
 
 
 def _mean_symmetric_kl(log_p: Tensor) -> Tensor:

@@ -80,7 +80,8 @@ class NarrowRows {
     nll = kl = Vec(0);
     each([&](int64_t i) {
       total[i] = Vec::blendv(Vec(acc_t(NAN)), sum[i], highest[i] < Vec(kInfinity));
-      const Vec own = Vec::loadu(&at_class[i * kLanes]) - highest[i];
+      const Vec above = Vec::loadu(&at_class[i * kLanes]) - highest[i];
+      const Vec own = Vec::blendv(above, Vec(0), class_mass == Vec(0));
       mean_difference[i] = product[i] / total[i];
       nll = nll + (mass * total[i].log() - at::vec::fmadd(class_mass, own, cross[i]));
       kl = kl + mean_difference[i];

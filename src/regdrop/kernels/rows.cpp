@@ -256,7 +256,7 @@ void forward_items(const Tensor& logits, const TargetRows<acc_t>& target,
     const double on_class = target.classes ? target.class_mass(item) : 0;
     for (int64_t i = 0; i < count; ++i) {
       if (!(highest[i] < infinity)) total[i] = std::nan("");
-      if (target.classes) {
+      if (on_class != 0) {
         const acc_t at_class = row[i * logits.stride(0) + target.classes[item]];
         cross[i] += on_class * (double(at_class) - double(highest[i]));
       }

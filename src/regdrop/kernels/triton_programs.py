@@ -323,7 +323,7 @@ def forward_kernel(
         at_class = tl.load(pointers, mask=is_pass, other=0)
         at_class = _cap(at_class.to(dtype), SCALE, SOFTCAP)
         reference = tl.where(maximum == -float("inf"), 0, maximum)
-        cross += tl.where(is_here, on_class * (at_class - reference), 0)
+        cross += tl.where(on_class != 0, on_class * (at_class - reference), 0)
         mass += on_class
 
     offset = passes * num_items + item
