@@ -77,7 +77,7 @@ def test_a_model_that_returns_tuples(tmp_path, build_model):
 # --- hyperparameter search --------------------------------------------------------------------
 
 
-def search(folder, space, rdrop=None, n_trials=3):
+def search(folder, space, rdrop=None, n_trials=3, **options):
     optuna = pytest.importorskip("optuna")
     seen = []
 
@@ -100,6 +100,7 @@ def search(folder, space, rdrop=None, n_trials=3):
         direction="minimize",
         backend="optuna",
         sampler=optuna.samplers.RandomSampler(seed=0),
+        **options,
     )
     return trainer, best, seen
 
@@ -140,6 +141,77 @@ def test_a_search_over_an_option_that_does_not_exist_is_an_error(tmp_path):
 
     with pytest.raises(ValueError, match=r"RDropConfig has no option \['alfa'\]"):
         search(tmp_path, space)
+
+
+def best_of(alphas, name="rdrop.alpha", option=None, target=3.0):
+    """Return the space of a search over these alphas in turn, and the figure that finds one."""
+    alphas, drawn = list(alphas), []
+
+    def space(trial):
+        alpha = trial.suggest_float(name, *[alphas[trial.number]] * 2)
+        drawn.append(alpha)
+        return {"rdrop.alpha": alpha if option is None else option(alpha)}
+
+    return space, lambda metrics: abs(drawn[-1] - target)
+
+
+@pytest.mark.parametrize("name", ["rdrop.alpha", "strength"])
+def test_the_best_of_a_search_trains_where_the_arguments_have_it(tmp_path, name):
+    """Hugging Face's way to train with the best: set each on the Trainer's arguments."""
+    space, figure = best_of([1.0, 3.0, 7.0], name)
+    given = RDropConfig(alpha=0.5, scale="sum")
+    trainer, best, seen = search(tmp_path, space, given, compute_objective=figure)
+    seen.clear()
+    trainer.train()
+    assert [(alpha, scale) for alpha, scale, _ in seen] == [(0.5, "sum")]
+    for own, value in best.hyperparameters.items():
+        setattr(trainer.args, own, value)
+    seen.clear()
+    for _ in range(2):
+        trainer.train()
+    assert [(alpha, scale) for alpha, scale, _ in seen] == [(3.0, "sum")] * 2
+    assert trainer._planner.plan(trainer.rdrop, 0).alpha == 3.0
+
+
+def test_the_best_of_a_search_whose_option_is_computed(tmp_path):
+    space, figure = best_of([0.0, 1.0, 2.0], "power", lambda x: 2.0**x, target=1.0)
+    trainer, best, seen = search(tmp_path, space, compute_objective=figure)
+    trainer.args.power = best.hyperparameters["power"]
+    seen.clear()
+    trainer.train()
+    assert [alpha for alpha, *_ in seen] == [2.0]
+
+
+def test_a_second_search_begins_with_the_options_as_given(tmp_path):
+    space, figure = best_of([1.0, 3.0, 7.0])
+    trainer, best, seen = search(tmp_path, space, RDropConfig(alpha=0.5), compute_objective=figure)
+    setattr(trainer.args, "rdrop.alpha", best.hyperparameters["rdrop.alpha"])
+    seen.clear()
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"rdrop.scale": trial.suggest_categorical("rdrop.scale", ["sum"])},
+        n_trials=1,
+        backend="optuna",
+    )
+    assert [(alpha, scale) for alpha, scale, _ in seen] == [(0.5, "sum")]
+
+
+def test_options_that_are_put_into_a_trainer_after_a_search_are_kept(tmp_path):
+    space, _ = best_of([1.0, 3.0])
+    trainer, best, seen = search(tmp_path, space, RDropConfig(alpha=0.5), n_trials=2)
+    setattr(trainer.args, "rdrop.alpha", best.hyperparameters["rdrop.alpha"])
+    trainer.rdrop = RDropConfig(alpha=4.0)
+    seen.clear()
+    for _ in range(2):
+        trainer.train()
+    assert [alpha for alpha, *_ in seen] == [4.0, 4.0]
+
+
+def test_arguments_of_a_search_leave_another_trainer_as_it_was_given(tmp_path):
+    args = arguments(tmp_path, max_steps=1)
+    setattr(args, "rdrop.alpha", 3.0)
+    trainer = RDropTrainer(tiny_bert(), args, train_dataset=text_rows(), rdrop=ONE_PASS)
+    trainer.train()
+    assert logged(trainer, "alpha") == [0.0]
 
 
 # --- records ----------------------------------------------------------------------------------

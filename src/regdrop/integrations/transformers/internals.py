@@ -170,11 +170,16 @@ class TrainerInternals(_Base):
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Take R-Drop's hyperparameters of a trial; leave the others to the Trainer."""
+        space: Any = getattr(self, "hp_space", None)
         if trial is None:
+            if space is not None:
+                self._leave_search()
             return super()._hp_search_setup(trial)
         is_optuna = not isinstance(trial, dict) and hasattr(trial, "suggest_float")
-        space: Any = getattr(self, "hp_space", None)
-        rest = self._take_searched(dict(space(trial) if is_optuna and space else trial))
+        params = dict(space(trial) if is_optuna and space else trial)
+        # Under these names the search tells its best.
+        named = dict(trial.params) if is_optuna else params
+        rest = self._take_searched(params, named)
         self.hp_space = lambda _: rest
         try:
             super()._hp_search_setup(trial if is_optuna else rest)
@@ -204,9 +209,12 @@ class TrainerInternals(_Base):
     def _note_evaluation(self, metrics: dict[str, float]) -> None:
         """See the figures of an evaluation in training."""
 
-    def _take_searched(self, params: dict[str, Any]) -> dict[str, Any]:
+    def _take_searched(self, params: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
         """Take what is ours of a trial's hyperparameters; return the others."""
         return params
+
+    def _leave_search(self) -> None:
+        """Leave the hyperparameters of the last trial, where a run after a search begins."""
 
     def _count_window(
         self, samples: list[Any], num_items: Tensor | int | None, device: torch.device

@@ -1,6 +1,7 @@
 """What a Trainer's run keeps beside its weights: the meter, the rule of alpha, the config."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from regdrop.config import RDropConfig
 from regdrop.divergence_watch import warn_zero_divergence
-from regdrop.integrations.transformers.likelihood.selection import HeadSelection
+from regdrop.integrations.transformers.likelihood.later_looks import LaterLooks
 from regdrop.integrations.transformers.run.checkpoints import load_renamed_weights
 from regdrop.integrations.transformers.run.planning import StepPlanner, find_validation_loss
 from regdrop.integrations.transformers.run.recording import add_to_model_card
@@ -24,15 +25,17 @@ STATE_NAME = "rdrop_state.json"
 _SEARCH_PREFIX = "rdrop."
 
 
-class RunState(HeadSelection):
+class RunState(LaterLooks):
     """The part of `RDropTrainerMixin` that lasts from step to step, and from run to run."""
 
     _meter: LossMeter
     _planner: StepPlanner
     _given_rdrop: RDropConfig
+    # What a search put into `rdrop`, and what its trials drew and took of it.
+    _searched_rdrop: RDropConfig | None = None
+    _trials: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ()
     _resumed_state: dict[str, Any] | None = None
     _has_warned = False
-    _is_checked = False
     _looked_at = -1
 
     def begin_training(self) -> None:
@@ -44,7 +47,7 @@ class RunState(HeadSelection):
         self._planner = StepPlanner(self.rdrop, self.state.max_steps)
         # The model, the loss or the data may be others than those of a run before.
         self._source, self._is_checked = None, False
-        self._looked_at, self._has_told_of_loss = -1, False
+        self._looked_at = -1
         if self.rdrop.alpha_rule == "restore" and not self.args.load_best_model_at_end:
             raise ValueError(
                 "alpha_rule='restore' goes back to the best checkpoint: it needs "
@@ -136,15 +139,53 @@ class RunState(HeadSelection):
         if self.is_world_process_zero():
             add_to_model_card(Path(self.args.output_dir or ".") / "README.md", self.rdrop)
 
-    def _take_searched(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Take R-Drop's hyperparameters of a trial, such as "rdrop.alpha"; return the others."""
-        own = {name: value for name, value in params.items() if name.startswith(_SEARCH_PREFIX)}
-        options = {name.removeprefix(_SEARCH_PREFIX): value for name, value in own.items()}
-        # What a trial does not name is as it was given, not as another trial had it; its model may
-        # be another too.
+    def _take_searched(self, params: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+        """Take R-Drop's hyperparameters of a trial, such as "rdrop.alpha"; return the others.
+
+        Args:
+            params: The hyperparameters, as the Trainer takes them.
+            named: Those that the search drew, by the names under which it tells its best.
+        """
+        if self.rdrop is not self._searched_rdrop:
+            self._given_rdrop = self.rdrop
+        own = _own_options(params)
+        self._trials += ((named, own),)
+        # What a trial does not name is as it was given, not as another trial had it.
+        self._search_with(own)
+        return {name: v for name, v in params.items() if not name.startswith(_SEARCH_PREFIX)}
+
+    def _leave_search(self) -> None:
+        """Take the options that `args` were given after a search, as those of its best trial.
+
+        Without them the options are as they were given to the trainer. Options that somebody
+        has put into `rdrop` since are kept.
+        """
+        if self.rdrop is not self._searched_rdrop and self.rdrop is not self._given_rdrop:
+            return
+        had = vars(self.args)
+        # A trial may name what it draws otherwise than the option, or compute the option of it.
+        drawn = (
+            own
+            for named, own in reversed(self._trials)
+            if named and all(name in had and had[name] == value for name, value in named.items())
+        )
+        self._search_with({**next(drawn, {}), **_own_options(had)})
+
+    def _search_with(self, options: dict[str, Any]) -> None:
+        """Have the given options but for these."""
         self.rdrop = RDropConfig.from_dict({**self._given_rdrop.to_dict(), **options})
+        self._searched_rdrop = self.rdrop
+        # The model may be another too.
         self._source, self._is_checked = None, False
-        return {name: value for name, value in params.items() if name not in own}
+
+
+def _own_options(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return R-Drop's among some hyperparameters, by the names of the config."""
+    return {
+        name.removeprefix(_SEARCH_PREFIX): value
+        for name, value in params.items()
+        if name.startswith(_SEARCH_PREFIX)
+    }
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
