@@ -507,3 +507,17 @@ def test_structures_are_stacked_in_one_compiled_graph(make):
     assert type(found) is type(expected)
     for ours, theirs in zip(find_tensors(found), find_tensors(expected), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_an_exported_batch_may_have_any_size(is_strict):
+    class Stack(nn.Module):
+        def forward(self, x, y):
+            return repeat_batch({"x": x, "y": (y, "kept")})["y"][0]
+
+    example = (torch.randn(4, 6), torch.randn(4))
+    rows = torch.export.Dim("rows", min=3)  # a tuple of two may be of two items
+    shapes = {"x": {0: rows}, "y": {0: rows}}
+    exported = torch.export.export(Stack(), example, dynamic_shapes=shapes, strict=is_strict)
+    assert len(exported.module()(torch.randn(7, 6), torch.randn(7))) == 14

@@ -179,7 +179,7 @@ def find_batch_size(batch: Any, dim: int = 0) -> int:
             return count_graphs(leaf)
         if leaf.ndim > dim:
             if isinstance(leaf, Tensor):
-                return int(leaf.size(dim))
+                return leaf.size(dim)  # no int: it may be a symbol
             of_arrays = leaf.shape[dim] if of_arrays is None else of_arrays
     if of_arrays is not None:
         return int(of_arrays)
