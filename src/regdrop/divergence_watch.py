@@ -81,19 +81,21 @@ def watch_divergence(forward: Callable[..., Any], output: RDropOutput) -> None:
 
     The first two steps and every hundredth are looked at, on a CPU and on CUDA. Nobody waits for
     CUDA's numbers: the warning comes once they are there. One zero alone is no sign where the
-    model's dropout is on: a new LoRA adapter gives it in its first step.
+    model's dropout is on: a new LoRA adapter gives it in its first step. Compiled code is not
+    looked at.
 
     Args:
         forward: The function from batches to outputs, or the model; tells loops apart.
         output: What a step of several passes gave.
     """
+    # Asked first: compiled code that has read a counter is compiled anew once that has changed.
+    if torch.compiler.is_compiling() or is_transformed() or is_traced():
+        return
     modules = list(reached_modules(forward))
     watch = _WATCHES.setdefault(_identity(forward, modules), _Watch())
     is_looked_at = watch.steps < 2 or watch.steps % _STEPS_BETWEEN_LOOKS == 0
     watch.steps += 1
-    if watch.has_warned or torch.compiler.is_compiling() or is_transformed() or is_traced():
-        return
-    if _is_captured(output.kl):
+    if watch.has_warned or _is_captured(output.kl):
         return
     if is_looked_at and output.kl.device.type in ("cpu", "cuda"):
         watch.looks.append(_look(output))

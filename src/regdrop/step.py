@@ -146,7 +146,7 @@ def _refuse_per_sample_gradients(forward: Callable[[Any], Any], config: RDropCon
 
 
 def _monitored_modules(forward: Callable[[Any], Any]) -> nn.ModuleList:
-    modules = nn.ModuleList(reached_modules(forward))
+    modules = nn.ModuleList(list(reached_modules(forward)))
     if not len(modules):
         raise ValueError(
             "monitor_steps needs the model, whose statistics an extra pass must not change, and "

@@ -1,7 +1,7 @@
 """How several passes of a batch go through a model: in one forward or one after the other."""
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -32,12 +32,19 @@ class StackedRows(NamedTuple):
     origin: Tensor | None = None
 
 
-_ROWS: ContextVar[StackedRows | None] = ContextVar("regdrop_stacked_rows", default=None)
+class _Running(threading.local):
+    """The forward that a thread runs now; torch.compile follows it, and no context variable."""
+
+    def __init__(self) -> None:
+        self.rows: StackedRows | None = None
+
+
+_RUNNING = _Running()
 
 
 def stacked_rows() -> StackedRows | None:
     """Return how the forward is stacked that `run_passes` runs now; None if it is not."""
-    return _ROWS.get()
+    return _RUNNING.rows
 
 
 def run_passes(
@@ -179,11 +186,11 @@ def _run(
     if len(selections) > 1:
         size = find_batch_size(batch) if batch_size is None else batch_size
         stacked, rows = _stack(batch, selections, batch_size=size, shared=shared)
-        token = _ROWS.set(rows)
+        outer, _RUNNING.rows = _RUNNING.rows, rows
         try:
             return forward(stacked)
         finally:
-            _ROWS.reset(token)
+            _RUNNING.rows = outer
     if selections[0] is None:
         # A forward may change what it is given, for the next one or for the caller.
         return forward(copy_structure(batch, clones=True, shared=shared))
