@@ -497,9 +497,9 @@ def test_sparse_tensors_are_stacked_and_taken(layout):
 @pytest.mark.parametrize(
     "make_one",
     [
-        lambda: torch.eye(4).to_sparse_bsr((2, 2)),
+        lambda: torch.ones(4, 6).to_sparse_bsr((2, 2)),
         lambda: torch.eye(4).expand(3, 4, 4).to_sparse_csr(),
-        lambda: torch.eye(4).to_sparse().requires_grad_(),
+        lambda: torch.ones(4, 6).to_sparse().requires_grad_(),
     ],
 )
 def test_a_sparse_tensor_that_cannot_be_stacked_is_named(make_one):

@@ -4,7 +4,7 @@ A stacked tensor holds pass 0 of the whole batch, then pass 1, and so on.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from regdrop.passes.containers import (
     is_graph,
     take_from_container,
 )
-from regdrop.passes.items import are_items, find_dim, holds_items, is_of_items
+from regdrop.passes.items import are_items, holds_items, is_of_items
 from regdrop.passes.numbered_rows import refuse_numbers
 from regdrop.passes.packed_rows import (
     find_repetition,
@@ -28,10 +28,12 @@ from regdrop.passes.packed_rows import (
     refuse_hidden_documents,
     tell_documents,
 )
+from regdrop.passes.places import Place, find_place, find_told_dim
 from regdrop.passes.structures import (
     SIMPLE,
     as_names,
     find_leaves,
+    find_named_leaves,
     find_names,
     is_array,
     is_plain,
@@ -53,7 +55,7 @@ def repeat_batch(
     *,
     batch_size: int | None = None,
     shared: Iterable[str] = (),
-    dim: int = 0,
+    dim: int | Mapping[str, int] = 0,
 ) -> Batch:
     """Return the batch stacked `num_passes` times, in a new structure; the caller's is untouched.
 
@@ -65,8 +67,9 @@ def repeat_batch(
         batch_size: Number of items; by default the size of `input_ids`, `inputs_embeds`,
             `pixel_values` or `input_features` in `dim`, else of the first tensor.
         shared: Names in mappings and of fields that pass through as they are.
-        dim: Dimension of the items in every tensor: 1 for sequences (length, batch). The losses
-            take the batch first: transpose what the model returns, and the target.
+        dim: Dimension of the items in every tensor: 1 for sequences (length, batch). A mapping
+            gives it for tensors by their names, as {"src": 1}, and others have the items first. The
+            losses take the batch first: transpose what the model returns, and the target.
 
     Returns:
         A structure of the same type; for one graph a batch of graphs. Tensors whose size in `dim`,
@@ -87,14 +90,16 @@ def repeat_batch(
             outside a graph of PyTorch Geometric, `batch`, the offsets of bags.
     """
     check_integer("num_passes", num_passes, low=1)
-    check_integer("dim", dim, low=0)
+    most, by_name = _split_dims(dim)
     check_integer("batch_size", batch_size, low=0, or_none=True)
     shared = as_names(shared)
-    _check_names(batch, shared)
+    _check_names("shared", batch, shared)
+    _check_names("dim", batch, by_name)
     size = find_batch_size(batch, dim) if batch_size is None else batch_size
+    _check_dims(batch, size, by_name)
     if num_passes > 1:
-        refuse_unseen_items(batch, size, dim, shared)
-    if batch_size is not None and not holds_items(batch, size, dim):
+        refuse_unseen_items(batch, size, most, shared)
+    if batch_size is not None and not by_name and not holds_items(batch, size, most):
         raise ValueError(
             f"batch_size={batch_size} is the size of nothing in the batch in dimension {dim}, so "
             "that nothing would be repeated"
@@ -108,14 +113,14 @@ def repeat_items(
     *,
     batch_size: int | None = None,
     shared: Iterable[str] = (),
-    dim: int = 0,
+    dim: int | Mapping[str, int] = 0,
 ) -> Batch:
     """Return the batch stacked as by `repeat_batch`, unchecked: it may lack names in `shared`."""
 
-    def repeat(items: Any, dim: int) -> Any:
+    def repeat(items: Any, place: Place) -> Any:
         # Tensor.repeat would give up channels_last.
         return (
-            torch.cat([items] * num_passes, dim)
+            torch.cat([items] * num_passes, place.dim)
             if isinstance(items, Tensor)
             else items * num_passes
         )
@@ -141,12 +146,15 @@ def take_items(
     shared = as_names(shared)
     refuse_unseen_items(batch, size, 0, shared)
 
-    def take(items: Any, dim: int) -> Any:
+    def take(items: Any, place: Place) -> Any:
         if not isinstance(items, Tensor):
             return [items[position] for position in index.tolist()]
         where = index.to(items.device)
-        # index_select, whose gradient is cheaper, would give up channels_last.
-        return items.index_select(dim, where) if items.is_contiguous() else items[where]
+        if place.rows != 1:
+            where = (where[:, None] * place.rows + torch.arange(place.rows).to(where)).flatten()
+        if place.dim == 0 and not items.is_contiguous():
+            return items[where]  # index_select, whose gradient is cheaper, gives up channels_last
+        return items.index_select(place.dim, where)
 
     return _map_items(batch, take, lambda size: index.tolist(), size, shared)
 
@@ -155,32 +163,39 @@ def first_items(
     batch: Batch, count: int, *, batch_size: int | None = None, shared: Iterable[str] = ()
 ) -> Batch:
     """Return the first `count` items, dense tensors as views, by the rules of `repeat_batch`."""
-    return _map_items(
-        batch, lambda items, dim: items[:count], lambda size: [*range(count)], batch_size, shared
-    )
+
+    def cut(items: Any, place: Place) -> Any:
+        if not isinstance(items, Tensor):
+            return items[:count]
+        return items.narrow(place.dim, 0, count * place.rows)
+
+    return _map_items(batch, cut, lambda size: [*range(count)], batch_size, shared)
 
 
-def find_batch_size(batch: Any, dim: int = 0) -> int:
+def find_batch_size(batch: Any, dim: int | Mapping[str, int] = 0) -> int:
     """Return the number of items of a batch by the rules of `repeat_batch`.
 
     Raises:
         ValueError: If there is no tensor with that dimension.
     """
+    most, by_name = _split_dims(dim)
     named = named_children(batch)
     for name in _MODEL_INPUTS:
         value = named.get(name)
-        if isinstance(value, Tensor) and value.dim() > dim:
-            return value.size(dim)  # a nested tensor has no shape
+        place = by_name.get(name, most)
+        if isinstance(value, Tensor) and value.dim() > place:
+            return value.size(place)  # a nested tensor has no shape
     of_arrays = None
-    for leaf in find_leaves(batch):
+    for names, leaf in find_named_leaves(batch):
         if isinstance(leaf, PackedSequence):
             return int(leaf.batch_sizes[0])
         if is_graph(leaf):
             return count_graphs(leaf)
-        if leaf.ndim > dim:
+        place = find_told_dim(names, leaf.ndim, most, by_name)
+        if leaf.ndim > place:
             if isinstance(leaf, Tensor):
-                return leaf.size(dim)  # no int: it may be a symbol
-            of_arrays = leaf.shape[dim] if of_arrays is None else of_arrays
+                return leaf.size(place)  # no int: it may be a symbol
+            of_arrays = leaf.shape[place] if of_arrays is None else of_arrays
     if of_arrays is not None:
         return int(of_arrays)
     raise ValueError(
@@ -206,23 +221,40 @@ class _Change:
     """What becomes of the items of a batch, and what they are.
 
     Attributes:
-        function: From a tensor or a list of items, and their dimension, to the changed one.
+        function: From a tensor or a list of items, and where they are in it, to the changed one.
         find_index: From the number of items to the positions of those that it keeps, in order.
         size: Number of items.
         shared: Names of what passes through.
         dim: Dimension of the items in tensors.
+        dims: That of tensors by their names.
+        is_told: Whether `dim` is that of a name, so that no other can be meant.
     """
 
-    function: Callable[[Any, int], Any]
+    function: Callable[[Any, Place], Any]
     find_index: Callable[[int], list[int]]
     size: int
     shared: frozenset[str]
     dim: int
+    dims: Mapping[str, int]
+    is_told: bool = False
 
     @cached_property
     def index(self) -> list[int]:
         """Return the positions of the items that are kept."""
         return self.find_index(self.size)
+
+    def inside(self, name: Any) -> "_Change":
+        """Return what becomes of what has a name."""
+        if name not in self.dims:
+            return self
+        return replace(self, dim=self.dims[name], is_told=True)
+
+    def find_place(self, name: Any, value: Any) -> Place | None:
+        """Return where a tensor or an array of some name has the items; None if it has none."""
+        if not self.is_told:
+            return find_place(name, value, self.size, self.dim, self.is_whole)
+        has_items = value.ndim > self.dim and value.shape[self.dim] == self.size
+        return Place(self.dim) if has_items else None
 
     def is_whole(self) -> bool:
         """Return whether every item appears once, in order."""
@@ -246,19 +278,25 @@ class _Change:
 
 def _map_items(
     batch: Batch,
-    function: Callable[[Any, int], Any],
+    function: Callable[[Any, Place], Any],
     find_index: Callable[[int], list[int]],
     batch_size: int | None,
     shared: Iterable[str],
-    dim: int = 0,
+    dim: int | Mapping[str, int] = 0,
 ) -> Batch:
+    most, by_name = _split_dims(dim)
     size = find_batch_size(batch, dim) if batch_size is None else batch_size
     names = frozenset(as_names(shared))
-    mapped: Batch = _map(batch, _Change(function, find_index, size, names, dim))
+    # Nothing beside a tensor alone has the items elsewhere.
+    is_told = isinstance(batch, Tensor) and not batch.is_nested and batch.dim() > most
+    mapped: Batch = _map(
+        batch, _Change(function, find_index, size, names, most, by_name, is_told), None
+    )
     return mapped
 
 
-def _map(value: Any, change: _Change) -> Any:
+def _map(value: Any, change: _Change, name: Any) -> Any:
+    """Return what becomes of a value, of some name or in a list or tuple of that name."""
     size, dim = change.size, change.dim
     if isinstance(value, SIMPLE):
         return value
@@ -269,26 +307,34 @@ def _map(value: Any, change: _Change) -> Any:
                 'would no longer fit; use passes="sequential" with fraction=1.0, or a padded '
                 "tensor with its mask"
             )
-        place = find_dim(value, size, dim)
+        place = change.find_place(name, value)
         if place is None:
             return value
         is_dense = value.layout == torch.strided
-        return change.function(value, place) if is_dense else _take_sparse(value, change, place)
+        return change.function(value, place) if is_dense else _take_sparse(value, change, place.dim)
     if isinstance(value, PackedSequence):
         return _take_sequences(value, change.index) if is_of_items(value, size, dim) else value
     if is_container(value):
         return take_from_container(value, change.index, size, dim)
     if is_array(value):
-        place = find_dim(value, size, dim)
-        return value if place is None else value.take(change.index, axis=place)
+        place = change.find_place(name, value)
+        return value if place is None else value.take(_rows(change.index, place), axis=place.dim)
     if are_items(value, size, dim):
-        return rebuild_sequence(value, change.function(list(value), 0))
+        return rebuild_sequence(value, change.function(list(value), Place(0)))
     if is_plain(value):
         return value
     by_name = _map_by_name(named_children(value), change)
-    return map_items(
-        lambda name, item: by_name[name] if name in by_name else _map(item, change), value
-    )
+
+    def inside(own: Any, item: Any) -> Any:
+        if own in by_name:
+            return by_name[own]
+        return _map(item, change.inside(own), own if isinstance(own, str) else name)
+
+    return map_items(inside, value)
+
+
+def _rows(index: list[int], place: Place) -> list[int]:
+    return [row * place.rows + i for row in index for i in range(place.rows)]
 
 
 def _map_by_name(value: Mapping[Any, Any], change: _Change) -> dict[Any, Any]:
@@ -333,12 +379,37 @@ def _take_sequences(packed: PackedSequence, index: list[int]) -> PackedSequence:
     )
 
 
-def _check_names(batch: Any, shared: tuple[str, ...]) -> None:
-    """Raise for a name in `shared` that is nowhere in the batch."""
-    if not shared:
+def _split_dims(dim: int | Mapping[str, int]) -> tuple[int, Mapping[str, int]]:
+    """Return the dimension of the items in most tensors, and those of tensors by their names."""
+    if not isinstance(dim, Mapping):
+        check_integer("dim", dim, low=0)
+        return dim, {}
+    for name, place in dim.items():
+        check_integer(f"dim[{name!r}]", place, low=0)
+    return 0, dim
+
+
+def _check_names(argument: str, batch: Any, asked: Iterable[str]) -> None:
+    """Raise for a name in an argument that is nowhere in the batch."""
+    if not asked:
         return
     names = sorted({name for name in find_names(batch) if isinstance(name, str)})
-    for name in shared:
+    for name in asked:
         if name not in names:
             hint = nearest(name, names) or f"; it has {names}"
-            raise ValueError(f"shared names {name!r}, which is nowhere in the batch{hint}")
+            raise ValueError(f"{argument} names {name!r}, which is nowhere in the batch{hint}")
+
+
+def _check_dims(batch: Any, size: int, by_name: Mapping[str, int]) -> None:
+    """Raise for a name whose tensors have no items in the dimension that is given for it."""
+    for name, dim in by_name.items():
+        shapes = [
+            tuple(leaf.shape)
+            for names, leaf in find_named_leaves(batch)
+            if name in names and hasattr(leaf, "shape")
+        ]
+        if not any(len(shape) > dim and shape[dim] == size for shape in shapes):
+            raise ValueError(
+                f"dim[{name!r}]={dim} must be where it has the {size} items, got tensors of the "
+                f"shapes {shapes[:4]}"
+            )

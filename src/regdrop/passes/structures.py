@@ -198,16 +198,28 @@ def find_names(value: Any) -> Iterator[Any]:
 
 def find_leaves(value: Any) -> Iterator[Any]:
     """Yield the tensors, packed sequences, graphs and arrays in a structure, in order."""
+    for _, leaf in find_named_leaves(value):
+        yield leaf
+
+
+def find_named_leaves(
+    value: Any, names: tuple[Any, ...] = ()
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield what `find_leaves` does, behind the names that lead to it, the outermost first."""
     if is_plain(value):
         return
     is_builtin = type(value) in (dict, list, tuple)
     if isinstance(value, (Tensor, PackedSequence)) or (
         not is_builtin and (is_graph(value) or is_array(value))
     ):
-        yield value
+        yield names, value
         return
-    for child in children(value):
-        yield from find_leaves(child)
+    named = named_children(value)
+    if not named:
+        for child in children(value):
+            yield from find_named_leaves(child, names)
+    for name, child in named.items():
+        yield from find_named_leaves(child, (*names, name))
 
 
 def is_array(value: Any) -> bool:
