@@ -196,6 +196,15 @@ def test_error_is_at_most_that_of_eager(dtype, shape, label_smoothing):
 
 
 @pytest.mark.parametrize("impl", ALL)
+def test_class_probabilities_below_0_are_refused(impl):
+    logits, _ = make(2)
+    target = torch.rand(5, 7).softmax(-1)
+    target[3:] = -100  # padding
+    with pytest.raises(ValueError, match="class probabilities, which are at least 0, got -100"):
+        rdrop_cross_entropy(logits, target, alpha=1.0, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ALL)
 def test_extreme_logits(impl):
     logits = torch.tensor([[1e4, -1e4, 0.0], [1e4, 1e4, -1e4], [-1e4, 1e4, 1.0], [1e4, 1e4, -1e4]])
     target = torch.tensor([0, 1])

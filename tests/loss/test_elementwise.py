@@ -178,6 +178,40 @@ def test_masked_elements_may_hold_anything(case):
     assert filled.grad[0].item() != 0
 
 
+@pytest.mark.parametrize("padding", [-100.0, -1.0, 2.0, math.nan, -100, 255])
+def test_labels_that_are_no_chances_are_refused(padding):
+    target = torch.randint(0, 2, (4, 3))
+    target = target if isinstance(padding, int) else target.float()
+    target[:, 2] = padding
+    stacked, counted = torch.randn(8, 3), torch.tensor([True, True, False])
+    loss = partial(rdrop_binary_cross_entropy_with_logits, stacked, alpha=1.0)
+    with pytest.raises(ValueError, match=rf"target must be between 0 and 1, got {padding:g}"):
+        loss(target)
+    output = loss(target, mask=counted)
+    expected = loss(target.masked_fill(~counted, 0), mask=counted)
+    torch.testing.assert_close(output, expected)
+    # Without weight it counts in the divergence alone, whatever it is.
+    unlabelled = loss(target, weight=counted.float())
+    torch.testing.assert_close(unlabelled.nll, output.nll * 2 / 3)
+
+
+def test_labels_that_are_chances_but_for_rounding_are_taken():
+    target = torch.tensor([[1.0000001, -1e-7]]).bfloat16()
+    output = rdrop_binary_cross_entropy_with_logits(torch.randn(2, 2), target, alpha=1.0)
+    assert output.nll.isfinite()
+
+
+def test_a_compiled_loss_refuses_labels_that_are_no_chances():
+    def loss(stacked, target):
+        return rdrop_binary_cross_entropy_with_logits(stacked, target, alpha=1.0).loss
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    stacked, target = torch.randn(8, 3), torch.ones(4, 3)
+    torch.testing.assert_close(compiled(stacked, target), loss(stacked, target))
+    with pytest.raises(RuntimeError, match="target must be between 0 and 1"):
+        compiled(stacked, -target)
+
+
 def test_class_weights_of_the_likelihood():
     stacked, target = make()
     weight, pos_weight = torch.rand(3), torch.rand(3)

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regdrop.loss.checks import check_broadcastable, check_finite_divergence, check_real
+from regdrop.loss.checks import (
+    check_broadcastable,
+    check_chances,
+    check_finite_divergence,
+    check_real,
+)
 from regdrop.loss.counts import counted_by
 from regdrop.loss.elementwise import (
     count_elements,
@@ -42,7 +47,8 @@ def rdrop_binary_cross_entropy_with_logits(
 
     Args:
         logits: (num_passes * batch, ...), floating point; pass 0 of the whole batch first.
-        target: The original, unstacked target, (batch, ...), between 0 and 1.
+        target: The original, unstacked target, (batch, ...), between 0 and 1 where `mask` and
+            `weight` let it count.
         alpha: Weight of the divergence, the paper's.
         num_passes: Number of passes that are stacked; 1, with alpha 0, is training without R-Drop.
         weight: Weight of each element's NLL, broadcastable to target.
@@ -62,7 +68,8 @@ def rdrop_binary_cross_entropy_with_logits(
 
     Raises:
         TypeError: For tensors of the wrong kind.
-        ValueError: For options out of range or shapes that do not fit.
+        ValueError: For options out of range, shapes that do not fit or labels that are no chances
+            (on a GPU an assertion there).
     """
     return loss_of_elements(
         partial(binary_cross_entropy_terms, weight=weight, pos_weight=pos_weight, mask=mask),
@@ -94,7 +101,8 @@ def binary_cross_entropy_terms(
 
     Args:
         logits: (num_passes * batch, ...), floating point; pass 0 of the whole batch first.
-        target: The original, unstacked target, (batch, ...), between 0 and 1.
+        target: The original, unstacked target, (batch, ...), between 0 and 1 where `mask` and
+            `weight` let it count.
         num_passes: Number of passes that are stacked; with 1 only the NLL is computed.
         weight: Weight of each element's NLL, broadcastable to target.
         pos_weight: Weight of positive labels in the NLL, broadcastable to target.
@@ -106,17 +114,22 @@ def binary_cross_entropy_terms(
 
     Raises:
         TypeError: For tensors of the wrong kind.
-        ValueError: For options out of range or shapes that do not fit.
+        ValueError: For options out of range, shapes that do not fit or labels that are no chances
+            (on a GPU an assertion there).
     """
     passes = split_passes("logits", logits, target, num_passes, backward_passes)
     check_broadcastable("weight", weight, target)
     check_broadcastable("pos_weight", pos_weight, target)
     passes, target = without_masked(passes, target, mask)
+    target = target.to(passes.dtype)
+    if weight is not None:  # a label of no weight may be anything
+        target = target.masked_fill(weight == 0, 0)
+    check_chances(target)
     limits = torch.finfo(passes.dtype)
     nll = F.binary_cross_entropy_with_logits(
         # A label that is masked by an infinity, and is not there, costs nothing.
         passes.clamp(limits.min, limits.max),
-        target.to(passes.dtype).expand_as(passes),
+        target.expand_as(passes),
         weight=None if weight is None else weight.to(passes.dtype),
         pos_weight=None if pos_weight is None else pos_weight.to(passes.dtype),
         reduction="none",

@@ -15,9 +15,17 @@ from regdrop.tracing import can_read, is_transformed
 _REDUCTIONS, _SCALES = get_args(Reduction), get_args(Scale)
 # Above this, which a difference of logits by a billion gives, a divergence is that of a mask.
 LARGEST_DIVERGENCE = 1e9
+# How far from 0 to 1 a probability may be by rounding, such as that of a mixture in half precision.
+_ROUNDING = 1e-2
 _INFINITE_DIVERGENCE = (
     "the KL is infinite: logits hold -inf (or finfo.min, or a difference beyond float32) for a "
     "class in one pass and not in another; a mask must be the same in every pass"
+)
+
+_NO_CHANCE = (
+    "target must be between 0 and 1, got {}; leave padding and missing labels out by a mask, such "
+    "as mask=target >= 0 (of rdrop_step by loss=functools.partial("
+    "regdrop.loss.binary_cross_entropy_terms, mask=target >= 0))"
 )
 
 _OF_ONE_LOGIT = (
@@ -218,6 +226,39 @@ def check_sums(target: Tensor, class_dim: int) -> None:
 def _sums_to_1(target: Tensor, dim: int) -> bool:
     sums = target.detach().sum(dim, dtype=torch.float64)
     return bool(((sums - 1).abs() < 1e-2).all())
+
+
+def check_probabilities(target: Tensor) -> None:
+    """Raise ValueError on the CPU for class probabilities below 0, such as padding."""
+    if not can_read(target.device) or not target.numel():
+        return
+    low = target.detach().min().item()
+    if low < -_ROUNDING:
+        raise ValueError(
+            f"target must hold class probabilities, which are at least 0, got {low:g}; leave out "
+            "the items that do not count before the loss"
+        )
+
+
+def check_chances(target: Tensor) -> None:
+    """Raise ValueError for labels of yes or no that are no chances, such as padding.
+
+    On CUDA, and inside torch.compile, the check is an assertion on the device, as that of
+    `check_finite_divergence`. `torch.func` has none.
+    """
+    if not target.numel() or is_transformed():
+        return
+    is_asserted = torch.compiler.is_compiling() or target.device.type == "cuda"
+    if not is_asserted and not can_read(target.device):
+        return
+    low, high = target.detach().aminmax()
+    if is_asserted:
+        are_chances = (low >= -_ROUNDING) & (high <= 1 + _ROUNDING)
+        torch._assert_async(are_chances, _NO_CHANCE.format("others"))
+        return
+    for extreme in (low.item(), high.item()):
+        if not -_ROUNDING <= extreme <= 1 + _ROUNDING:
+            raise ValueError(_NO_CHANCE.format(f"{extreme:g}"))
 
 
 def check_unlabelled_index(

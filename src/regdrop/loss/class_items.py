@@ -16,6 +16,7 @@ from regdrop.loss.checks import (
     check_classes,
     check_floating,
     check_own_memory,
+    check_probabilities,
     check_real,
     check_several_classes,
     check_stacked,
@@ -99,6 +100,7 @@ def enter_classes(
                 f"unlabelled_index needs class indices, got unlabelled_index={unlabelled_index} "
                 f"and class probabilities; mark items of an indexed target, or leave it out"
             )
+        check_probabilities(target)
         check_sums(target, class_dim)
         probabilities = target.movedim(class_dim, -1).reshape(num_items, num_classes)
         kernel_target = Target(None, probabilities, weight, label_smoothing, None)
