@@ -15,12 +15,16 @@ class LossMeter:
 
     Nothing is read back from the device before `collect` or `state`.
 
+    Args:
+        leaves_out: Whether means that are not finite are left out.
+
     Attributes:
         alpha: That of the last step with more than one pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leaves_out: bool = False) -> None:
         self.alpha = 0.0
+        self._leaves_out = leaves_out
         self._sums: Tensor | None = None
 
     @property
@@ -40,6 +44,9 @@ class LossMeter:
         weight, count = counts
         if kl is None:
             kl, count = torch.zeros_like(nll), torch.zeros_like(count)
+        if self._leaves_out:
+            nll, weight = _without_infinite(nll, weight)
+            kl, count = _without_infinite(kl, count)
         sums = torch.stack([nll * weight, weight, kl * count, count]).float()
         self._sums = sums if self._sums is None else self._sums + sums
         if plan.num_passes > 1:
@@ -48,12 +55,15 @@ class LossMeter:
     def collect(self, reduce: Callable[..., Any]) -> dict[str, float]:
         """Return the means over all processes, and begin anew.
 
+        A mean over no item is left out, as the divergence where it was not measured.
+
         Args:
             reduce: Sums a tensor over all processes, called as `reduce(tensor, reduction="sum")`.
         """
         nll, weight, kl, count = reduce(self._sums, reduction="sum").tolist()
         self._sums = None
-        parts = {"nll": nll / max(weight, 1e-30), "alpha": self.alpha}
+        parts = {"nll": nll / weight} if weight else {}
+        parts["alpha"] = self.alpha
         return parts | ({"kl": kl / count} if count else {})
 
     def state(self, reduce: Callable[..., Any]) -> dict[str, Any]:
@@ -65,3 +75,9 @@ class LossMeter:
         """Take up the sums of a checkpoint; one process of all does so."""
         self.alpha = state["alpha"]
         self._sums = None if state["sums"] is None else torch.tensor(state["sums"], device=device)
+
+
+def _without_infinite(mean: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a mean and its items; 0 and none where it is nan or infinite."""
+    is_finite = mean.isfinite()
+    return torch.where(is_finite, mean, 0), torch.where(is_finite, items, 0)

@@ -1,6 +1,7 @@
 """Features of the Trainer with R-Drop: search, records, cards, batch sizes that are tried."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,16 @@ from models import (
 from processes import run_in_two_processes
 from regdrop import RDropConfig, symmetric_kl
 from regdrop.integrations.transformers import RDropTrainer, RDropTrainerMixin
-from training import arguments, assert_same_run, build, logged, record_scores, train
+from training import (
+    Plain,
+    arguments,
+    assert_same_run,
+    build,
+    logged,
+    number_rows,
+    record_scores,
+    train,
+)
 
 ONE_PASS = RDropConfig(alpha=0.0, num_passes=1)
 
@@ -260,6 +270,38 @@ class _Scores(torch.nn.Module):
         return {"loss": loss, "logits": logits}
 
 
+class AsClass:
+    width = 3
+
+
+class Slots:
+    __slots__ = ("use_cache", "width")
+
+
+# Those to which entries can be added have R-Drop's options too while trackers look.
+CONFIGS = {
+    "class": (AsClass, False),
+    "slots": (Slots(), False),
+    "namespace": (SimpleNamespace(width=3), True),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_of_any_kind_has_no_entry_of_ours_after_training(tmp_path, name):
+    config, is_shown = CONFIGS[name]
+    seen = []
+
+    class Looking(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append("rdrop_alpha" in dir(config))
+
+    model = _Scores()
+    model.config = config
+    train(tmp_path, model, text_rows(), further={"callbacks": [Looking()]}, max_steps=1)
+    assert seen == [is_shown]
+    assert not [own for own in dir(config) if own.startswith("rdrop")]
+
+
 def test_the_model_card_lists_the_options_that_differ(tmp_path):
     rdrop = RDropConfig(alpha=0.7, backward_passes=1)
     trainer = train(tmp_path, tiny_bert(), text_rows(), rdrop)
@@ -340,6 +382,20 @@ def test_the_evaluation_of_two_processes_is_that_of_one(tmp_path):
         before, after = evaluate(tmp_path, name, learning_rate=0.0, per_device_eval_batch_size=4)
         assert before == pytest.approx(after)
         assert two[name] == pytest.approx((before, after), rel=1e-5)
+
+
+@pytest.mark.parametrize("is_filtered", [True, False])
+def test_a_micro_batch_that_is_not_finite_is_left_out_of_the_log_as_of_the_loss(
+    tmp_path, is_filtered
+):
+    rows = number_rows(torch.arange(24) % 3, size=24)
+    rows.columns["x"][9, 0] = float("nan")
+    options = {"learning_rate": 0.0, "max_steps": 3, "logging_steps": 3}
+    options["logging_nan_inf_filter"] = is_filtered
+    model = Plain(F.cross_entropy)
+    trainer = train(tmp_path, model, rows, RDropConfig(), **options)
+    found = [logged(trainer, name)[0] for name in ("loss", "nll", "kl")]
+    assert [np.isfinite(x) for x in found] == [is_filtered] * 3
 
 
 @pytest.mark.parametrize("first", ["mixed", "unlabelled"])

@@ -26,7 +26,8 @@ class StepPlanner:
         self.controller: AlphaController | None = None
         if config.alpha == "auto" and total_steps is not None:
             self.controller = AlphaController.from_config(config, total_steps)
-        self._seen = LossMeter()
+        # No rule would recover from a micro-batch that is not finite.
+        self._seen = LossMeter(leaves_out=True)
         self._passes = self._batches = 0
 
     @property

@@ -34,11 +34,11 @@ class RecordOptions(TrainerCallback):
     ) -> None:
         """Add the options; this callback comes before the trackers'."""
         self._trainer.begin_training()
-        config = getattr(kwargs.get("model"), "config", None)
-        if config is not None:
+        entries = _entries(kwargs.get("model"))
+        if entries is not None:
             # One entry an option: MLflow leaves out long values.
             for name, value in self._trainer.rdrop.to_dict().items():
-                setattr(config, f"{_PREFIX}{name}", value)
+                entries[f"{_PREFIX}{name}"] = value
 
     def on_step_begin(
         self,
@@ -79,6 +79,16 @@ def add_to_model_card(path: Path, rdrop: RDropConfig) -> None:
 
 
 def _forget(model: Any) -> None:
-    config = getattr(model, "config", None)
-    for name in RDropConfig().to_dict() if config is not None else ():
-        vars(config).pop(f"{_PREFIX}{name}", None)
+    entries = _entries(model)
+    if entries is not None:
+        for name in RDropConfig().to_dict():
+            entries.pop(f"{_PREFIX}{name}", None)
+
+
+def _entries(model: Any) -> dict[str, Any] | None:
+    """Return the entries of a model's config; None for a config to which none can be added.
+
+    That of a model of one's own may be a class, or an object with slots.
+    """
+    entries = getattr(getattr(model, "config", None), "__dict__", None)
+    return entries if isinstance(entries, dict) else None

@@ -43,7 +43,7 @@ class RunState(LaterLooks):
 
         An attempt that `auto_find_batch_size` gave up has left its own.
         """
-        self._meter = LossMeter()
+        self._meter = LossMeter(self.args.logging_nan_inf_filter)
         self._planner = StepPlanner(self.rdrop, self.state.max_steps)
         # The model, the loss or the data may be others than those of a run before.
         self._source, self._is_checked = None, False
