@@ -1,12 +1,13 @@
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from regdrop import dropout_rates
+from regdrop import RDropConfig, dropout_rates, rdrop_step
 from regdrop.passes import run_passes, scale_dropout_odds
 
 
@@ -48,6 +49,36 @@ def test_each_pass_has_its_own_rate_forward_and_backward():
     # The last pass is the first to go backward.
     assert model.backward_rates == [0.6, 0.2]
     assert model.dropout == 0.1
+
+
+@pytest.mark.parametrize("backward_passes", [None, 1, 2, 3])
+def test_the_first_passes_have_the_first_rates_whichever_runs_first(backward_passes):
+    model, rates = Noted().train(), (0.1, 0.2, 0.6)
+    options = {"num_passes": 3, "strategy": "sequential", "backward_passes": backward_passes}
+    graded = 3 if backward_passes is None else backward_passes
+    with dropout_rates(model, rates):
+        for _ in range(2):
+            model.forward_rates.clear()
+            model.backward_rates.clear()
+            run_passes(model, torch.ones(8), **options).sum().backward()
+            assert tuple(model.forward_rates[3 - graded :]) == rates[:graded]
+            assert sorted(model.forward_rates) == list(rates)
+            assert sorted(model.backward_rates) == list(rates[:graded])
+
+
+def test_a_rate_a_pass_is_refused_where_passes_are_stacked():
+    model, x, y = nn.Sequential(nn.Dropout(0.1), nn.Linear(3, 2)), torch.ones(4, 3), torch.zeros(4)
+    step = partial(rdrop_step, model, x, y.long(), step=0)
+    with dropout_rates(model, 0.3):
+        assert step(config=RDropConfig()).kl > 0
+    with (
+        pytest.raises(ValueError, match=r"rates must be one number .* stacked .* got \[0.1, 0.5\]"),
+        dropout_rates(model, [0.1, 0.5]),
+    ):
+        step(config=RDropConfig())
+    assert model[0].p == 0.1
+    with dropout_rates(model, [0.1, 0.5]):  # each forward is one pass
+        step(config=RDropConfig(backward_passes=1)).loss.backward()
 
 
 @pytest.mark.parametrize("rates", [(0.1, 0.5), (0.5, 0.1)])

@@ -12,11 +12,17 @@ from regdrop.arguments import check_number
 from regdrop.passes.dropout import RateAttribute, rate_attributes
 from regdrop.passes.obstacles import uses_gradient_checkpointing
 from regdrop.passes.stacking import find_tensors
+from regdrop.passes.strategies import stacked_rows
 
 _SETTABLE = ("dropout", "attention", "lora")
 _CHECKPOINTING = (
     "dropout_rates cannot be used with gradient checkpointing: the recomputation would run with "
     "another pass's rate; switch checkpointing off"
+)
+
+_STACKED = (
+    "rates must be one number for passes that are stacked in one forward, which has one rate; for "
+    "a rate a pass use passes='sequential', got {}"
 )
 
 
@@ -25,19 +31,21 @@ def dropout_rates(model: nn.Module, rates: float | Sequence[float]) -> Iterator[
     """Run a model with other dropout rates; its own come back on exit.
 
     Functional dropout takes one rate for a whole forward, so different rates need one forward a
-    pass. The rate of a forward is in force again while its own backward runs; run the backward
-    inside this context. A copy of the model has its own rates again from its first forward on.
+    pass: passes="sequential" in `rdrop_step`. The rate of a forward is in force again while its own
+    backward runs; run the backward inside this context. A copy of the model has its own rates again from its first forward on.
 
     Args:
         model: Its sources with a rate above 0 are set: dropout modules, attention and LoRA
             dropout. Those that are off stay off.
         rates: One rate for every forward, or a sequence through which the forwards of `model` in
-            training mode cycle, one a forward.
+            training mode cycle, one a forward. Those without a gradient, which `backward_passes`
+            runs first, take the last ones: pass 0 has the first rate in any case.
 
     Raises:
         TypeError: If `model` is no module, or a rate no number.
         ValueError: For a rate outside [0, 1), a model without an active rate, or one that uses
-            gradient checkpointing, whose recomputation would draw with another pass's rate.
+            gradient checkpointing, whose recomputation would draw with another pass's rate. In a
+            forward of `rdrop_step`, if it is stacked and there are several rates.
     """
     sources = _settable(model)
     is_one = isinstance(rates, str) or not isinstance(rates, Iterable)
@@ -124,6 +132,9 @@ class _RateSwitcher:
         self.sources = sources
         self.sequence = sequence
         self.calls = 0
+        self.rate = sequence[0]
+        # The rates that are left of this round through the sequence.
+        self.left: list[float] = []
         self.closed = False
         self.is_copy = False
 
@@ -147,12 +158,15 @@ class _RateSwitcher:
         if model.training and not self.closed:
             if len(self.sequence) > 1 and torch._C._current_graph_task_id() != -1:
                 raise ValueError(_CHECKPOINTING)  # a recomputation, inside the backward
-            self.set(self.sequence[self.calls % len(self.sequence)])
             self.calls += 1
+            if len(self.sequence) > 1 and stacked_rows() is not None:
+                raise ValueError(_STACKED.format(list(self.sequence)))
+            self.left = self.left or list(self.sequence)
+            self.rate = self.left.pop(0 if torch.is_grad_enabled() else -1)
+            self.set(self.rate)
 
     def after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         if model.training and not self.closed:
-            rate = self.sequence[(self.calls - 1) % len(self.sequence)]
             for tensor in find_tensors(output):
                 if tensor.requires_grad:
-                    tensor.register_hook(lambda grad, rate=rate: self.set(rate))
+                    tensor.register_hook(lambda grad, rate=self.rate: self.set(rate))
