@@ -1,6 +1,6 @@
 """R-Drop around a loss of sentence-transformers: of a cross-encoder, or of embeddings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,9 @@ with extra("sentence-transformers"):
     from sentence_transformers.base.losses.merged_forward import embed_columns
     from sentence_transformers.cross_encoder import losses as pair_losses
     from sentence_transformers.sentence_transformer import losses as embedding_losses
+    from sentence_transformers.sentence_transformer.losses.adaptive_layer import (
+        TransformerDecorator,
+    )
     from sentence_transformers.util import batch_to_device
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -56,6 +59,7 @@ class RDropLoss(nn.Module):
     cross-encoder's scores (under `MSELoss` their squared difference), the KL of each pass's own
     softmax over the candidates in the batch, or the squared difference of the similarities of
     pairs. Rows are stacked; those of the other pass are no negatives. Evaluation is the loss's own.
+    `MatryoshkaLoss` goes around it, not into it.
 
     Args:
         loss: Of a CrossEncoder `CrossEntropyLoss`, `BinaryCrossEntropyLoss` or `MSELoss`; of a
@@ -110,12 +114,14 @@ class RDropLoss(nn.Module):
 
         Returns:
             In training a dictionary of numbers, `nll`, `kl`, `alpha` and `rest`: the trainer logs
-            each and minimises their sum, which `rest` makes the loss of the step.
+            each and minimises their sum, which `rest` makes the loss of the step. It can be
+            weighed and added up as a loss.
 
         Raises:
-            ValueError: If an option changes in the run and the step is not known, or rows cannot be
-                stacked.
+            ValueError: If an option changes in the run and the step is not known, rows cannot be
+                stacked, or `AdaptiveLayerLoss` or `Matryoshka2dLoss` is around it.
         """
+        _refuse_layers(self.model)
         is_pairs = type(self.loss) in _PAIRS
         options = {"prompt": prompt, "task": task} if is_pairs else {}
         if not self.model.training:
@@ -142,8 +148,7 @@ class RDropLoss(nn.Module):
             loss=entered.terms,
             batch_size=size,
         )
-        logged = {"nll": nll, "kl": kl, "alpha": torch.full_like(nll, plan.alpha)}
-        return {**logged, "rest": loss - torch.stack([*logged.values()]).sum()}
+        return _Parts(loss, nll, kl, torch.full_like(nll, plan.alpha))
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return what the model card tells of the loss."""
@@ -154,17 +159,54 @@ class FollowSteps(TrainerCallback):
     """Tells a loss the optimiser steps, which a schedule of alpha and its like read.
 
     Args:
-        loss: The loss of the trainer that this callback is added to.
+        loss: The loss of the trainer that this callback is added to: an `RDropLoss`, another that
+            holds some, or several losses by the names of their data.
+
+    Raises:
+        TypeError: If there is no `RDropLoss` in it.
     """
 
-    def __init__(self, loss: RDropLoss) -> None:
-        self._loss = loss
+    def __init__(self, loss: nn.Module | Mapping[str, nn.Module]) -> None:
+        given = list(loss.values()) if isinstance(loss, Mapping) else [loss]
+        found = (part for one in given if isinstance(one, nn.Module) for part in one.modules())
+        self._losses = [part for part in found if isinstance(part, RDropLoss)]
+        if not self._losses:
+            names = ", ".join(type(one).__name__ for one in given)
+            raise TypeError(f"loss must be or hold an RDropLoss, got {names or loss}")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Tell the step."""
-        self._loss.step, self._loss.total_steps = state.global_step, state.max_steps
+        for loss in self._losses:
+            loss.step, loss.total_steps = state.global_step, state.max_steps
+
+
+class _Parts(dict[str, Tensor]):
+    """What is logged of a loss, whose values add up to it.
+
+    A loss around it, such as `MatryoshkaLoss`, weighs and adds up what it takes for numbers: the
+    terms too are weighed and added up then, and alpha stays as it is.
+    """
+
+    def __init__(self, loss: Tensor, nll: Tensor, kl: Tensor, alpha: Tensor) -> None:
+        logged = {"nll": nll, "kl": kl, "alpha": alpha}
+        super().__init__(logged, rest=loss - torch.stack([*logged.values()]).sum())
+        self._loss = loss
+
+    def __mul__(self, weight: Any) -> "_Parts":
+        terms = (self._loss * weight, self["nll"] * weight, self["kl"] * weight)
+        return _Parts(*terms, self["alpha"])
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> "_Parts":
+        if not isinstance(other, _Parts):
+            return _Parts(self._loss + other, self["nll"], self["kl"], self["alpha"])
+        terms = (self._loss + other._loss, self["nll"] + other["nll"], self["kl"] + other["kl"])
+        return _Parts(*terms, self["alpha"])
+
+    __radd__ = __add__
 
 
 class _Entered(NamedTuple):
@@ -305,6 +347,17 @@ def _check_options(rdrop: RDropConfig, loss: nn.Module) -> None:
             raise ValueError(f"{option} must be {accepted!r} here, got {getattr(rdrop, option)!r}")
     if rdrop.fused_linear is True:
         raise ValueError("fused_linear must be 'auto' or False here, got True")
+
+
+def _refuse_layers(model: nn.Module) -> None:
+    """Refuse a loss around R-Drop that reads a batch by layers: it holds them in the batch."""
+    forwards = (vars(part).get("forward") for part in model.modules())
+    if any(isinstance(forward, TransformerDecorator) for forward in forwards):
+        raise ValueError(
+            "RDropLoss must not be in AdaptiveLayerLoss or Matryoshka2dLoss, which keep the "
+            "outputs of all layers in the batch that they hand over, and R-Drop stacks another: "
+            "use MatryoshkaLoss, or RDropLoss without them"
+        )
 
 
 def _follows_steps(rdrop: RDropConfig) -> bool:

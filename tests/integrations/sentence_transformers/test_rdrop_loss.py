@@ -1,11 +1,12 @@
 """R-Drop around the losses of sentence-transformers: equal to a loop by hand, logged, refused."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from sentence_transformers import (
     CrossEncoder,
     CrossEncoderTrainer,
@@ -269,6 +270,59 @@ def test_schedule_without_steps_is_refused_before_the_first_step(folder):
     loss = RDropLoss(own, rdrop=RDropConfig(start_step=3))
     with pytest.raises(ValueError, match=r"add_callback\(FollowSteps\(loss\)\)"):
         loss([texts(0), texts(1)], torch.ones(ROWS))
+
+
+def test_matryoshka_around_it_is_the_weighted_sum_of_a_loop_by_hand(folder):
+    model = encoder(folder).train()
+    columns, dims, weights = columns_of(model, 2), [16, 8], [1.0, 0.5]
+    own = losses.MultipleNegativesRankingLoss(model)
+
+    def by_hand():
+        a, b = embed_columns(model, [repeat_batch(c) for c in columns])
+        total = torch.zeros(3)
+        for dim, weight in zip(dims, weights, strict=True):
+            passes = list(zip(*(F.normalize(x[:, :dim]).chunk(2) for x in (a, b)), strict=True))
+            scores = [cos_sim(x, y) * own.scale for x, y in passes]
+            nll = sum(F.cross_entropy(s, torch.arange(ROWS)) for s in scores) / 2
+            kl = symmetric_kl(torch.cat(scores))
+            total = total + weight * torch.stack([nll + ALPHA / 2 * kl, nll, kl])
+        return total
+
+    loss = losses.MatryoshkaLoss(model, RDropLoss(own, ALPHA), dims, weights)
+    check_equal(model, lambda: loss([dict(c) for c in columns], None), by_hand)
+    for around in (losses.AdaptiveLayerLoss, partial(losses.Matryoshka2dLoss, matryoshka_dims=[8])):
+        with pytest.raises(ValueError, match=r"must not be in AdaptiveLayerLoss or Matryoshka2d"):
+            around(model, RDropLoss(own, ALPHA))([dict(c) for c in columns], None)
+
+
+def test_steps_are_told_to_every_loss_of_several_data_sets(folder, tmp_path):
+    model = encoder(folder)
+    config = RDropConfig(alpha=2.0, alpha_schedule="linear", alpha_warmup_ratio=1.0)
+    own = losses.MultipleNegativesRankingLoss(model)
+    several = {
+        "a": RDropLoss(own, rdrop=config),
+        "b": losses.MatryoshkaLoss(model, RDropLoss(own, rdrop=config), [16, 8]),
+        "c": own,
+    }
+    data = Dataset.from_dict({"anchor": texts(0, 6), "positive": texts(1, 6)})
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(str(tmp_path), **ARGUMENTS),
+        train_dataset=DatasetDict(dict.fromkeys(several, data)),
+        loss=several,
+        callbacks=[FollowSteps(several)],
+    )
+    trainer.train()
+    steps = [
+        (m.step, m.total_steps)
+        for loss in several.values()
+        for m in loss.modules()
+        if isinstance(m, RDropLoss)
+    ]
+    assert steps == [(3, 4), (3, 4)]
+    for loss in (own, {"c": own}, {}, None):
+        with pytest.raises(TypeError, match="loss must be or hold an RDropLoss"):
+            FollowSteps(loss)
 
 
 def test_losses_that_it_would_change_are_refused_by_name(folder):
