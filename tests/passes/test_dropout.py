@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from regdrop import DropoutSource, find_dropout
+from regdrop import DropoutSource, dropout_rates, find_dropout
 
 
 def rates(model):
@@ -41,6 +41,60 @@ class Config:
 )
 def test_dropout_modules_are_found(module):
     assert rates(nn.Sequential(nn.Linear(2, 2), module(0.25))) == {"1": ("dropout", 0.25)}
+
+
+class OneNumber(nn.Module):
+    """Functional dropout whose rate is kept under any name, as graph networks do."""
+
+    def __init__(self, name, value):
+        super().__init__()
+        self.name = name
+        setattr(self, name, value)
+
+    def forward(self, x):
+        return F.dropout(x, getattr(self, self.name), self.training)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("drop", "drop_ratio", "dropout_ratio", "drop_frac", "feat_drop", "input_drop"),
+        *("resid_drop", "attn_drop", "hidden_drop", "proj_drop", "weight_drop", "wdrop"),
+        *("dropi", "idrop", "drop1", "edge_drop", "drop_edge", "drop_token_rate"),
+    ],
+)
+def test_usual_names_of_rates_are_found_and_can_be_set(name):
+    model = nn.Sequential(OneNumber(name, 0.25))
+    assert list(rates(model)) == [f"0.{name}"]
+    with dropout_rates(model, 0.999):
+        assert (model(torch.ones(1000)) == 0).float().mean() > 0.9
+    assert getattr(model[0], name) == 0.25
+
+
+@pytest.mark.parametrize("name", ["drop_path", "path_drop", "drop_connect_rate"])
+def test_rates_of_whole_paths_are_told_by_their_names(name):
+    assert rates(OneNumber(name, 0.25)) == {name: ("stochastic depth", 0.25)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("drop_last", True), ("drop_last", 0.5), ("drop", 1), ("drop", 7.0), ("edge_drop", 1)],
+        *[("dropped", 0.5), ("n_drop", 0.5), ("drop_count", 0.5), ("lr_drop", 0.1)],
+        *[("loss_drop", 0.5), ("backdrop", 0.5), ("drop_threshold", 0.5), ("keep_drop", 0.5)],
+        ("p", 0.5),
+    ],
+)
+def test_other_numbers_are_no_rates(name, value):
+    assert find_dropout(OneNumber(name, value)) == []
+
+
+@pytest.mark.parametrize("name", ["DropEdge", "PatchDrop", "WeightDrop"])
+def test_classes_whose_name_has_the_word_keep_their_rate_as_modules_of_torch_do(name):
+    module = type(name, (nn.Module,), {})()
+    module.p = 0.25
+    assert rates(module) == {"": ("dropout", 0.25)}
+    assert rates(OneNumber("p", 0.25)) == {}
 
 
 def test_a_source_is_active_with_a_rate_in_training_mode():

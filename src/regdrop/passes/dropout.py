@@ -2,16 +2,24 @@
 
 import re
 from collections.abc import Iterator
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from regdrop.passes.keras_layers import named_modules
 
-_DROPOUT_CLASS = re.compile(r"Drop(out|Path|Block|Connect)|StochasticDepth", re.IGNORECASE)
+_DROPOUT_CLASS = re.compile(r"(?i:Drop(out|Path|Block|Connect)|StochasticDepth)|Drop(?=[A-Z0-9]|$)")
 _RATE_ATTRIBUTES = ("p", "drop_prob", "prob", "drop_rate", "rate")
 _RATE_NAME = re.compile(r"drop(out|_?prob|_?rate|_?path|_?p$)|p_?drop|layer_?drop", re.IGNORECASE)
+# Names that mean a rate less surely: they must hold a fraction, where counts and switches would be
+# whole. A fall of something, as a learning rate's, is none.
+_WORD_OF_DROPPING = re.compile(
+    r"(^|_)[eihow]?drop([eiho]|\d)?$|drop_?(ratio|frac)"
+    r"|drop_?(connect|edge|node|token|word|head|block)(_?(rate|prob|ratio|p))?$",
+    re.IGNORECASE,
+)
+_FALL = re.compile(r"(^|_)(lr|loss|price|max|min|last|no)_?drop", re.IGNORECASE)
 # Numbers of something else, or of what is kept.
 _NO_RATE_NAME = re.compile(r"keep|^num_|^n_|_(num|count|seed|mode|type|layers)$", re.IGNORECASE)
 
@@ -76,7 +84,7 @@ def _module_rates(module: nn.Module) -> list[str]:
             return own[:1]
     if isinstance(module, nn.RNNBase) and module.num_layers == 1:
         return []  # dropout acts between layers
-    names = [n for n, value in vars(module).items() if _is_rate_name(n) and _is_rate(value)]
+    names = [n for n, value in vars(module).items() if _is_named_rate(n, value)]
     if (getattr(module, "neftune_noise_alpha", None) or 0) > 0:
         names.append("neftune_noise_alpha")
     return names
@@ -88,13 +96,18 @@ def _config_rates(model: nn.Module, known: set[float]) -> Iterator[RateAttribute
     if config is None or not hasattr(config, "__dict__"):
         return
     for key, value in vars(config).items():
-        if _is_rate_name(key) and _is_rate(value) and value > 0 and value not in known:
+        if _is_named_rate(key, value) and value > 0 and value not in known:
             source = DropoutSource(f"config.{key}", _kind(key, ""), value, model.training)
             yield RateAttribute(source, config, key)
 
 
-def _is_rate_name(name: str) -> bool:
-    return bool(_RATE_NAME.search(name)) and not _NO_RATE_NAME.search(name)
+def _is_named_rate(name: str, value: Any) -> bool:
+    if not _is_rate(value) or _NO_RATE_NAME.search(name):
+        return False
+    if _RATE_NAME.search(name):
+        return True
+    is_fraction = not isinstance(value, Integral)
+    return is_fraction and bool(_WORD_OF_DROPPING.search(name)) and not _FALL.search(name)
 
 
 def _is_rate(value: Any) -> bool:
@@ -109,7 +122,8 @@ def _kind(name: str, class_name: str) -> str:
         return "lora"
     if re.search(r"layer_?drop", last):
         return "layerdrop"
-    if re.search(r"path|depth|connect", class_name.lower()) or "drop_path" in last:
+    is_of_path = re.search(r"drop_?(path|connect)|path_?drop", last)
+    if is_of_path or re.search(r"path|depth|connect", class_name.lower()):
         return "stochastic depth"
     if re.search(r"att(n|ention)", last) or class_name == "MultiheadAttention":
         return "attention"

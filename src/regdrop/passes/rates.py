@@ -32,7 +32,8 @@ def dropout_rates(model: nn.Module, rates: float | Sequence[float]) -> Iterator[
 
     Functional dropout takes one rate for a whole forward, so different rates need one forward a
     pass: passes="sequential" in `rdrop_step`. The rate of a forward is in force again while its own
-    backward runs; run the backward inside this context. A copy of the model has its own rates again from its first forward on.
+    backward runs; run the backward inside this context. A copy of the model has its own rates again
+    from its first forward on.
 
     Args:
         model: Its sources with a rate above 0 are set: dropout modules, attention and LoRA
