@@ -305,3 +305,30 @@ def test_what_is_shared_is_handed_to_one_pass_as_it_is():
     options = {"config": config, "step": 0, "shared": "table"}
     rdrop_step(forward, batch, torch.tensor([0, 1]), **options)
     assert seen[0] is table
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_first_tensor_that_is_none_of_the_items_is_named(is_named):
+    model = nn.Sequential(nn.Linear(FEATURES, CLASSES), nn.Dropout(0.5))
+    mask, x = torch.ones(1, 3, 3), torch.randn(4, 3, FEATURES)
+    batch = {"mask": mask, "x": x} if is_named else (mask, x)
+    target = torch.randint(0, CLASSES, (4, 3))
+
+    def forward(batch):
+        return model(batch["x"] if is_named else batch[1])
+
+    options = {"config": RDropConfig(), "step": 0}
+    told = "mask" if is_named else "the first Tensor"
+    message = (
+        rf"batch size is 1 by {told} of shape \(1, 3, 3\), but target has 4 rows, .* batch_size=4"
+    )
+    with pytest.raises(ValueError, match=message):
+        rdrop_step(forward, batch, target, **options)
+    assert rdrop_step(forward, batch, target, batch_size=4, **options).kl > 0
+
+
+def test_a_target_that_is_flat_has_rows_of_its_own():
+    model = nn.Sequential(nn.Linear(FEATURES, CLASSES), nn.Dropout(0.5))
+    x, target = torch.randn(4, 2, FEATURES), torch.randint(0, CLASSES, (8,))
+    options = {"config": RDropConfig(), "step": 0}
+    assert rdrop_step(lambda x: model(x).flatten(0, 1), x, target, **options).kl > 0

@@ -28,6 +28,7 @@ from regdrop.passes import (
     map_rows,
     run_passes,
 )
+from regdrop.passes.stacking import name_size
 from regdrop.passes.structures import as_names
 from regdrop.schedule import StepPlan
 
@@ -94,6 +95,8 @@ def run_step_passes(
         rows=rows_of_target(target),
         join=join,
     )
+    if batch_size is None:
+        _check_told_size(outputs, batch, target, plan.num_passes, config.passes)
     if config.method == "r3f":  # its NLL is that of the clean pass alone
         items = torch.arange(target.shape[0], device=target.device)
     return StepPasses(outputs, items)
@@ -149,6 +152,22 @@ def compute_passes_loss(
 def rows_of_target(target: Any) -> list[int]:
     """Return the rows of each tensor of a target, which outputs may have too."""
     return [tensor.size(0) for tensor in find_tensors(target) if tensor.dim()]
+
+
+def _check_told_size(outputs: Any, batch: Any, target: Any, num_passes: int, passes: str) -> None:
+    """Raise where the tensor that told the number of items was not one of them.
+
+    Then the output has the rows of the target, as if nothing had been stacked.
+    """
+    if passes != "stacked" or not isinstance(outputs, Tensor) or not outputs.dim():
+        return
+    rows, size = rows_of_target(target), find_batch_size(batch)
+    if size in rows or len(outputs) == num_passes * size or len(outputs) not in rows:
+        return
+    raise ValueError(
+        f"the batch size is {size} by {name_size(batch)}, but target has {rows[0]} rows, and so has "
+        f"the output: give batch_size={rows[0]}, or put a tensor with a row for each item first"
+    )
 
 
 def _check_rows_of_fraction(fraction: float, target: Any, size: int) -> None:

@@ -133,3 +133,22 @@ def test_fields_of_the_items_are_a_structure():
     assert repeat_batch((["a", "b"], [1, 2]), batch_size=2) == (["a", "b"] * 2, [1, 2] * 2)
     collated = [("a", "b", "c"), ("d", "e", "f")]
     assert repeat_batch(collated, batch_size=3) == [(*"abcabc",), (*"defdef",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("prototypes", torch.randn(4, 8)),
+        ("class_weight", torch.ones(4)),
+        ("class_names", ["cat", "dog", "cow", "owl"]),
+        ("memory_bank", torch.randn(4, 8)),
+    ],
+)
+def test_a_table_of_as_many_rows_as_items_by_chance_is_warned_about(name, table):
+    batch = {"x": torch.randn(4, 2), name: table}
+    with pytest.warns(UserWarning, match=f"holds {name}, .* as there are items, 4, .* in shared"):
+        assert len(repeat_batch(batch)[name]) == 8
+    assert repeat_batch(batch, shared=name)[name] is table
+    fewer = {"x": torch.randn(3, 2), name: table}
+    assert repeat_batch(fewer)[name] is table
+    assert repeat_batch({"x": torch.randn(4, 2), "prototypes": torch.randn(4, 5, 8)})

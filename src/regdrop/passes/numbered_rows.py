@@ -15,7 +15,7 @@ from regdrop.passes.structures import find_leaves
 from regdrop.tracing import can_read
 
 _EDGES = re.compile(r"(^|_)edge_index(_|$)")
-_ENDS_OF_EDGES = frozenset({"senders", "receivers"})
+_ENDS_OF_EDGES = ({"senders", "receivers"}, {"src", "dst"})
 _OWNERS = re.compile(r"batch(_(idx|index|vec|vector))?")
 _STARTS = re.compile(r"(^|_)(offsets?|ptr|indptr|row_splits)$")
 _ENTRIES = re.compile(r"(^|_)(indices|values)$")
@@ -32,7 +32,7 @@ _BEGINNINGS = (
     "tells where the rows of every item begin among those of another tensor: count it on from pass "
     "to pass (torch.cat([offsets, offsets + len(indices)]))"
 )
-_WAYS_OUT = (
+WAYS_OUT = (
     ', or use passes="sequential" with fraction=1.0; if it is something else, give it {}; name it '
     "in shared only if it is the same for all passes"
 )
@@ -57,8 +57,8 @@ def refuse_numbers(
     items = {name: item for name, item in value.items() if isinstance(name, str)}
     for name, item in items.items():
         dims = item.dim() if isinstance(item, Tensor) and not item.is_nested else 0
-        is_end = name in _ENDS_OF_EDGES and items.keys() >= _ENDS_OF_EDGES
-        if (dims == 2 and _EDGES.search(name)) or (dims == 1 and is_end):
+        is_end = dims == 1 and _is_end_of_edges(name, item, items, size)
+        if (dims == 2 and _EDGES.search(name)) or is_end:
             meaning = _NODES
         elif dims == 1 and _OWNERS.fullmatch(name) and _are_owners(name, item):
             meaning = _GROUPS
@@ -67,7 +67,7 @@ def refuse_numbers(
         else:
             continue
         if not is_whole():
-            ways_out = _WAYS_OUT.format("another name")
+            ways_out = WAYS_OUT.format("another name")
             raise ValueError(f"batch holds {name}, which {meaning}{ways_out}")
 
 
@@ -95,11 +95,20 @@ def refuse_hidden_numbers(parts: Mapping[Any, Any], size: int) -> None:
             is_alone and _end_at(starts[0], _count_rows(parts.values(), size))
         ):
             what = name if isinstance(name, str) else f"a tensor of shape {tuple(starts[0].shape)}"
-            ways_out = _WAYS_OUT.format("a second dimension (numbers[:, None])")
+            ways_out = WAYS_OUT.format("a second dimension (numbers[:, None])")
             raise ValueError(
                 f"batch holds {what}, {starts[0][:4].tolist()} and so on, which "
                 f"{_BEGINNINGS}{ways_out}"
             )
+
+
+def _is_end_of_edges(name: str, item: Tensor, items: Mapping[str, Any], size: int) -> bool:
+    """Return whether one end of each edge has such a name; as many as the items are a feature."""
+    if not any(name in ends for ends in _ENDS_OF_EDGES) or not counts(item):
+        return False
+    is_graph = items.keys() >= {"senders", "receivers"}
+    has_other = name in ("senders", "receivers") or items.keys() >= {"src", "dst"}
+    return is_graph or (has_other and len(item) != size)
 
 
 def _are_owners(name: str, item: Tensor) -> bool:
@@ -107,14 +116,14 @@ def _are_owners(name: str, item: Tensor) -> bool:
 
     Others with floats are a covariate of each item.
     """
-    return _counts(item) or (name == "batch_idx" and item.is_floating_point())
+    return counts(item) or (name == "batch_idx" and item.is_floating_point())
 
 
 def _are_starts(name: str, item: Any, items: Mapping[str, Any], size: int, dim: int) -> bool:
     """Return whether an entry with such a name is where the rows of items begin."""
     if isinstance(item, (list, tuple)):  # of several tables
-        return len(item) > 0 and all(map(_is_line_of_integers, item))
-    if not _is_line_of_integers(item):
+        return len(item) > 0 and all(map(is_line_of_integers, item))
+    if not is_line_of_integers(item):
         return False
     if len(item) != size:
         return True
@@ -122,7 +131,7 @@ def _are_starts(name: str, item: Any, items: Mapping[str, Any], size: int, dim: 
     others = {other: rows for other, rows in items.items() if other != name}
     return any(
         _may_be_entries(other, leaf, size, dim)
-        or (_ENTRIES.search(other) is not None and _is_line_of_integers(leaf))
+        or (_ENTRIES.search(other) is not None and is_line_of_integers(leaf))
         for other, rows in others.items()
         for leaf in find_leaves(rows)
     )
@@ -133,14 +142,16 @@ def _may_be_entries(name: str, value: Any, size: int, dim: int) -> bool:
     if not isinstance(value, Tensor) or value.is_nested or value.dim() not in (1, 2):
         return False
     is_longer = len(value) > size and find_dim(value, size, dim) is None
-    return is_longer and (_counts(value) or name == "coord")
+    return is_longer and (counts(value) or name == "coord")
 
 
-def _is_line_of_integers(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_nested and value.dim() == 1 and _counts(value)
+def is_line_of_integers(value: Any) -> bool:
+    """Return whether something is a tensor of integers with one dimension."""
+    return isinstance(value, Tensor) and not value.is_nested and value.dim() == 1 and counts(value)
 
 
-def _counts(tensor: Tensor) -> bool:
+def counts(tensor: Tensor) -> bool:
+    """Return whether a tensor has whole numbers."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
@@ -151,10 +162,10 @@ def _read_integers(part: Any, size: int) -> list[Tensor] | None:
     """
     if isinstance(part, Tensor):
         is_table = not part.is_nested and part.dim() == 2 and len(part) not in (1, size)
-        tensors = list(part) if is_table and _counts(part) and can_read(part.device) else [part]
+        tensors = list(part) if is_table and counts(part) and can_read(part.device) else [part]
     else:
         tensors = list(part) if isinstance(part, (list, tuple)) else []
-    is_read = all(_is_line_of_integers(one) and can_read(one.device) for one in tensors)
+    is_read = all(is_line_of_integers(one) and can_read(one.device) for one in tensors)
     return tensors if is_read and tensors else None
 
 

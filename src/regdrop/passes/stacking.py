@@ -21,6 +21,7 @@ from regdrop.passes.containers import (
     take_from_container,
 )
 from regdrop.passes.items import are_items, holds_items, is_of_items
+from regdrop.passes.numbered_items import refuse_item_numbers
 from regdrop.passes.numbered_rows import refuse_numbers
 from regdrop.passes.packed_rows import (
     find_repetition,
@@ -178,26 +179,40 @@ def find_batch_size(batch: Any, dim: int | Mapping[str, int] = 0) -> int:
     Raises:
         ValueError: If there is no tensor with that dimension.
     """
+    return _tell_size(batch, dim)[0]
+
+
+def name_size(batch: Any) -> str:
+    """Return what told `find_batch_size` the number of items, in words."""
+    _, name, leaf = _tell_size(batch, 0)
+    shape = getattr(leaf, "shape", None)
+    of_shape = "" if shape is None else f" of shape {tuple(shape)}"
+    return f"{name or 'the first ' + type(leaf).__name__}{of_shape}"
+
+
+def _tell_size(batch: Any, dim: int | Mapping[str, int]) -> tuple[int, str, Any]:
+    """Return the number of items, the name of what told it, and that itself."""
     most, by_name = _split_dims(dim)
     named = named_children(batch)
     for name in _MODEL_INPUTS:
         value = named.get(name)
         place = by_name.get(name, most)
         if isinstance(value, Tensor) and value.dim() > place:
-            return value.size(place)  # a nested tensor has no shape
+            return value.size(place), name, value  # a nested tensor has no shape
     of_arrays = None
     for names, leaf in find_named_leaves(batch):
+        name = names[-1] if names and isinstance(names[-1], str) else ""
         if isinstance(leaf, PackedSequence):
-            return int(leaf.batch_sizes[0])
+            return int(leaf.batch_sizes[0]), name, leaf
         if is_graph(leaf):
-            return count_graphs(leaf)
+            return count_graphs(leaf), name, leaf
         place = find_told_dim(names, leaf.ndim, most, by_name)
         if leaf.ndim > place:
             if isinstance(leaf, Tensor):
-                return leaf.size(place)  # no int: it may be a symbol
-            of_arrays = leaf.shape[place] if of_arrays is None else of_arrays
+                return leaf.size(place), name, leaf  # no int: it may be a symbol
+            of_arrays = (int(leaf.shape[place]), name, leaf) if of_arrays is None else of_arrays
     if of_arrays is not None:
-        return int(of_arrays)
+        return of_arrays
     raise ValueError(
         f"batch must hold a tensor with a batch dimension, or batch_size must be given; "
         f"got {type(batch).__name__} without one; tensors are seen in tuples, lists, mappings, "
@@ -346,6 +361,8 @@ def _map_by_name(value: Mapping[Any, Any], change: _Change) -> dict[Any, Any]:
         refuse_hidden_documents(value, lambda: len(change.index))
     own = {name: item for name, item in value.items() if name not in change.shared}
     refuse_numbers(own, change.size, change.dim, change.is_whole)
+    if not is_packed:
+        refuse_item_numbers(own, change.size, change.dim, change.is_whole)
     changed = {}
     for name, item in value.items():
         repetition = find_repetition(name, item, change.size)

@@ -1,5 +1,7 @@
 """Items of a batch that stacking would miss, refused by name before a model sees half of them."""
 
+import re
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -30,6 +32,11 @@ from regdrop.passes.structures import (
 _LEAVES = (
     *(*SIMPLE, Tensor, PackedSequence),
     *(nn.Module, type, FunctionType, ModuleType, torch.Generator),
+)
+# What is mostly the same for all items, with a row for each class or each thing that is kept.
+_TABLES = re.compile(
+    r"(^|_)(prototypes?|codebook|memory_bank|class_(names|weights?|embeddings?|embeds|features)"
+    r"|label_embeddings)$"
 )
 # How deep, and among how many parts, an object is looked into: a cache of keys holds layers, which
 # hold tensors; a data set holds too much.
@@ -80,11 +87,27 @@ def _refuse(value: Any, first: Any, size: int, dim: int, shared: frozenset[str])
         known = (*items, *cached_names(value))  # what is cached is computed again
         _refuse_hidden(value, _attributes(value, without=known), size, dim)
     parts = {name: item for name, item in items.items() if name not in shared}
+    _warn_of_tables(parts, size)
     _refuse_images_and_targets(list(parts.values()), size, dim)
     if not tell_documents(items):
         refuse_hidden_numbers(parts, size)
     for part in parts.values():
         _refuse(part, first, size, dim, shared)
+
+
+def _warn_of_tables(parts: Mapping[Any, Any], size: int) -> None:
+    """Warn of what seems to be the same for all items and has as many rows as they by chance."""
+    for name, part in parts.items():
+        if not isinstance(name, str) or not _TABLES.search(name):
+            continue
+        rows = part.shape[0] if isinstance(part, Tensor) and 0 < part.dim() < 3 else None
+        if rows == size or (isinstance(part, (list, tuple)) and len(part) == size):
+            warnings.warn(
+                f"batch holds {name}, which has as many rows as there are items, {size}, and is "
+                "repeated with them: name it in shared if it is the same for all items, else give "
+                "it another name",
+                stacklevel=2,
+            )
 
 
 def _refuse_column(value: Any, size: int) -> None:
