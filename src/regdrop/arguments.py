@@ -25,7 +25,8 @@ def check_number(
     # First what it nearly always is, which is cheaper to see.
     if type(value) is not float and not _is_a(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if low is not None and not (low <= value <= high and math.isfinite(value)):
+    # Comparisons alone: torch.compile follows them for a number that changes from call to call.
+    if low is not None and not (low <= value <= high and value < math.inf):
         bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
         raise ValueError(f"{name} must be finite and {bound}, got {value}")
     if above is not None and not above < value < math.inf:

@@ -132,11 +132,11 @@ def _check(
         )
     check_implementation(projection.impl)
     check_number("logit_scale", scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"logit_scale must be finite, got {scale}")
     if softcap is not None:
         check_number("softcap", softcap)
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be None or above 0, got {softcap}")
     for name in ("chunk_size", "block_size"):
         check_integer(name, getattr(projection, name), low=1, or_none=True)
