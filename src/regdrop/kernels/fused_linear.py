@@ -19,7 +19,7 @@ from torch.autograd.function import Function
 from regdrop.kernels.backward_passes import differentiable_once, has_tangent
 from regdrop.kernels.class_blocks import BUDGET, collect_blocks, grade_blocks, make_plan
 from regdrop.kernels.closed_form import Weight, mix
-from regdrop.kernels.linear_chunks import chunked_linear_terms
+from regdrop.kernels.linear_operator import linear_chunks
 from regdrop.kernels.precision import accumulation_dtype
 from regdrop.kernels.projection import (
     Gradients,
@@ -53,7 +53,7 @@ def linear_terms(
     _refuse_transforms(hidden, projection)
     projection = with_dtype(hidden, projection)
     if not _needs_gradient(hidden, projection):
-        nll, kl, _ = chunked_linear_terms(hidden, projection, target)
+        nll, kl, _ = linear_chunks(hidden, projection, target)
     else:
         terms = _BlockTerms if _goes_by_classes(hidden, projection) else _LinearTerms
         nll, kl = terms.apply(
@@ -94,7 +94,7 @@ def linear_loss(
     projection = with_dtype(hidden, projection)
     weights = (nll_weight, kl_weight)
     if not _needs_gradient(hidden, projection):
-        nll, kl, _ = chunked_linear_terms(hidden, projection, target)
+        nll, kl, _ = linear_chunks(hidden, projection, target)
         return _sum_up(nll, kl, weights, labelled)
     if _goes_by_classes(hidden, projection):
         nll, kl = _BlockTerms.apply(
@@ -235,7 +235,7 @@ class _LinearTerms(Function):
         backward_passes: int,
     ) -> tuple[Tensor, Tensor]:
         projection = projection._replace(weight=weight.detach(), bias=_detach(bias))
-        nll, kl, _ = chunked_linear_terms(hidden, projection, target)
+        nll, kl, _ = linear_chunks(hidden, projection, target)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.projection, ctx.options = projection, (target, backward_passes)
         ctx.set_materialize_grads(False)
@@ -254,7 +254,7 @@ class _LinearTerms(Function):
         factor = torch.cat([*given, given[0].new_zeros(1)]).abs().max()
         factor = torch.where(factor == 0, 1, factor)
         grad_nll, grad_kl = (None if grad is None else grad / factor for grad in grads)
-        gradients = chunked_linear_terms(
+        gradients = linear_chunks(
             hidden,
             ctx.projection._replace(weight=weight, bias=bias),
             target,
@@ -279,7 +279,7 @@ def _weighted_terms(
     if grad_nll is not None and labelled is not None:
         grad_nll = grad_nll * labelled
     grads = TermGradients(grad_nll, grad_kl)
-    return chunked_linear_terms(hidden, projection, target, grads, backward_passes, wanted)
+    return linear_chunks(hidden, projection, target, grads, backward_passes, wanted)
 
 
 def _multiplied(gradients: Gradients, factor: Tensor) -> tuple[Tensor | None, ...]:
