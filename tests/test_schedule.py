@@ -98,10 +98,15 @@ def test_an_alpha_from_outside_is_the_scheduled_one():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alpha": "auto"}, "alpha='auto' is a part of the run: give total_steps"),
+        (
+            {"alpha": "auto"},
+            "alpha='auto' is a part of the run: give total_steps, .*; or use alpha=16 with "
+            "alpha_schedule='linear' and alpha_warmup_steps, a number of steps",
+        ),
         (
             {"alpha_schedule": "linear", "alpha_warmup_ratio": 0.5},
-            r"alpha_warmup_ratio=0\.5 is a part of the run: give total_steps",
+            r"alpha_warmup_ratio=0\.5 is a part of the run: give total_steps, .*; or use "
+            "alpha_warmup_steps instead",
         ),
         ({"alpha": "auto", "alpha_rule": "gap"}, "give alpha=controller.alpha"),
     ],

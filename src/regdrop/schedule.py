@@ -1,7 +1,7 @@
 """When R-Drop acts and how strongly: what one optimiser step does."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from regdrop.config import RDropConfig
 
@@ -112,13 +112,34 @@ def refuse_validation_rule(config: RDropConfig, who: str) -> None:
         )
 
 
+def is_part_of_run(config: RDropConfig) -> bool:
+    """Return whether alpha changes over a part of the run, whose length must be known then."""
+    is_ramp = config.alpha == "auto" or config.alpha_warmup_ratio is not None
+    return config.num_passes > 1 and is_ramp
+
+
+def refuse_unknown_length(config: RDropConfig, way_out: str) -> NoReturn:
+    """Refuse what `is_part_of_run` in a run whose length nobody knows.
+
+    Args:
+        config: The options.
+        way_out: How the length is given, as in "give total_steps".
+
+    Raises:
+        ValueError: Always; also names the options that need no length.
+    """
+    name, other = f"alpha_warmup_ratio={config.alpha_warmup_ratio}", "alpha_warmup_steps instead"
+    if config.alpha == "auto":
+        end = f"{config.alpha_max:g}"
+        name = "alpha='auto'"
+        other = f"alpha={end} with alpha_schedule='linear' and alpha_warmup_steps"
+    raise ValueError(f"{name} is a part of the run: {way_out}; or use {other}, a number of steps")
+
+
 def _ramp_steps(config: RDropConfig, ratio: float, total_steps: int | None) -> float:
     if total_steps is None:
-        name = "alpha='auto'" if config.alpha == "auto" else f"alpha_warmup_ratio={ratio}"
-        raise ValueError(
-            f"{name} is a part of the run: give total_steps, the number of optimiser steps of the "
-            "whole run"
-        )
+        way_out = "give total_steps, the number of optimiser steps of the whole run"
+        refuse_unknown_length(config, way_out)
     return ratio * (total_steps - config.start_step)
 
 

@@ -11,7 +11,13 @@ from regdrop.config import RDropConfig
 from regdrop.integrations import extra
 from regdrop.loss import ItemTerms
 from regdrop.passes import find_batch_size
-from regdrop.schedule import is_monitored, plan_step, refuse_validation_rule
+from regdrop.schedule import (
+    is_monitored,
+    is_part_of_run,
+    plan_step,
+    refuse_unknown_length,
+    refuse_validation_rule,
+)
 from regdrop.step import rdrop_step
 from regdrop.step_terms import Loss
 
@@ -79,7 +85,8 @@ class RDropMixin(_Base):
         Raises:
             TypeError: For a batch that is no pair, and what `rdrop_step` refuses.
             ValueError: Under manual optimisation, without a Trainer, for a rule of alpha that
-                follows a validation loss, and for what `rdrop_step` refuses.
+                follows a validation loss, for an alpha that is a part of a run without an end, and
+                for what `rdrop_step` refuses.
         """
         self._knows_whether_it_steps = True
         if not self.automatic_optimization:
@@ -128,11 +135,17 @@ class RDropMixin(_Base):
         checkpoint["rdrop"] = self.rdrop.to_dict()
 
     def _total_steps(self) -> int | None:
-        """Return the optimiser steps of the run where alpha needs them; None if nobody knows."""
-        if self.rdrop.alpha != "auto" and self.rdrop.alpha_warmup_ratio is None:
+        """Return the optimiser steps of the run where alpha needs them, else None."""
+        if not is_part_of_run(self.rdrop):
             return None
         steps = self.trainer.estimated_stepping_batches
-        return int(steps) if math.isfinite(steps) and steps > 0 else None
+        if not math.isfinite(steps) or steps < 1:
+            refuse_unknown_length(
+                self.rdrop,
+                "Lightning knows its steps by Trainer(max_steps=...), or by max_epochs where the "
+                "data has a length",
+            )
+        return int(steps)
 
 
 def _read_step(module: LightningModule) -> int:

@@ -17,7 +17,12 @@ from regdrop.loss import (
     symmetric_kl,
 )
 from regdrop.passes import find_batch_size
-from regdrop.schedule import plan_step, refuse_validation_rule
+from regdrop.schedule import (
+    is_part_of_run,
+    plan_step,
+    refuse_unknown_length,
+    refuse_validation_rule,
+)
 from regdrop.step import rdrop_step
 
 with extra("sentence-transformers"):
@@ -131,9 +136,13 @@ class RDropLoss(nn.Module):
                 "rdrop has options that change in the run, whose steps a loss does not know: "
                 "trainer.add_callback(FollowSteps(loss)), or set loss.step yourself"
             )
+        step, total = self.step or 0, self.total_steps
+        if total is None and is_part_of_run(self.rdrop):
+            refuse_unknown_length(
+                self.rdrop, "set loss.total_steps beside loss.step, or add FollowSteps(loss)"
+            )
         enter = _enter_pairs if is_pairs else _enter_columns
         entered = enter(self.loss, inputs, labels, **options)
-        step, total = self.step or 0, self.total_steps
         plan = plan_step(self.rdrop, step, total_steps=total)
         size = find_batch_size(entered.batch[0])
         if plan.num_passes > 1 and self.rdrop.passes == "stacked":

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from regdrop import RDropConfig, rdrop_step
 from regdrop.integrations.lightning import RDropMixin
@@ -189,6 +189,34 @@ def test_what_has_no_meaning_is_refused_before_the_first_step():
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield from data()
+
+
+RAMP = {"alpha_schedule": "linear"}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*`max_epochs` was not set")
+@pytest.mark.parametrize("options", [{"alpha": "auto"}, {**RAMP, "alpha_warmup_ratio": 0.5}])
+@pytest.mark.parametrize("run", ["time", "data"])
+def test_a_run_whose_length_nobody_knows_has_a_ramp_of_known_length(options, run):
+    endless = DataLoader(Endless(), batch_size=4)
+    loader, limits = {
+        "time": (None, {"max_epochs": -1, "max_time": {"seconds": 5}}),
+        "data": (endless, {"max_epochs": 1}),
+    }[run]
+    with pytest.raises(ValueError, match=r"by Trainer\(max_steps=...\), .* alpha_warmup_steps"):
+        fit(Classifier(RDropConfig(**options)), -1, loader, **limits)
+    # The ways out that are told.
+    told = RDropConfig(alpha=2.0, **RAMP, alpha_warmup_steps=2)
+    found = fit(Classifier(told), -1, loader, **{**limits, "max_epochs": 1}, limit_train_batches=2)
+    assert [log["alpha"] for log in found.logs] == [0.0, 1.0]
+    assert len(fit(Classifier(RDropConfig(**options)), 2, loader).logs) == 2
+
+
 def test_module_without_dropout_is_warned_about():
     with pytest.warns(UserWarning, match="no active source of dropout"):
         fit(Classifier(RDropConfig(), dropout=0.0))

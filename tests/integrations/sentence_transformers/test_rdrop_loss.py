@@ -270,6 +270,10 @@ def test_schedule_without_steps_is_refused_before_the_first_step(folder):
     loss = RDropLoss(own, rdrop=RDropConfig(start_step=3))
     with pytest.raises(ValueError, match=r"add_callback\(FollowSteps\(loss\)\)"):
         loss([texts(0), texts(1)], torch.ones(ROWS))
+    loss = RDropLoss(own, rdrop=RDropConfig(alpha="auto"))
+    loss.step = 0
+    with pytest.raises(ValueError, match=r"set loss\.total_steps beside loss\.step, or add Follow"):
+        loss([texts(0), texts(1)], torch.ones(ROWS))
 
 
 def test_matryoshka_around_it_is_the_weighted_sum_of_a_loop_by_hand(folder):

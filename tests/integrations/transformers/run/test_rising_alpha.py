@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback
 
 from models import key_dropout, text_rows, tiny_bert
@@ -350,6 +351,18 @@ def test_of_several_validation_sets_the_first_tells(tmp_path):
     nll = logged(trainer, "nll")
     gaps = [max(0.0, 16 * (near[i] - sum(nll[2 * i : 2 * i + 2]) / 2)) for i in range(3)]
     assert logged(trainer, "alpha")[2::2] == pytest.approx(gaps, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["ramp", "stall"])
+def test_a_loss_before_training_has_an_alpha_where_the_length_of_the_run_is_given(tmp_path, rule):
+    batch = default_collate([text_rows()[i] for i in range(4)])
+    rdrop = replace(AUTO, alpha_rule=rule)
+    trainer = make(tmp_path, rdrop, max_steps=-1)
+    for step in (trainer.compute_loss, trainer.training_step):
+        with pytest.raises(ValueError, match=r"once train\(\) has begun, or by max_steps of the"):
+            step(trainer.model.train(), dict(batch))
+    known = make(tmp_path, rdrop)
+    assert known.compute_loss(known.model.train(), dict(batch)).isfinite()
 
 
 def test_a_search_gives_every_trial_its_own_rule(tmp_path):

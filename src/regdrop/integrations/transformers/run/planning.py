@@ -10,7 +10,7 @@ from regdrop.alpha import AlphaController
 from regdrop.config import RDropConfig
 from regdrop.loss import ItemCounts
 from regdrop.meter import LossMeter
-from regdrop.schedule import StepPlan, plan_step
+from regdrop.schedule import StepPlan, is_part_of_run, plan_step, refuse_unknown_length
 
 
 class StepPlanner:
@@ -39,8 +39,15 @@ class StepPlanner:
         """Return what a step does, by the options of that moment.
 
         Raises:
-            ValueError: If a rule that follows the validation loss did not begin with the run.
+            ValueError: If a rule that follows the validation loss did not begin with the run, or
+                alpha is a part of a run that has no length yet.
         """
+        if self.total_steps is None and is_part_of_run(config) and step >= config.start_step:
+            refuse_unknown_length(
+                config,
+                "its steps are known once train() has begun, or by max_steps of the Trainer's "
+                "arguments",
+            )
         is_begun = self.total_steps is not None and self.controller is None
         if is_begun and config.alpha == "auto" and config.alpha_rule != "ramp":
             raise ValueError(
