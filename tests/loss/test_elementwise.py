@@ -195,6 +195,11 @@ def test_labels_that_are_no_chances_are_refused(padding):
     torch.testing.assert_close(unlabelled.nll, output.nll * 2 / 3)
 
 
+def test_a_mask_of_stacked_items_is_none_of_the_items_of_one_pass():
+    with pytest.raises(ValueError, match=r"the items of one pass, of shape \(4,\), got \(8,\)"):
+        symmetric_kl(torch.randn(8, 5), mask=torch.ones(8, dtype=torch.bool))
+
+
 def test_labels_that_are_chances_but_for_rounding_are_taken():
     target = torch.tensor([[1.0000001, -1e-7]]).bfloat16()
     output = rdrop_binary_cross_entropy_with_logits(torch.randn(2, 2), target, alpha=1.0)

@@ -309,18 +309,22 @@ def all_are_classes(index: Tensor, num_classes: int, ignore_index: int) -> bool:
     return low >= 0 and high < num_classes and not low <= ignore_index <= high
 
 
-def check_mask(mask: Tensor | None, target: Tensor) -> Tensor | None:
+def check_mask(
+    mask: Tensor | None, target: Tensor, of: str = "the shape of target"
+) -> Tensor | None:
     """Return the mask (True counts) expanded to the shape of the target; raise if it cannot be."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a boolean tensor, True where an element counts, got {got}")
-    check_broadcastable("mask", mask, target)
+    check_broadcastable("mask", mask, target, of)
     return mask.expand(target.shape)
 
 
-def check_broadcastable(name: str, given: Tensor | None, target: Tensor) -> None:
+def check_broadcastable(
+    name: str, given: Tensor | None, target: Tensor, of: str = "the shape of target"
+) -> None:
     """Raise for what is no tensor that can be expanded to the shape of the target."""
     check_real(name, given)
     if given is None:
@@ -328,8 +332,7 @@ def check_broadcastable(name: str, given: Tensor | None, target: Tensor) -> None
     sizes = zip(reversed(given.shape), reversed(target.shape), strict=False)
     if given.dim() > target.dim() or any(ours not in (1, theirs) for ours, theirs in sizes):
         raise ValueError(
-            f"{name} must be broadcastable to the shape of target {tuple(target.shape)}, "
-            f"got {tuple(given.shape)}"
+            f"{name} must be broadcastable to {of} {tuple(target.shape)}, got {tuple(given.shape)}"
         )
 
 

@@ -59,7 +59,8 @@ def symmetric_kl(
     shape = [logits.shape[0] // num_passes, *logits.shape[1:]]
     del shape[class_dim]
     classes = torch.zeros(shape, dtype=torch.long, device=logits.device)
-    mask = None if mask is None else check_mask(whole_tensor(mask), classes)
+    if mask is not None:
+        mask = check_mask(whole_tensor(mask), classes, "the items of one pass, of shape")
     valid = None if mask is None else mask.reshape(-1)
     _, kl = rdrop_terms(
         stack_rows(logits, num_passes, class_dim),
