@@ -190,6 +190,26 @@ def test_a_run_that_had_to_follow_the_ramp_goes_on_so():
 
 
 @pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda state: {}, ValueError, r"state must be one of .* without rule, next_step, sums"),
+        (lambda state: None, TypeError, "state must be a mapping, got NoneType"),
+        (lambda state: {**state, "state": {}}, ValueError, "missing 1 required .* 'alpha'"),
+        (lambda state: {**state, "state": None}, ValueError, "got None as its 'state'"),
+        (lambda state: {**state, "state": {"alpha": 2.0, "x": 1}}, ValueError, "argument 'x'"),
+        (lambda state: {"rule": "ramp"}, ValueError, "without next_step, sums, state"),
+    ],
+)
+def test_a_state_of_something_else_is_refused_and_leaves_the_controller(change, error, message):
+    controller = AlphaController(STEPS, rule="stall")
+    controller.update(3, validation_loss=1.0)
+    before = controller.state_dict()
+    with pytest.raises(error, match=message):
+        controller.load_state_dict(change(before))
+    assert controller.state_dict() == before
+
+
+@pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"total_steps": 0}, ValueError, "total_steps must be at least 1, got 0"),

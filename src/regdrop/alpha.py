@@ -318,16 +318,33 @@ class AlphaController:
         """Go on from a state of `state_dict`.
 
         Raises:
-            ValueError: If it is of another rule. One of a run that had to follow the ramp is not.
+            TypeError: If it is no mapping.
+            ValueError: If it is of another rule, or was not made by `state_dict`. One of a run that
+                had to follow the ramp is of any rule.
         """
-        if state["rule"] == "ramp":
-            self.follow_ramp()
-        elif state["rule"] != self.rule:
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping, got {type(state).__name__}")
+        missing = [name for name in self.state_dict() if name not in state]
+        if missing:
+            raise ValueError(
+                f"state must be one of AlphaController.state_dict(), got {sorted(map(str, state))} "
+                f"without {', '.join(missing)}"
+            )
+        if state["rule"] not in ("ramp", self.rule):
             raise ValueError(
                 f"rule must be {state['rule']!r}, that of the checkpoint, got {self.rule!r}"
             )
+        try:
+            loaded = AlphaState(**state["state"])
+        except TypeError as error:
+            raise ValueError(
+                f"state must be one of AlphaController.state_dict(), got {state['state']!r} as its "
+                f"'state' ({error})"
+            ) from error
+        if state["rule"] == "ramp":
+            self.follow_ramp()
         else:
-            self._state = AlphaState(**state["state"])
+            self._state = loaded
         self._next_step = state["next_step"]
         self._sums = dict(state["sums"])
 
