@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from models import image_rows, tiny_bert, tiny_vit
 from regdrop import share_prefix
@@ -48,6 +49,24 @@ def test_of_a_part_and_its_wrapper_the_wrapper():
 def test_batches_may_be_mappings_and_tuples():
     for batch in ({"x": X}, (X,)):
         assert suggest_prefix(trunk_and_head(), [batch]).until == "body"
+
+
+def test_batches_of_a_loader_may_have_a_target_behind():
+    data = TensorDataset(torch.randn(4, 4), torch.arange(4))
+    model = trunk_and_head()
+    assert suggest_prefix(model, DataLoader(data, batch_size=2)).until == "body"
+    for batch in ((X, torch.arange(3)), ((X,), torch.arange(3)), [{"x": X}, torch.arange(3)]):
+        assert suggest_prefix(model, [batch]).until == "body"
+
+
+def test_a_tuple_that_the_model_takes_has_no_target():
+    class Summed(Model):
+        def forward(self, x, y):
+            return super().forward(x + y)
+
+    body = nn.Sequential(linear(4, 10), linear(10, 20))
+    model = Summed(body, nn.Sequential(nn.Dropout(0.1), linear(20, 12))).train()
+    assert suggest_prefix(model, [(X, X)]).until == "body"
 
 
 def test_dropout_that_is_off_is_no_end():

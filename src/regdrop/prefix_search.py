@@ -1,5 +1,6 @@
 """Which part of a model `share_prefix` could compute once, and how much of a forward it is."""
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -40,8 +41,10 @@ def suggest_prefix(model: nn.Module, batches: Iterable[Any]) -> PrefixSuggestion
 
     Args:
         model: A model in training mode, as it will be trained: with BatchNorm frozen or not.
-        batches: Some batches: mappings of its keyword arguments, tuples of its arguments, or one
-            argument.
+        batches: Some batches: mappings of its keyword arguments, tuples of its arguments, one
+            argument, or any of these with a target behind it, as a DataLoader gives them: a list of
+            two, or a tuple of two that the model does not take. A list of two that is one argument
+            is given as a tuple, `([a, b],)`.
 
     Returns:
         The part; None if there is none of 1 % of the operations or more, or no active dropout.
@@ -50,10 +53,11 @@ def suggest_prefix(model: nn.Module, batches: Iterable[Any]) -> PrefixSuggestion
         TypeError: If `model` is no module.
         ValueError: If there is no batch.
     """
-    seen = list(batches)
+    sources = find_dropout(model)
+    seen = [_without_target(model, batch) for batch in batches]
     if not seen:
         raise ValueError("batches must hold at least one batch, got none")
-    if not any(source.active for source in find_dropout(model)):
+    if not any(source.active for source in sources):
         return None
     with torch.no_grad(), preserve_random_state(), preserve_buffers(model):
         shares = [_watch(model, batch) for batch in seen]
@@ -67,6 +71,19 @@ def suggest_prefix(model: nn.Module, batches: Iterable[Any]) -> PrefixSuggestion
             if common[name] >= _WORTHWHILE and _can_be_shared(model, name, seen):
                 return PrefixSuggestion(name, common[name])
     return None
+
+
+def _without_target(model: nn.Module, batch: Any) -> Any:
+    """Return what the model takes of a batch that may be a pair of inputs and target."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        return batch
+    if isinstance(batch, tuple):
+        try:
+            inspect.signature(model.forward).bind(*batch)
+        except TypeError:
+            return batch[0]
+        return batch
+    return batch[0]
 
 
 def _watch(model: nn.Module, batch: Any) -> dict[str, float]:
