@@ -220,6 +220,25 @@ def check_two_heads(both_heads):
         ]
         torch.testing.assert_close(found.loss, sum(head.loss for head in heads))
         assert found.loss.isfinite()
+        if absent:
+            continue
+        # In micro-batches of one and two items, by the totals of the window.
+        totals = {name: (labels != -100).sum() for name, labels in target.items()}
+        parts = [[0, 3], [1, 2, 4, 5]]
+        micro_batches = [
+            both_heads(
+                {name: logits[part] for name, logits in outputs.items()},
+                {name: labels[part[: len(part) // 2]] for name, labels in target.items()},
+                num_passes=2,
+                totals=totals,
+            )
+            for part in parts
+        ]
+        losses = [
+            regdrop.loss.combine_terms(terms, alpha=1.5, num_passes=2).loss
+            for terms in micro_batches
+        ]
+        torch.testing.assert_close(sum(losses), found.loss)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import timeit
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from regdrop import (
     AlphaController,
     RDropConfig,
+    RDropCrossEntropyLoss,
     rdrop_binary_cross_entropy_with_logits,
     rdrop_cross_entropy,
     rdrop_mse_loss,
@@ -58,6 +60,60 @@ def test_losses_of_torch_are_refused_by_name():
     for loss in (F.cross_entropy, nn.CrossEntropyLoss()):
         with pytest.raises(TypeError, match="loss must be a name or a function of stacked outputs"):
             rdrop_step(nn.Linear(5, 3), X, Y, config=RDropConfig(), step=0, loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("loss", "terms"),
+    [
+        (rdrop_cross_entropy, "cross_entropy_terms"),
+        (partial(rdrop_cross_entropy, alpha=1.0), "cross_entropy_terms"),
+        (RDropCrossEntropyLoss(1.0), "cross_entropy_terms"),
+        (rdrop_mse_loss, "mse_terms"),
+    ],
+    ids=["function", "partial", "module", "mse"],
+)
+def test_losses_of_the_library_are_sent_to_their_terms(loss, terms):
+    with pytest.raises(TypeError, match=rf"loss must .*; that is a whole loss: give .*\.{terms}$"):
+        rdrop_step(nn.Linear(5, 3), X, Y, config=RDropConfig(), step=0, loss=loss)
+
+
+def test_an_error_of_terms_of_ones_own_is_theirs():
+    def terms(outputs, target, *, num_passes):
+        return len(outputs, num_passes=num_passes)
+
+    with pytest.raises(TypeError, match=r"len\(\) takes"):
+        rdrop_step(nn.Linear(5, 3), X, Y, config=RDropConfig(), step=0, loss=terms)
+
+
+def test_a_mean_that_is_divided_once_more_is_warned_about():
+    def mean(outputs, target, *, num_passes):
+        found = cross_entropy_terms(outputs, target, num_passes=num_passes)
+        return ItemTerms(found.nll.mean(), found.kl.mean(), 1, 1)
+
+    def total(outputs, target, *, num_passes):
+        found = cross_entropy_terms(outputs, target, num_passes=num_passes)
+        return ItemTerms(found.nll.sum(), found.kl.sum(), len(target), len(target))
+
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 3))
+    step = partial(rdrop_step, model, X, Y, config=RDropConfig(), step=0)
+    with pytest.warns(UserWarning, match="nll_count=1 for .* as for a mean, and num_items=40"):
+        step(loss=mean, num_items=40)
+    step(loss=total, num_items=40)
+    step(loss=mean)
+    step(loss=mean, num_items=2)  # micro-batches
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad])
+def test_monitoring_is_refused_by_name_where_torch_transforms_the_step(transform):
+    config = RDropConfig(alpha=0.0, num_passes=1, monitor_steps=1)
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 3))
+
+    def loss(x):
+        return rdrop_step(model, x, Y, config=config, step=0).loss
+
+    options = {"randomness": "different"} if transform is torch.func.vmap else {}
+    with pytest.raises(ValueError, match=r"monitor_steps runs .* monitor_steps=None"):
+        transform(loss, **options)(X[None] if options else X)
 
 
 def test_counts_of_terms_may_be_numbers():

@@ -26,6 +26,7 @@ from regdrop.passes import (
     preserve_buffers,
     preserve_random_state,
 )
+from regdrop.tracing import is_transformed
 
 Output = TypeVar("Output")
 
@@ -92,7 +93,15 @@ def extra_pass(model: nn.Module, forward: Callable[[Any], Output], batch: Any) -
         model: The module whose buffers are kept.
         forward: Maps a batch to the model's output.
         batch: The original batch.
+
+    Raises:
+        ValueError: Inside of `torch.func`, whose passes have no seed that may be set.
     """
+    if is_transformed():
+        raise ValueError(
+            "monitor_steps runs one more pass under masks of its own, for which torch.func (vmap, "
+            "grad and their like) has no seed; use monitor_steps=None there"
+        )
     with torch.no_grad(), preserve_random_state(), preserve_buffers(model):
         # Without a new seed the pass would draw the very masks of the pass that follows.
         torch.manual_seed(int(torch.randint(2**62, ()).item()))

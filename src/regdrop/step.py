@@ -97,7 +97,8 @@ def rdrop_step(
     check_counts("mean", num_items=num_items, num_weight=num_weight)
     _refuse_per_sample_gradients(forward, config)
     labels = next(find_tensors(target), None)
-    terms = find_terms(loss, config, None if labels is None else labels.device)
+    device = None if labels is None else labels.device
+    terms = find_terms(loss, config, device, num_items)
     plan = plan_step(config, step, total_steps=total_steps, alpha=alpha)
     run = partial(_checked_output, forward, is_counted(terms), loss)
     other = None
