@@ -114,10 +114,10 @@ def with_other_labels(
         if is_share:
             other = labels.roll(1, -1)
         else:
-            is_binary = bool(((labels == 0) | (labels == 1)).all())
+            are_chances = bool(((labels >= 0) & (labels <= 1)).all())
             # Every second one, so that there are both.
             odd = torch.arange(labels.numel(), device=labels.device).view(labels.shape) % 2 == 1
-            other = torch.where(odd, 1 - labels if is_binary else labels + 1, labels)
+            other = torch.where(odd, 1 - labels if are_chances else labels + 1, labels)
     elif labels.dtype == torch.bool:
         other = ~labels
     else:
@@ -128,6 +128,32 @@ def with_other_labels(
         other = labels.clone()
         other[is_class] = drawn.to(labels)
     return {**inputs, name: other}
+
+
+def with_other_inputs(
+    inputs: Mapping[str, Any], label_names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the batch with each of its inputs changed that holds numbers, or a yes or no a row.
+
+    A loss may read what a first batch shows nothing of, as weights that are all 1. Labels stay, and
+    masks, which `with_shorter_masks` cuts.
+
+    Args:
+        inputs: A batch with its labels.
+        label_names: Names that labels have.
+    """
+    labels = find_labels(inputs, label_names)
+    for name, value in inputs.items():
+        if name in labels or name.endswith("mask") or not isinstance(value, Tensor):
+            continue
+        is_flag = value.dtype == torch.bool and value.dim() <= 2
+        if value.is_nested or value.is_sparse or not (value.is_floating_point() or is_flag):
+            continue
+        odd = torch.arange(value.numel(), device=value.device).view(value.shape) % 2 == 1
+        if len(value.shape) > 0 and value.numel() == len(value):
+            odd = ~odd  # one row alone is changed too
+        changed = ~value if is_flag else 2 * value + 1
+        yield {**inputs, name: torch.where(odd, changed, value)}
 
 
 def with_shorter_masks(

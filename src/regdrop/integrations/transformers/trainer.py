@@ -49,8 +49,7 @@ from regdrop.reading import (
 from regdrop.schedule import StepPlan, is_monitored
 from regdrop.step_passes import compute_passes_loss, run_step_passes
 
-# Steps at which a later batch is asked whether a model still has the loss and the last layer that
-# the first one showed.
+# Steps at which a model is asked whether it still has the last layer that the first batch showed.
 _LATER_LOOKS = (1, 10, 100, 1000)
 
 
@@ -137,7 +136,7 @@ class RDropTrainerMixin(RunState):
         head = self._head(inputs)
         assert self._source is not None
         own = self._source.own
-        self._look_again(step, head, inputs)
+        self._look_again(step)
         self._check(model, head, plan.num_passes, own)
         self._check_counts(head)
         if self.rdrop.method == "fraternal":
@@ -220,20 +219,18 @@ class RDropTrainerMixin(RunState):
         is_overridden = type(self).compute_loss is not RDropTrainerMixin.compute_loss
         return self._is_asked_by_trainer and (is_given or is_overridden)
 
-    def _look_again(self, step: int, head: Head, inputs: dict[str, Any]) -> None:
-        """At some later steps, see whether the model is still what the first batch showed."""
-        if step not in _LATER_LOOKS or step == self._looked_at:
-            return
-        self._looked_at = step
-        self._note_later_loss(head, inputs)
-        # What follows the last layer may act by now.
-        self._is_checked = self._is_checked and not self._is_fused
+    def _look_again(self, step: int) -> None:
+        """At some later steps, look at the last layer anew: what follows it may act by now."""
+        if step in _LATER_LOOKS and step != self._looked_at:
+            self._looked_at = step
+            self._is_checked = self._is_checked and not self._is_fused
 
     def _check(self, model: nn.Module, head: Head, num_passes: int, own: OwnLoss | None) -> None:
         """Before the first step, choose how the last layer is computed; warn without dropout."""
         if not self._is_checked:
             self._is_checked = True
-            self._is_fused = own is None and chooses_fused(self, model, head)
+            is_alone = len(self._sources) == 1  # a batch of another kind has another last layer
+            self._is_fused = own is None and is_alone and chooses_fused(self, model, head)
         if own is None:
             check_implementation(head, self.rdrop.impl)
         is_noisy = self.rdrop.method == "r3f" and self.rdrop.noise > 0
@@ -431,8 +428,7 @@ class RDropTrainerMixin(RunState):
         self._own_num_items = num_items
         if not samples:
             return num_items
-        if self._source is None:
-            self._source = self._examine(samples)
+        self._follow_window(samples)
         counts = [self._head(sample).counts() for sample in samples]
         if not self.state.global_step:
             self._first_counts = counts[0]

@@ -12,7 +12,7 @@ from transformers import BartConfig, BartForSequenceClassification
 
 from models import LENGTH, VOCABULARY, key_dropout, text_rows, tiny_bert_of, token_rows
 from regdrop import RDropConfig
-from regdrop.integrations.transformers.likelihood.selection import _can_be_sent, _is_of_library
+from regdrop.integrations.transformers.likelihood.selection import _can_be_sent, is_of_library
 from training import assert_same_outcome, build, logged, outcome, said, train
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -91,12 +91,12 @@ def test_a_batch_that_cannot_be_sent_is_examined_where_it_is():
 
 def test_a_model_whose_parts_accelerate_moves_is_still_the_librarys():
     model = tiny_bert_of("ForTokenClassification")()
-    assert _is_of_library(model)
+    assert is_of_library(model)
     add_hook_to_module(model, ModelHook())
-    assert _is_of_library(model)
+    assert is_of_library(model)
     model.forward = lambda **inputs: None
     del model._old_forward
-    assert not _is_of_library(model)
+    assert not is_of_library(model)
 
 
 def test_a_mean_over_no_item_is_no_part_of_the_log(tmp_path):

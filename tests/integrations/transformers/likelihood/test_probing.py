@@ -332,14 +332,84 @@ def test_a_loss_that_is_none_of_classes_is_refused_where_nothing_tells_what_it_i
         divergence_of(criterion, 3, {"x": torch.randn(4, FEATURES), **labels})
 
 
-def test_numbers_of_classes_are_believed():
-    """One against the rest is a loss of classes, though no softmax is in it."""
-
+def test_one_against_the_rest_has_the_divergence_of_a_yes_or_no_for_each_class():
     def criterion(logits, inputs):
         return F.binary_cross_entropy_with_logits(logits, F.one_hot(inputs["labels"], 3).float())
 
     batch = {"x": torch.randn(4, FEATURES), "labels": torch.tensor([0, 1, 2, 0])}
-    assert divergence_of(criterion, 3, batch).kind == "classes"
+    divergence = divergence_of(criterion, 3, batch)
+    assert divergence.kind == "yes or no"
+    assert "each class a yes or no" in str(divergence)
+    head = divergence.head(batch, 4)
+    logits = torch.randn(8, 3)
+    first, second = logits.sigmoid().chunk(2)
+    a, b = logits.chunk(2)
+    expected = ((first - second) * (a - b)).mean(-1) / 2
+    terms = head.terms(logits, head.target, num_passes=2)
+    torch.testing.assert_close(terms.kl, expected)
+    assert terms.kl_count == 4
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0, 10.0])
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_chances_are_told_whatever_a_yes_weighs(weight, scale):
+    def criterion(logits, inputs):
+        return F.binary_cross_entropy_with_logits(
+            scale * logits, inputs["labels"], pos_weight=torch.tensor(weight)
+        )
+
+    batch = {"x": torch.randn(4, FEATURES), "labels": torch.randint(2, (4, 3)).float()}
+    assert divergence_of(criterion, 3, batch).kind == "labels"
+
+
+@pytest.mark.parametrize("distance", [F.mse_loss, F.l1_loss, F.smooth_l1_loss])
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_values_from_0_to_1_are_told_too(distance, scale):
+    def criterion(logits, inputs):
+        return distance(logits, inputs["labels"])
+
+    batch = {"x": scale * torch.randn(4, FEATURES), "labels": torch.rand(4, 3)}
+    assert divergence_of(criterion, 3, batch).kind == "numbers"
+
+
+@pytest.mark.parametrize("mark", [-1.0, -100.0, torch.nan])
+def test_a_mark_of_a_missing_yes_or_no_does_not_count(mark):
+    def criterion(logits, inputs):
+        known = (inputs["labels"] >= 0) & (inputs["labels"] <= 1)
+        return F.binary_cross_entropy_with_logits(logits[known], inputs["labels"][known])
+
+    labels = torch.randint(2, (4, 3)).float()
+    batch = {"x": torch.randn(4, FEATURES), "labels": labels}
+    labels[1, 2] = mark
+    divergence = divergence_of(criterion, 3, batch)
+    assert divergence.kind == "labels"
+    assert divergence.head(batch, 4).counts().kl == 11
+
+
+@pytest.mark.parametrize("ignored", [-1, 7])
+def test_rows_whose_label_does_not_count(ignored):
+    def criterion(logits, inputs):
+        entropy = F.cross_entropy(logits, inputs["labels"], ignore_index=ignored)
+        return entropy + 0.1 * logits[inputs["labels"] != ignored].square().mean()
+
+    batch = {"x": torch.randn(4, FEATURES), "labels": torch.tensor([0, ignored, 2, ignored])}
+    divergence = divergence_of(criterion, 3, batch)
+    assert (divergence.kind, divergence.is_shifted) == ("classes", False)
+    assert divergence.head(batch, 4).counts().kl == 2
+    # The first batch may have none of them.
+    later = {**batch, "labels": torch.tensor([0, 1, 2, 0])}
+    assert divergence_of(criterion, 3, later).head(batch, 4).counts().kl == 2
+
+
+def test_thresholds_are_no_classes_whatever_labels_come_first():
+    def criterion(logits, inputs):
+        above = inputs["labels"][:, None] > torch.arange(3)
+        return F.binary_cross_entropy_with_logits(logits, above.float())
+
+    for labels in ([0, 1, 2, 3], [3, 3, 3, 3], [0, 0, 0, 0]):
+        batch = {"x": torch.randn(4, FEATURES), "labels": torch.tensor(labels)}
+        with pytest.raises(ValueError, match="the loss is none of classes"):
+            divergence_of(criterion, 3, batch)
 
 
 def test_rows_against_columns_are_classes_both_ways():

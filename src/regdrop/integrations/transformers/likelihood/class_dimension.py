@@ -1,5 +1,7 @@
 """Along which dimension of the logits the classes of a loss lie, by shapes and by its slope."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regdrop.integrations.transformers.likelihood.read_output import ReadOutput
@@ -8,6 +10,8 @@ from regdrop.integrations.transformers.likelihood.read_output import ReadOutput
 # has a small term of another kind, such as one on the normaliser. That of 10,000 numbers, each with
 # a loss of its own, leaves as much by chance.
 _SOFTMAX_TOLERANCE = 1e-2
+# How far a loss's slope may be from that of a yes or no for each class.
+_LIKENESS_TOLERANCE = 1e-4
 
 
 def find_class_dim(read: ReadOutput) -> tuple[int, bool | None]:
@@ -52,10 +56,36 @@ def _by_labels(read: ReadOutput) -> tuple[int, bool | None]:
     # Those that are there, in other places: others may be none that the loss knows.
     counted = (labels >= 0) & (labels < max(read.logits.shape[dim] for dim in dims))
     moved = labels.masked_scatter(counted, labels[counted].roll(1))
+    if torch.equal(moved, labels):
+        # All are of one class: the first one becomes the lowest other, which every loss knows.
+        counted = labels >= 0
+        first = (counted.flatten().cumsum(0) == 1).view(labels.shape) & counted
+        moved = torch.where(first, (labels == 0).to(labels.dtype), labels)
     before, after = read.slope, read.slope_for({read.label: moved})
-    if before is None or after is None or bool((before == after).all()):
+    if before is None or after is None or torch.equal(before, after):
         return dims[0], None
     return _first_of_classes(after - before, dims)
+
+
+def are_yes_or_no(read: ReadOutput, class_dim: int) -> bool:
+    """Return whether a loss takes each class as a yes or no, of which a label names the one yes.
+
+    Args:
+        read: The logits, with a label for each item.
+        class_dim: The dimension of the classes.
+    """
+    logits = read.logits.detach().float().movedim(class_dim, -1)
+    labels = read.labels
+    if read.slope is None or labels is None or labels.shape != logits.shape[:-1]:
+        return False
+    slope = read.slope.float().movedim(class_dim, -1)
+    counted = slope.any(-1) & (labels >= 0) & (labels < logits.shape[-1])
+    if not bool(counted.any()):
+        return False
+    expected = logits.sigmoid()[counted]
+    expected -= F.one_hot(labels[counted].long(), logits.shape[-1])
+    likeness = F.cosine_similarity(slope[counted].flatten(), expected.flatten(), dim=0)
+    return bool(likeness > 1 - _LIKENESS_TOLERANCE)
 
 
 def _first_of_classes(slope: Tensor, dims: tuple[int, ...]) -> tuple[int, bool]:

@@ -6,6 +6,9 @@ from torch import Tensor
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.integrations.transformers.likelihood.read_output import ReadOutput
 
+# How near to a logit a label is put on either side of it.
+_NEAR = 0.02
+
 
 def kind_of_elements(read: ReadOutput, is_of_classes: bool | None) -> str | None:
     """Return what labels are that are as many as the logits: "labels", "numbers" or "shares".
@@ -29,9 +32,13 @@ def kind_of_elements(read: ReadOutput, is_of_classes: bool | None) -> str | None
     # Rows of shares that do not count may be all 0.
     if is_of_classes or _are_log_probabilities(logits):
         return None if is_whole else "shares"
-    counted = values[labels != IGNORE_INDEX]
+    read_by_loss = labels != IGNORE_INDEX
+    if read.slope is not None:
+        # A mark of a missing label, as -1, is none of the labels.
+        read_by_loss &= read.slope.reshape(labels.shape) != 0
+    counted = values[read_by_loss]
     is_share = bool(((counted >= 0) & (counted <= 1)).all())
-    if is_share and _are_chances(read, labels):
+    if is_share and _are_chances(read, read_by_loss):
         return "labels"
     return None if is_whole and is_of_classes is None else "numbers"
 
@@ -51,25 +58,38 @@ def leaves_out_ignored(read: ReadOutput) -> bool:
     return after is not None and not bool(after.reshape(-1)[marked.view(-1) == IGNORE_INDEX].any())
 
 
-def _are_chances(read: ReadOutput, labels: Tensor) -> bool:
+def _are_chances(read: ReadOutput, counted: Tensor) -> bool:
     """Return whether labels from 0 to 1 are chances of a yes, not values that logits should have.
 
-    The slope tells, where a label lies between a logit and its sigmoid.
+    The loss of a value turns where the label is the logit; that of a chance does so elsewhere, and
+    where depends on the weight of a yes.
+
+    Args:
+        read: The logits.
+        counted: Which labels the loss reads.
     """
     assert read.label is not None
+    labels: Tensor = read.inputs[read.label]
     value = read.logits.detach().float().reshape(labels.shape)
-    between = ((value + value.sigmoid()) / 2).clamp(0, 1)
+    sides: list[Tensor] = []
+    for moved in (value - _NEAR, value + _NEAR):
+        near = moved.clamp(0, 1)
+        if not labels.is_floating_point():
+            near = near.floor() if not sides else near.ceil()
+        asked = torch.where(counted, near.to(labels.dtype), labels)
+        slope = read.slope_if_taken({read.label: asked})
+        if slope is None:
+            return True
+        sides.append(slope.float().reshape(labels.shape).sign())
+    below, above = sides
+    of_value = (value > 0) & (below > 0) | (value <= 0) & (below < 0)
+    of_value &= (value < 1) & (above < 0) | (value >= 1) & (above > 0)
+    telling = counted & ((below != 0) | (above != 0))
     if not labels.is_floating_point():
-        between = between.round()
-    asked = torch.where(labels == IGNORE_INDEX, labels, between.to(labels.dtype))
-    slope = read.slope_if_taken({read.label: asked})
-    if slope is None:
-        return True
-    slope, wanted = slope.float().reshape(labels.shape), asked.float()
-    of_chance, of_value = (value.sigmoid() - wanted).sign(), (value - wanted).sign()
-    telling = (of_chance != of_value) & (slope != 0) & (labels != IGNORE_INDEX)
-    agrees = (slope.sign() == of_chance)[telling]
-    return bool(agrees.sum() * 2 >= len(agrees))
+        # Between 0 and 1 both losses have the same signs at both of them.
+        telling &= (value < 0) | (value > 1)
+    agrees = of_value[telling]
+    return bool(agrees.sum() * 2 <= len(agrees))
 
 
 def _are_log_probabilities(logits: Tensor) -> bool:

@@ -31,9 +31,11 @@ def divergence_of_items(read: ReadOutput, class_dim: int) -> Divergence:
         items = acts.shape
     if labels is not None and labels.shape != items:
         labels = None
-    if acts is not None and len(items) > 1 and not bool(acts.all()):
+    # Rows alone may be left out for what they are, unless labels tell.
+    may_tell = len(items) > 1 or labels is not None
+    if acts is not None and may_tell and not bool(acts.all()):
         for other in _telling(found, read, labels, acts):
-            for is_shifted in (False, True):
+            for is_shifted in (False, True)[: len(items)]:
                 moved = replace(other, is_shifted=is_shifted)
                 is_told = torch.equal(moved.counted(read.inputs, len(acts)), acts)
                 if is_told and _is_confirmed(moved, read):

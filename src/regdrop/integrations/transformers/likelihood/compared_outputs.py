@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regdrop.heads import Head
-from regdrop.integrations.transformers.likelihood.class_dimension import find_class_dim
+from regdrop.integrations.transformers.likelihood.class_dimension import (
+    are_yes_or_no,
+    find_class_dim,
+)
 from regdrop.integrations.transformers.likelihood.compared_elements import (
     kind_of_elements,
     leaves_out_ignored,
@@ -88,7 +91,10 @@ def find_divergence(
             "Trainer's arguments where the batch has such a tensor, or override rdrop_head of the "
             "trainer"
         )
-    return _without_strangers(divergence_of_items(read, class_dim), read)
+    divergence = divergence_of_items(read, class_dim)
+    if are_yes_or_no(read, class_dim):
+        divergence = replace(divergence, kind="yes or no")
+    return _without_strangers(divergence, read)
 
 
 def fits_head(head: Head, output: Any, inputs: Mapping[str, Any], slope_of: SlopeOf) -> bool:

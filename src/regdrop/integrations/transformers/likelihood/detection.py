@@ -15,6 +15,7 @@ from regdrop.integrations.transformers.evaluation import (
     find_labels,
     shaken,
     training_mode,
+    with_other_inputs,
     with_other_labels,
     with_shorter_masks,
 )
@@ -72,6 +73,8 @@ def detect_recipe(
                     return None
                 if not found:
                     return None
+            if _reads_more(model, run, inputs, labels, found[0]):
+                return None
     return found[0] if _agrees_in_training(model, run, inputs, found[0]) else None
 
 
@@ -89,6 +92,27 @@ def _agrees_in_training(
     return replace(recipe, logits=None) in found
 
 
+def _reads_more(
+    model: nn.Module,
+    run: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    labels: Sequence[str],
+    recipe: Recipe,
+) -> bool:
+    """Return whether a loss reads another input than the labels, as a weight of each row."""
+    for other in with_other_inputs(inputs, labels):
+        try:
+            look = extra_pass(model, partial(_look, run, labels), other)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a model raises for an input that it cannot have
+            continue
+        is_finite = look.loss is not None and bool(look.loss.isfinite())
+        if is_finite and recipe not in _agreeing(look, other, labels):
+            return True
+    return False
+
+
 def _look_again(
     model: nn.Module,
     run: Callable[..., Any],
@@ -103,7 +127,9 @@ def _look_again(
 
 
 def _with_other_labels(inputs: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    return with_other_labels(inputs, recipe.label, recipe.num_classes, recipe.ignore_index)
+    # Whole labels of an element-wise loss are a yes or no each.
+    num_classes = recipe.num_classes if recipe.family == "cross entropy" else 2
+    return with_other_labels(inputs, recipe.label, num_classes, recipe.ignore_index)
 
 
 def _with_fewer_labels(inputs: Mapping[str, Any], recipe: Recipe) -> dict[str, Any] | None:

@@ -27,7 +27,8 @@ class Divergence:
     """How the logits of a model with a loss of its own are compared.
 
     Attributes:
-        kind: "classes", "labels" (each a yes or no), "numbers" or "margins" (of pairs of rows).
+        kind: "classes", "yes or no" (each class is one, and a label names the yes), "labels" (each
+            a yes or no), "numbers" or "margins" (of pairs of rows).
         logits: Where they are in the output: a name, a position, or None for the output itself.
         mask: Name of the input that tells which items count, of their shape: one of yes or no, or
             whose name ends with "mask"; or labels, whose `ignore_index` does not count. None where
@@ -35,7 +36,8 @@ class Divergence:
         class_dim: Dimension of the classes.
         is_shifted: Whether position t predicts the label of position t + 1, which tells of `mask`.
         label: Name of the labels of "labels" and "numbers".
-        ignores: Whether their -100 do not count; of numbers, -100 may be one.
+        ignores: Whether -100 do not count among "numbers", of which it may be one; nan never does,
+            nor does anything but 0 to 1 among "labels".
         ignore_index: The label that does not count.
         num_classes: Labels below 0 or from this number on name no class and do not count either;
             None where they may.
@@ -68,6 +70,8 @@ class Divergence:
             return f"the squared difference of {name} (items: {items})"
         if self.kind == "labels":
             return f"the KL of {name}, each number a yes or no (items: {items})"
+        if self.kind == "yes or no":
+            return f"the KL of {name}, each class a yes or no (items: {items})"
         return f"the KL of {name}, read as scores of classes (items: {items})"
 
     def head(self, inputs: Mapping[str, Any], rows: int) -> Head:
@@ -81,7 +85,10 @@ class Divergence:
         if self.label is not None:
             labels: Tensor = batch[self.label]
             target = labels.float()
-            if self.ignores:
+            if self.kind == "labels":
+                # What is no chance marks a missing label.
+                target = target.masked_fill(~((target >= 0) & (target <= 1)), torch.nan)
+            elif self.ignores:
                 target = target.masked_fill(labels == IGNORE_INDEX, torch.nan)
             if self.mask is not None:
                 target = target.masked_fill(~self.counted(batch, rows), torch.nan)
@@ -92,7 +99,8 @@ class Divergence:
         counted = self.counted(batch, rows)
         if self.is_tail:
             read = partial(_read_tail, read=read, length=counted.shape[1])
-        terms = partial(_class_terms, class_dim=self.class_dim)
+        of_items = _yes_or_no_terms if self.kind == "yes or no" else _class_terms
+        terms = partial(of_items, class_dim=self.class_dim)
         return Head(batch, counted, terms, read, batch_size=rows, count=_count_true)
 
     def counted(self, inputs: Mapping[str, Any], rows: int) -> Tensor:
@@ -118,6 +126,17 @@ def _class_terms(
         kl = symmetric_kl(logits, num_passes=num_passes, mask=counted, reduction="none")
     else:
         kl = symmetric_kl(logits, num_passes=num_passes, reduction="none").flatten(1).mean(1)
+    return ItemTerms(torch.zeros_like(kl), kl, *_count_true(counted))
+
+
+def _yes_or_no_terms(
+    logits: Tensor, counted: Tensor, /, *, num_passes: int, class_dim: int, **_: Any
+) -> ItemTerms:
+    """Return of each item the mean over its classes of the KL of a yes or no."""
+    logits = logits.movedim(class_dim, -1)
+    target = logits.new_zeros(len(logits) // num_passes, *logits.shape[1:])
+    kl = binary_cross_entropy_terms(logits, target, num_passes=num_passes).kl
+    kl = kl.expand(target.shape).flatten(counted.dim()).mean(-1).masked_fill(~counted, 0)
     return ItemTerms(torch.zeros_like(kl), kl, *_count_true(counted))
 
 

@@ -85,6 +85,28 @@ def probe_own_loss(
     return OwnLoss(counts, is_rowwise, divergence, note)
 
 
+def is_rowwise_in_training(
+    model: nn.Module,
+    compute: ComputeLoss,
+    inputs: Mapping[str, Any],
+    counts_items: bool,
+    label_names: Sequence[str],
+) -> bool:
+    """Return whether a loss of stacked passes is the mean of theirs, as a step computes it now.
+
+    Args:
+        model: The unwrapped model.
+        compute: The loss.
+        inputs: A batch with its labels.
+        counts_items: Whether the loss divides by the number of items that it is given.
+        label_names: Names that labels have.
+    """
+    probe = LossProbe(model, compute, counts_items)
+    with training_without_dropout(model):
+        found = _try_in_training(probe, inputs, label_names)
+    return found is None or found.is_rowwise
+
+
 def _counts_items(model: nn.Module, compute: ComputeLoss, inputs: Mapping[str, Any]) -> bool:
     """Return whether twice as many items make half the loss, which a divisor alone does."""
     probe = LossProbe(model, compute, counts_items=True)

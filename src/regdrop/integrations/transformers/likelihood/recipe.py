@@ -113,6 +113,27 @@ class Recipe:
         is_classes = not target.is_floating_point() and self.class_dim == -1
         return Head(batch, target, terms, self.read, takes_kernel=is_classes, batch_size=rows)
 
+    def is_strange(self, inputs: Mapping[str, Any], unlabelled_index: int | None = None) -> bool:
+        """Return whether labels hold what the recipe has no reading of, as a mark of missing ones.
+
+        Args:
+            inputs: A batch.
+            unlabelled_index: A label that `head` knows too.
+        """
+        labels = inputs.get(self.label)
+        if not isinstance(labels, Tensor):
+            return False
+        if self.family == "cross entropy":
+            if labels.is_floating_point():
+                return False
+            known = (labels >= 0) & (labels < self.num_classes) | (labels == self.ignore_index)
+            known = known if unlabelled_index is None else known | (labels == unlabelled_index)
+        elif self.family.startswith("binary"):
+            known = (labels >= 0) & (labels <= 1)
+        else:
+            known = (labels == labels) & (labels != IGNORE_INDEX)
+        return not bool(known.all())
+
     def read(self, output: Any) -> Tensor:
         """Return the logits of the model's output."""
         return find_tensor(output, self.logits)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from regdrop.config import RDropConfig
 from regdrop.heads import Head, UnknownHeadError
-from regdrop.integrations.transformers.evaluation import has_label
+from regdrop.integrations.transformers.evaluation import find_labels, has_label
 from regdrop.integrations.transformers.forward.batches import why_not_stacked
 from regdrop.integrations.transformers.forward.verify import (
     Comparison,
@@ -38,6 +38,9 @@ from regdrop.reading import require_counts
 
 logger = logging.getLogger(__name__)
 
+# Of each of a batch's labels its name, whether it holds no whole numbers, and its dimensions.
+Kind = tuple[tuple[str, bool, int], ...]
+
 
 @dataclass(frozen=True)
 class Source:
@@ -60,8 +63,11 @@ class HeadSelection(TrainerInternals):
     """The part of `RDropTrainerMixin` that finds the head of a batch."""
 
     rdrop: RDropConfig
+    # That of the batch at hand, and those of all kinds of batches so far.
     _source: Source | None = None
-    _has_told_of_loss = False
+    _sources: dict[Kind, Source]
+    # Whether it has been chosen how the last layer of such a batch is computed.
+    _is_checked = False
 
     def rdrop_head(self, model: nn.Module, inputs: Mapping[str, Any]) -> Head:
         """Return how a batch with its labels enters the unwrapped model, and its outputs the loss.
@@ -78,10 +84,42 @@ class HeadSelection(TrainerInternals):
         )
 
     def _head(self, inputs: Mapping[str, Any]) -> Head:
-        """Return the head of a batch; the first batch decides where it comes from."""
+        """Return the head of a batch; the first batch of its kind decides where it comes from."""
+        return self._head_of(self._choose_source(inputs), inputs)
+
+    def _choose_source(self, inputs: Mapping[str, Any]) -> Source:
+        """Return where the head of a batch comes from; a new kind of batch is examined.
+
+        Raises:
+            ValueError: For a kind that is new, on several processes, which have to examine alike.
+        """
         if self._source is None:
-            self._source = self._examine([inputs])
-        return self._head_of(self._source, inputs)
+            self._set_source(self._examine([inputs]), inputs)
+        source = self._source
+        assert source is not None
+        kind = _kind_of(inputs, self.label_names)
+        if kind in self._sources:
+            self._source = self._sources[kind]
+            return self._source
+        # What is known by name or by its author has all kinds that it can have.
+        if source.recipe is None and source.own is None:
+            return source
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"labels must be of one kind on several processes, got {_say_kind(kind)} in step "
+                f"{self.state.global_step}, and {_say_kind(next(iter(self._sources)))} in the "
+                "first batch: override rdrop_head of the trainer to say how each enters the loss"
+            )
+        source = self._examine([inputs])
+        self._set_source(source, inputs)
+        self._is_checked = False
+        return source
+
+    def _set_source(self, source: Source, inputs: Mapping[str, Any]) -> None:
+        """Keep where heads of a kind of batch come from; the first of a run drops all others."""
+        if self._source is None:
+            self._sources = {}
+        self._source = self._sources[_kind_of(inputs, self.label_names)] = source
 
     def _examine(self, window: Sequence[Mapping[str, Any]]) -> Source:
         """Find where heads come from, by the first micro-batch of a window that has a label."""
@@ -93,14 +131,17 @@ class HeadSelection(TrainerInternals):
         # A window is counted before the Trainer brings its batches to the model's device, to
         # which a loader of one's own may leave it.
         first = self._on_device(first)
-        source = self._find_source(first)
-        head = self._head_of(source, first)
+        source = self._with_obstacle(self._find_source(first), first)
+        # Chance may have told each of them something else.
+        return broadcast_object_list([source])[0] if is_spread else source
+
+    def _with_obstacle(self, source: Source, inputs: Mapping[str, Any]) -> Source:
+        """Return a source with the reason why the passes of a batch cannot be stacked."""
+        head = self._head_of(source, inputs)
         obstacle = why_not_stacked(head.inputs, head.rows)
         if obstacle is None:
             obstacle = self._why_rows_depend(source, head)
-        source = replace(source, obstacle=obstacle)
-        # Chance may have told each of them something else.
-        return broadcast_object_list([source])[0] if is_spread else source
+        return replace(source, obstacle=obstacle)
 
     def _agree_on_batch(self, first: Mapping[str, Any], is_labelled: bool) -> Mapping[str, Any]:
         """Return one batch in all processes, that of the first of them that has a label.
@@ -120,7 +161,7 @@ class HeadSelection(TrainerInternals):
     def _why_rows_depend(self, source: Source, head: Head) -> str | None:
         """Return why a model that is not the library's cannot be stacked; None if it can."""
         model = self._unwrapped(self.model)
-        is_known = source.recipe is None and _is_of_library(base_model(model))
+        is_known = source.recipe is None and is_of_library(base_model(model))
         if source.own is not None or is_known or self._splits_parameters():
             return None
         return why_rows_depend(model, head)
@@ -158,7 +199,7 @@ class HeadSelection(TrainerInternals):
             return Source() if is_sharded else self._check_own_head(model, head, inputs)
         name = type(base_model(model)).__name__
         # What the library itself defines is what its name says.
-        is_own_class = not _is_of_library(base_model(model))
+        is_own_class = not is_of_library(base_model(model))
         try:
             head = self.rdrop_head(model, inputs)
             found = None if is_sharded else compare_losses(model, head, inputs)
@@ -215,32 +256,6 @@ class HeadSelection(TrainerInternals):
             and agrees_when_shaken(model, find, inputs)
             and compare_in_training(model, head, inputs).agrees_closely
         )
-
-    def _note_later_loss(self, head: Head, inputs: Mapping[str, Any]) -> None:
-        """Say once where a later batch shows another loss than the first one did.
-
-        A class of the library has the loss that its name tells, if it is known by name.
-        """
-        assert self._source is not None
-        model = self._unwrapped(self.model)
-        if (
-            self._has_told_of_loss
-            or self._source.own is not None
-            or self._splits_parameters()
-            or (self._source.recipe is None and _is_of_library(base_model(model)))
-            or type(self).rdrop_head is not HeadSelection.rdrop_head
-        ):
-            return
-        found = compare_in_training(model, head, inputs)
-        if not found.agrees:
-            assert found.own is not None
-            self._has_told_of_loss = True
-            self._tell(
-                f"in step {self.state.global_step} the loss of {type(base_model(model)).__name__} "
-                f"is {found.own.item():.6g}, where {found.ours.item():.6g} is minimised: it is "
-                "another loss than the first batch showed; RDropConfig(likelihood='model') "
-                "minimises it as it is"
-            )
 
     def _detect(self, inputs: Mapping[str, Any]) -> Recipe | None:
         return detect_recipe(
@@ -390,7 +405,23 @@ def _can_be_sent(batch: Any) -> bool:
     return True
 
 
-def _is_of_library(model: nn.Module) -> bool:
+def _kind_of(inputs: Any, label_names: Sequence[str]) -> Kind:
+    """Return what tells batches of several tasks apart."""
+    if not isinstance(inputs, Mapping):
+        return ()
+    found = [(name, inputs[name]) for name in find_labels(inputs, label_names)]
+    return tuple((name, x.is_floating_point(), x.dim()) for name, x in found)
+
+
+def _say_kind(kind: Kind) -> str:
+    named = [
+        f"{name!r} of {dim} dimensions and {'numbers' if is_float else 'whole numbers'}"
+        for name, is_float, dim in kind
+    ]
+    return " and ".join(named) or "no labels"
+
+
+def is_of_library(model: nn.Module) -> bool:
     """Return whether a model's class, forward and loss are transformers' (or regdrop's) own."""
     home = type(model).__module__.split(".")[0]
     own = vars(model)

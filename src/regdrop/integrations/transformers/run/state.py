@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regdrop.config import RDropConfig
 from regdrop.divergence_watch import warn_zero_divergence
-from regdrop.integrations.transformers.likelihood.selection import HeadSelection
+from regdrop.integrations.transformers.likelihood.later_looks import LaterLooks
 from regdrop.integrations.transformers.run.checkpoints import load_renamed_weights
 from regdrop.integrations.transformers.run.planning import StepPlanner, find_validation_loss
 from regdrop.integrations.transformers.run.recording import add_to_model_card
@@ -25,7 +25,7 @@ STATE_NAME = "rdrop_state.json"
 _SEARCH_PREFIX = "rdrop."
 
 
-class RunState(HeadSelection):
+class RunState(LaterLooks):
     """The part of `RDropTrainerMixin` that lasts from step to step, and from run to run."""
 
     _meter: LossMeter
@@ -36,7 +36,6 @@ class RunState(HeadSelection):
     _trials: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ()
     _resumed_state: dict[str, Any] | None = None
     _has_warned = False
-    _is_checked = False
     _looked_at = -1
 
     def begin_training(self) -> None:
@@ -48,7 +47,7 @@ class RunState(HeadSelection):
         self._planner = StepPlanner(self.rdrop, self.state.max_steps)
         # The model, the loss or the data may be others than those of a run before.
         self._source, self._is_checked = None, False
-        self._looked_at, self._has_told_of_loss = -1, False
+        self._looked_at = -1
         if self.rdrop.alpha_rule == "restore" and not self.args.load_best_model_at_end:
             raise ValueError(
                 "alpha_rule='restore' goes back to the best checkpoint: it needs "
