@@ -54,3 +54,23 @@ def test_a_compiled_loss_has_the_gradient_of_the_plain_one(
     torch.testing.assert_close(values[1], values[0])
     torch.testing.assert_close(gradients[1], gradients[0])
     assert gradients[0].abs().max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 5, 3), (8, 5, 3), (2, 5, 3, 2)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"backward_passes": 1}, {"reduction": "none"}, {"unlabelled_index": -1}],
+)
+def test_classes_may_be_anywhere_in_memory(shape, options):
+    """One item alone is not copied to have its classes last."""
+    logits = torch.randn(shape, requires_grad=True)
+    target = torch.randint(0, 5, (shape[0] // 2, *shape[2:]))
+
+    def loss(x):
+        return rdrop_cross_entropy(x, target, alpha=1.0, class_dim=1, **options).loss.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    gradients = (torch.autograd.grad(function(logits), logits) for function in (compiled, loss))
+    torch.testing.assert_close(*gradients)

@@ -283,7 +283,7 @@ def _saved(ctx: Any) -> tuple[Tensor, Target, tuple[Tensor, ...]]:
 def _write_gradient(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Tensor:
     """Return the gradient of the logits, in their memory if asked for, by the kernel."""
     logits, target, statistics = _saved(ctx)
-    out = logits if ctx.inplace else torch.empty_like(logits)
+    out = _memory_for_gradient(ctx, logits)
     ctx.kernel.backward(out, logits, target, statistics, grad_nll, grad_kl, ctx.backward_passes)
     return _finished(ctx, out)
 
@@ -300,11 +300,19 @@ def _kept_gradient(ctx: Any, grad: Tensor) -> Tensor:
     logits, target, _ = _saved(ctx)
     if gradient is None:  # a second backward: the first has given it away
         gradient = ctx.kernel.sums(logits, target, *ctx.slopes, graded, ctx.inplace)[-1]
-    out = logits if ctx.inplace else torch.empty_like(logits)
+    out = _memory_for_gradient(ctx, logits)
     torch.mul(gradient, grad, out=out if is_whole else out[:graded])
     if not is_whole:
         out[graded:].zero_()
     return _finished(ctx, out)
+
+
+def _memory_for_gradient(ctx: Any, logits: Tensor) -> Tensor:
+    if ctx.inplace:
+        return logits
+    if torch.compiler.is_compiling():  # it lets no operation write to memory of other strides
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return torch.empty_like(logits)
 
 
 def _finished(ctx: Any, out: Tensor) -> Tensor:
