@@ -307,3 +307,9 @@ def test_several_numbers_may_be_a_tensor():
 def test_no_class_weight_at_all_is_refused():
     with pytest.raises(ValueError, match="class_weight must hold one weight for each class"):
         RDropConfig(class_weight=[])
+
+
+def test_a_file_that_holds_the_options_is_loaded_as_plain_data(tmp_path):
+    options = RDropConfig(alpha="auto", passes="sequential", dropout_rates=(0.1, 0.2))
+    torch.save({"options": options}, tmp_path / "options.pt")
+    assert torch.load(tmp_path / "options.pt", weights_only=True) == {"options": options}

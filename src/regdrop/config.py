@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from typing import Any, Literal, get_args
 
+from torch.serialization import add_safe_globals
+
 from regdrop.arguments import IGNORE_INDEX, check_integer, check_number, nearest
 from regdrop.kernels import Implementation
 
@@ -365,3 +367,8 @@ def _as_numbers(name: str, value: Any) -> tuple[float, ...]:
         if isinstance(each, bool) or not isinstance(each, Real):
             raise TypeError(f"{name} must be several numbers, got {each!r} among them")
     return tuple(float(each) for each in values)
+
+
+# A checkpoint may hold the options, as Lightning's hyperparameters: `torch.load` reads what it is
+# told to be plain data.
+add_safe_globals([RDropConfig])

@@ -167,6 +167,26 @@ def test_options_are_saved_with_the_checkpoint(tmp_path):
     assert RDropConfig.from_dict(saved) == RDropConfig(alpha=ALPHA)
 
 
+class Saved(Classifier):
+    """Keeps its arguments, the options among them, as hyperparameters."""
+
+    def __init__(self, rdrop, dropout=0.5):
+        super().__init__(rdrop, dropout)
+        self.save_hyperparameters()
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_options_among_the_hyperparameters_come_back_with_the_checkpoint(tmp_path):
+    path = tmp_path / "last.ckpt"
+    fit(Saved(RDropConfig(alpha=ALPHA)), 1).trainer.save_checkpoint(path)
+    assert Saved.load_from_checkpoint(path).rdrop == RDropConfig(alpha=ALPHA)
+    module, loader = Saved(RDropConfig()), DataLoader(data(), batch_size=4)
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    pl.Trainer(max_steps=2, **options).fit(module, loader, ckpt_path=path)
+    assert len(module.logs) == 1
+
+
 class Manual(Classifier):
     """Optimises by itself."""
 
