@@ -73,3 +73,11 @@ def test_logits_are_asked_for_where_several_outputs_may_be_meant():
     with pytest.raises(ValueError, match="one of them must be called logits"):
         find_logits(several, 4)
     assert find_logits({**several, "pair_logits": torch.randn(4, 2)}, 4)[0] == ("pair_logits")
+
+
+@pytest.mark.parametrize("kind", [tuple, list, lambda x: dict(enumerate(x))])
+def test_logits_of_several_heads_are_named_in_the_message(kind):
+    output = {"loss": torch.tensor(1.0), "logits": kind([LOGITS, torch.randn(4, 2)])}
+    message = r"of \(4, 3\), \(4, 2\)'\}: return one tensor of 'logits' as logits"
+    with pytest.raises(ValueError, match=message):
+        find_logits(output, 4)

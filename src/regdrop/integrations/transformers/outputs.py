@@ -12,17 +12,7 @@ Key = str | int | None
 
 def named_tensors(output: Any) -> Iterator[tuple[Key, Tensor]]:
     """Yield the tensors of a model's output with their names or positions."""
-    if isinstance(output, Tensor):
-        yield None, output
-        return
-    items: Iterator[tuple[Any, Any]] = iter(())
-    if isinstance(output, Mapping):
-        items = iter(output.items())
-    elif isinstance(output, (tuple, list)):
-        items = iter(enumerate(output))
-    elif is_dataclass(output):
-        items = ((field.name, getattr(output, field.name)) for field in fields(output))
-    yield from ((key, value) for key, value in items if isinstance(value, Tensor))
+    yield from ((key, value) for key, value in _items(output) if isinstance(value, Tensor))
 
 
 def find_tensor(output: Any, key: Key) -> Tensor:
@@ -67,9 +57,37 @@ def find_logits(output: Any, rows: int) -> tuple[Key, Tensor]:
     if named or len(fitting) == 1:
         key = (named or fitting)[0]
         return key, tensors[key]
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    found = {key: _say(value) for key, value in _items(output) if _holds_tensors(value)}
     reason = "one of them must be called logits" if fitting else "return them beside the loss"
+    inside = [key for key in found if key not in tensors]
+    if inside and not fitting:
+        reason = f"return one tensor of {inside[0]!r} as logits"
     raise ValueError(
         f"the model's output must hold logits of {rows} rows to be compared between passes, got "
         f"{found}: {reason}, or override rdrop_head of the trainer"
     )
+
+
+def _items(output: Any) -> Iterator[tuple[Any, Any]]:
+    """Return what an output holds, with names or positions."""
+    if isinstance(output, Mapping):
+        return iter(output.items())
+    if isinstance(output, (tuple, list)):
+        return iter(enumerate(output))
+    if isinstance(output, Tensor):
+        return iter([(None, output)])
+    if is_dataclass(output):
+        return ((field.name, getattr(output, field.name)) for field in fields(output))
+    return iter(())
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or any(True for _ in named_tensors(value))
+
+
+def _say(value: Any) -> tuple[int, ...] | str:
+    """Return the shape of a tensor, or in words those of the tensors that something holds."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    shapes = [tuple(tensor.shape) for _, tensor in named_tensors(value)]
+    return f"{type(value).__name__} of {', '.join(map(str, shapes))}"

@@ -111,23 +111,32 @@ def compare_in_training(model: nn.Module, head: Head, inputs: Mapping[str, Any])
 
 
 def why_rows_depend(model: nn.Module, head: Head) -> str | None:
-    """Return that the outputs of a stacked batch are not those of its passes; None if they are.
+    """Return why the outputs of a stacked batch are not those of its passes; None if they are.
 
-    So it is where each row is scored against the others of its batch.
+    They are not where each row is scored against the others of its batch, and where something of
+    the batch is not stacked with the rest.
     """
 
     def look(batch: dict[str, Any]) -> Tensor:
         return head.outputs(model(**batch))
 
-    reason = "the outputs of its rows depend on the other rows of the batch"
     with evaluation_mode(model):
         once = extra_pass(model, look, head.inputs)
         try:
             stacked = repeat_batch(head.inputs, 2, batch_size=head.rows)
+        except (TypeError, ValueError) as error:
+            # What follows tells what else could be given to `repeat_batch`.
+            what = str(error).split(":")[0].split(";")[0]
+            return f"its batch cannot be stacked ({what})"
+        try:
             twice = extra_pass(model, look, stacked)
-        except Exception:  # whatever a model raises for rows that do not fit together
-            return reason
+        except Exception as error:  # whatever a model raises for rows that do not fit together
+            line = next(iter(str(error).strip().splitlines()), "")
+            return f"it does not take a stacked batch ({type(error).__name__}: {line})"
     expected = torch.cat([once, once])
+    if len(twice) != len(expected):
+        return f"it returns {len(twice)} rows for two stacked passes, and {len(once)} for one"
+    reason = "the outputs of its rows depend on the other rows of the batch"
     if twice.shape != expected.shape:
         return reason
     distance = (twice.float() - expected.float()).nan_to_num(0.0, 0.0, 0.0).norm()
