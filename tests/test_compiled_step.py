@@ -54,6 +54,18 @@ def test_steps_that_are_counted_make_one_more():
     assert graphs_of_steps(config, move=1) == [1, 2, 2, 2, 2]
 
 
+@pytest.mark.parametrize("options", [{}, {"passes": "sequential"}, {"fraction": 0.5}])
+def test_sizes_of_the_batch_make_one_more(options):
+    model, config = small_model(), RDropConfig(**options)
+    calls = [(torch.randn(size, 6), torch.randint(0, 5, (size,))) for size in (4, 7, 6, 9)]
+    found = count_graphs(
+        lambda batch, target: rdrop_step(model, batch, target, config=config, step=0).loss,
+        calls,
+        fullgraph=True,
+    )
+    assert found == [1, 2, 2, 2]
+
+
 def test_steps_of_one_pass_and_of_two_are_graphs_of_their_own():
     assert graphs_of_steps(RDropConfig(every_n_steps=2), count=6, move=1)[2:] == [3] * 4
 
