@@ -1,7 +1,9 @@
 """What the first batch does not show of a loss: it is that of the plain Trainer all the same."""
 
 import logging
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,21 @@ from transformers import Trainer, TrainerCallback
 
 from regdrop import RDropConfig
 from regdrop.integrations.transformers import RDropTrainer, RDropTrainerMixin
-from training import NamedRows, Plain, assert_same_run, logged, number_rows, said, train
+from training import (
+    NamedRows,
+    Plain,
+    assert_same_outcome,
+    assert_same_run,
+    logged,
+    number_rows,
+    outcome,
+    said,
+    train,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from sharded_runs import in_two_processes
 
 ONE_PASS = RDropConfig(alpha=0.0, num_passes=1)
 SIZE, BATCH = 24, 4
@@ -170,6 +186,39 @@ def test_a_loss_that_changes_in_the_run(tmp_path, caplog, when, steps):
         assert_same_run(make_run(RDropTrainer), make_run(Trainer))
     first = when.get("step", 96)
     assert f"in step {first} the loss of Growing is" in said(caplog)[1]
+
+
+class GrowingByRow(Plain):
+    """Minimises another loss from a step on, which only some rows show."""
+
+    def forward(self, x, step, labels=None):
+        scores = self.head(self.body(x))
+        if labels is None:
+            return {"scores": scores}
+        entropy = F.cross_entropy(scores, labels, reduction="none")
+        return {"loss": (entropy * torch.where(step > 5, 3.0, 1.0)).mean(), "scores": scores}
+
+
+def grow(folder, size, **further):
+    step = torch.arange(SIZE) // BATCH
+    step[: 2 * BATCH] = 0
+    columns = number_rows(torch.arange(SIZE) % 3, SIZE).columns
+    data = NamedRows(**columns, step=step + 3)
+    options = {"per_device_train_batch_size": size, "max_steps": 3, **further}
+    trainer = run(folder, GrowingByRow(None, dropout=0.0), data, **options)
+    return outcome(trainer), [source.own is not None for source in trainer._sources.values()]
+
+
+def grow_in_one_of_two(folder):
+    return grow(folder, BATCH, ddp_backend="gloo")
+
+
+@pytest.mark.slow
+def test_two_processes_change_to_another_loss_together(tmp_path):
+    found, is_own = in_two_processes(tmp_path, grow_in_one_of_two)
+    expected, is_own_alone = grow(tmp_path, 2 * BATCH)
+    assert is_own == is_own_alone == [True]
+    assert_same_outcome(found, expected)
 
 
 def test_a_loss_that_the_trainer_is_given_in_the_run(tmp_path, caplog):
