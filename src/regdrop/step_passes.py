@@ -161,12 +161,15 @@ def _check_told_size(outputs: Any, batch: Any, target: Any, num_passes: int, pas
     """
     if passes != "stacked" or not isinstance(outputs, Tensor) or not outputs.dim():
         return
-    rows, size = rows_of_target(target), find_batch_size(batch)
-    if size in rows or len(outputs) == num_passes * size or len(outputs) not in rows:
+    rows, found = rows_of_target(target), outputs.shape[0]
+    if found not in rows:
+        return
+    size = find_batch_size(batch)
+    if size in rows or found == num_passes * size:
         return
     raise ValueError(
-        f"the batch size is {size} by {name_size(batch)}, but target has {rows[0]} rows, and so has "
-        f"the output: give batch_size={rows[0]}, or put a tensor with a row for each item first"
+        f"the batch size is {size} by {name_size(batch)}, but target has {found} rows, and so has "
+        f"the output: give batch_size={found}, or put a tensor with a row for each item first"
     )
 
 

@@ -161,22 +161,24 @@ def test_a_state_with_the_batch_first_is_stacked_there():
     assert repeat_batch({**batch, "hidden": torch.randn(2, 4, 8)})["hidden"].shape == (2, 8, 8)
     table = torch.randn(2, 4, 8)
     assert repeat_batch({"x": batch["x"], "table": table})["table"] is table
+    assert repeat_batch({"x": batch["x"], "mask": table})["mask"] is table
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("length", [4, 7])
 @pytest.mark.parametrize("heads", [1, 2])
-def test_masks_of_every_head_are_those_of_their_items(batch_first, length, heads):
+@pytest.mark.parametrize("name", ["attn_mask", "mask"])
+def test_masks_of_every_head_are_those_of_their_items(batch_first, length, heads, name):
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(8, heads, batch_first=batch_first)
     x = torch.randn(4, length, 8) if batch_first else torch.randn(length, 4, 8)
     mask = torch.rand(4 * heads, length, length) > 0.6
     mask[..., 0] = False
-    batch, dim = {"x": x, "attn_mask": mask}, 0 if batch_first else 1
+    batch, dim = {"x": x, name: mask}, 0 if batch_first else 1
 
     def run(batch):
         x = batch["x"]
-        return attention(x, x, x, attn_mask=batch["attn_mask"])[0]
+        return attention(x, x, x, attn_mask=batch[name])[0]
 
     single, both = run(batch), run(repeat_batch(batch, dim=dim))
     torch.testing.assert_close(both, torch.cat([single, single], dim))

@@ -55,8 +55,8 @@ def find_place(
     shape, known = value.shape, name if isinstance(name, str) else ""
     # Names come first: to compare sizes is to settle them, where they are symbols.
     if len(shape) == 3:
-        if _MASKS_OF_ATTENTION.search(known) and size and shape[0] and shape[0] % size == 0:
-            return Place(0, shape[0] // size)  # one for each head of each item
+        if _is_mask_of_heads(known, shape, size):
+            return Place(0, shape[0] // size)
         if dim == 0 and _has_layers_first(known, shape, size):
             return Place(1)
     elif len(shape) == 2 and _may_be_between_items(known, value, dim) and size > 1:
@@ -86,6 +86,14 @@ def find_told_dim(names: Sequence[Any], num_dims: int, dim: int, dims: Mapping[s
         and _STATES_OF_TORCH.search(names[-1]) is not None
     )
     return 1 if has_layers_first else dim
+
+
+def _is_mask_of_heads(name: str, shape: Any, size: int) -> bool:
+    """Return whether a mask of three dimensions has a matrix for each head of each item."""
+    is_named = _MASKS_OF_ATTENTION.search(name) is not None
+    if not is_named and name == "mask":
+        is_named = bool(shape[1] == shape[2] and shape[1] > 1)
+    return is_named and bool(size and shape[0] and shape[0] % size == 0)
 
 
 def _has_layers_first(name: str, shape: Any, size: int) -> bool:
