@@ -17,6 +17,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
+from regdrop.passes import copy_structure, preserve_random_state
+
 if TYPE_CHECKING:
     _Base = Trainer
 else:
@@ -30,6 +32,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "_load_best_model": (),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_prepare_input": ("data",),
     "_prepare_inputs": ("inputs",),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "floating_point_ops": ("inputs",),
@@ -238,6 +241,21 @@ class TrainerInternals(_Base):
         """Return the number of micro-batches of this window."""
         return getattr(self, "current_gradient_accumulation_steps", 1)
 
+    def _prepared(self, samples: list[Any]) -> list[Any]:
+        """Return batches as a `_prepare_inputs` of one's own leaves them, labels among them.
+
+        The Trainer calls it when a window is counted already. The run is left as it is.
+        """
+        if type(self)._prepare_inputs is Trainer._prepare_inputs:
+            return samples
+        with preserve_random_state():
+            return [
+                _Prepared(self._prepare_inputs(dict(copy_structure(sample, clones=True))))
+                if isinstance(sample, Mapping)
+                else sample
+                for sample in samples
+            ]
+
     def _on_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return a batch on the model's device, as the Trainer brings it there.
 
@@ -249,6 +267,9 @@ class TrainerInternals(_Base):
                 f"a batch must be a mapping from names to tensors, got {type(inputs).__name__}: "
                 "let the data collator return a dictionary"
             )
+        # Another process may have sent it.
+        if isinstance(inputs, _Prepared):
+            return _Prepared({name: self._prepare_input(x) for name, x in inputs.items()})
         prepared: dict[str, Any] = self._prepare_inputs(dict(inputs))
         return prepared
 
@@ -286,6 +307,10 @@ class TrainerInternals(_Base):
         below = classes[classes.index(TrainerInternals) + 1 : classes.index(Trainer)]
         owner = next((c for c in below if "compute_loss" in vars(c)), None)
         return None if owner is None else f"{owner.__name__}.compute_loss"
+
+
+class _Prepared(dict[str, Any]):
+    """A batch that is as `_prepare_inputs` leaves it."""
 
 
 def takes(function: Any, name: str) -> bool:

@@ -1,6 +1,6 @@
 """The Hugging Face Trainer with R-Drop: what one micro-batch computes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,6 +15,7 @@ from regdrop.cost import full_step_cost
 from regdrop.diagnostics import extra_pass, measure_divergence
 from regdrop.divergence_watch import warn_without_dropout
 from regdrop.heads import Head, fraternal_head
+from regdrop.integrations.transformers.evaluation import find_labels
 from regdrop.integrations.transformers.forward.batches import why_not_stacked
 from regdrop.integrations.transformers.forward.fusing import chooses_fused
 from regdrop.integrations.transformers.forward.last_layer import FusedHead, find_fused_head
@@ -428,8 +429,20 @@ class RDropTrainerMixin(RunState):
         self._own_num_items = num_items
         if not samples:
             return num_items
-        self._follow_window(samples)
-        counts = [self._head(sample).counts() for sample in samples]
+        samples = self._prepared(samples)
+        try:
+            self._follow_window(samples)
+            counts = [self._head(sample).counts() for sample in samples]
+        except (KeyError, TypeError) as error:
+            names = self.label_names
+            if any(not isinstance(x, Mapping) or find_labels(x, names) for x in samples):
+                raise
+            raise ValueError(
+                "labels are counted before training_step and compute_loss, and the batches have "
+                f"none of {names} ({type(error).__name__}: {error}): make them in the "
+                "data collator or in _prepare_inputs, or name theirs in label_names of the "
+                "Trainer's arguments"
+            ) from error
         if not self.state.global_step:
             self._first_counts = counts[0]
         pairs = [torch.stack([nll.float(), kl.float()]) for nll, kl in counts]
