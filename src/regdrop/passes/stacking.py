@@ -75,7 +75,8 @@ def repeat_batch(
     Returns:
         A structure of the same type; for one graph a batch of graphs. Tensors whose size in `dim`,
         or else in the first dimension, is the batch size are stacked, (num_passes * batch, ...), as
-        are arrays of NumPy and a `PackedSequence`. Lists with an entry for each item are repeated:
+        are arrays of NumPy and a `PackedSequence`. Names tell states of recurrent networks, whose
+        layers come first, and masks of attention (`regdrop.passes.places`). Lists with an entry for each item are repeated:
         of texts, numbers, or mappings of the boxes in each image. So are such tuples, unless they
         may be a size, as 2 to 4 numbers are. Everything else passes through. Beside `cu_seq_lens`
         (or `cu_seqlens`), which tell the documents of packed rows, those of all passes follow each
@@ -88,7 +89,9 @@ def repeat_batch(
         ValueError: If `num_passes` is below 1, no tensor tells the batch size, nothing has the one
             that is given, a name in `shared` is nowhere in the batch, documents in one row are told
             apart by `position_ids` alone, or a tensor numbers the rows of others: `edge_index`
-            outside a graph of PyTorch Geometric, `batch`, the offsets of bags.
+            outside a graph of PyTorch Geometric, `batch`, the offsets of bags, `neighbours`, an
+            `adj` between all items, `lengths` of rows that are not padded; for a mask that may have
+            the items in either of two dimensions, and a name in `dim` without items there.
     """
     check_integer("num_passes", num_passes, low=1)
     most, by_name = _split_dims(dim)
