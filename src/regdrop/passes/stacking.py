@@ -76,11 +76,11 @@ def repeat_batch(
         A structure of the same type; for one graph a batch of graphs. Tensors whose size in `dim`,
         or else in the first dimension, is the batch size are stacked, (num_passes * batch, ...), as
         are arrays of NumPy and a `PackedSequence`. Names tell states of recurrent networks, whose
-        layers come first, and masks of attention (`regdrop.passes.places`). Lists with an entry for each item are repeated:
-        of texts, numbers, or mappings of the boxes in each image. So are such tuples, unless they
-        may be a size, as 2 to 4 numbers are. Everything else passes through. Beside `cu_seq_lens`
-        (or `cu_seqlens`), which tell the documents of packed rows, those of all passes follow each
-        other, and `seq_idx` of one row counts on.
+        layers come first, and masks of attention (`regdrop.passes.places`). Lists with an entry for
+        each item are repeated: of texts, numbers, or mappings of the boxes in each image. So are
+        such tuples, unless they may be a size, as 2 to 4 numbers are. Everything else passes
+        through. Beside `cu_seq_lens` (or `cu_seqlens`), which tell the documents of packed rows,
+        those of all passes follow each other, and `seq_idx` of one row counts on.
 
     Raises:
         TypeError: For an argument of the wrong type; if the batch holds a nested tensor, a sparse
