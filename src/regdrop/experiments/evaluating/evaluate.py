@@ -13,6 +13,7 @@ from torch import nn
 
 from regdrop.experiments.arms import baseline_arm
 from regdrop.experiments.bootstrap import Interval, interval, resample
+from regdrop.experiments.evaluating.changes import apply_decoding, check_changes
 from regdrop.experiments.recording.files import read_object, write_json
 from regdrop.experiments.recording.record import RunRecord
 from regdrop.experiments.running.building import build_trainer
@@ -97,17 +98,20 @@ def evaluate(
         folder: Folder of the run.
         split: Name of the split: "train", "validation", "test" or a further one of the task.
         data: Folder or hub id of other data than the run's.
-        settings: Changed settings of the task, each "name=value".
+        settings: Changed settings of the task, each "name=value": of what is read and how text
+            is generated.
 
     Raises:
-        ValueError: If there is no such run or split.
+        ValueError: If there is no such run or split, or a setting has no effect on a saved model.
     """
     task, record = load_run(folder)
     changed = change_task(task, data=data, settings=settings)
+    check_changes(folder, changed, settings)
     quiet_libraries()
     prepared = changed.prepare(folder / MODEL_FOLDER)
     dataset: Any = prepared.splits[split]
     model = load_saved_model(prepared, folder)
+    apply_decoding(model, changed, settings)
     trainer = build_trainer(changed, baseline_arm(changed), record.seed, folder, prepared, model)
     statistics: np.ndarray = prepared.example_statistics(trainer.predict(dataset))
     result = Evaluation(
