@@ -3,7 +3,14 @@ import sys
 
 import pytest
 
-from regdrop.tasks.translation.bleu import bleu, bleu_signature, sentence_statistics
+from regdrop.tasks.common.notices import say_once
+from regdrop.tasks.translation import bleu as bleu_module
+from regdrop.tasks.translation.bleu import (
+    bleu,
+    bleu_signature,
+    default_tokenizer,
+    sentence_statistics,
+)
 
 OUTPUTS = ["The cat sat on the mat .", "a dog runs in the PARK", "two men", ""]
 REFERENCES = [
@@ -51,3 +58,29 @@ def test_signatures_say_what_was_counted():
 def test_as_many_outputs_as_references():
     with pytest.raises(ValueError, match="outputs must be as many as references, got 1 and 2"):
         sentence_statistics(["a"], ["a", "b"], tokenize="13a", lowercase=False)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "languages"),
+    [
+        ("13a", ("de", "en", "fra", "deu_Latn", "English")),
+        ("zh", ("zh", "ZH", "zh_CN", "zh-cn", "zh-Hant-TW", "zho", "zho_Hans", "cmn")),
+        ("char", ("th", "tha_Thai", "lo", "km", "khm", "my")),
+    ],
+)
+def test_a_tokenizer_is_of_the_language_however_its_column_is_named(tokenizer, languages):
+    assert {default_tokenizer(language) for language in languages} == {tokenizer}
+
+
+def test_a_language_whose_words_cannot_be_found_is_scored_by_characters(monkeypatch, caplog):
+    say_once.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(bleu_module, "find_spec", lambda name: None)
+        found = [default_tokenizer(x) for x in ("ja", "jpn_Jpan", "ko_KR", "zh", "de")]
+    assert found == ["char", "char", "char", "zh", "13a"]
+    assert "BLEU of 'ja' is of characters (tok:char)" in caplog.text
+    assert "pip install 'sacrebleu[ko]'" in caplog.text
+    monkeypatch.setattr(bleu_module, "find_spec", lambda name: object())
+    assert [default_tokenizer(x) for x in ("ja", "kor")] == ["ja-mecab", "ko-mecab"]
+    outputs = sentence_statistics(["猫が走る"], ["猫が寝る"], tokenize="char", lowercase=False)
+    assert outputs[0, :4].tolist() == [3, 1, 0, 0]

