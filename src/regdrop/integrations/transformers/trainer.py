@@ -249,7 +249,7 @@ class RDropTrainerMixin(RunState):
             raise ValueError(
                 f"a micro-batch must have the labels with which its window was counted, "
                 f"{counted.kl.item():g} items, got {found.kl.item():g} in compute_loss: change "
-                "labels in the data collator, not in training_step or _prepare_inputs"
+                "labels in the data collator, or in _prepare_inputs without chance"
             )
 
     def _reader(
