@@ -75,6 +75,33 @@ def test_rouge_l_is_of_whole_summaries():
     assert lines[0, 2] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    ("output", "reference", "expected"),
+    [
+        ("кошка сидит", "Кошка сидит.", [1, 1, 1]),
+        ("кошка спит", "кошка сидит", [1 / 2, 0, 1 / 2]),
+        ("고양이가 앉아 있다", "고양이가 앉아", [4 / 5, 2 / 3, 4 / 5]),
+        ("猫坐着。", "猫坐下。", [2 / 3, 1 / 2, 2 / 3]),  # words of one character
+        ("狗跑。猫坐。", "猫坐。狗跑。", [1, 2 / 3, 1]),  # two sentences
+        ("cafe\u0301s 12", "Cafés 12", [1, 1, 1]),
+        ("the dogs of Zürich", "the dog of Zürich", [1, 1, 1]),  # English words are stemmed
+    ],
+)
+def test_rouge_of_other_scripts_is_of_their_words(output, reference, expected):
+    assert rouge_statistics([output], [[reference]])[0] == pytest.approx(expected)
+
+
+def test_rouge_of_references_in_ascii_is_rouge_scores_own():
+    """Whatever the outputs hold."""
+    outputs = ["The café’s dogs_run fast — 3.5%", "кошка", "it's naïve"]
+    references = ["The caf s dogs run fast 3 5", "a cat", "“it’s” na ve"]
+    scorer = RougeScorer(["rouge1", "rouge2"], use_stemmer=True)
+    own = [scorer.score(x, y) for x, y in zip(references, outputs, strict=True)]
+    found = rouge_statistics(outputs, [[x] for x in references])
+    assert found[:, 0].tolist() == [x["rouge1"].fmeasure for x in own]
+    assert found[:, 1].tolist() == [x["rouge2"].fmeasure for x in own]
+
+
 def test_what_cannot_be_scored_is_named():
     with pytest.raises(ValueError, match="each of 2 outputs must have a reference, got 1"):
         rouge_statistics(["a", "b"], [["a"]])
