@@ -1,18 +1,25 @@
 """Labels that are written otherwise than as their numbers are taken as these, and it is said."""
 
+import json
 import logging
+from dataclasses import replace
 
 import datasets
 import pytest
 
+from regdrop.experiments import build_arms
+from regdrop.experiments.evaluating.evaluate import evaluate
+from regdrop.experiments.running.run import RunPaths, train_run
 from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.understanding.glue import GLUE
 from regdrop.tasks.understanding.labels import (
     check_labels,
     check_variety,
+    class_names,
     match_labels,
     say_converted_labels,
 )
+from tiny_tasks import tiny_understanding
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +99,60 @@ def test_classes_that_cannot_be_matched_are_refused(train, test, message):
     splits = {"train": named([0, 1], train), "test": named([0, 1], test)}
     with pytest.raises(ValueError, match=message):
         match_labels("it", splits, GLUE["sst2"])
+
+
+@pytest.mark.parametrize(
+    ("names", "saved", "expected", "labels"),
+    [
+        (["bad", "good"], None, ["bad", "good"], [0, 1, 1]),
+        (["positive", "negative"], None, ["negative", "positive"], [1, 0, 0]),
+        (["bad", "so so", "good"], None, ["negative", "positive"], [0, 1, 1]),
+        (None, None, ["negative", "positive"], [0, 1, 1]),
+        (["good", "bad"], ["bad", "good"], ["bad", "good"], [1, 0, 0]),
+        (["positive", "negative"], ["bad", "good"], ["bad", "good"], [1, 0, 0]),
+        (None, ["bad", "good"], ["bad", "good"], [0, 1, 1]),
+    ],
+)
+def test_a_model_has_the_names_of_the_data_and_keeps_them(names, saved, expected, labels):
+    splits = {"test": named([0, 1, 1], names)}
+    matched = match_labels("it", splits, GLUE["sst2"], saved)
+    assert matched["test"]["label"][:] == labels
+    assert class_names(splits, GLUE["sst2"], saved) == expected
+
+
+def test_classes_that_a_kept_model_has_not_are_refused():
+    splits = {"test": named([0, 1], ["no", "yes"])}
+    with pytest.raises(ValueError, match=r"classes of the model, \['bad', 'good'\]; got others"):
+        match_labels("it", splits, GLUE["sst2"], ["bad", "good"])
+
+
+@pytest.mark.slow
+def test_a_kept_model_tells_classes_by_its_own_names(tmp_path):
+    task = tiny_understanding(tmp_path, "sst2")
+    task = replace(task, training=replace(task.training, max_steps=60, eval_steps=60))
+
+    def write(folder, names):
+        folder.mkdir()
+        for file in (tmp_path / "data").glob("*.jsonl"):
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            for row in rows:
+                row["label"] = names.index(["schlecht", "gut"][row["label"]])
+            kinds = {"sentence": datasets.Value("string")}
+            features = datasets.Features({**kinds, "label": datasets.ClassLabel(names=names)})
+            split = datasets.Dataset.from_list(
+                [{x: row[x] for x in features} for row in rows], features=features
+            )
+            split.to_parquet(folder / f"{file.stem}.parquet")
+        return str(folder)
+
+    task = replace(task, dataset=write(tmp_path / "own", ["schlecht", "gut"]))
+    record = train_run(task, build_arms(task)["baseline"], 0, RunPaths.alone(tmp_path / "run"))
+    assert record.test["accuracy"] > 0.9
+    kept = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert kept["id2label"] == {"0": "schlecht", "1": "gut"}
+    swapped = write(tmp_path / "swapped", ["gut", "schlecht"])
+    found = evaluate(tmp_path / "run", "test", data=swapped)
+    assert found.metrics == pytest.approx(record.test, rel=1e-4)
 
 
 def test_one_score_in_all_rows_is_nothing_to_learn_from():

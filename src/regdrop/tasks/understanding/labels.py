@@ -1,10 +1,12 @@
 """Labels of a GLUE task: whether they are shown, and whether they are the task's."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from regdrop.tasks.common.class_names import label_names, renumber_classes
+from regdrop.tasks.common.model_config import holds_model
 from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.understanding.glue import GlueTask
 
@@ -39,10 +41,39 @@ def check_labels(where: str, split: Any, task: GlueTask) -> None:
         )
 
 
-def match_labels(dataset: str, splits: dict[str, Any], task: GlueTask) -> dict[str, Any]:
+def saved_class_names(folder: Path | None, task: GlueTask) -> list[str] | None:
+    """Return the classes that a kept model has where they are not the task's; else None."""
+    if folder is None or not task.labels or not holds_model(folder):
+        return None
+    from transformers import AutoConfig
+
+    names: dict[int, str] = AutoConfig.from_pretrained(folder).id2label
+    ordered = [names[i] for i in sorted(names)]
+    return None if ordered == list(task.labels) else ordered
+
+
+def class_names(splits: dict[str, Any], task: GlueTask, saved: list[str] | None) -> list[str]:
+    """Return the names that a model's classes have: the kept model's, the data's or the task's."""
+    first_names = next(filter(None, (label_names(x, "label") for x in splits.values())), [])
+    if saved is not None:
+        return saved
+    is_whole = len(first_names) == task.num_labels
+    is_own = set(first_names) <= set(task.labels)
+    return first_names if task.labels and is_whole and not is_own else list(task.labels)
+
+
+def match_labels(
+    dataset: str, splits: dict[str, Any], task: GlueTask, saved: list[str] | None = None
+) -> dict[str, Any]:
     """Return splits whose checked labels are numbered as the task's, by the names they have.
 
-    Classes of other names than the task's are numbered as in the first split.
+    Classes of other names than the task's are numbered as a kept model's, or as in the first split.
+
+    Args:
+        dataset: Folder or hub id, for errors.
+        splits: The splits.
+        task: The task.
+        saved: Classes of a kept model that has names of its own.
 
     Raises:
         ValueError: If splits name different classes, or some name none and others in another order.
@@ -54,7 +85,9 @@ def match_labels(dataset: str, splits: dict[str, Any], task: GlueTask) -> dict[s
     is_own = set(first_names) <= set(task.labels)
     wanted = list(task.labels) if is_own else first_names
     whose = task.title if is_own else f"split {first!r}"
-    if not is_own:
+    if saved is not None and not is_own:
+        wanted, whose = saved, "the model"
+    elif not is_own:
         say_once(
             f"column 'label' of data {dataset!r} has the classes {first_names}: taken by their "
             f"numbers as {task.title}'s {list(task.labels)}"

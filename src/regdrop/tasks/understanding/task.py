@@ -32,8 +32,10 @@ from regdrop.tasks.understanding.glue import GLUE, METRICS, GlueTask
 from regdrop.tasks.understanding.labels import (
     check_labels,
     check_variety,
+    class_names,
     has_labels,
     match_labels,
+    saved_class_names,
     say_converted_labels,
 )
 
@@ -107,9 +109,10 @@ class LanguageUnderstanding(OldNames):
         from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
         checkpoint = find_checkpoint(self.model)
-        config = self._config(checkpoint)
+        saved = saved_class_names(folder, self.glue)
+        raw = self._load_raw(saved)
+        config = self._config(checkpoint, class_names(raw, self.glue, saved))
         tokenizer = load_tokenizer(checkpoint)
-        raw = self._load_raw()
         makers = {name: partial(self._tokenize, split, tokenizer) for name, split in raw.items()}
         return PreparedTask(
             splits=LazySplits(makers, self.dataset),
@@ -126,7 +129,7 @@ class LanguageUnderstanding(OldNames):
             ),
         )
 
-    def _load_raw(self) -> dict[str, Any]:
+    def _load_raw(self, saved: list[str] | None = None) -> dict[str, Any]:
         """Return the splits by what they are used for.
 
         A set whose test split shows its labels is tested on that, as anybody's own set is. GLUE's
@@ -151,7 +154,7 @@ class LanguageUnderstanding(OldNames):
             where = f"split {name!r} of data {self.dataset!r}"
             check_labels(where, split, self.glue)
             say_converted_labels(where, split, self.glue)
-        used = match_labels(self.dataset, used, self.glue)
+        used = match_labels(self.dataset, used, self.glue, saved)
         if "train" in used:
             check_variety(f"split 'train' of data {self.dataset!r}", used["train"], self.glue)
         splits = {role: used[name] for role, name in roles.items()}
@@ -173,13 +176,12 @@ class LanguageUnderstanding(OldNames):
             encode, batched=True, remove_columns=split.column_names, keep_in_memory=True
         )
 
-    def _config(self, checkpoint: str) -> Any:
+    def _config(self, checkpoint: str, labels: list[str]) -> Any:
         from transformers.models.auto.modeling_auto import (
             MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         )
 
         problem = "regression" if self.glue.is_regression else "single_label_classification"
-        labels = self.glue.labels
         names = {
             "id2label": dict(enumerate(labels)),
             "label2id": {label: i for i, label in enumerate(labels)},
