@@ -323,3 +323,98 @@ def test_an_interrupted_run_goes_on_with_the_same_words(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_arm(chosen, arm, 0, tmp_path / "cut", progress=stop)
     assert run_arm(chosen, arm, 0, tmp_path / "cut").test == pytest.approx(whole.test, rel=1e-5)
+
+
+_OTHER_DECODERS = {
+    "gpt2": {"n_embd": 16, "n_inner": 16, "n_layer": 1, "n_head": 2},
+    "bart": {
+        "d_model": 16,
+        "decoder_layers": 1,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 16,
+    },
+    "bert": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", _OTHER_DECODERS)
+def test_every_class_is_scored_by_the_next_word_whatever_its_own_loss_is(tmp_path, kind):
+    config = {"model_type": kind, **_OTHER_DECODERS[kind]}
+    chosen = tiny_language_modelling(tmp_path, model_config=config)
+    chosen = replace(chosen, training=replace(chosen.training, max_steps=2, eval_steps=2))
+    folder = tmp_path / "run"
+    record = train_run(chosen, build_arms(chosen)["rdrop"], 0, RunPaths.alone(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    nll, count = 0.0, 0
+    for block in WordBlocks(chosen.prepare(folder / "model").splits["test"].words, 12, 8):
+        words = torch.tensor(block["input_ids"])
+        with torch.no_grad():
+            log_p = model(words[None]).logits[0].log_softmax(-1)
+        for i, label in enumerate(block["labels"]):
+            if label != -100:
+                nll -= log_p[i - 1, label].item()
+                count += 1
+    assert record.test["nll"] == pytest.approx(nll / count, rel=1e-4)
+    # What the model itself would minimise is the same: nobody learns to copy.
+    own = 0.0
+    for block in chosen.prepare(folder / "model").splits["test"]:
+        batch = {name: torch.tensor([value]) for name, value in block.items()}
+        with torch.no_grad():
+            own += model(**batch).loss.item() * sum(label != -100 for label in block["labels"])
+    assert own == pytest.approx(nll, rel=1e-4)
+
+
+def test_moved_labels_are_the_next_words_and_count_the_same():
+    words = torch.arange(30)
+    for own, moved in zip(
+        WordBlocks(words, 8, 3), WordBlocks(words, 8, 3, moves_labels=True), strict=True
+    ):
+        assert own["input_ids"] == moved["input_ids"]
+        assert moved["labels"] == [*own["labels"][1:], -100]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**_OTHER_DECODERS["bert"], "is_decoder": False}, "BertLMHeadModel sees the words"),
+        (
+            {**_OTHER_DECODERS["bert"], "model_type": "roberta"},
+            "RobertaForCausalLM cannot read blocks of words, which have no padding word",
+        ),
+        (
+            {**_OTHER_DECODERS["gpt2"], "model_type": "gpt2", "n_positions": 12},
+            "block_size must be at most 11: GPT2LMHeadModel has positions for 12 tokens; got 12",
+        ),
+    ],
+)
+def test_models_that_cannot_do_the_task_are_named_before_it_begins(tmp_path, config, message):
+    chosen = tiny_language_modelling(tmp_path, model_config={"model_type": "bert", **config})
+    with pytest.raises(ValueError, match=message):
+        run_arm(chosen, build_arms(chosen)["rdrop"], 0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_looking_ahead_is_looked_for_without_drawing_from_the_runs_generator(tmp_path):
+    prepared = tiny_language_modelling(tmp_path).prepare()
+    torch.manual_seed(0)
+    model = prepared.build_model()
+    assert model.training
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(model.config)
+    assert torch.equal(after, torch.rand(1))
+
+
+def test_a_saved_model_is_evaluated_on_no_more_words_than_it_has_positions_for(tmp_path):
+    config = {"model_type": "gpt2", **_OTHER_DECODERS["gpt2"]}
+    chosen = tiny_language_modelling(tmp_path, model_config=config)
+    prepared = chosen.prepare(tmp_path / "saved")
+    prepared.build_model().save_pretrained(tmp_path / "saved")
+    longer = replace(chosen, block_size=20).prepare(tmp_path / "saved")
+    with pytest.raises(ValueError, match="block_size must be at most 12"):
+        longer.load_model(tmp_path / "saved")

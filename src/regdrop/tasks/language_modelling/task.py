@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -37,6 +38,7 @@ from regdrop.tasks.common.model_config import (
     named_model_config,
     refused_if_new,
 )
+from regdrop.tasks.common.positions import check_positions
 from regdrop.tasks.common.vocabulary import find_vocabulary, learn_words
 
 # Lines that are encoded at a time: their numbers as Python has them take much memory.
@@ -113,7 +115,7 @@ class LanguageModelling(OldNames):
                 f"context_window must be from 0 to below the {self._test_block_size()} words that "
                 f"a test sees at once, got {self.context_window}"
             )
-        from transformers import AutoModelForCausalLM, DataCollatorForTokenClassification
+        from transformers import DataCollatorForTokenClassification
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
         from regdrop.tasks.language_modelling.adaptive_input import register
@@ -134,13 +136,13 @@ class LanguageModelling(OldNames):
             )
         tokenizer = find_vocabulary(partial(self._learn_words, raw), folder)
         streams = {name: partial(self._stream, name, split) for name, split in raw.items()}
+        blocks = partial(self._blocks, tokenizer, self._takes_moved_labels(tokenizer))
         return PreparedTask(
             splits=LazySplits(
-                {name: partial(self._blocks, name, s, tokenizer) for name, s in streams.items()},
-                self.dataset,
+                {name: partial(blocks, name, s) for name, s in streams.items()}, self.dataset
             ),
             build_model=partial(self._build_model, tokenizer),
-            load_model=AutoModelForCausalLM.from_pretrained,
+            load_model=self._load_model,
             example_statistics=lambda prediction: np.stack(prediction.predictions, axis=1),
             data_collator=DataCollatorForTokenClassification(tokenizer),
             processing_class=tokenizer,
@@ -173,7 +175,7 @@ class LanguageModelling(OldNames):
                 f"got {limit:,}"
             )
 
-    def _blocks(self, name: str, stream: Any, tokenizer: Any) -> "WordBlocks":
+    def _blocks(self, tokenizer: Any, moves_labels: bool, name: str, stream: Any) -> "WordBlocks":
         parts = [np.array([tokenizer.eos_token_id], dtype=np.int32)]
         lines = stream()
         while batch := list(islice(lines, _LINES)):
@@ -181,8 +183,37 @@ class LanguageModelling(OldNames):
             parts.append(np.fromiter(chain.from_iterable(encoded), dtype=np.int32))
         words = torch.from_numpy(np.concatenate(parts))
         if name in ("train", "validation"):
-            return WordBlocks(words, self.block_size)
-        return WordBlocks(words, self._test_block_size(), self.context_window)
+            return WordBlocks(words, self.block_size, moves_labels=moves_labels)
+        return WordBlocks(
+            words, self._test_block_size(), self.context_window, moves_labels=moves_labels
+        )
+
+    def _takes_moved_labels(self, tokenizer: Any) -> bool:
+        """Return whether the model's class leaves it to the caller to move the labels."""
+        from transformers import AutoModelForCausalLM
+
+        from regdrop.tasks.language_modelling.next_words import takes_moved_labels
+
+        with named_model_config(self.model_config), torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(self.build_config(tokenizer))
+        return takes_moved_labels(model)
+
+    def _check_model(self, model: Any) -> None:
+        """Check that a model has positions for the blocks and sees no word that it predicts."""
+        from regdrop.tasks.language_modelling.next_words import check_causal
+
+        sizes = {"block_size": self.block_size, "test_block_size": self._test_block_size()}
+        name = max(sizes, key=sizes.__getitem__)
+        # A block is read with the word before it.
+        check_positions(model, sizes[name] + 1, name, sizes[name])
+        check_causal(model, sizes[name] + 1)
+
+    def _load_model(self, folder: Path) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder)
+        self._check_model(model)
+        return model
 
     def _build_model(self, tokenizer: Any) -> nn.Module:
         from transformers import AutoModelForCausalLM, GenerationConfig
@@ -198,16 +229,20 @@ class LanguageModelling(OldNames):
             pad_token_id=tokenizer.pad_token_id,
             suppress_tokens=[tokenizer.unk_token_id],
         )
+        self._check_model(model)
         built: nn.Module = model
         return built
 
     def build_config(self, tokenizer: Any) -> Any:
         """Return the model's whole configuration for a vocabulary."""
-        from transformers import AutoConfig
+        from transformers import CONFIG_MAPPING, AutoConfig
 
         from regdrop.tasks.language_modelling.adaptive_input import register
 
         register()
+        standard = CONFIG_MAPPING[self.model_config["model_type"]]()
+        # Otherwise an encoder's class reads the words to come too.
+        is_encoder = hasattr(standard, "is_decoder") and not standard.is_encoder_decoder
         common = {
             "vocab_size": len(tokenizer),
             "max_position_embeddings": max(self.block_size, self._test_block_size()) + 1,
@@ -215,8 +250,13 @@ class LanguageModelling(OldNames):
             "pad_token_id": None,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
+            **({"is_decoder": True} if is_encoder else {}),
         }
-        return AutoConfig.for_model(**{**common, **self.model_config})
+        # A class may have another name for one of them, which counts for both.
+        names = standard.attribute_map
+        given = {names.get(name, name) for name in self.model_config}
+        common = {name: x for name, x in common.items() if names.get(name, name) not in given}
+        return AutoConfig.for_model(**common, **self.model_config)
 
 
 class WordBlocks(Dataset[dict[str, Tensor]]):
@@ -226,10 +266,14 @@ class WordBlocks(Dataset[dict[str, Tensor]]):
         words: (n,) word numbers, the first of which is only read.
         block_size: Words that a model reads at once.
         context: Words before those that a block counts.
+        moves_labels: Whether the label of a word is the next one, for models that do not move them.
     """
 
-    def __init__(self, words: Tensor, block_size: int, context: int = 0) -> None:
+    def __init__(
+        self, words: Tensor, block_size: int, context: int = 0, *, moves_labels: bool = False
+    ) -> None:
         self.words, self.block_size, self.context = words, block_size, context
+        self.moves_labels = moves_labels
         # Word number `start` is the first that a block counts.
         self.starts = range(1, len(words), block_size - context)
         if not self.starts:
@@ -244,4 +288,6 @@ class WordBlocks(Dataset[dict[str, Tensor]]):
         first = max(0, start - 1 - self.context)
         labels = self.words[first:end].clone()
         labels[: start - first] = IGNORE_INDEX
+        if self.moves_labels:
+            labels = F.pad(labels[1:], (0, 1), value=IGNORE_INDEX)
         return {"input_ids": self.words[first:end].tolist(), "labels": labels.tolist()}
