@@ -1,4 +1,7 @@
 import copy
+import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,3 +63,33 @@ def test_the_same_files_may_lie_elsewhere_and_others_may_not(config):
     unseen = changed(moved, "data", None)
     with pytest.raises(ValueError, match=r"other settings \(dataset\)"):
         check_same_config(Path("record.json"), config, unseen)
+
+
+def test_files_beside_the_data_that_an_earlier_record_holds_do_not_differ(config):
+    noted = changed(config, "data/NOTES.md", "n")
+    check_same_config(Path("record.json"), noted, config)
+    # Where no file is named after a split all are data.
+    unnamed = config | {"data": {"README.md": "a", "part.jsonl": "b"}}
+    with pytest.raises(ValueError, match=r"other settings \(data\.part\.jsonl\)"):
+        check_same_config(Path("record.json"), unnamed, changed(unnamed, "data/part.jsonl", None))
+
+
+def test_a_checkpoint_in_a_folder_is_known_by_its_content(tmp_path, short):
+    folder = tmp_path / "model"
+    short.prepare().build_model().save_pretrained(folder)
+    task = replace(short, model=str(folder), model_config={})
+    arm = build_arms(short)["rdrop"]
+    before = resolved_config(task, arm)
+    (folder / "notes.txt").write_text("not of the model")
+    os.utime(folder / "config.json", (1, 1))
+    check_same_config(Path("record.json"), before, resolved_config(task, arm))
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"other settings \(checkpoint\)"):
+        check_same_config(Path("record.json"), before, resolved_config(task, arm))
+    # A record without it, and a checkpoint that is gone, are the same by name.
+    check_same_config(Path("record.json"), changed(before, "checkpoint", None), before)
+    shutil.rmtree(folder)
+    check_same_config(Path("record.json"), before, resolved_config(task, arm))

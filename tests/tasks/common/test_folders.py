@@ -44,6 +44,20 @@ def test_a_digest_is_of_content_and_computed_once(tmp_path, cache, monkeypatch):
     assert data_digests("some/hub-id") == {}
 
 
+@pytest.mark.parametrize("place", ["", "train/", "data/"])
+def test_what_lies_beside_the_data_is_no_part_of_it(tmp_path, place):
+    data = tmp_path / "data"
+    write_rows(data / place / "train.jsonl", [{"text": "x"}])
+    first = data_digests(str(data))
+    (data / "runs").mkdir()
+    (data / "runs/record.json").write_text("{}")
+    (data / "NOTES.md").write_text("hi")
+    assert data_digests(str(data)) == first
+    assert len(first) == 1
+    write_rows(data / place / "train.jsonl", [{"text": "y"}])
+    assert data_digests(str(data)) != first
+
+
 def test_changed_data_of_the_same_time_and_size_is_read_again(tmp_path):
     data = tmp_path / "data"
     write_rows(data / "train.jsonl", [{"text": "old"}])

@@ -16,11 +16,19 @@ from regdrop.experiments.bootstrap import Interval, interval, resample
 from regdrop.experiments.evaluating.changes import apply_decoding, check_changes
 from regdrop.experiments.recording.files import read_object, write_json
 from regdrop.experiments.recording.record import RunRecord
+from regdrop.experiments.recording.settings import differing_data
 from regdrop.experiments.running.building import build_trainer
 from regdrop.experiments.running.progress import quiet_libraries
 from regdrop.experiments.running.run import MODEL_FOLDER, RECORD_NAME
 from regdrop.tasks import PreparedTask, Task
+from regdrop.tasks.common.folders import data_digests
+from regdrop.tasks.common.notices import say_once
+from regdrop.tasks.common.pretrained import PACKAGE_PREFIX
 from regdrop.tasks.configure import change_task, task_from_config
+from regdrop.tasks.images.models import EFFICIENTNET_LITE0
+
+# What a kept model reads its input with.
+_PROCESSING = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,8 @@ class Evaluation:
 def load_run(folder: Path) -> tuple[Task, RunRecord]:
     """Return the task and the record of a finished run of `regdrop train`.
 
-    Where the folder of the checkpoint that the run began from is gone, the task reads tokenizer,
-    processor and configuration from the run's own model.
+    The task reads tokenizer, processor and configuration from the run's own model: the checkpoint
+    that the run began from may have changed since, or be gone.
 
     Raises:
         ValueError: If the folder holds none.
@@ -65,15 +73,18 @@ def load_run(folder: Path) -> tuple[Task, RunRecord]:
         )
     record = RunRecord.load(path)
     task: Any = task_from_config(record.config)
-    if _is_gone(getattr(task, "model", None)):
+    model = getattr(task, "model", None)
+    if model is not None and _is_of_the_run(model, saved):
         task = replace(task, model=str(saved))
     return task, record
 
 
-def _is_gone(model: str | None) -> bool:
-    """Return whether a checkpoint was in a folder that is no longer there."""
-    is_folder = model is not None and model.startswith((".", "/", "~"))
-    return is_folder and not Path(str(model)).expanduser().exists()
+def _is_of_the_run(model: str, saved: Path) -> bool:
+    """Return whether a run's own model stands for the checkpoint that it began from."""
+    if model.startswith(PACKAGE_PREFIX) or model == EFFICIENTNET_LITE0:  # as it was installed
+        return False
+    is_gone = model.startswith((".", "/", "~")) and not Path(model).expanduser().exists()
+    return is_gone or any((saved / name).exists() for name in _PROCESSING)
 
 
 def load_saved_model(prepared: PreparedTask, folder: Path) -> nn.Module:
@@ -107,6 +118,8 @@ def evaluate(
     task, record = load_run(folder)
     changed = change_task(task, data=data, settings=settings)
     check_changes(folder, changed, settings)
+    if data is None:
+        _say_changed_data(record)
     quiet_libraries()
     prepared = changed.prepare(folder / MODEL_FOLDER)
     dataset: Any = prepared.splits[split]
@@ -129,6 +142,17 @@ def evaluate(
     )
     write_json(result.path, _content(result, data, settings))
     return result
+
+
+def _say_changed_data(record: RunRecord) -> None:
+    """Say if the data of a run is not what it was when the run was trained."""
+    dataset = record.config["dataset"]
+    found, now = record.config.get("data"), data_digests(dataset)
+    if found and now and (names := differing_data(found, now)):
+        say_once(
+            f"data {dataset!r} has changed since the run was trained ({', '.join(names)}): its "
+            "metrics are of the data of now"
+        )
 
 
 def _free_path(folder: Path, split: str, data: str | None, settings: Sequence[str]) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 from regdrop.config import RDropConfig
 from regdrop.experiments.arms import Arm
 from regdrop.tasks import Task
-from regdrop.tasks.common.folders import data_digests
+from regdrop.tasks.common.folders import checkpoint_digest, data_digests, is_of_split
 
 # The settings of a run that the arms of a task may have of their own.
 ARM_SETTINGS = ("training", "rdrop", "dropout_odds", "dropout_rises")
@@ -30,6 +30,9 @@ def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
     }
     if digests := data_digests(task.dataset):
         settings["data"] = digests
+    model = getattr(task, "model", None)
+    if model is not None and (digest := checkpoint_digest(model)):
+        settings["checkpoint"] = digest
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
 
@@ -51,13 +54,29 @@ def check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any])
         found = {**found, "rdrop": {**RDropConfig().to_dict(), **found["rdrop"]}}
     if "data" not in wanted:  # it cannot be looked at now
         found = {name: value for name, value in found.items() if name != "data"}
-    elif found.get("data") == wanted["data"]:  # the same files, wherever they lie
-        wanted = {**wanted, "dataset": found.get("dataset")}
+    elif isinstance(found.get("data"), Mapping):
+        found = {**found, "data": _split_files(found["data"], wanted["data"])}
+        if found["data"] == wanted["data"]:  # the same files, wherever they lie
+            wanted = {**wanted, "dataset": found.get("dataset")}
+    if "checkpoint" not in wanted:
+        found = {name: value for name, value in found.items() if name != "checkpoint"}
     if names := _differences(found, wanted):
         raise ValueError(
             f"{path} was made with other settings ({', '.join(names)}); "
             "choose another output folder, or remove it to train again"
         )
+
+
+def differing_data(found: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return the names of what differs between two digests of data."""
+    return _differences(_split_files(found, now), now, are_fields=False)
+
+
+def _split_files(found: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """Return digests of data without those of files beside it, which earlier records hold."""
+    if not all(map(is_of_split, now)):  # all of it is data
+        return dict(found)
+    return {name: x for name, x in found.items() if is_of_split(name)}
 
 
 def _differences(

@@ -8,6 +8,9 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from regdrop.tasks.common.file_kinds import kind_of, stem_of
+from regdrop.tasks.common.layout import find_layout
+from regdrop.tasks.common.split_names import find_part, find_split
 from regdrop.whole_files import write_text
 
 # scikit-learn's digits among data sets.
@@ -15,6 +18,19 @@ DIGITS_NAME = "digits"
 # What comes with the package, by name: folders with a file for each split.
 _SHIPPED = {"alice": Path(__file__).parents[1] / "texts" / "alice"}
 _BLOCK_BYTES = 2**20
+# What a model and its input are made from.
+_OF_CHECKPOINT = (
+    "config.json",
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "p*processor_config.json",
+)
+_PART_BYTES, _PARTS = 2**17, 32
 _HUB_SECONDS = 10.0
 
 
@@ -27,8 +43,9 @@ def find_folder(dataset: str) -> Path | None:
 def data_digests(dataset: str) -> dict[str, str]:
     """Return what changes where the content of a data set does.
 
-    Of a folder it is a digest of every file and folder in it, computed once and kept for files of
-    the same size and time; of a hub id its revision. There is none of what cannot be found.
+    Of a folder it is a digest of every file and folder in it that makes a split, or of all in it
+    where `datasets` alone knows which do, computed once and kept for files of the same size and
+    time; of a hub id its revision. There is none of what cannot be found.
     """
     folder = find_folder(dataset)
     if folder is None:
@@ -37,7 +54,43 @@ def data_digests(dataset: str) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    # What lies beside the data, such as notes and runs, may change.
+    with suppress(ValueError, OSError):  # told when it is loaded
+        if layout := find_layout(dataset, folder):
+            used = {path.resolve() for own in layout.splits.values() for path in own}
+            held = used.union(*(path.parents for path in used))
+            entries = [path for path in entries if path.resolve() in held]
     return {path.name: _digest(path) for path in entries}
+
+
+def is_of_split(name: str) -> bool:
+    """Return whether a file or folder is named after a split."""
+    with suppress(ValueError):
+        stem = stem_of(Path(name)) if kind_of(Path(name)) else name
+        return name == "data" or find_split(find_part(stem).name) is not None
+    return True
+
+
+def checkpoint_digest(model: str) -> str | None:
+    """Return what changes where a checkpoint in a folder does; None for any other.
+
+    Large files count by their size and by parts spread over them.
+    """
+    folder = Path(model).expanduser()
+    if not (folder / "config.json").is_file():
+        return None
+    found = hashlib.sha256()
+    for pattern in _OF_CHECKPOINT:
+        for file in sorted(folder.glob(pattern)):
+            size = file.stat().st_size
+            found.update(os.fsencode(file.name) + b"\0" + str(size).encode())
+            with file.open("rb") as content:
+                for start in range(0, size, max(_PART_BYTES, size // _PARTS)):
+                    content.seek(start)
+                    found.update(content.read(_PART_BYTES))
+                content.seek(max(0, size - _PART_BYTES))
+                found.update(content.read())
+    return found.hexdigest()[:16]
 
 
 def plain_path(folder: Path) -> Path:
