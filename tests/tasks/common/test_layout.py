@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -78,6 +79,11 @@ def test_a_split_has_the_files_that_are_named_after_it(tmp_path, names, expected
         (["train-test.jsonl"], "after one split, got 'train-test' of train and test"),
         (["train/a.jsonl", "train_old/a.jsonl"], "must have one folder for 'train'"),
         (["train.jsonl", "test/a.jsonl"], r"files or folders of splits, got .*train\.jsonl and"),
+        (["train/a.jsonl", "train/validation.jsonl"], "folder of 'train' and named after 'valid"),
+        (
+            ["train/d-00000-of-00001.jsonl", "train/d-00000-of-00002.jsonl"],
+            "parts of one whole, got parts of 'd' of 1 and of 2: remove the old ones",
+        ),
         (["book.jsonl"], r"after its splits, train, .* end in one of .*\.csv.*got \['book"),
         (["train.xlsx"], r"end in one of .*\.csv.*; got \['train\.xlsx'\]"),
     ],
@@ -123,6 +129,23 @@ def test_other_names_unread_files_and_missing_parts_are_said(tmp_path, caplog):
         f"data '{folder}': dev.jsonl is its split 'validation'",
         f"unlabelled.jsonl of data '{folder}' is of no split: not read",
     ]
+
+
+def test_all_files_of_a_folder_are_read_and_it_is_said(tmp_path, caplog):
+    folder = write(tmp_path / "data", "train/train.jsonl", "train/train_old.jsonl")
+    assert len(read(folder)["train"]) == 2
+    assert f"{folder / 'train'} has 2 files, train.jsonl, train_old.jsonl: all are read" in (
+        caplog.messages
+    )
+
+
+def test_of_a_saved_data_set_its_last_save_is_read(tmp_path):
+    split = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
+    for rows, shards in ((3, 3), (2, 1)):
+        saved = datasets.DatasetDict({"train": split.select(range(rows))})
+        saved.save_to_disk(tmp_path / "data", num_shards={"train": shards})
+    assert len(list((tmp_path / "data/train").glob("*.arrow"))) == 4
+    assert read(tmp_path / "data") == {"train": ["a", "b"]}
 
 
 def test_a_card_may_say_which_files_make_a_split(tmp_path):

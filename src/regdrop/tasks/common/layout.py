@@ -1,8 +1,10 @@
 """Which files of a folder make which split: by their names, and never two by accident."""
 
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,9 +74,39 @@ def find_layout(dataset: str, folder: Path) -> Layout | None:
     if any(is_image(path) for inside in by_content.values() for path in inside):
         check_image_folders({by_folder[name][0]: x for name, x in by_content.items()})
         return Layout("images", {name: [by_folder[name][0].resolve()] for name in by_content})
-    return _one_kind(
-        dataset, {name: [p for p in x if kind_of(p)] for name, x in by_content.items()}
-    )
+    inside = {name: [path for path in x if kind_of(path)] for name, x in by_content.items()}
+    for split, own in inside.items():
+        _check_folder(by_folder[split][0], split, own)
+    return _one_kind(dataset, inside)
+
+
+def _check_folder(folder: Path, split: str, files: Sequence[Path]) -> None:
+    """Check that the data files in the folder of a split are parts of it; say if they may not be.
+
+    Raises:
+        ValueError: If one is named after another split, or they are parts of several wholes.
+    """
+    counts: dict[str, set[int]] = defaultdict(set)
+    for path in files:
+        part = find_part(stem_of(path))
+        try:
+            named = find_split(part.name)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from None
+        # MNLI's validation_matched is of validation too.
+        if named is not None and not split.startswith(named):
+            raise ValueError(f"{path} is in the folder of {split!r} and named after {named!r}")
+        if part.name != stem_of(path):
+            counts[part.name].add(part.parts)
+    for name, of_name in counts.items():
+        if len(of_name) > 1:
+            raise ValueError(
+                f"{folder} must hold the parts of one whole, got parts of {name!r} of "
+                f"{' and of '.join(map(str, sorted(of_name)))}: remove the old ones"
+            )
+    loose = [path for path in files if find_part(stem_of(path)).name == stem_of(path)]
+    if loose and len(files) > 1:
+        say_once(f"{folder} has {len(files)} files, {', '.join(_shown(files))}: all are read")
 
 
 def _by_split(dataset: str, paths: Sequence[Path], what: str) -> dict[str, list[Path]]:
@@ -134,9 +166,13 @@ def _say_unread(dataset: str, files: Iterable[Path], splits: dict[str, list[Path
 def _contents(folder: Path) -> list[Path]:
     """Return the images and data files in a folder and those below.
 
+    Where `datasets` saved it, they are those that it lists: files of an earlier save stay beside.
+
     Raises:
         ValueError: If one of its folders is a link, which `datasets` does not follow.
     """
+    if (listed := _saved_files(folder)) is not None:
+        return listed
     files: list[Path] = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
@@ -145,6 +181,16 @@ def _contents(folder: Path) -> list[Path]:
             raise ValueError(f"{linked} is a link to a folder: it must be the folder itself")
         files += [Path(root, name) for name in sorted(names) if not _is_hidden(name)]
     return [path for path in files if (is_image(path) or kind_of(path)) and path.is_file()]
+
+
+def _saved_files(folder: Path) -> list[Path] | None:
+    """Return the files that `save_to_disk` wrote; None for any other folder."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        files = [folder / entry["filename"] for entry in state["_data_files"]]
+        if files and all(path.is_file() for path in files):
+            return files
+    return None
 
 
 def _describes_itself(folder: Path) -> bool:
