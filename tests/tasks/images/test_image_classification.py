@@ -275,6 +275,60 @@ def test_a_checkpoints_positions_are_resized_to_another_image_size(tmp_path):
     torch.testing.assert_close(model.eval().vit(batch).last_hidden_state, expected)
 
 
+_SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2, "patch_size": 2}
+_VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "patch_size": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "is_resizable"),
+    [
+        ("swin", _SWIN, True),
+        ("convnext", {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2}, True),
+        ("deit", {**_VIT, "architectures": ["DeiTForImageClassification"]}, True),
+        ("beit", {**_VIT, "use_relative_position_bias": True}, False),
+        ("swin", {**_SWIN, "use_absolute_embeddings": True}, True),
+    ],
+)
+def test_another_image_size_is_taken_or_refused_by_name(tmp_path, kind, options, is_resizable):
+    from transformers import AutoModelForImageClassification
+
+    from regdrop.tasks.images.models import load_image_model
+
+    config = AutoConfig.for_model(kind, image_size=16, **options)
+    own = AutoModelForImageClassification.from_config(config).eval()
+    own.save_pretrained(tmp_path)
+    if not is_resizable:
+        with pytest.raises(ValueError, match="image_size must be the 16 of model"):
+            load_image_model(str(tmp_path), AutoConfig.from_pretrained(tmp_path), 32)
+        return
+    model = load_image_model(str(tmp_path), AutoConfig.from_pretrained(tmp_path), 32).eval()
+    assert model.config.image_size == 32
+    batch = torch.randn(2, 3, 32, 32)
+    is_plain = kind == "convnext"
+    interpolation = {} if is_plain else {"interpolate_pos_encoding": True}
+    torch.testing.assert_close(model(batch).logits, own(batch, **interpolation).logits)
+
+
+def test_dropout_reaches_every_rate_of_units_and_else_that_of_paths():
+    from transformers import ConvNextConfig, GPT2Config, SwinConfig
+
+    config = GPT2Config()
+    set_dropout(config, 0.3)
+    assert {config.attn_pdrop, config.embd_pdrop, config.resid_pdrop} == {0.3}
+    config = ConvNextConfig()
+    set_dropout(config, 0.3)
+    assert config.drop_path_rate == 0.3
+    config = SwinConfig()
+    set_dropout(config, 0.3)
+    assert (config.hidden_dropout_prob, config.drop_path_rate) == (0.3, 0.1)
+
+
 @pytest.mark.slow
 def test_efficientnet_lite_is_fine_tuned_and_saved(tmp_path):
     pytest.importorskip("efficientnet_lite_pytorch", reason="the packaged weights")

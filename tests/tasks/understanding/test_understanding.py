@@ -22,7 +22,7 @@ from regdrop.tasks import PRESETS
 from regdrop.tasks.understanding.glue import GLUE
 from regdrop.tasks.understanding.presets import MINILM
 from regdrop.tasks.understanding.task import regression_statistics
-from text_data import write_glue, write_rows
+from text_data import write_encoder, write_glue, write_rows
 from tiny_tasks import tiny_understanding
 
 
@@ -242,6 +242,16 @@ def test_bad_checkpoints_are_named(tmp_path):
     still = replace(whole, dropout=0.0)
     with pytest.raises(ValueError, match="has no dropout above 0"):
         run_arm(still, build_arms(still)["rdrop"], 0, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("bert", 40), ("roberta", 39)])
+def test_more_tokens_than_a_model_has_positions_for_are_refused(tmp_path, kind, limit):
+    good = tiny_understanding(tmp_path, kind=kind)
+    write_encoder(tmp_path / "model", kind, max_position_embeddings=40)
+    replace(good, max_length=limit).prepare()
+    # RoBERTa keeps the rows up to its padding word's, here 0, for itself.
+    with pytest.raises(ValueError, match=f"max_length must be at most {limit}: .* positions"):
+        replace(good, max_length=limit + 1).prepare()
 
 
 def test_the_packaged_minilm_is_loaded_with_its_weights_and_dropout(tmp_path):

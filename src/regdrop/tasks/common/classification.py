@@ -8,12 +8,17 @@ LABEL, PREDICTION, NLL = range(3)
 
 
 def dropout_names(config: Any) -> list[str]:
-    """Return the names of the dropout rates of a Hugging Face configuration."""
-    return [
+    """Return the names of the dropout rates of a Hugging Face configuration.
+
+    Those of whole paths, stochastic depth, count where there is no other.
+    """
+    rates = [
         name
         for name, value in vars(config).items()
-        if "dropout" in name and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
     ]
+    of_units = [name for name in rates if "dropout" in name or name.endswith("pdrop")]
+    return of_units or [name for name in rates if "drop_path" in name]
 
 
 def set_dropout(config: Any, rate: float) -> None:

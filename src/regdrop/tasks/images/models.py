@@ -87,22 +87,38 @@ def load_image_model(model: str, config: Any, image_size: int) -> nn.Module:
 
 
 def _resized(name: str, model: Any, image_size: int) -> nn.Module:
-    """Return a vision transformer for another image size, its positions interpolated."""
-    embeddings: Any = getattr(model.base_model, "embeddings", None)
-    if not hasattr(embeddings, "interpolate_pos_encoding"):
+    """Return a model for another image size; positions that a vision transformer has are resized.
+
+    Raises:
+        ValueError: If it cannot be made for this size.
+    """
+    config = type(model.config).from_dict({**model.config.to_dict(), "image_size": image_size})
+    try:
+        resized = type(model)(config)
+        resized.load_state_dict(_resized_state(model, resized))
+        image = torch.zeros(1, getattr(config, "num_channels", 3), image_size, image_size)
+        with torch.no_grad():  # windows may be larger than so small an image
+            resized.eval()(image)
+    except Exception as error:
         raise ValueError(
             f"image_size must be the {model.config.image_size} of model {name!r}, whose positions "
             f"cannot be resized, got {image_size}"
-        )
-    config = type(model.config).from_dict({**model.config.to_dict(), "image_size": image_size})
-    resized = type(model)(config)
-    name_of_positions = next(
-        k for k, _ in model.named_parameters() if k.endswith("position_embeddings")
-    )
-    patches = (image_size // config.patch_size) ** 2
-    with torch.no_grad():
-        like: Tensor = embeddings.position_embeddings.new_empty(1, patches + 1, config.hidden_size)
-        positions = embeddings.interpolate_pos_encoding(like, image_size, image_size)
-    resized.load_state_dict({**model.state_dict(), name_of_positions: positions})
-    result: nn.Module = resized
+        ) from error
+    result: nn.Module = resized.train(model.training)
     return result
+
+
+def _resized_state(model: Any, resized: Any) -> dict[str, Tensor]:
+    """Return a model's weights, with its positions interpolated where another size has others."""
+    state: dict[str, Tensor] = model.state_dict()
+    changed = [name for name, x in resized.state_dict().items() if x.shape != state[name].shape]
+    if not changed:
+        return state
+    # Whatever else depends on the size, such as a bias of relative positions, cannot be loaded.
+    (name,) = changed
+    embeddings, config = model.base_model.embeddings, model.config
+    own, size = embeddings.position_embeddings, resized.config.image_size
+    before, after = ((each // config.patch_size) ** 2 for each in (config.image_size, size))
+    with torch.no_grad():
+        like = own.new_empty(1, own.shape[1] - before + after, own.shape[2])
+        return {**state, name: embeddings.interpolate_pos_encoding(like, size, size)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -27,6 +28,7 @@ from regdrop.tasks.common.data import (
     require_columns,
     split_training,
 )
+from regdrop.tasks.common.positions import check_positions
 from regdrop.tasks.common.pretrained import find_checkpoint, load_config, load_tokenizer
 from regdrop.tasks.understanding.glue import GLUE, METRICS, GlueTask
 from regdrop.tasks.understanding.labels import (
@@ -177,6 +179,7 @@ class LanguageUnderstanding(OldNames):
         )
 
     def _config(self, checkpoint: str, labels: list[str]) -> Any:
+        from transformers import AutoModelForSequenceClassification
         from transformers.models.auto.modeling_auto import (
             MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         )
@@ -195,6 +198,9 @@ class LanguageUnderstanding(OldNames):
             **(names if labels else {}),
         )
         set_dropout(config, self.dropout)
+        with torch.device("meta"):  # for its shapes alone
+            model: Any = AutoModelForSequenceClassification.from_config(config)
+        check_positions(model, self.max_length, "max_length", self.max_length)
         return config
 
 
