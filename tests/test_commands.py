@@ -7,12 +7,14 @@ import sys
 import time
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from models import tiny_bert, tiny_vit
-from regdrop.commands import app, comparisons
+from regdrop.commands import app, comparisons, runs
 from regdrop.commands.loading import load_model
 from regdrop.experiments import load_records
+from regdrop.tasks import PRESETS
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
 
@@ -31,8 +33,29 @@ def test_help_lists_the_commands():
 def test_tasks():
     result = run("tasks")
     assert result.exit_code == 0
-    assert "digits" in result.output
-    assert "vit-base-cifar100" in result.output
+    for name, task in PRESETS.items():  # in a pipe each row is a line
+        line = next(x for x in result.output.splitlines() if f" {name} " in x)
+        assert task.description in line
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "load_run", lambda folder: None)
+    monkeypatch.setattr(runs, "generate_lines", lambda folder, lines, **options: iter(lines))
+    file = tmp_path / "latin1.txt"
+    file.write_bytes("Männchen".encode("latin-1"))
+    result = run("generate", tmp_path, file)
+    assert result.exit_code == 2
+    assert "latin1.txt must be text in UTF-8" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_lines_that_nobody_reads_end_without_a_word(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as unread:
+        monkeypatch.setattr("sys.stdout", unread)
+        with pytest.raises(typer.Exit) as ended:
+            runs._print_lines(["a", "b"])
+    assert ended.value.exit_code == 141
 
 
 def test_convert_alpha():

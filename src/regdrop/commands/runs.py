@@ -1,5 +1,6 @@
 """Commands of single runs: train, and use what was trained."""
 
+import os
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -137,11 +138,24 @@ def generate(
         texts = generate_lines(
             run / MODEL_FOLDER, lines, batch_size=batch_size, num_beams=num_beams
         )
-        if output is None:
-            for text in texts:
-                print(text, flush=True)
-        else:
-            write_whole(output, partial(_write_lines, texts))
+        try:
+            if output is None:
+                _print_lines(texts)
+            else:
+                write_whole(output, partial(_write_lines, texts))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source or 'the input'} must be text in UTF-8: {error}") from error
+
+
+def _print_lines(texts: Iterable[str]) -> None:
+    """Print lines until there are no more, or nobody reads them, as after `| head -1`."""
+    try:
+        for text in texts:
+            print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes at its end, too; a shell says 141 of what the signal ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
 
 
 def _write_lines(texts: Iterable[str], path: Path) -> None:

@@ -4,12 +4,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from regdrop.commands.app import app, console, usage_errors
 from regdrop.experiments.recording.processes import require_one_process
 from regdrop.tasks import PRESETS
 from regdrop.tasks.translation.iwslt import prepare_iwslt
+
+_ANY = 10_000  # columns
 
 
 @app.command()
@@ -20,7 +24,11 @@ def tasks() -> None:
         steps, alpha = task.training.max_steps, task.rdrop.alpha
         shown = alpha if alpha == "auto" else f"{alpha:g}"
         table.add_row(task.family, name, task.description, f"{steps:,}", shown)
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+    else:  # no width to keep to: names are whole, and each row is a line
+        width = Measurement.get(console, console.options.update(max_width=_ANY), table).maximum
+        Console(file=console.file, width=width, markup=False).print(table)
 
 
 @app.command()

@@ -90,6 +90,7 @@ def test_a_path_is_no_pattern(tmp_path, name):
         ),
         ([["a"], ["b"]], r"must hold text, got \['a'\] in row 0"),
         ([1, 2], "must hold text, got 1 in row 0"),
+        ([["word"] * 999], r"must hold text, got \['word'.{73}\.\.\. in row 0"),
         ([None, None], "must hold text, got None in row 0"),
     ],
 )

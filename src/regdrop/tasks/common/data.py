@@ -16,6 +16,7 @@ from regdrop.tasks.common.quotes import check_quotes
 # seed by which it is drawn: the same for every seed of a training.
 HELD_OUT = 0.1
 SPLIT_SEED = 0
+_MOST_SHOWN = 80  # characters of a value in a message
 _OF_TABLES = ": in CSV and TSV an empty field, NA, null and None are null; JSON lines keep them"
 
 
@@ -152,7 +153,8 @@ def check_texts(dataset: str, splits: Mapping[str, Any], columns: Iterable[str])
                 row, shown = next(
                     ((i, x) for i, x in numbered if not isinstance(x, str)), (0, split[0][column])
                 )
-                raise ValueError(f"{where} must hold text, got {shown!r} in row {row}")
+                # A file of columns in place of rows has a whole one there.
+                raise ValueError(f"{where} must hold text, got {shorten(shown)} in row {row}")
             values = split.data.column(column)
             if values.null_count:
                 row = values.is_null().index(True).as_py()
@@ -160,6 +162,12 @@ def check_texts(dataset: str, splits: Mapping[str, Any], columns: Iterable[str])
                 raise ValueError(
                     f"{where} must hold text, got null in row {row}{_OF_TABLES if is_table else ''}"
                 )
+
+
+def shorten(value: Any) -> str:
+    """Return the representation of a value as a message shows it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def require_training(dataset: str, splits: Mapping[str, Any]) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from regdrop.tasks.common.class_names import label_names, renumber_classes
+from regdrop.tasks.common.data import shorten
 from regdrop.tasks.common.model_config import holds_model
 from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.understanding.glue import GlueTask
@@ -28,7 +29,9 @@ def check_labels(where: str, split: Any, task: GlueTask) -> None:
     except (TypeError, ValueError) as error:
         raise ValueError(f"column 'label' of {where} must hold numbers: {error}") from error
     if labels.ndim != 1:
-        raise ValueError(f"column 'label' of {where} must hold numbers, got {values[0]!r} in row 0")
+        raise ValueError(
+            f"column 'label' of {where} must hold numbers, got {shorten(values[0])} in row 0"
+        )
     if task.is_regression:
         good, wanted = np.isfinite(labels), "finite scores"
     else:
