@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from regdrop.tasks.common.notices import say_once
+from regdrop.tasks.common.positions import position_limit
+
 
 def generate_lines(
     folder: Path, lines: Iterable[str], *, batch_size: int = 32, num_beams: int | None = None
@@ -58,7 +61,14 @@ def _load(folder: Path) -> tuple[Any, Any]:
 
 
 def _translate(model: Any, tokenizer: Any, options: dict[str, Any], lines: list[str]) -> list[str]:
-    inputs = tokenizer(lines, padding=True, truncation=True, return_tensors="pt").to(model.device)
+    limit = position_limit(model.get_encoder())
+    most = min(tokenizer.model_max_length, limit or tokenizer.model_max_length)
+    if limit is not None and any(len(ids) > most for ids in tokenizer(lines)["input_ids"]):
+        say_once(f"Lines of more than the {most} tokens that the model reads are cut to them")
+    # Without a length of its own a tokenizer cuts nothing.
+    cut = {} if limit is None else {"max_length": most}
+    inputs = tokenizer(lines, padding=True, truncation=True, return_tensors="pt", **cut)
+    inputs = inputs.to(model.device)
     with torch.inference_mode():
         tokens = model.generate(**inputs, **options)
     texts: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -68,6 +78,22 @@ def _translate(model: Any, tokenizer: Any, options: dict[str, Any], lines: list[
 def _continue(model: Any, tokenizer: Any, options: dict[str, Any], lines: list[str]) -> list[str]:
     (line,) = lines
     words = [tokenizer.bos_token_id, *tokenizer(line, add_special_tokens=False)["input_ids"]]
+    if tokenizer.unk_token_id in words:
+        known = tokenizer.get_vocab()
+        unknown = [word for word in line.split() if word not in known]
+        if unknown:
+            say_once(f"Words that the model does not know are left out: {' '.join(unknown)}")
+    limit = position_limit(model)
+    if limit is not None:
+        if len(words) > limit:
+            raise ValueError(
+                f"a line must have at most {limit - 1} words, which the model has positions for, "
+                f"got {len(words) - 1}: {line[:60]!r}"
+            )
+        # The last word that is generated is not read.
+        most = limit - len(words) + 1
+        own = model.generation_config.max_new_tokens
+        options = {**options, "max_new_tokens": most if own is None else min(own, most)}
     prompt = torch.tensor([words], device=model.device)
     with torch.inference_mode():
         tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)

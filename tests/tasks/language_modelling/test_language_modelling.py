@@ -418,3 +418,29 @@ def test_a_saved_model_is_evaluated_on_no_more_words_than_it_has_positions_for(t
     longer = replace(chosen, block_size=20).prepare(tmp_path / "saved")
     with pytest.raises(ValueError, match="block_size must be at most 12"):
         longer.load_model(tmp_path / "saved")
+
+
+def test_a_prompt_is_told_of_unknown_words_and_refused_beyond_the_positions(tmp_path, caplog):
+    config = {"model_type": "gpt2", **_OTHER_DECODERS["gpt2"]}
+    prepared = tiny_language_modelling(tmp_path, model_config=config).prepare()
+    folder = tmp_path / "saved"
+    prepared.build_model().save_pretrained(folder)
+    prepared.processing_class.save_pretrained(folder)
+    (text,) = generate_lines(folder, ["good zyzzyva bad"])
+    assert text.startswith("good bad")
+    assert "Words that the model does not know are left out: zyzzyva" in caplog.text
+    # 13 positions: the end of a sentence before the line, and 12 words.
+    (text,) = generate_lines(folder, ["good " * 12])
+    assert 12 <= len(text.split()) <= 13
+    with pytest.raises(ValueError, match=r"at most 12 words, .* got 13: 'good good"):
+        list(generate_lines(folder, ["good " * 13]))
+
+
+def test_many_unknown_words_are_said_when_a_split_is_read(tmp_path, caplog):
+    splits = tiny_language_modelling(tmp_path, vocabulary_size=3).prepare().splits
+    splits["test"]
+    assert "of the words of split 'test' of data" in caplog.text
+    assert "are unknown to the vocabulary" in caplog.text
+    caplog.clear()
+    tiny_language_modelling(tmp_path).prepare().splits["test"]
+    assert not caplog.text

@@ -38,11 +38,14 @@ from regdrop.tasks.common.model_config import (
     named_model_config,
     refused_if_new,
 )
+from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.common.positions import check_positions
 from regdrop.tasks.common.vocabulary import find_vocabulary, learn_words
 
 # Lines that are encoded at a time: their numbers as Python has them take much memory.
 _LINES = 10_000
+# Share of unknown words above which a split's is said.
+_MOST_UNKNOWN = 0.2
 
 
 @dataclass(frozen=True)
@@ -182,11 +185,20 @@ class LanguageModelling(OldNames):
             encoded = tokenizer(batch, return_attention_mask=False)["input_ids"]
             parts.append(np.fromiter(chain.from_iterable(encoded), dtype=np.int32))
         words = torch.from_numpy(np.concatenate(parts))
+        self._say_unknown(name, float((words == tokenizer.unk_token_id).double().mean()))
         if name in ("train", "validation"):
             return WordBlocks(words, self.block_size, moves_labels=moves_labels)
         return WordBlocks(
             words, self._test_block_size(), self.context_window, moves_labels=moves_labels
         )
+
+    def _say_unknown(self, name: str, part: float) -> None:
+        if part > _MOST_UNKNOWN:
+            say_once(
+                f"{part:.1%} of the words of split {name!r} of data {self.dataset!r} are unknown "
+                "to the vocabulary: each counts as one and the same word, which makes the "
+                "perplexity lower"
+            )
 
     def _takes_moved_labels(self, tokenizer: Any) -> bool:
         """Return whether the model's class leaves it to the caller to move the labels."""
