@@ -89,7 +89,7 @@ class RDropSFTTrainer(RDropTrainerMixin, SFTTrainer):
         # R-Drop computes the NLL of SFTTrainer.compute_loss itself.
         return None
 
-    def _own_source(self, inputs: Mapping[str, Any]) -> Any:
+    def _own_source(self, inputs: Mapping[str, Any], is_first: bool = True) -> Any:
         raise ValueError(
             f"the loss of {type(self._unwrapped(self.model)).__name__} is not known, or "
             "likelihood='model' was asked for: SFTTrainer's own loss returns no logits with a "
@@ -193,9 +193,9 @@ class RDropRewardTrainer(RDropTrainerMixin, RewardTrainer):
         self._pass_tokens, self._total_train_tokens = self._total_train_tokens - tokens, tokens
         return result
 
-    def _own_source(self, inputs: Mapping[str, Any]) -> Any:
+    def _own_source(self, inputs: Mapping[str, Any], is_first: bool = True) -> Any:
         with _kept(self._metrics):
-            source: Any = super()._own_source(inputs)
+            source: Any = super()._own_source(inputs, is_first)
         # TRL takes the first half of the rows for the better answers: stacked rows are others.
         return replace(source, own=replace(source.own, is_rowwise=False))
 

@@ -147,13 +147,23 @@ def with_other_inputs(
         if name in labels or name.endswith("mask") or not isinstance(value, Tensor):
             continue
         is_flag = value.dtype == torch.bool and value.dim() <= 2
-        if value.is_nested or value.is_sparse or not (value.is_floating_point() or is_flag):
+        if (
+            value.is_nested
+            or value.is_sparse
+            or value.numel() == 0
+            or not (value.is_floating_point() or is_flag)
+        ):
             continue
         odd = torch.arange(value.numel(), device=value.device).view(value.shape) % 2 == 1
-        if len(value.shape) > 0 and value.numel() == len(value):
-            odd = ~odd  # one row alone is changed too
-        changed = ~value if is_flag else 2 * value + 1
-        yield {**inputs, name: torch.where(odd, changed, value)}
+        if value.numel() == 1:
+            odd = ~odd
+        if is_flag:
+            other = torch.where(odd, ~value, value)
+        elif bool((value == value.flatten()[:1]).all()):
+            other = torch.where(odd, 2 * value + 1, value)
+        else:  # numbers that the model can have, in other rows
+            other = value.roll(1, 0)
+        yield {**inputs, name: other}
 
 
 def with_shorter_masks(

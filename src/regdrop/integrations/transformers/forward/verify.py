@@ -15,6 +15,7 @@ from regdrop.integrations.transformers.evaluation import (
     evaluation_mode,
     shaken,
     training_mode,
+    with_other_inputs,
     with_other_labels,
     with_shorter_masks,
 )
@@ -82,10 +83,23 @@ def agrees_when_shaken(
             inputs = with_other_labels(inputs, "labels", logits.shape[-1], ignored)
         masked = [] if labels is None else with_shorter_masks(inputs, labels.shape)
         others = (inputs, *(batch for _, batch in masked))
-        return all(compare_losses(model, find(x), x).agrees_closely for x in others)
+        if not all(compare_losses(model, find(x), x).agrees_closely for x in others):
+            return False
+        for other in with_other_inputs(inputs, ["labels"]):
+            try:
+                found = compare_losses(model, find(other), other)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # whatever a model raises for an input that it cannot have
+                continue
+            if not found.agrees_closely:
+                return False
+    return True
 
 
-def compare_in_training(model: nn.Module, head: Head, inputs: Mapping[str, Any]) -> Comparison:
+def compare_in_training(
+    model: nn.Module, head: Head, inputs: Mapping[str, Any], has_auxiliary: bool = True
+) -> Comparison:
     """Compare, in training mode, a model's own loss and the NLL of the logits beside it.
 
     What a loss does in training alone, such as a margin, is seen in one forward, whatever dropout
@@ -95,6 +109,7 @@ def compare_in_training(model: nn.Module, head: Head, inputs: Mapping[str, Any])
         model: An unwrapped model.
         head: The head of the batch.
         inputs: The batch with its labels.
+        has_auxiliary: Whether a loss of experts in the output is a part of what is minimised.
 
     Returns:
         As `compare_losses`; without an own loss where nothing can be compared.
@@ -102,7 +117,8 @@ def compare_in_training(model: nn.Module, head: Head, inputs: Mapping[str, Any])
 
     def look(batch: dict[str, Any]) -> Comparison:
         output: Any = model(**batch)
-        return _compare_output(model, head, head.outputs(output), output, find_loss(output))
+        logits, own = head.outputs(output), find_loss(output)
+        return _compare_output(model, head, logits, output, own, has_auxiliary)
 
     with training_mode(model):
         try:
@@ -248,7 +264,12 @@ def _compare(model: nn.Module, head: Head, inputs: dict[str, Any]) -> Comparison
 
 
 def _compare_output(
-    model: nn.Module, head: Head, logits: Tensor, output: Any, own: Tensor | None
+    model: nn.Module,
+    head: Head,
+    logits: Tensor,
+    output: Any,
+    own: Tensor | None,
+    has_auxiliary: bool = True,
 ) -> Comparison:
     # Terms of one's own may need two passes to compare: here both are the same.
     passes = 1 if is_counted(head.terms) else 2
@@ -256,6 +277,6 @@ def _compare_output(
     terms = head.terms(both, head.target, num_passes=passes)
     plain = strip_options(head.terms)(both, head.target, num_passes=passes)
     ours: Tensor = combine_terms(plain, alpha=0.0, num_passes=passes, scale="mean").loss
-    auxiliary = auxiliary_loss(model, output)
+    auxiliary = auxiliary_loss(model, output) if has_auxiliary else None
     ours = ours if auxiliary is None else ours + auxiliary
     return Comparison(own, ours, logits.dtype, terms)

@@ -77,7 +77,7 @@ def _are_chances(read: ReadOutput, counted: Tensor) -> bool:
         if not labels.is_floating_point():
             near = near.floor() if not sides else near.ceil()
         asked = torch.where(counted, near.to(labels.dtype), labels)
-        slope = read.slope_if_taken({read.label: asked})
+        slope = read.slope_for({read.label: asked})
         if slope is None:
             return True
         sides.append(slope.float().reshape(labels.shape).sign())

@@ -55,7 +55,7 @@ def obeyed_mask(read: ReadOutput, shape: torch.Size) -> str | None:
     for name, batch in with_shorter_masks(read.inputs, shape):
         before = _acting(read.slope, shape)
         # A model may have no such mask.
-        after = _acting(read.slope_if_taken(batch), shape)
+        after = _acting(read.slope_for(batch), shape)
         if before is None or after is None:
             continue
         cut = read.inputs[name] != batch[name]
@@ -85,7 +85,7 @@ def _is_confirmed(divergence: Divergence, read: ReadOutput) -> bool:
         return False
     swapped = torch.where(labels == counted[0], ignored, labels)
     swapped = torch.where(labels == ignored, counted[0], swapped)
-    slope = read.slope_if_taken({read.label: swapped})
+    slope = read.slope_for({read.label: swapped})
     if slope is None:
         return False
     acts = slope.any(divergence.class_dim)

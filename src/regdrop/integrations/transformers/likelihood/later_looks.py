@@ -35,6 +35,7 @@ class LaterLooks(HeadSelection):
     _last_look = 0
     _next_look = 0
     _epoch = 0
+    _has_told_of_loss = False
 
     def _follow_window(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Find where heads come from by a run's first window; later see whether that still holds.
@@ -42,18 +43,17 @@ class LaterLooks(HeadSelection):
         Args:
             samples: The micro-batches of an accumulation window.
         """
-        labelled = [x for x in samples if has_label(x, self.label_names)]
-        first = (labelled or samples)[0]
         if self._source is None:
-            self._set_source(self._examine(samples), first)
+            self._examine(samples)
             self._found_in_step, self._epoch = self.state.global_step, int(self.state.epoch or 0)
             self._plan_look()
         elif self._is_look_due():
-            self._look_at(first)
+            labelled = (x for x in samples if has_label(x, self.label_names))
+            self._look_at(next(labelled, samples[0]))
             self._plan_look()
         for sample in samples:
             source = self._choose_source(sample)
-            if not self._is_settled(source) and self._has_strange_labels(source, sample):
+            if self._has_strange_labels(source, sample) and not self._is_settled(source):
                 self._take_strange(source, sample)
 
     def _is_look_due(self) -> bool:
@@ -100,32 +100,51 @@ class LaterLooks(HeadSelection):
 
     def _take_strange(self, source: Source, sample: Mapping[str, Any]) -> None:
         """Have the own loss minimised that knows labels which the recipe does not."""
-        reason = f"labels that {source.recipe} does not have"
+        if source.recipe is not None and self._reads_ignored(source, sample):
+            # Learned once: it is an ordinary number.
+            recipe = replace(source.recipe, reads_ignored=True)
+            self._set_source(replace(source, recipe=recipe), sample)
+            return
+        reason = f"its labels are none that {source.recipe} has"
         if self.accelerator.num_processes > 1:
             raise ValueError(
-                f"a batch of step {self.state.global_step} has {reason}, and no other did before, "
-                "so that processes would minimise different losses: RDropConfig(likelihood='model')"
-                " minimises the model's own loss from the start"
+                f"in step {self.state.global_step} {reason}, and no other were so before, so that "
+                "processes would minimise different losses: RDropConfig(likelihood='model') "
+                "minimises the model's own loss from the start"
             )
         self._change_source(reason, self._on_device(sample))
+
+    def _reads_ignored(self, source: Source, sample: Mapping[str, Any]) -> bool:
+        """Return whether strange labels are numbers that the model's own loss reads as they are."""
+        assert source.recipe is not None
+        alike = replace(source.recipe, reads_ignored=True)
+        if alike.is_strange(sample):
+            return False
+        batch, model = self._on_device(sample), self._unwrapped(self.model)
+        return compare_in_training(model, self._head_of(source, batch), batch, False).agrees
 
     def _why_another(self, source: Source, batch: dict[str, Any]) -> str | None:
         """Return what a batch shows that the source does not have; None if it holds."""
         if source.own is not None:
-            if not source.own.is_rowwise or self.rdrop.passes == "sequential":
+            is_apart = self.rdrop.passes == "sequential" or self.rdrop.num_passes == 1
+            if is_apart or source.obstacle is not None or not source.own.is_rowwise:
                 return None
             compute = partial(self._own_loss, self._runnable())
             model, names = self._unwrapped(self.model), self.label_names
-            if is_rowwise_in_training(model, compute, batch, source.own.counts_items, names):
-                return None
+            counts = source.own.counts_items
+            # Twice, where chance may have told it once.
+            for _ in range(2):
+                if is_rowwise_in_training(model, compute, batch, counts, names):
+                    return None
             return "its rows depend on each other by now"
         owner = self._loss_owner()
         if owner is not None:
             return f"the loss is that of {owner} by now"
         if self._has_strange_labels(source, batch):
-            return f"labels that {source.recipe} does not have"
+            return None  # each process sees to its own
         model = self._unwrapped(self.model)
-        found = compare_in_training(model, self._head_of(source, batch), batch)
+        head, has_auxiliary = self._head_of(source, batch), source.recipe is None
+        found = compare_in_training(model, head, batch, has_auxiliary)
         if found.agrees:
             return None
         assert found.own is not None
@@ -144,15 +163,20 @@ class LaterLooks(HeadSelection):
             self._set_source(alone, batch)
             self._tell(f"in step {step} {reason}: passes run one after the other from here on")
             return
+        if options := ", ".join(self._options_of_terms()):
+            if not self._has_told_of_loss:
+                self._has_told_of_loss = True
+                self._tell(f"in step {step} {reason}; the latter is kept, since {options} needs it")
+            return
         try:
-            source = self._own_source(batch)
+            source = self._own_source(batch, is_first=False)
         except ValueError as error:
             raise ValueError(
-                f"in step {step} there is {reason}, and no loss that could be minimised as it is: "
+                f"in step {step} {reason}, and there is no loss that could be minimised as it is: "
                 f"{error} (override rdrop_head of the trainer to say what is minimised)"
             ) from error
         if self.accelerator.num_processes > 1:
             source = broadcast_object_list([source])[0]
         self._set_source(self._with_obstacle(source, batch), batch)
         self._is_checked = False
-        self._tell_own(f"in step {step} {reason}", source)
+        self._tell_own(f"in step {step} {reason}, and from here on its own loss counts", source)

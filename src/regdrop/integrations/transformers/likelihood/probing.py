@@ -206,8 +206,9 @@ def _try_in_training(
     try:
         (once, calls), (again, further) = extra_pass(probe.model, look_twice, dict(inputs))
         note = _note_of_calls(calls, further)
-        # Where two looks differ, chance acts that is no known dropout.
-        is_rowwise = not are_close(once, again) or _is_rowwise(probe, inputs, label_names)
+        # Where two looks differ at all, chance acts that is no known dropout.
+        is_chance = not torch.isclose(once, again, rtol=1e-6, atol=0, equal_nan=True)
+        is_rowwise = bool(is_chance) or _is_rowwise(probe, inputs, label_names)
         return _TrainingTrial(is_rowwise, note)
     except torch.OutOfMemoryError:
         raise

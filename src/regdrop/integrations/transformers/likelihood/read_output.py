@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from regdrop.integrations.transformers.evaluation import find_labels
@@ -49,14 +50,12 @@ class ReadOutput:
         return self.slope_of(self.inputs, self.key)
 
     def slope_for(self, changed: Mapping[str, Any]) -> Tensor | None:
-        """Return the slope where some of the inputs are others."""
-        return self.slope_of({**self.inputs, **changed}, self.key)
-
-    def slope_if_taken(self, changed: Mapping[str, Any]) -> Tensor | None:
-        """Return the same; None too where the model or its loss cannot have them."""
+        """Return the slope where some inputs are others; None too where a loss cannot have them."""
         try:
-            return self.slope_for(changed)
-        except Exception:  # whatever they raise for what they cannot have
+            return self.slope_of({**self.inputs, **changed}, self.key)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever it or its model raises for what they cannot have
             return None
 
 

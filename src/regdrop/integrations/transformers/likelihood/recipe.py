@@ -46,6 +46,7 @@ class Recipe:
         is_flat: Whether the model merges items and positions in the logits' first dimension.
         keeps_label: Whether the model must be given the labels to run.
         num_classes: Number of classes of a cross entropy.
+        reads_ignored: Whether -100 is one of the numbers that an element-wise loss reads.
     """
 
     family: str
@@ -57,6 +58,7 @@ class Recipe:
     is_flat: bool = False
     keeps_label: bool = False
     num_classes: int = 1
+    reads_ignored: bool = False
 
     def __str__(self) -> str:
         if self.family != "cross entropy":
@@ -131,7 +133,8 @@ class Recipe:
         elif self.family.startswith("binary"):
             known = (labels >= 0) & (labels <= 1)
         else:
-            known = (labels == labels) & (labels != IGNORE_INDEX)
+            known = labels == labels
+            known = known if self.reads_ignored else known & (labels != IGNORE_INDEX)
         return not bool(known.all())
 
     def read(self, output: Any) -> Tensor:

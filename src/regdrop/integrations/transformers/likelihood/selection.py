@@ -93,16 +93,14 @@ class HeadSelection(TrainerInternals):
         Raises:
             ValueError: For a kind that is new, on several processes, which have to examine alike.
         """
-        if self._source is None:
-            self._set_source(self._examine([inputs]), inputs)
-        source = self._source
-        assert source is not None
-        kind = _kind_of(inputs, self.label_names)
+        source = self._examine([inputs]) if self._source is None else self._source
+        kind = kind_of(inputs, self.label_names)
         if kind in self._sources:
             self._source = self._sources[kind]
             return self._source
         # What is known by name or by its author has all kinds that it can have.
-        if source.recipe is None and source.own is None:
+        is_given = self._is_head_given(self._unwrapped(self.model))
+        if is_given or (source.recipe is None and source.own is None):
             return source
         if self.accelerator.num_processes > 1:
             raise ValueError(
@@ -110,16 +108,14 @@ class HeadSelection(TrainerInternals):
                 f"{self.state.global_step}, and {_say_kind(next(iter(self._sources)))} in the "
                 "first batch: override rdrop_head of the trainer to say how each enters the loss"
             )
-        source = self._examine([inputs])
-        self._set_source(source, inputs)
         self._is_checked = False
-        return source
+        return self._examine([inputs])
 
     def _set_source(self, source: Source, inputs: Mapping[str, Any]) -> None:
         """Keep where heads of a kind of batch come from; the first of a run drops all others."""
         if self._source is None:
             self._sources = {}
-        self._source = self._sources[_kind_of(inputs, self.label_names)] = source
+        self._source = self._sources[kind_of(inputs, self.label_names)] = source
 
     def _examine(self, window: Sequence[Mapping[str, Any]]) -> Source:
         """Find where heads come from, by the first micro-batch of a window that has a label."""
@@ -133,7 +129,9 @@ class HeadSelection(TrainerInternals):
         first = self._on_device(first)
         source = self._with_obstacle(self._find_source(first), first)
         # Chance may have told each of them something else.
-        return broadcast_object_list([source])[0] if is_spread else source
+        source = broadcast_object_list([source])[0] if is_spread else source
+        self._set_source(source, first)
+        return source
 
     def _with_obstacle(self, source: Source, inputs: Mapping[str, Any]) -> Source:
         """Return a source with the reason why the passes of a batch cannot be stacked."""
@@ -307,21 +305,30 @@ class HeadSelection(TrainerInternals):
             f"own loss is {own:.6g}; the former is minimised"
         )
 
-    def _own_source(self, inputs: Mapping[str, Any]) -> Source:
-        """Return the facts of a loss that the model or the trainer computes."""
+    def _options_of_terms(self) -> dict[str, Any]:
+        """Return the options that only a loss which regdrop computes can have."""
         options = {
             "class_weight": self.rdrop.class_weight,
             "unlabelled_index": self.rdrop.unlabelled_index,
             "method": None if self.rdrop.method == "rdrop" else self.rdrop.method,
-            "impl": None if self.rdrop.impl == "auto" else self.rdrop.impl,
-            "fused_linear": True if self.rdrop.fused_linear is True else None,
         }
+        return {name: value for name, value in options.items() if value is not None}
+
+    def _own_source(self, inputs: Mapping[str, Any], is_first: bool = True) -> Source:
+        """Return the facts of a loss that the model or the trainer computes.
+
+        How another loss was to be computed is refused before the first step, and left after it.
+        """
+        options = self._options_of_terms()
+        if is_first and self.rdrop.impl != "auto":
+            options["impl"] = self.rdrop.impl
+        if is_first and self.rdrop.fused_linear is True:
+            options["fused_linear"] = True
         for name, value in options.items():
-            if value is not None:
-                raise ValueError(
-                    f"{name}={value!r} needs an NLL that regdrop computes, and here it is "
-                    "the model's or the trainer's own loss: leave it out, or override rdrop_head"
-                )
+            raise ValueError(
+                f"{name}={value!r} needs an NLL that regdrop computes, and here it is "
+                "the model's or the trainer's own loss: leave it out, or override rdrop_head"
+            )
         model = self._unwrapped(self.model)
         try:
             head: Head | None = self._compared_head(inputs)
@@ -405,7 +412,7 @@ def _can_be_sent(batch: Any) -> bool:
     return True
 
 
-def _kind_of(inputs: Any, label_names: Sequence[str]) -> Kind:
+def kind_of(inputs: Any, label_names: Sequence[str]) -> Kind:
     """Return what tells batches of several tasks apart."""
     if not isinstance(inputs, Mapping):
         return ()

@@ -47,7 +47,7 @@ class RunState(LaterLooks):
         self._planner = StepPlanner(self.rdrop, self.state.max_steps)
         # The model, the loss or the data may be others than those of a run before.
         self._source, self._is_checked = None, False
-        self._looked_at = -1
+        self._looked_at, self._has_told_of_loss = -1, False
         if self.rdrop.alpha_rule == "restore" and not self.args.load_best_model_at_end:
             raise ValueError(
                 "alpha_rule='restore' goes back to the best checkpoint: it needs "
