@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import BertConfig, Trainer, TrainerCallback
 
 from regdrop import RDropConfig
 from regdrop.integrations.transformers import RDropTrainer, RDropTrainerMixin
@@ -335,3 +335,81 @@ def test_batches_of_two_tasks_in_turn(tmp_path, first, likelihood):
             expected.append(((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2)
     kl = torch.tensor(logged(trainer, "kl"))
     torch.testing.assert_close(kl, torch.stack(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_chance_that_no_rate_shows_is_no_dependence_of_rows(tmp_path, caplog):
+    class Noisy(Plain):
+        def forward(self, x, labels=None):
+            scores = self.head(F.dropout(self.body(x), 0.1, self.training))
+            if labels is None:
+                return {"scores": scores}
+            focal = F.cross_entropy(scores, labels, reduction="none").square().mean()
+            return {"loss": focal, "scores": scores}
+
+    data = number_rows(torch.arange(SIZE) % 3, SIZE)
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, Noisy(None, dropout=0.1), data, rdrop=RDropConfig(), max_steps=40)
+    assert len(said(caplog)) == 1
+
+
+class GrowingLater(Plain):
+    """Adds a number to its loss from its fifth update on."""
+
+    updates = 0
+
+    def forward(self, x, **labels):
+        output = super().forward(x, **labels)
+        if "loss" in output:
+            output["loss"] = output["loss"] + (self.updates > 4)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("options", "is_kept"),
+    [
+        ({"class_weight": (1.0, 2.0, 3.0)}, True),
+        ({"unlabelled_index": -1}, True),
+        ({"impl": "eager"}, False),
+    ],
+)
+def test_options_of_a_known_loss_end_no_run(tmp_path, caplog, options, is_kept):
+    model = GrowingLater(F.cross_entropy, dropout=0.0)
+
+    class Counting(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            model.updates += 1
+
+    rdrop = RDropConfig(alpha=0.0, num_passes=1, **options)
+    data = number_rows(torch.arange(SIZE) % 3, SIZE)
+    further = {"callbacks": [Counting()]}
+    sizes = {"max_steps": 12, "per_device_train_batch_size": BATCH}
+    with caplog.at_level(logging.WARNING):
+        trainer = train(tmp_path, model, data, rdrop, RDropTrainer, further, **sizes)
+    assert len(logged(trainer, "loss")) == 12
+    found = [line for line in said(caplog) if "in step 5" in line]
+    assert len(found) == 1
+    assert ("the latter is kept" in found[0]) == is_kept
+
+
+def test_a_loss_of_experts_that_is_left_out_is_no_other_loss(tmp_path, caplog):
+    class Experts(Plain):
+        def forward(self, x, **labels):
+            return {**super().forward(x, **labels), "aux_loss": torch.tensor(1.0)}
+
+    model = Experts(F.cross_entropy, dropout=0.0)
+    model.config = BertConfig(router_aux_loss_coef=0.1)
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, model, number_rows(torch.arange(SIZE) % 3, SIZE))
+    assert len(said(caplog)) == 1
+
+
+def test_an_ordinary_number_is_no_mark(tmp_path, caplog):
+    labels = torch.where(torch.arange(SIZE) < 2 * BATCH, 1.0, -100.0)[:, None].expand(SIZE, 3)
+    with caplog.at_level(logging.WARNING):
+        assert_is_plain(
+            tmp_path,
+            partial(plain_model, F.mse_loss),
+            number_rows(labels, SIZE),
+            learning_rate=1e-4,
+        )
+    assert len(said(caplog)) == 1
