@@ -255,9 +255,8 @@ def test_pretrained_encoders_learn_as_fast_as_torchs_layers(kind, tmp_path):
     )
     torch.manual_seed(0)
     model_class(config).save_pretrained(tmp_path)
-    task = replace(PRESETS[f"{kind}-cola"], model=str(tmp_path), dropout=0.0)
-    config = task._config(str(tmp_path))
-    config.num_labels = CLASSES
+    task = replace(PRESETS[f"{kind}-cola"], model=str(tmp_path), dropout=0.0, max_length=32)
+    config = task._config(str(tmp_path), [str(number) for number in range(CLASSES)])
     torch.manual_seed(0)
     model = _build_model(str(tmp_path), config)
     reference = draw_normal(TextClassifier(WORDS, WIDTH, DEPTHS[kind], CLASSES))
