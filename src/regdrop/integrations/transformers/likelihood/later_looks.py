@@ -43,11 +43,12 @@ class LaterLooks(HeadSelection):
         Args:
             samples: The micro-batches of an accumulation window.
         """
+        before, self._epoch = self._epoch, int(self.state.epoch or 0)
         if self._source is None:
             self._examine(samples)
-            self._found_in_step, self._epoch = self.state.global_step, int(self.state.epoch or 0)
+            self._found_in_step = self.state.global_step
             self._plan_look()
-        elif self._is_look_due():
+        elif self._is_look_due(is_next_epoch=self._epoch > before):
             labelled = (x for x in samples if has_label(x, self.label_names))
             self._look_at(next(labelled, samples[0]))
             self._plan_look()
@@ -56,12 +57,10 @@ class LaterLooks(HeadSelection):
             if self._has_strange_labels(source, sample) and not self._is_settled(source):
                 self._take_strange(source, sample)
 
-    def _is_look_due(self) -> bool:
-        step, epoch = self.state.global_step, int(self.state.epoch or 0)
-        is_next_epoch, self._epoch = epoch > self._epoch, epoch
+    def _is_look_due(self, is_next_epoch: bool) -> bool:
         planned = self._next_look - self._last_look
         least = min(planned, _STEPS_BETWEEN_EPOCHS) if is_next_epoch else planned
-        return step >= self._last_look + least
+        return self.state.global_step >= self._last_look + least
 
     def _plan_look(self) -> None:
         step = self.state.global_step
