@@ -1,3 +1,4 @@
+import builtins
 import copy
 import pickle
 from dataclasses import dataclass
@@ -665,12 +666,12 @@ def test_autocast_keeps_its_gradients_and_rounding_is_no_difference(dtype):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_shares_and_stays_right():
+def test_a_compiled_model_shares_and_stays_right(monkeypatch):
+    # `exec` leaves this behind in the namespace that it runs in.
+    monkeypatch.setitem(vars(builtins), "__builtins__", vars(builtins))
     model, (x, _) = build(), batch()
     expected = result(model, lambda model: run_passes(model, x, num_passes=2))
     share_prefix(model, "features")
-    # What other tests compiled is none of it.
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
     for _ in range(2):
         assert_all_close(

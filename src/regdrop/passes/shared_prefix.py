@@ -177,11 +177,14 @@ class SharedPrefix:
         call, self._running = self._running, None
         if call is None:
             return None
-        if any(tensor._version != version for tensor, version in call.versions):
-            raise self._error(
-                "it changes its input in place, of which the other passes would know nothing; "
-                "set inplace=False or choose another part"
-            )
+        # No generator: a compiled model leaves its graph here, which dynamo cannot do inside one
+        # where a module's globals hold themselves (torch 2.13).
+        for tensor, version in call.versions:
+            if tensor._version != version:
+                raise self._error(
+                    "it changes its input in place, of which the other passes would know nothing; "
+                    "set inplace=False or choose another part"
+                )
         if any(map(_is_masked_share, find_tensors(output))):
             raise self._error(
                 "its output is not summed over the processes yet, as that of an embedding whose "
