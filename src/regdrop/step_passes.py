@@ -28,7 +28,7 @@ from regdrop.passes import (
     map_rows,
     run_passes,
 )
-from regdrop.passes.stacking import name_size
+from regdrop.passes.batch_size import name_size
 from regdrop.passes.structures import as_names
 from regdrop.schedule import StepPlan
 

@@ -1,5 +1,6 @@
 """How a batch goes through a model several times, and where the passes differ."""
 
+from regdrop.passes.batch_size import find_batch_size
 from regdrop.passes.dropout import DropoutSource, find_dropout
 from regdrop.passes.noise import embedding_noise
 from regdrop.passes.outputs import concatenate_outputs, count_rows, map_rows
@@ -11,7 +12,7 @@ from regdrop.passes.preserved_state import (
 )
 from regdrop.passes.rates import DropoutOdds, dropout_rates, scale_dropout_odds
 from regdrop.passes.shared_prefix import SharedPrefix, share_prefix, why_not_shared
-from regdrop.passes.stacking import find_batch_size, find_tensors, repeat_batch, take_items
+from regdrop.passes.stacking import find_tensors, repeat_batch, take_items
 from regdrop.passes.strategies import Strategy, refuse_other_rows, run_passes
 from regdrop.passes.structures import copy_structure
 

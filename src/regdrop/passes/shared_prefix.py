@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from regdrop.arguments import check_integer
+from regdrop.passes.batch_size import find_batch_size
 from regdrop.passes.obstacles import find_experts, list_obstacles
 from regdrop.passes.preserved_state import preserve_buffers, preserve_random_state
 from regdrop.passes.stacking import (
-    find_batch_size,
     find_tensors,
     first_items,
     repeat_items,

@@ -3,51 +3,23 @@
 A stacked tensor holds pass 0 of the whole batch, then pass 1, and so on.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from regdrop.arguments import check_integer, nearest
-from regdrop.passes.containers import (
-    count_graphs,
-    find_graph_tensors,
-    is_container,
-    is_graph,
-    take_from_container,
-)
-from regdrop.passes.items import are_items, holds_items, is_of_items
-from regdrop.passes.numbered_items import refuse_item_numbers
-from regdrop.passes.numbered_rows import refuse_numbers
-from regdrop.passes.packed_rows import (
-    find_repetition,
-    is_longest,
-    refuse_hidden_documents,
-    tell_documents,
-)
-from regdrop.passes.places import Place, find_place, find_told_dim
-from regdrop.passes.structures import (
-    SIMPLE,
-    as_names,
-    find_leaves,
-    find_named_leaves,
-    find_names,
-    is_array,
-    is_plain,
-    map_items,
-    named_children,
-    rebuild_sequence,
-)
+from regdrop.passes.batch_size import find_batch_size, split_dims
+from regdrop.passes.containers import find_graph_tensors, is_graph
+from regdrop.passes.item_changes import change_items
+from regdrop.passes.items import holds_items
+from regdrop.passes.places import Place
+from regdrop.passes.structures import as_names, find_leaves, find_named_leaves, find_names
 from regdrop.passes.unseen import refuse_unseen_items
 
 Batch = TypeVar("Batch")
-
-# Tensors whose first dimension is the batch size in the Hugging Face libraries.
-_MODEL_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features")
 
 
 def repeat_batch(
@@ -85,7 +57,8 @@ def repeat_batch(
     Raises:
         TypeError: For an argument of the wrong type; if the batch holds a nested tensor, a sparse
             one of a kind that cannot be stacked, an object with tensors of the items that is none
-            of these structures, a list of tensors of different sizes, or one of images.
+            of these structures, or a list of tensors that are items themselves: of different
+            lengths, or images beside a list of mappings.
         ValueError: If `num_passes` is below 1, no tensor tells the batch size, nothing has the one
             that is given, a name in `shared` is nowhere in the batch, documents in one row are told
             apart by `position_ids` alone, or a tensor numbers the rows of others: `edge_index`
@@ -94,7 +67,7 @@ def repeat_batch(
             the items in either of two dimensions, and a name in `dim` without items there.
     """
     check_integer("num_passes", num_passes, low=1)
-    most, by_name = _split_dims(dim)
+    most, by_name = split_dims(dim)
     check_integer("batch_size", batch_size, low=0, or_none=True)
     shared = as_names(shared)
     _check_names("shared", batch, shared)
@@ -132,7 +105,7 @@ def repeat_items(
     def index(size: int) -> list[int]:
         return [*range(size)] * num_passes
 
-    return _map_items(batch, repeat, index, batch_size, shared, dim)
+    return change_items(batch, repeat, index, batch_size, shared, dim)
 
 
 def take_items(
@@ -160,7 +133,7 @@ def take_items(
             return items[where]  # index_select, whose gradient is cheaper, gives up channels_last
         return items.index_select(place.dim, where)
 
-    return _map_items(batch, take, lambda size: index.tolist(), size, shared)
+    return change_items(batch, take, lambda size: index.tolist(), size, shared)
 
 
 def first_items(
@@ -173,54 +146,7 @@ def first_items(
             return items[:count]
         return items.narrow(place.dim, 0, count * place.rows)
 
-    return _map_items(batch, cut, lambda size: [*range(count)], batch_size, shared)
-
-
-def find_batch_size(batch: Any, dim: int | Mapping[str, int] = 0) -> int:
-    """Return the number of items of a batch by the rules of `repeat_batch`.
-
-    Raises:
-        ValueError: If there is no tensor with that dimension.
-    """
-    return _tell_size(batch, dim)[0]
-
-
-def name_size(batch: Any) -> str:
-    """Return what told `find_batch_size` the number of items, in words."""
-    _, name, leaf = _tell_size(batch, 0)
-    shape = getattr(leaf, "shape", None)
-    of_shape = "" if shape is None else f" of shape {tuple(shape)}"
-    return f"{name or 'the first ' + type(leaf).__name__}{of_shape}"
-
-
-def _tell_size(batch: Any, dim: int | Mapping[str, int]) -> tuple[int, str, Any]:
-    """Return the number of items, the name of what told it, and that itself."""
-    most, by_name = _split_dims(dim)
-    named = named_children(batch)
-    for name in _MODEL_INPUTS:
-        value = named.get(name)
-        place = by_name.get(name, most)
-        if isinstance(value, Tensor) and value.dim() > place:
-            return value.size(place), name, value  # a nested tensor has no shape
-    of_arrays = None
-    for names, leaf in find_named_leaves(batch):
-        name = names[-1] if names and isinstance(names[-1], str) else ""
-        if isinstance(leaf, PackedSequence):
-            return int(leaf.batch_sizes[0]), name, leaf
-        if is_graph(leaf):
-            return count_graphs(leaf), name, leaf
-        place = find_told_dim(names, leaf.ndim, most, by_name)
-        if leaf.ndim > place:
-            if isinstance(leaf, Tensor):
-                return leaf.size(place), name, leaf  # no int: it may be a symbol
-            of_arrays = (int(leaf.shape[place]), name, leaf) if of_arrays is None else of_arrays
-    if of_arrays is not None:
-        return of_arrays
-    raise ValueError(
-        f"batch must hold a tensor with a batch dimension, or batch_size must be given; "
-        f"got {type(batch).__name__} without one; tensors are seen in tuples, lists, mappings, "
-        "dataclasses and their like"
-    )
+    return change_items(batch, cut, lambda size: [*range(count)], batch_size, shared)
 
 
 def find_tensors(value: Any) -> Iterator[Tensor]:
@@ -232,181 +158,6 @@ def find_tensors(value: Any) -> Iterator[Tensor]:
             yield from find_graph_tensors(leaf)
         elif isinstance(leaf, Tensor):
             yield leaf
-
-
-@dataclass(frozen=True)
-class _Change:
-    """What becomes of the items of a batch, and what they are.
-
-    Attributes:
-        function: From a tensor or a list of items, and where they are in it, to the changed one.
-        find_index: From the number of items to the positions of those that it keeps, in order.
-        size: Number of items.
-        shared: Names of what passes through.
-        dim: Dimension of the items in tensors.
-        dims: That of tensors by their names.
-        is_told: Whether `dim` is that of a name, so that no other can be meant.
-    """
-
-    function: Callable[[Any, Place], Any]
-    find_index: Callable[[int], list[int]]
-    size: int
-    shared: frozenset[str]
-    dim: int
-    dims: Mapping[str, int]
-    is_told: bool = False
-
-    @cached_property
-    def index(self) -> list[int]:
-        """Return the positions of the items that are kept."""
-        return self.find_index(self.size)
-
-    def inside(self, name: Any) -> "_Change":
-        """Return what becomes of what has a name."""
-        if name not in self.dims:
-            return self
-        return replace(self, dim=self.dims[name], is_told=True)
-
-    def find_place(self, name: Any, value: Any) -> Place | None:
-        """Return where a tensor or an array of some name has the items; None if it has none."""
-        if not self.is_told:
-            return find_place(name, value, self.size, self.dim, self.is_whole)
-        has_items = value.ndim > self.dim and value.shape[self.dim] == self.size
-        return Place(self.dim) if has_items else None
-
-    def is_whole(self) -> bool:
-        """Return whether every item appears once, in order."""
-        return self.index == [*range(self.size)]
-
-    def times(self, name: str) -> int:
-        """Return how often all items appear.
-
-        Raises:
-            ValueError: If some appear and others do not.
-        """
-        times = len(self.index) // max(1, self.size)
-        if self.index != [*range(self.size)] * times:
-            raise ValueError(
-                f"{name} tells where the documents of packed rows begin: a part of the rows cannot "
-                f"be taken, got the rows {self.index} of {self.size}; take all of them, which "
-                f"RDropConfig does with fraction=1.0"
-            )
-        return times
-
-
-def _map_items(
-    batch: Batch,
-    function: Callable[[Any, Place], Any],
-    find_index: Callable[[int], list[int]],
-    batch_size: int | None,
-    shared: Iterable[str],
-    dim: int | Mapping[str, int] = 0,
-) -> Batch:
-    most, by_name = _split_dims(dim)
-    size = find_batch_size(batch, dim) if batch_size is None else batch_size
-    names = frozenset(as_names(shared))
-    # Nothing beside a tensor alone has the items elsewhere.
-    is_told = isinstance(batch, Tensor) and not batch.is_nested and batch.dim() > most
-    mapped: Batch = _map(
-        batch, _Change(function, find_index, size, names, most, by_name, is_told), None
-    )
-    return mapped
-
-
-def _map(value: Any, change: _Change, name: Any) -> Any:
-    """Return what becomes of a value, of some name or in a list or tuple of that name."""
-    size, dim = change.size, change.dim
-    if isinstance(value, SIMPLE):
-        return value
-    if isinstance(value, Tensor):
-        if value.is_nested:
-            raise TypeError(
-                "batch holds a nested tensor, which is not stacked: two that share their lengths "
-                'would no longer fit; use passes="sequential" with fraction=1.0, or a padded '
-                "tensor with its mask"
-            )
-        place = change.find_place(name, value)
-        if place is None:
-            return value
-        is_dense = value.layout == torch.strided
-        return change.function(value, place) if is_dense else _take_sparse(value, change, place.dim)
-    if isinstance(value, PackedSequence):
-        return _take_sequences(value, change.index) if is_of_items(value, size, dim) else value
-    if is_container(value):
-        return take_from_container(value, change.index, size, dim)
-    if is_array(value):
-        place = change.find_place(name, value)
-        return value if place is None else value.take(_rows(change.index, place), axis=place.dim)
-    if are_items(value, size, dim):
-        return rebuild_sequence(value, change.function(list(value), Place(0)))
-    if is_plain(value):
-        return value
-    by_name = _map_by_name(named_children(value), change)
-
-    def inside(own: Any, item: Any) -> Any:
-        if own in by_name:
-            return by_name[own]
-        return _map(item, change.inside(own), own if isinstance(own, str) else name)
-
-    return map_items(inside, value)
-
-
-def _rows(index: list[int], place: Place) -> list[int]:
-    return [row * place.rows + i for row in index for i in range(place.rows)]
-
-
-def _map_by_name(value: Mapping[Any, Any], change: _Change) -> dict[Any, Any]:
-    """Return what becomes of the items of a structure that are told by their names."""
-    if not value:
-        return {}
-    is_packed = tell_documents(value)
-    if not is_packed:
-        refuse_hidden_documents(value, lambda: len(change.index))
-    own = {name: item for name, item in value.items() if name not in change.shared}
-    refuse_numbers(own, change.size, change.dim, change.is_whole)
-    if not is_packed:
-        refuse_item_numbers(own, change.size, change.dim, change.is_whole)
-    changed = {}
-    for name, item in value.items():
-        repetition = find_repetition(name, item, change.size)
-        if name in change.shared or (is_packed and is_longest(name)):
-            changed[name] = item
-        elif repetition is not None:
-            changed[name] = repetition(item, change.times(name))
-    return changed
-
-
-def _take_sparse(value: Tensor, change: _Change, dim: int) -> Tensor:
-    is_known = value.layout == torch.sparse_coo or (
-        value.layout in (torch.sparse_csr, torch.sparse_csc) and value.dim() == 2
-    )
-    if not is_known or value.requires_grad:
-        raise TypeError(
-            "batch holds a sparse tensor that cannot be stacked: it must be COO, or CSR or CSC of "
-            f"two dimensions, without a gradient, got {value.layout} of shape "
-            f"{tuple(value.shape)} with requires_grad={value.requires_grad}; use its to_dense()"
-        )
-    index = torch.tensor(change.index, device=value.device)
-    taken = value.to_sparse_coo().index_select(dim, index)
-    found: Tensor = taken.to_sparse(layout=value.layout)
-    return found
-
-
-def _take_sequences(packed: PackedSequence, index: list[int]) -> PackedSequence:
-    padded, lengths = pad_packed_sequence(packed, batch_first=True)
-    return pack_padded_sequence(
-        padded[index], lengths[index], batch_first=True, enforce_sorted=False
-    )
-
-
-def _split_dims(dim: int | Mapping[str, int]) -> tuple[int, Mapping[str, int]]:
-    """Return the dimension of the items in most tensors, and those of tensors by their names."""
-    if not isinstance(dim, Mapping):
-        check_integer("dim", dim, low=0)
-        return dim, {}
-    for name, place in dim.items():
-        check_integer(f"dim[{name!r}]", place, low=0)
-    return 0, dim
 
 
 def _check_names(argument: str, batch: Any, asked: Iterable[str]) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from regdrop.passes.batch_size import find_batch_size
 from regdrop.passes.containers import is_graph
 from regdrop.passes.outputs import concatenate_outputs, count_rows
-from regdrop.passes.stacking import find_batch_size, repeat_batch, take_items
+from regdrop.passes.stacking import repeat_batch, take_items
 from regdrop.passes.structures import as_names, copy_structure, find_leaves
 
 Strategy = Literal["stacked", "sequential"]

@@ -1,6 +1,6 @@
 """The Hugging Face Trainer with R-Drop: what one micro-batch computes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,6 @@ from regdrop.cost import full_step_cost
 from regdrop.diagnostics import extra_pass, measure_divergence
 from regdrop.divergence_watch import warn_without_dropout
 from regdrop.heads import Head, fraternal_head
-from regdrop.integrations.transformers.evaluation import find_labels
 from regdrop.integrations.transformers.forward.batches import why_not_stacked
 from regdrop.integrations.transformers.forward.fusing import chooses_fused
 from regdrop.integrations.transformers.forward.last_layer import FusedHead, find_fused_head
@@ -97,9 +96,6 @@ class RDropTrainerMixin(RunState):
         if self.rdrop.passes == "sequential" or graded < self.rdrop.num_passes:
             self._refuse_several_forwards(f"passes={self.rdrop.passes!r} and {graded} graded")
         self._take_over_counting()
-        self._num_weight: Tensor | None = None
-        self._first_counts: ItemCounts | None = None
-        self._own_num_items: Tensor | int | None = None
         self._meter = LossMeter()
         max_steps = self.args.max_steps
         self._planner = StepPlanner(self.rdrop, max_steps if max_steps > 0 else None)
@@ -239,19 +235,6 @@ class RDropTrainerMixin(RunState):
             self._is_dropout_checked = True
             self._has_warned = warn_without_dropout(model)
 
-    def _check_counts(self, head: Head) -> None:
-        """Raise where the first micro-batch has other labels than those that were counted."""
-        if self._first_counts is None or not self._is_in_step:
-            return
-        counted, self._first_counts = self._first_counts, None
-        found = head.counts()
-        if not all(a.item() == b.item() for a, b in zip(counted, found, strict=True)):
-            raise ValueError(
-                f"a micro-batch must have the labels with which its window was counted, "
-                f"{counted.kl.item():g} items, got {found.kl.item():g} in compute_loss: change "
-                "labels in the data collator, or in _prepare_inputs without chance"
-            )
-
     def _reader(
         self,
         model: nn.Module,
@@ -327,19 +310,6 @@ class RDropTrainerMixin(RunState):
                 self._tell(f"passes run one after the other, not stacked: {reason}")
         return replace(config, passes="sequential")
 
-    def _window(
-        self, own: OwnLoss | None, num_items: Tensor | int | None, is_divided_here: bool
-    ) -> Window:
-        """Return what the loss of a micro-batch is divided by."""
-        is_mean = num_items is None and not is_divided_here
-        counts = own is not None and own.counts_items and not is_mean
-        return Window(
-            num_items,
-            own_items=self._own_num_items if counts else None,
-            num_batches=1 if is_mean else self._num_micro_batches(),
-            num_shares=self._gradient_shares(num_items),
-        )
-
     def _add_own_loss(
         self,
         head: Head,
@@ -367,12 +337,6 @@ class RDropTrainerMixin(RunState):
         if plan.num_passes > 1:
             factor = term_weights(plan.alpha, plan.num_passes, self.rdrop.scale)[0]
         return own_loss * factor + window.scale(result.loss)
-
-    def _gradient_shares(self, num_items: Tensor | int | None) -> int:
-        """Return over how many processes gradients are averaged that were counted together."""
-        if num_items is None or not self.args.average_tokens_across_devices:
-            return 1
-        return int(self.accelerator.num_processes // self.get_tp_size())
 
     def _refuse_unused_parameters(self, model: nn.Module) -> None:
         """Refuse several forwards a backward of which each leaves out layers of its own."""
@@ -421,36 +385,6 @@ class RDropTrainerMixin(RunState):
                 "class OwnRDropTrainer(RDropTrainerMixin, OwnTrainer)"
             )
         return loss
-
-    def _count_window(
-        self, samples: list[Any], num_items: Tensor | int | None, device: torch.device
-    ) -> Tensor | int | None:
-        """Count the items of a window and their weight as R-Drop's terms do, over all ranks."""
-        self._own_num_items = num_items
-        if not samples:
-            return num_items
-        samples = self._prepared(samples)
-        try:
-            self._follow_window(samples)
-            counts = [self._head(sample).counts() for sample in samples]
-        except (KeyError, TypeError) as error:
-            names = self.label_names
-            if any(not isinstance(x, Mapping) or find_labels(x, names) for x in samples):
-                raise
-            raise ValueError(
-                "labels are counted before training_step and compute_loss, and the batches have "
-                f"none of {names} ({type(error).__name__}: {error}): make them in the "
-                "data collator or in _prepare_inputs, or name theirs in label_names of the "
-                "Trainer's arguments"
-            ) from error
-        if not self.state.global_step:
-            self._first_counts = counts[0]
-        pairs = [torch.stack([nll.float(), kl.float()]) for nll, kl in counts]
-        totals = torch.stack(pairs).sum(0).to(device)
-        if self.args.average_tokens_across_devices:
-            totals = self.accelerator.reduce(totals, reduction="sum") / self.get_tp_size()
-        self._num_weight, total = totals.unbind()
-        return total
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the operations of a micro-batch in all its passes, for a true `total_flos`."""

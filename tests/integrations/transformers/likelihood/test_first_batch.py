@@ -12,7 +12,8 @@ from transformers import BartConfig, BartForSequenceClassification
 
 from models import LENGTH, VOCABULARY, key_dropout, text_rows, tiny_bert_of, token_rows
 from regdrop import RDropConfig
-from regdrop.integrations.transformers.likelihood.selection import _can_be_sent, is_of_library
+from regdrop.integrations.transformers.likelihood.selection import _can_be_sent
+from regdrop.integrations.transformers.likelihood.source import is_of_library
 from training import assert_same_outcome, build, logged, outcome, said, train
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

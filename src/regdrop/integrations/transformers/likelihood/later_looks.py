@@ -11,11 +11,8 @@ from regdrop.integrations.transformers.evaluation import has_label
 from regdrop.integrations.transformers.forward.verify import compare_in_training
 from regdrop.integrations.transformers.heads.registry import base_model
 from regdrop.integrations.transformers.likelihood.probing import is_rowwise_in_training
-from regdrop.integrations.transformers.likelihood.selection import (
-    HeadSelection,
-    Source,
-    is_of_library,
-)
+from regdrop.integrations.transformers.likelihood.selection import HeadSelection
+from regdrop.integrations.transformers.likelihood.source import Source, is_of_library
 
 # Every one of the first steps is looked at; after that as many pass as half of those before, so
 # that looks cost next to nothing.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from regdrop.config import RDropConfig
 from regdrop.divergence_watch import warn_zero_divergence
-from regdrop.integrations.transformers.likelihood.later_looks import LaterLooks
 from regdrop.integrations.transformers.run.checkpoints import load_renamed_weights
+from regdrop.integrations.transformers.run.counting import WindowCounting
 from regdrop.integrations.transformers.run.planning import StepPlanner, find_validation_loss
 from regdrop.integrations.transformers.run.recording import add_to_model_card
 from regdrop.loss import ItemCounts
@@ -25,7 +25,7 @@ STATE_NAME = "rdrop_state.json"
 _SEARCH_PREFIX = "rdrop."
 
 
-class RunState(LaterLooks):
+class RunState(WindowCounting):
     """The part of `RDropTrainerMixin` that lasts from step to step, and from run to run."""
 
     _meter: LossMeter
