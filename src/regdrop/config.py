@@ -63,7 +63,8 @@ class RDropConfig:
             by an extra pass that leaves the run as it is.
         fused_linear: Whether the last layer of a language model and the loss are computed in one,
             so that its logits never exist. "auto": from 8,192 words on, where the layer and what
-            follows it are understood; True: always, else an error; False: never.
+            follows it are understood; True: always, else an error; False: never. Trainers of
+            transformers alone have it.
         impl: How a cross entropy and its divergence are computed, as in `rdrop_cross_entropy`,
             behind a fused last layer too ("eager" has none); "cpp" is the fastest on a CPU and is
             built once for each kind of CPU. Heads of other losses take "auto" alone.
@@ -74,8 +75,8 @@ class RDropConfig:
         noise: Standard deviation of the noise of "r3f".
 
     Raises:
-        TypeError: For an option of the wrong type.
-        ValueError: For an option out of range, or two that exclude each other.
+        TypeError: For a number that is none.
+        ValueError: For an option out of range or that is no choice, or two that exclude each other.
     """
 
     alpha: float | Literal["auto"] = 1.0
@@ -122,7 +123,12 @@ class RDropConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "RDropConfig":
-        """Build the config from a mapping of its fields, as `to_dict` writes it."""
+        """Build the config from a mapping of its fields, as `to_dict` writes it.
+
+        Raises:
+            TypeError: As the config does.
+            ValueError: Likewise, and for a name that is no field.
+        """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(options) - known):
             raise ValueError(

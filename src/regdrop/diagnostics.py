@@ -28,6 +28,15 @@ from regdrop.passes import (
 )
 from regdrop.tracing import is_transformed
 
+__all__ = [
+    "Disagreement",
+    "dropout_report",
+    "expected_cost",
+    "measure_disagreement",
+    "warn_without_dropout",
+    "warn_zero_divergence",
+]
+
 Output = TypeVar("Output")
 
 # Steps from whose cost on a cheaper form is named.

@@ -50,7 +50,8 @@ def rdrop_step(
         batch: The original batch, as `repeat_batch` takes it; never changed. With
             passes="sequential" and fraction 1 it may be anything that `forward` takes.
         target: The original target, (batch, ...); with a loss of your own also a structure.
-        config: The options. `dropout_rates` and method="r3f" need a trainer.
+        config: The options. `dropout_rates`, likelihood="model", fused_linear=True and method="r3f"
+            need a trainer.
         step: Optimiser step, counted from 0; the same for all micro-batches of an accumulation
             window and on all ranks.
         total_steps: Optimiser steps of the whole run, of which alpha="auto" and

@@ -63,6 +63,11 @@ def find_terms(
             "likelihood='model' is for trainers, whose model returns a loss; give rdrop_step a "
             "function of terms as loss instead"
         )
+    if config.fused_linear is True:
+        raise ValueError(
+            "fused_linear=True needs RDropTrainer, which knows a model's last layer; "
+            "linear_rdrop_cross_entropy is the loss behind one for a loop of your own"
+        )
     if config.dropout_rates is not None:
         raise ValueError(
             f"dropout_rates={config.dropout_rates} must hold until the backward has ended: leave "
@@ -71,7 +76,8 @@ def find_terms(
         )
     if config.method == "r3f":
         raise ValueError("method='r3f' adds noise to a model's embeddings: it needs RDropTrainer")
-    name_of_loss = loss if isinstance(loss, str) else None
+    is_named = isinstance(loss, str)
+    name_of_loss = loss if is_named else None
     if name_of_loss == "cross_entropy":
         options: dict[str, Any] = {"unlabelled_index": config.unlabelled_index}
         if config.class_weight is not None:
@@ -86,9 +92,13 @@ def find_terms(
         ("method", "rdrop"),
     ):
         if getattr(config, name) != default:
+            advice = (
+                f"loss={loss!r} has no such option"
+                if is_named
+                else ("bind what your terms take to them by functools.partial")
+            )
             raise ValueError(
-                f"{name}={getattr(config, name)!r} is an option of loss='cross_entropy'; bind it "
-                "to your terms by functools.partial"
+                f"{name}={getattr(config, name)!r} is an option of loss='cross_entropy'; {advice}"
             )
     if name_of_loss == "binary_cross_entropy":
         return binary_cross_entropy_terms

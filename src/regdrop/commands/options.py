@@ -49,6 +49,15 @@ Settings = Annotated[
         "rdrop.fraction=0.5. Repeat it for several.",
     ),
 ]
+EvaluationSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="A setting of what is read or how text is generated: num_beams=4, max_length=64, "
+        "train_examples=100. Repeat it for several.",
+    ),
+]
 # NumPy's generators take no larger one.
 LAST_SEED = 2**32 - 1
 Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds.")]

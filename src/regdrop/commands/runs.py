@@ -16,7 +16,7 @@ from regdrop.commands.options import (
     LAST_SEED,
     Alpha,
     Data,
-    Settings,
+    EvaluationSettings,
     TaskName,
     TaskOptions,
     with_option_groups,
@@ -93,7 +93,7 @@ def evaluate(
         str, typer.Option(help="train, validation, test, or another test split of the task.")
     ] = "test",
     data: Data = None,
-    settings: Settings = None,
+    settings: EvaluationSettings = None,
 ) -> None:
     """Evaluate the model of a run on a split, with 95 % intervals over its examples."""
     with usage_errors():

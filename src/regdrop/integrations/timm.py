@@ -46,7 +46,8 @@ class RDropTask(ClassificationTask):
 
     Raises:
         TypeError: If `rdrop` is no RDropConfig.
-        ValueError: For other losses, and for a model that is distilled.
+        ValueError: For other losses, a rule of alpha that reads a validation loss, a model that is
+            distilled, or calls for each step below 1.
 
     Attributes:
         step: Optimiser step, counted from 0.
