@@ -183,3 +183,8 @@ def key_dropout(model: PreTrainedModel, num_passes: int = 2) -> PreTrainedModel:
                 setattr(module, child_name, keyed)
     model.register_forward_pre_hook(note_rows, with_kwargs=True)
     return model
+
+
+def noisy_model():
+    """Return a classifier of 4 features with dropout and with statistics of its batches."""
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))

@@ -92,6 +92,20 @@ def test_the_gap_of_validation_to_training_is_alpha_in_nats():
     assert found == pytest.approx([0, 2, 8, 8])
 
 
+@pytest.mark.parametrize("of_figures", [torch.bfloat16, torch.float32])
+def test_a_mean_in_training_counts_every_step_whatever_the_default_dtype(of_figures):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        controller = AlphaController(1000, rule="gap", alpha_max=1.0, alpha_min=0.1)
+        for step in range(600):
+            controller.update(step, nll=torch.tensor(2.0, dtype=of_figures))
+        controller.update(600, validation_loss=2.5)
+    finally:
+        torch.set_default_dtype(before)
+    assert controller.alpha == 0.5
+
+
 def test_the_ramp_from_the_first_stall_has_the_slope_of_the_whole_ramp():
     controller = AlphaController(STEPS, rule="ramp-from-stall", alpha_max=16.0)
     for step, loss in ((9, 2.0), (19, 1.5), (29, 1.6), (39, 1.0), (49, 3.0)):

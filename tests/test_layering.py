@@ -17,7 +17,7 @@ FLOORS = [
     {"loss", "config", "disagreement"},
     {"schedule", "alpha"},
     {"cost", "divergence_watch"},
-    {"diagnostics", "step_passes", "step_terms"},
+    {"diagnostics", "extra_pass", "step_passes", "step_terms"},
     {"heads", "meter", "prefix_search", "step"},
     {"reading"},
     {"conventions", "suggestion"},  # old names

@@ -357,9 +357,10 @@ class AlphaController:
         count: Tensor | float
         # A step that overflowed, which a scaler of gradients leaves out, says nothing.
         if isinstance(value, Tensor):
-            value = value.detach()
+            # Half precision would stop counting at 256.
+            value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
             counts = value.isfinite() & (value != 0) if name == "kl" else value.isfinite()
-            value, count = torch.where(counts, value, 0), counts * 1.0
+            value, count = torch.where(counts, value, 0), counts.to(value.dtype)
         else:
             count = float(math.isfinite(value) and not (name == "kl" and value == 0))
             value = value if count else 0.0

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from regdrop.arguments import check_integer, check_number
 from regdrop.config import RDropConfig
-from regdrop.diagnostics import extra_pass, measure_divergence
 from regdrop.divergence_watch import reached_modules, watch_divergence
+from regdrop.extra_pass import extra_pass, measure_divergence
 from regdrop.loss import ItemTerms, RDropOutput, is_counted
 from regdrop.loss.checks import check_counts, place_of_tensor
 from regdrop.passes import find_tensors, refuse_other_rows

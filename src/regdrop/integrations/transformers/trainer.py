@@ -12,8 +12,8 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from regdrop.config import RDropConfig
 from regdrop.cost import full_step_cost
-from regdrop.diagnostics import extra_pass, measure_divergence
 from regdrop.divergence_watch import warn_without_dropout
+from regdrop.extra_pass import extra_pass, measure_divergence
 from regdrop.heads import Head, fraternal_head
 from regdrop.integrations.transformers.forward.batches import why_not_stacked
 from regdrop.integrations.transformers.forward.fusing import chooses_fused

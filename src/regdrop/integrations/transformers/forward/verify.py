@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regdrop.arguments import IGNORE_INDEX
-from regdrop.diagnostics import extra_pass
+from regdrop.extra_pass import extra_pass
 from regdrop.heads import Head, strip_options
 from regdrop.integrations.transformers.evaluation import (
     evaluation_mode,

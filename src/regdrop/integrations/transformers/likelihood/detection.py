@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regdrop.arguments import IGNORE_INDEX
-from regdrop.diagnostics import extra_pass
+from regdrop.extra_pass import extra_pass
 from regdrop.integrations.transformers.evaluation import (
     evaluation_mode,
     find_labels,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from regdrop.diagnostics import extra_pass
+from regdrop.extra_pass import extra_pass
 from regdrop.integrations.transformers.likelihood.own_loss import ComputeLoss
 from regdrop.integrations.transformers.outputs import Key, find_tensor
 from regdrop.passes import (

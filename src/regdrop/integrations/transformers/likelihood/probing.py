@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from regdrop.diagnostics import extra_pass
+from regdrop.extra_pass import extra_pass
 from regdrop.heads import Head
 from regdrop.integrations.transformers.evaluation import (
     evaluation_mode,
