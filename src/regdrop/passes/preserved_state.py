@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 # Devices whose generators torch can fork.
@@ -42,6 +43,8 @@ def preserve_random_state() -> Iterator[None]:
 def preserve_buffers(model: nn.Module) -> Iterator[None]:
     """Put a model's buffers and their values back on exit, BatchNorm statistics among them.
 
+    Tensors without values, on the meta device, have only their shapes put back.
+
     Raises:
         ValueError: For a lazy module that has seen no batch, whose buffers have no shape yet.
     """
@@ -52,7 +55,7 @@ def preserve_buffers(model: nn.Module) -> Iterator[None]:
             "is only measured: run one forward of a batch first"
         )
     kept = [
-        (module, name, buffer, None if buffer is None else buffer.clone())
+        (module, name, buffer, None if buffer is None else (buffer.clone(), _version(buffer)))
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
@@ -60,12 +63,16 @@ def preserve_buffers(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, value in kept:
+            for module, name, buffer, state in kept:
                 module._buffers[name] = buffer
                 # A graph may hold the buffer: what did not change is not written to.
-                if buffer is not None and value is not None and not torch.equal(buffer, value):
+                if buffer is None or state is None or _is_unchanged(buffer, *state):
+                    continue
+                value, _ = state
+                if buffer.shape != value.shape and value.layout == torch.strided:
                     # Observers of quantisation make room for the channels that they see.
-                    buffer.resize_(value.shape).copy_(value)
+                    buffer.resize_(value.shape)
+                buffer.copy_(value)
 
 
 @contextmanager
@@ -86,3 +93,28 @@ def train_without_statistics(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "running_mean", None) is not None:
             module.training = False
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _is_unchanged(buffer: Tensor, value: Tensor, version: int | None) -> bool:
+    """Return whether a buffer holds what it did; nan is the same as nan.
+
+    Args:
+        buffer: The buffer.
+        value: Its copy from before.
+        version: Its version from before.
+    """
+    if value.is_meta or isinstance(value, FakeTensor):  # no values
+        return buffer.shape == value.shape
+    if value.is_nested or value.layout != torch.strided:  # no comparison
+        return _version(buffer) == version
+    if hasattr(value, "to_local"):  # the parts of a DTensor, without asking other processes
+        buffer, value = buffer.to_local(), value.to_local()  # type: ignore[attr-defined]
+    if torch.equal(buffer, value):
+        return True
+    if buffer.shape != value.shape or not (value.is_floating_point() or value.is_complex()):
+        return False
+    return bool(((buffer == value) | (buffer.isnan() & value.isnan())).all())
