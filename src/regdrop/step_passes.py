@@ -21,7 +21,6 @@ from regdrop.loss import (
 from regdrop.loss.checks import check_plain
 from regdrop.loss.counts import terms_of_items
 from regdrop.passes import (
-    copy_structure,
     count_rows,
     find_batch_size,
     find_tensors,
@@ -29,7 +28,6 @@ from regdrop.passes import (
     run_passes,
 )
 from regdrop.passes.batch_size import name_size
-from regdrop.passes.structures import as_names
 from regdrop.schedule import StepPlan
 
 
@@ -73,8 +71,7 @@ def run_step_passes(
         ValueError: For a fraction of a batch whose target is not one row an item.
     """
     if plan.num_passes == 1:
-        # A layer may write into its input, as dropout in place does: into a clone, as elsewhere.
-        return StepPasses(forward(copy_structure(batch, clones=True, shared=as_names(shared))))
+        return StepPasses(run_passes(forward, batch, num_passes=1, shared=shared))
 
     def count_items() -> int:
         return find_batch_size(batch) if batch_size is None else batch_size

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import pickle
 from functools import partial
@@ -79,6 +80,65 @@ def test_a_rate_a_pass_is_refused_where_passes_are_stacked():
     assert model[0].p == 0.1
     with dropout_rates(model, [0.1, 0.5]):  # each forward is one pass
         step(config=RDropConfig(backward_passes=1)).loss.backward()
+
+
+class Failing(Noted):
+    """Fails in the forward of one number, counted from 0."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number, self.calls = number, 0
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.calls += 1
+        if self.calls - 1 == self.number:
+            raise RuntimeError("out of memory")
+        return y
+
+
+def run_steps(model, config, steps):
+    """Run steps of `rdrop_step`, skip those that fail, and return the rates that each saw."""
+    x, y = torch.randn(4, 3), torch.zeros(4).long()
+    seen = []
+    with dropout_rates(model, (0.1, 0.4)):
+        for step in range(steps):
+            model.forward_rates.clear()
+            with contextlib.suppress(RuntimeError):
+                rdrop_step(model, x, y, config=config, step=step).loss.backward()
+            seen.append([*model.forward_rates])
+    return seen
+
+
+def test_a_step_of_one_pass_has_the_first_rate_and_uses_up_none():
+    config = RDropConfig(passes="sequential", every_n_steps=2)
+    assert run_steps(Noted().train(), config, 4) == [[0.1, 0.4], [0.1], [0.1, 0.4], [0.1]]
+
+
+@pytest.mark.parametrize(("backward_passes", "order"), [(None, [0.1, 0.4]), (1, [0.4, 0.1])])
+def test_a_forward_that_fails_moves_no_rate_to_another_pass(backward_passes, order):
+    config = RDropConfig(passes="sequential", backward_passes=backward_passes)
+    assert run_steps(Failing(0).train(), config, 3) == [order[:1], order, order]
+
+
+def test_a_forward_of_a_pass_may_call_the_model_twice():
+    model = Noted().train()
+    with dropout_rates(model, (0.1, 0.4)):
+        run_passes(
+            lambda x: model(x) + model(x), torch.ones(4), num_passes=2, strategy="sequential"
+        )
+    assert model.forward_rates == [0.1, 0.1, 0.4, 0.4]
+
+
+def test_a_loop_of_ones_own_cycles_and_begins_anew_after_a_forward_that_failed():
+    model, x = Failing(2).train(), torch.ones(4)
+    with dropout_rates(model, (0.1, 0.4)):
+        for _ in range(5):
+            with contextlib.suppress(RuntimeError):
+                model(x)
+        run_passes(model, x, num_passes=2, strategy="sequential")
+        model(x)
+    assert model.forward_rates == [0.1, 0.4, 0.1, 0.1, 0.4, 0.1, 0.4, 0.1]
 
 
 @pytest.mark.parametrize("rates", [(0.1, 0.5), (0.5, 0.1)])

@@ -12,7 +12,7 @@ from regdrop.arguments import check_number
 from regdrop.passes.dropout import RateAttribute, rate_attributes
 from regdrop.passes.obstacles import uses_gradient_checkpointing
 from regdrop.passes.stacking import find_tensors
-from regdrop.passes.strategies import stacked_rows
+from regdrop.passes.strategies import running_pass, stacked_rows
 
 _SETTABLE = ("dropout", "attention", "lora")
 _CHECKPOINTING = (
@@ -38,9 +38,10 @@ def dropout_rates(model: nn.Module, rates: float | Sequence[float]) -> Iterator[
     Args:
         model: Its sources with a rate above 0 are set: dropout modules, attention and LoRA
             dropout. Those that are off stay off.
-        rates: One rate for every forward, or a sequence through which the forwards of `model` in
-            training mode cycle, one a forward. Those without a gradient, which `backward_passes`
-            runs first, take the last ones: pass 0 has the first rate in any case.
+        rates: One rate for every forward, or a sequence of one for each pass: pass 0 of
+            `rdrop_step` has the first rate in any case. In a loop of your own, the forwards of
+            `model` in training mode cycle through them, one a forward, and begin anew after one
+            that failed; those without a gradient, which run first there, take the last ones.
 
     Raises:
         TypeError: If `model` is no module, or a rate no number.
@@ -134,8 +135,9 @@ class _RateSwitcher:
         self.sequence = sequence
         self.calls = 0
         self.rate = sequence[0]
-        # The rates that are left of this round through the sequence.
+        # The rates that are left of this round through the sequence, in a loop of one's own.
         self.left: list[float] = []
+        self.is_running = False
         self.closed = False
         self.is_copy = False
 
@@ -162,12 +164,22 @@ class _RateSwitcher:
             self.calls += 1
             if len(self.sequence) > 1 and stacked_rows() is not None:
                 raise ValueError(_STACKED.format(list(self.sequence)))
-            self.left = self.left or list(self.sequence)
-            self.rate = self.left.pop(0 if torch.is_grad_enabled() else -1)
+            self.rate = self._next_rate()
             self.set(self.rate)
+
+    def _next_rate(self) -> float:
+        number = running_pass()
+        if number is not None:
+            return self.sequence[number % len(self.sequence)]
+        # A forward that still runs has failed: its round is over.
+        if self.is_running or not self.left:
+            self.left = list(self.sequence)
+        self.is_running = True
+        return self.left.pop(0 if torch.is_grad_enabled() else -1)
 
     def after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         if model.training and not self.closed:
+            self.is_running = False
             for tensor in find_tensors(output):
                 if tensor.requires_grad:
                     tensor.register_hook(lambda grad, rate=self.rate: self.set(rate))

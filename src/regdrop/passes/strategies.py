@@ -38,6 +38,7 @@ class _Running(threading.local):
 
     def __init__(self) -> None:
         self.rows: StackedRows | None = None
+        self.number: int | None = None
 
 
 _RUNNING = _Running()
@@ -46,6 +47,11 @@ _RUNNING = _Running()
 def stacked_rows() -> StackedRows | None:
     """Return how the forward is stacked that `run_passes` runs now; None if it is not."""
     return _RUNNING.rows
+
+
+def running_pass() -> int | None:
+    """Return the number of the (first) pass that `run_passes` runs now; None if it runs none."""
+    return _RUNNING.number
 
 
 def run_passes(
@@ -95,8 +101,8 @@ def run_passes(
     run = partial(_run, forward, batch, batch_size=batch_size, shared=as_names(shared))
     first, others = _group(selections[:graded], strategy), _group(selections[graded:], strategy)
     with torch.no_grad():
-        rest = [run(group) for group in others]
-    outputs = [*map(run, first), *rest]
+        rest = [run(group, graded + n) for n, group in enumerate(others)]
+    outputs = [*(run(group, n) for n, group in enumerate(first)), *rest]
     if len(outputs) == 1:
         return outputs[0]
     if join is not None:
@@ -179,23 +185,30 @@ def _run(
     forward: Callable[[Any], Any],
     batch: Any,
     selections: Sequence[Tensor | None],
+    number: int,
     *,
     batch_size: int | None,
     shared: tuple[str, ...],
 ) -> Any:
-    """Run one forward, of a pass for each selection of items; None selects the whole batch."""
+    """Run one forward, of a pass for each selection of items; None selects the whole batch.
+
+    Its first pass has the number.
+    """
+    rows = _RUNNING.rows
     if len(selections) > 1:
         size = find_batch_size(batch) if batch_size is None else batch_size
-        stacked, rows = _stack(batch, selections, batch_size=size, shared=shared)
-        outer, _RUNNING.rows = _RUNNING.rows, rows
-        try:
-            return forward(stacked)
-        finally:
-            _RUNNING.rows = outer
-    if selections[0] is None:
+        given, rows = _stack(batch, selections, batch_size=size, shared=shared)
+    elif selections[0] is None:
         # A forward may change what it is given, for the next one or for the caller.
-        return forward(copy_structure(batch, clones=True, shared=shared))
-    return forward(take_items(batch, selections[0], batch_size=batch_size, shared=shared))
+        given = copy_structure(batch, clones=True, shared=shared)
+    else:
+        given = take_items(batch, selections[0], batch_size=batch_size, shared=shared)
+    outer = _RUNNING.rows, _RUNNING.number
+    _RUNNING.rows, _RUNNING.number = rows, number
+    try:
+        return forward(given)
+    finally:
+        _RUNNING.rows, _RUNNING.number = outer
 
 
 def _stack(
