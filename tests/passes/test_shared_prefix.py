@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils.checkpoint import checkpoint
 
 from processes import run_in_two_processes
 from regdrop import RDropConfig, rdrop_cross_entropy, rdrop_step, repeat_batch, share_prefix
@@ -298,6 +299,58 @@ def test_items_with_several_rows_each():
         expected = result(model, run)
         with share_prefix(model, "part"):
             assert_all_close(result(model, run), expected)
+
+
+class Checkpointed(Classifier):
+    """Recomputes the trunk in the backward."""
+
+    def __init__(self, use_reentrant):
+        # Without BatchNorm, whose frozen statistics are no matter here.
+        super().__init__(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten()))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        x = x.requires_grad_()  # reentrant checkpointing needs it
+        return self.head(checkpoint(self.features, x, use_reentrant=self.use_reentrant))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_gradient_checkpointing_of_ones_own_recomputes_what_the_forward_did(
+    use_reentrant, fraction
+):
+    torch.manual_seed(3)
+    model, (x, y) = Checkpointed(use_reentrant).double().train(), batch()
+    config = RDropConfig(fraction=fraction, every_n_steps=2)
+
+    def gradients():
+        model.zero_grad()
+        torch.manual_seed(2)
+        for step in range(3):
+            rdrop_step(model, x, y, config=config, step=step).loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    expected = gradients()
+    with share_prefix(model, "features"):
+        assert_all_close(gradients(), expected)
+
+
+def test_several_forwards_before_the_backward_that_recomputes():
+    torch.manual_seed(3)
+    model, (x, y) = Checkpointed(use_reentrant=False).double().train(), batch()
+
+    def gradients(config):
+        model.zero_grad()
+        torch.manual_seed(2)
+        steps = [rdrop_step(model, x, y, config=config, step=0).loss for _ in range(2)]
+        sum(steps).backward()
+        return [p.grad for p in model.parameters()]
+
+    expected = gradients(RDropConfig())
+    with share_prefix(model, "features"):
+        assert_all_close(gradients(RDropConfig()), expected)
+        with pytest.raises(ValueError, match="the passes enter it with different values"):
+            gradients(RDropConfig(fraction=0.5))  # each with other items
 
 
 # --- where it does not act -------------------------------------------------------------------

@@ -128,6 +128,8 @@ class SharedPrefix:
         self._calls = 0
         self._is_copy = False
         self._running: _Call | None = None
+        # How the latest forward with a graph was stacked, for its recomputation.
+        self._recorded: StackedRows | None = None
         part = model.get_submodule(until)
         # Other hooks of the part see what they see without sharing.
         self._hooks = [
@@ -136,7 +138,7 @@ class SharedPrefix:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_is_copy": True, "_running": None}
+        return {**vars(self), "_is_copy": True, "_running": None, "_recorded": None}
 
     def remove(self) -> None:
         """End the sharing."""
@@ -158,17 +160,23 @@ class SharedPrefix:
         """Cut the inputs to the rows of the first pass."""
         self._running = None
         is_on = self._model.training and not self._is_copy
-        rows = self._find_rows((args, kwargs)) if is_on else None
+        if not is_on:
+            return None
+        stacked, is_recomputed = self._find_stacked()
+        rows = self._find_rows(stacked, (args, kwargs))
         if rows is None:
             return None
         self._refuse_obstacles()
-        is_checked = self._is_to_be_checked()
+        is_checked = not is_recomputed and self._is_to_be_checked()
         inputs: Inputs = args, kwargs
         first = first_items(inputs, rows.first, batch_size=rows.total, shared=self._shared)
         cut = _tensors_that_differ(first, inputs)
-        self._require_same_passes(cut, rows, wait=is_checked)
+        # Of several forwards before one backward the latest alone is known: ask, and wait.
+        self._require_same_passes(cut, rows, wait=is_checked or is_recomputed)
         expected = self._run_plainly(part, inputs, rows.total) if is_checked else None
-        versions = [(some, some._version) for some, _ in cut if not some.is_inference()]
+        # A recomputation may stop in the middle, and would leave them here.
+        kept = [] if is_recomputed else cut
+        versions = [(some, some._version) for some, _ in kept if not some.is_inference()]
         self._running = _Call(rows, versions, expected)
         return first
 
@@ -231,9 +239,23 @@ class SharedPrefix:
             wait=wait,
         )
 
-    def _find_rows(self, inputs: Inputs) -> StackedRows | None:
-        """Return how the rows of the part are stacked, of which an item may have several."""
+    def _find_stacked(self) -> tuple[StackedRows | None, bool]:
+        """Return how the forward is stacked, and whether gradient checkpointing recomputes it.
+
+        Then it is stacked as its forward was. Reentrant checkpointing ran that without a graph,
+        and may recompute all rows.
+        """
         stacked = stacked_rows()
+        if stacked is None and self._recorded is not None:
+            if torch._C._current_graph_task_id() != -1:  # inside the backward
+                return self._recorded, True
+            self._recorded = None
+        if stacked is not None:
+            self._recorded = stacked if torch.is_grad_enabled() else None
+        return stacked, False
+
+    def _find_rows(self, stacked: StackedRows | None, inputs: Inputs) -> StackedRows | None:
+        """Return how the rows of the part are stacked, of which an item may have several."""
         passes = self.num_passes or 1
         if stacked is None and passes == 1:
             return None
