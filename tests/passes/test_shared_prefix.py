@@ -403,6 +403,15 @@ def test_hooks_of_the_part_see_what_they_see_without_sharing():
     assert set(seen) == {2 * SIZE}
 
 
+def test_pre_hooks_of_the_part_see_all_rows_if_they_were_there_before():
+    model, (x, _) = build(), batch()
+    early = note_rows(model.features)
+    share_prefix(model, "features", num_passes=2)
+    late = note_rows(model.features)
+    model(repeat_batch(x))
+    assert (early, late) == ([2 * SIZE], [SIZE])
+
+
 def test_a_hook_that_changes_the_output_is_no_difference():
     model, (x, _) = build(), batch()
     model.features.register_forward_hook(lambda module, args, output: 2 * output)

@@ -131,7 +131,8 @@ class SharedPrefix:
         # How the latest forward with a graph was stacked, for its recomputation.
         self._recorded: StackedRows | None = None
         part = model.get_submodule(until)
-        # Other hooks of the part see what they see without sharing.
+        # Other hooks of the part see the output that they see without sharing, and pre-hooks that
+        # were there before also the input; later ones and forward hooks get that of one pass.
         self._hooks = [
             part.register_forward_pre_hook(self._before, with_kwargs=True),
             part.register_forward_hook(self._after, prepend=True),
