@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX, check_flag, check_integer
 from regdrop.kernels import Target, is_distributed, stack_rows, whole_tensor
+from regdrop.kernels.precision import widest_dtype
 from regdrop.loss.checks import (
     all_are_classes,
     check_class_dim,
@@ -45,9 +46,8 @@ def count_classes(
     if weight is None:
         return ItemCounts(count if unlabelled_index is None else labelled.sum(), count)
     weights = weight.detach()[torch.where(labelled, classes, 0)] * labelled
-    # In double, which not every device has, so that the count is right for logits in double.
-    dtype = torch.float32 if weights.device.type == "mps" else torch.float64
-    return ItemCounts(weights.sum(dtype=dtype), count)
+    # So that the count is right for logits in double.
+    return ItemCounts(weights.sum(dtype=widest_dtype(weights.device)), count)
 
 
 class ClassItems(NamedTuple):
