@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regdrop.kernels.precision import widest_dtype
 from regdrop.loss import ItemCounts
 from regdrop.schedule import StepPlan
 
@@ -47,7 +48,9 @@ class LossMeter:
         if self._leaves_out:
             nll, weight = _without_infinite(nll, weight)
             kl, count = _without_infinite(kl, count)
-        sums = torch.stack([nll * weight, weight, kl * count, count]).float()
+        # In double, where a device has it: float32 loses digits over a long log.
+        weight, count = (x.to(widest_dtype(nll.device)) for x in (weight, count))
+        sums = torch.stack([nll * weight, weight, kl * count, count])
         self._sums = sums if self._sums is None else self._sums + sums
         if plan.num_passes > 1:
             self.alpha = plan.alpha
@@ -74,7 +77,8 @@ class LossMeter:
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         """Take up the sums of a checkpoint; one process of all does so."""
         self.alpha = state["alpha"]
-        self._sums = None if state["sums"] is None else torch.tensor(state["sums"], device=device)
+        sums, dtype = state["sums"], widest_dtype(device)
+        self._sums = None if sums is None else torch.tensor(sums, dtype=dtype, device=device)
 
 
 def _without_infinite(mean: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
