@@ -248,3 +248,25 @@ def test_the_likelihood_is_that_of_transformers():
             output.logits, labels, num_passes=1, logit_lengths=lengths, reduction=reduction
         )
         torch.testing.assert_close(combine_terms(terms, alpha=0.0, num_passes=1).nll, output.loss)
+
+
+@pytest.mark.parametrize("num_passes", [1, 2])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("has_lengths", [False, True])
+def test_a_batch_without_sequences_costs_nothing(num_passes, reduction, has_lengths):
+    logits = torch.randn(0, FRAMES, CLASSES, requires_grad=True)
+    lengths = torch.zeros(0, dtype=torch.long) if has_lengths else None
+    terms = ctc_terms(
+        logits,
+        torch.zeros(0, 4, dtype=torch.long),
+        num_passes=num_passes,
+        logit_lengths=lengths,
+        target_lengths=lengths,
+        reduction=reduction,
+        backward_passes=1,
+    )
+    assert terms.nll.shape == terms.kl.shape == (0,)
+    output = combine_terms(terms, alpha=num_passes - 1.0, num_passes=num_passes)
+    output.loss.backward()
+    assert output.loss == output.nll == output.kl == 0
+    assert logits.grad.shape == logits.shape

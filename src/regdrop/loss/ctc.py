@@ -82,6 +82,9 @@ def ctc_terms(
     )
     passes = logits.reshape(num_passes, *target.shape[:1], *logits.shape[1:])
     passes = limit_backward(widen(passes), backward_passes)
+    if len(target) == 0:  # which torch's loss refuses
+        empty = passes.sum((0, 2, 3))
+        return ItemTerms(empty, empty, *count_sequences(target, reduction))
     if logit_lengths is not None:
         # Frames behind the end may hold anything, a nan included.
         passes = passes.masked_fill(~frames[..., None], 0)
