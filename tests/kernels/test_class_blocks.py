@@ -368,3 +368,19 @@ def test_classes_of_no_weight_take_no_part_in_the_smoothing():
     assert_same_as_explicit(
         loss_of, tensors, target, alpha=1.3, class_weight=weight, label_smoothing=0.2
     )
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16], ids=str)
+def test_smoothed_terms_are_exact_by_any_default_dtype(default):
+    """Of two Python numbers torch makes one in its default dtype."""
+    tensors, target = make()
+    options = {"alpha": 1.3, "label_smoothing": 0.1, "bias": tensors[2]}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        outputs = [loss(*tensors[:2], target, **options).loss for loss in (by_classes(8), explicit)]
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(*outputs, rtol=1e-14, atol=0)
+    gradients = [torch.autograd.grad(loss, tensors) for loss in outputs]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)

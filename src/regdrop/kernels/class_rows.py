@@ -103,7 +103,11 @@ def _target_class(columns: Columns, target: Target, dtype: torch.dtype) -> tuple
     assert target.classes is not None
     index = target.classes - columns.first
     is_here = (index >= 0) & (index < columns.products.shape[-1])
-    on_class = torch.where(is_here, target.class_mass(dtype), 0).to(dtype)
+    mass = target.class_mass(dtype)
+    if not isinstance(mass, Tensor):
+        # Of two numbers torch would make one in the default dtype.
+        mass = torch.full((), mass, dtype=dtype, device=index.device)
+    on_class = torch.where(is_here, mass, 0)
     return index.clamp(0, columns.products.shape[-1] - 1)[None, :, None], on_class
 
 
