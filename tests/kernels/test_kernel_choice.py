@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from regdrop.kernels import selection
+from regdrop.kernels import jitted_rows, projection, selection
 
 
 @pytest.mark.parametrize(
@@ -40,3 +42,40 @@ def test_triton_needs_a_c_compiler_that_is_given_or_found(monkeypatch, given, fo
         monkeypatch.setenv("CC", given)
     device = torch.device("cuda", 0)
     assert selection._can_run_triton.__wrapped__(device, torch.float32) == can_run
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, None])
+def test_what_torch_can_add_is_not_tried_where_it_traces(monkeypatch, mode):
+    """Shapes alone would say that it can, whatever it can."""
+    tried = []
+    monkeypatch.setattr(projection, "_can_add_in_float32", lambda *given: tried.append(given))
+    cpu = torch.device("cpu")
+    if mode is None:
+        make_fx(lambda x: x + projection.adds_in_float32(cpu, torch.bfloat16))(torch.zeros(2))
+    else:
+        with mode():
+            assert not projection.adds_in_float32(cpu, torch.bfloat16)
+    assert not tried
+    projection.adds_in_float32(cpu, torch.bfloat16)
+    assert tried == [(cpu, torch.bfloat16)]
+
+
+def test_what_torch_can_add_is_tried_in_float32_by_any_default():
+    cpu = torch.device("cpu")
+    expected = projection._can_add_in_float32.__wrapped__(cpu, torch.bfloat16)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert projection._can_add_in_float32.__wrapped__(cpu, torch.bfloat16) == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_elementwise_functions_are_not_tried_where_torch_traces(monkeypatch):
+    tried = []
+    monkeypatch.setattr(jitted_rows, "_has_compiled", lambda device: tried.append(device) or True)
+    gpu = torch.device("cuda", 0)
+    with FakeTensorMode():
+        assert not jitted_rows.can_compile_elementwise(gpu)
+    assert not tried
+    assert jitted_rows.can_compile_elementwise(gpu)

@@ -20,6 +20,7 @@ from regdrop.kernels.chunked import backward_blocks, forward_blocks, sum_blocks
 from regdrop.kernels.closed_form import ClosedForm, Weight
 from regdrop.kernels.precision import accumulation_dtype
 from regdrop.kernels.target import Target
+from regdrop.tracing import is_traced
 
 Function = Callable[..., Any]
 # From a function's text and its number of outputs.
@@ -106,13 +107,17 @@ def compile_elementwise(text: str, num_outputs: int) -> Function:
     return found
 
 
-@cache
 def can_compile_elementwise(device: torch.device) -> bool:
-    """Return whether torch compiles elementwise functions for a device."""
-    if device.type != "cuda":
+    """Return whether torch compiles elementwise functions for a device; not where it traces."""
+    if device.type != "cuda" or torch.compiler.is_compiling() or is_traced():
         return False
+    return _has_compiled(device)
+
+
+@cache
+def _has_compiled(device: torch.device) -> bool:
     try:
-        one = torch.zeros(1, device=device)
+        one = torch.zeros(1, device=device, dtype=torch.float32)
         compile_elementwise(WEIGH, 4)(one, one, one, one)
     except (AttributeError, AssertionError, RuntimeError):
         return False  # a build of torch without NVRTC

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from regdrop.kernels.implementation import Implementation
 from regdrop.kernels.precision import accumulation_dtype
+from regdrop.tracing import is_traced
 
 
 class Projection(NamedTuple):
@@ -123,10 +124,20 @@ def add_product(
         total.copy_(product) if is_first else total.add_(product)
 
 
-@cache
 def adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether this version of torch adds products of `dtype` to numbers in float32."""
-    a, total = torch.ones(16, 16, device=device, dtype=dtype), torch.ones(16, 16, device=device)
+    """Return whether this version of torch adds products of `dtype` to numbers in float32.
+
+    Where torch compiles or traces, nothing can be tried, and the way that every torch has is taken.
+    """
+    if torch.compiler.is_compiling() or is_traced():
+        return False
+    return _can_add_in_float32(device, dtype)
+
+
+@cache
+def _can_add_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    a = torch.ones(16, 16, device=device, dtype=dtype)
+    total = torch.ones(16, 16, device=device, dtype=torch.float32)
     try:
         torch.ops.aten.addmm.dtype_out(total, a, a, torch.float32, out=total)
     except (AttributeError, NotImplementedError, RuntimeError):
