@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from implementations import WHY_NO_CPP
 from regdrop.kernels import jitted_rows, selection
@@ -219,3 +220,18 @@ def test_it_is_the_chunked_form_of_a_gpu_that_compiles(monkeypatch):
 def test_no_device_but_a_gpu_compiles_them():
     devices = ("cpu", "meta", "mps", "cuda")
     assert not any(map(jitted_rows.can_compile_elementwise, map(torch.device, devices)))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradient_in_a_checkpoint_is_that_without(kernel, compiler, inplace):
+    logits, target = draw(torch.float64)
+
+    def loss(x):
+        nll, kl = closed_form_terms(x * 1, target, kernel, backward_passes=2, inplace=inplace)
+        return (nll + kl).sum()
+
+    leaf = logits.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    (found,) = torch.autograd.grad(checkpoint(loss, leaf, use_reentrant=False), leaf)
+    assert jitted_rows.GRADE in compiler.calls
+    torch.testing.assert_close(found, expected)

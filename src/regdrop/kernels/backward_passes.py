@@ -11,6 +11,9 @@ from torch.autograd.function import Function
 
 from regdrop.tracing import is_batched
 
+# Returns the tensors that a forward has saved.
+Unpack = Callable[[], tuple[Tensor, ...]]
+
 _WAY_OUT = "use rdrop_cross_entropy with impl='eager', or RDropConfig(impl='eager')"
 _NO_BATCHED = (
     "the closed form of the R-Drop loss gives one gradient at a time, not a batch of them "
@@ -23,6 +26,10 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     Torch's own `once_differentiable` lets a gradient through whose upstream gradient is a number,
     and its derivative is silently 0.
+
+    Args:
+        backward: Called as `backward(ctx, unpack, *grads)`. `unpack()` returns the saved tensors,
+            at most once: a checkpoint refuses to unpack them again, and others copy them again.
     """
 
     @wraps(backward)
@@ -30,10 +37,11 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.compiler.is_compiling() and any(map(is_batched, grads)):
             raise RuntimeError(_NO_BATCHED)
         if not torch.is_grad_enabled():
-            return backward(ctx, *grads)
-        sources = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+            return backward(ctx, lambda: ctx.saved_tensors, *grads)
+        saved = ctx.saved_tensors
+        sources = [x for x in (*saved, *grads) if x is not None and x.requires_grad]
         with torch.no_grad():
-            found = backward(ctx, *grads)
+            found = backward(ctx, lambda: saved, *grads)
         if torch.compiler.is_compiling():
             return found
         given = [x for x in found if x is not None]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from regdrop.kernels.backward_passes import differentiable_once
+from regdrop.kernels.backward_passes import Unpack, differentiable_once
 from regdrop.kernels.class_columns import ClassRows
 from regdrop.kernels.target import Target
 
@@ -185,11 +185,11 @@ class _Terms(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Any:
+    def backward(ctx: Any, unpack: Unpack, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Any:
         if grad_nll is None and grad_kl is None:
             return None, None, None, None, None
         grads = pass_slopes(grad_nll, grad_kl, ctx.num_passes, ctx.backward_passes)
-        return _write_gradient(ctx, *grads), None, None, None, None
+        return _write_gradient(ctx, unpack, *grads), None, None, None, None
 
 
 class _Sum(Function):
@@ -220,15 +220,15 @@ class _Sum(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
+    def backward(ctx: Any, unpack: Unpack, grad: Tensor | None, *unused: Any) -> Any:
         if grad is None:
             return None, None, None, None, None, None
         if ctx.has_gradient:
-            found = _kept_gradient(ctx, grad)
+            found = _kept_gradient(ctx, unpack, grad)
         else:
             slopes = (None if x is None else _at_slope(grad, x) for x in ctx.slopes)
             items = (None if x is None else x.expand(ctx.num_items) for x in slopes)
-            found = _write_gradient(ctx, *items)
+            found = _write_gradient(ctx, unpack, *items)
         return found, None, None, None, None, None
 
 
@@ -271,24 +271,26 @@ def _save(
     ctx.set_materialize_grads(False)
 
 
-def _saved(ctx: Any) -> tuple[Tensor, Target, tuple[Tensor, ...]]:
-    saved, rest = ctx.saved_tensors[0], list(ctx.saved_tensors[1:])
+def _saved(ctx: Any, unpack: Unpack) -> tuple[Tensor, Target, tuple[Tensor, ...]]:
+    logits, *rest = unpack()
     classes, probabilities, weight, _, valid = (
         rest.pop(0) if given else None for given in ctx.target_fields
     )
     target = Target(classes, probabilities, weight, ctx.label_smoothing, valid)
-    return saved.detach(), target, tuple(rest)
+    return logits.detach(), target, tuple(rest)
 
 
-def _write_gradient(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Tensor:
+def _write_gradient(
+    ctx: Any, unpack: Unpack, grad_nll: Tensor | None, grad_kl: Tensor | None
+) -> Tensor:
     """Return the gradient of the logits, in their memory if asked for, by the kernel."""
-    logits, target, statistics = _saved(ctx)
+    logits, target, statistics = _saved(ctx, unpack)
     out = _memory_for_gradient(ctx, logits)
     ctx.kernel.backward(out, logits, target, statistics, grad_nll, grad_kl, ctx.backward_passes)
     return _finished(ctx, out)
 
 
-def _kept_gradient(ctx: Any, grad: Tensor) -> Tensor:
+def _kept_gradient(ctx: Any, unpack: Unpack, grad: Tensor) -> Tensor:
     """Return the gradient that the forward computed, multiplied, as that of the logits."""
     # Autograd clones what anybody else still refers to.
     gradient, ctx.gradient = ctx.gradient, None
@@ -297,7 +299,7 @@ def _kept_gradient(ctx: Any, grad: Tensor) -> Tensor:
     if gradient is not None and not ctx.inplace and gradient.dtype == ctx.dtype and is_whole:
         scaled: Tensor = gradient.mul_(grad)
         return scaled
-    logits, target, _ = _saved(ctx)
+    logits, target, _ = _saved(ctx, unpack)
     if gradient is None:  # a second backward: the first has given it away
         gradient = ctx.kernel.sums(logits, target, *ctx.slopes, graded, ctx.inplace)[-1]
     out = _memory_for_gradient(ctx, logits)

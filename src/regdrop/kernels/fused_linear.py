@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from regdrop.kernels.backward_passes import differentiable_once, has_tangent
+from regdrop.kernels.backward_passes import Unpack, differentiable_once, has_tangent
 from regdrop.kernels.class_blocks import BUDGET, collect_blocks, grade_blocks, make_plan
 from regdrop.kernels.closed_form import Weight, mix
 from regdrop.kernels.linear_operator import linear_chunks
@@ -148,8 +148,8 @@ class _BlockTerms(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Any:
-        hidden, weight, bias, _ = ctx.saved_tensors
+    def backward(ctx: Any, unpack: Unpack, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Any:
+        hidden, weight, bias, _ = unpack()
         target, backward_passes = ctx.options
         grads = TermGradients(grad_nll, None if hidden.shape[0] == 1 else grad_kl)
         if all(grad is None for grad in grads):
@@ -211,13 +211,13 @@ class _LinearLoss(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
+    def backward(ctx: Any, unpack: Unpack, grad: Tensor | None, *unused: Any) -> Any:
         if grad is None:
             return (None,) * 8
         # Autograd clones what anybody else still refers to.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second backward: the first has given its gradients away
-            hidden, weight, bias = ctx.saved_tensors
+            hidden, weight, bias = unpack()
             projection = ctx.projection._replace(weight=weight, bias=bias)
             gradients = _weighted_terms(hidden, projection, *ctx.options)[-1]
         return *_multiplied(gradients, grad), *(None,) * 5
@@ -243,8 +243,8 @@ class _LinearTerms(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Any:
-        hidden, weight, bias = ctx.saved_tensors
+    def backward(ctx: Any, unpack: Unpack, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Any:
+        hidden, weight, bias = unpack()
         target, backward_passes = ctx.options
         grads = [grad_nll, None if hidden.shape[0] == 1 else grad_kl]
         given = [grad for grad in grads if grad is not None]
