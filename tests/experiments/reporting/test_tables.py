@@ -3,6 +3,8 @@ from dataclasses import replace
 
 import pytest
 
+from regdrop.experiments import build_arms
+from regdrop.experiments.recording.settings import resolved_config
 from regdrop.experiments.reporting.per_example import example_intervals
 from regdrop.experiments.reporting.tables import (
     build_rows,
@@ -110,3 +112,22 @@ def test_intervals_over_examples_pair_the_seeds_that_both_have(with_examples, re
     found = example_intervals([*with_examples, extra])
     assert found["rdrop"]["accuracy"][0].high < 0.6
     assert found["rdrop"]["accuracy"][1] == example_intervals(with_examples)["rdrop"]["accuracy"][1]
+
+
+def test_a_task_of_another_name_is_read_by_its_family(record, short):
+    """By the name alone nothing tells that less NLL is better."""
+    config = resolved_config(replace(short, name="my-digits"), build_arms(short)["baseline"])
+    history = [
+        {"step": i, "seconds": 0.0, "eval_nll": value}
+        for i, value in ((1, 0.5), (2, 0.2), (3, 0.9))
+    ]
+    runs = [record(task="my-digits", config=config, history=history)]
+    assert find_metrics(runs) == short.metrics
+    assert build_rows(runs)[0].best_part == 0.5
+
+
+def test_a_metric_of_which_nothing_tells_the_direction_is_refused(record):
+    with pytest.raises(ValueError, match="records of 'mine' hold the metric 'accuracy', and nothi"):
+        find_metrics([record(task="mine")])
+    with pytest.raises(ValueError, match="hold the metric 'wer', and nothing tells"):
+        find_metrics([record(test={"wer": 0.3})])

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from regdrop.experiments.arms import arm_order, reference_arm
@@ -11,7 +12,8 @@ from regdrop.experiments.recording.record import RunRecord
 from regdrop.experiments.reporting.cost import run_cost
 from regdrop.experiments.reporting.per_example import example_intervals
 from regdrop.experiments.statistics import Estimate, estimate, paired_difference
-from regdrop.tasks import PRESETS, Metric
+from regdrop.tasks import FAMILIES, PRESETS, Metric, Task
+from regdrop.tasks.configure import task_from_config
 
 
 @dataclass(frozen=True)
@@ -100,24 +102,42 @@ def _best_part(runs: Sequence[RunRecord], metrics: Mapping[str, Metric]) -> floa
 
 def run_selection_metric(record: RunRecord) -> str | None:
     """Return the figure by which a run selected its checkpoint; None if nothing tells."""
-    preset = PRESETS.get(record.task)
-    name: str | None = record.config.get("selection_metric", preset and preset.selection_metric)
+    task = _task_of(record)
+    name: str | None = record.config.get("selection_metric", task and task.selection_metric)
     return name
 
 
 def find_metrics(records: Sequence[RunRecord]) -> dict[str, Metric]:
-    """Return how the metrics of the records are read; unknown ones are shown as they are."""
-    preset = PRESETS.get(records[0].task)
-    known = {} if preset is None else preset.metrics
+    """Return how the metrics of the records are read, as the settings in them tell, or the preset.
+
+    Raises:
+        ValueError: For a metric of which neither tells whether more of it is better.
+    """
+    task = _task_of(records[0])
+    known = {} if task is None else task.metrics
     metrics = {}
     for name in records[0].test:
         # Figures of a further test split begin with its name.
         split, _, own = name.partition("_")
         if name not in known and own in known:
             metrics[name] = replace(known[own], title=f"{split} {known[own].title}")
+        elif name in known:
+            metrics[name] = known[name]
         else:
-            metrics[name] = known.get(name, Metric(name, True))
+            raise ValueError(
+                f"the records of {records[0].task!r} hold the metric {name!r}, and nothing tells "
+                f"whether more of it is better: neither their settings (family "
+                f"{records[0].config.get('family')!r}) nor a preset of that name"
+            )
     return metrics
+
+
+def _task_of(record: RunRecord) -> Task | None:
+    """Return the task of a run: from its settings, or by its name where they tell none."""
+    if record.config.get("family") in FAMILIES:
+        with suppress(ValueError):
+            return task_from_config(record.config)
+    return PRESETS.get(record.task)
 
 
 def format_cell(cell: Cell, metric: Metric) -> str:
