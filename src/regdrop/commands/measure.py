@@ -8,7 +8,7 @@ from rich.progress import Progress, TaskID
 
 from regdrop.commands.app import app, console, interruptible, usage_errors
 from regdrop.commands.display import print_disagreement
-from regdrop.commands.options import Data
+from regdrop.commands.options import Data, output_option
 from regdrop.experiments.evaluating.measure import measure as run_measurement
 from regdrop.experiments.recording.processes import require_one_process
 
@@ -23,10 +23,7 @@ def measure(
         int, typer.Option(min=1, help="Most examples of each split, drawn by a fixed seed.")
     ] = 1000,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", file_okay=False, help="Folder of the results; the run's if absent."
-        ),
+        Path | None, output_option("Folder of the results; the run's if absent.")
     ] = None,
 ) -> None:
     """Show how far dropout's sub-models are apart, on training and on held-out items.

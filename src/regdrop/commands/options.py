@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from regdrop.commands.app import workers_and_threads
+from regdrop.experiments.recording.ownership import make_folders, remove_empty
 from regdrop.experiments.running.cluster import parse_address
-from regdrop.tasks import Task
+from regdrop.tasks import PRESETS, Task
 from regdrop.tasks.configure import change_task, find_task
 
 TaskName = Annotated[
@@ -39,7 +40,7 @@ Alpha = Annotated[
         parser=_alpha, metavar="NUMBER", help="Weight of the KL, or auto, instead of the preset's."
     ),
 ]
-Steps = Annotated[int | None, typer.Option(help="Optimiser steps, instead of the preset's.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps, instead of the preset's.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -78,12 +79,28 @@ TunedFile = Annotated[
     Path | None,
     typer.Option(help="Settings of the arms that `regdrop tune` chose: its tuned.json."),
 ]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output", "-o", file_okay=False, help="Folder of the results; in runs/ if absent."
-    ),
-]
+
+
+def output_folder(text: str) -> Path:
+    """Return the folder that an --output names, which can be made or is there."""
+    if not text.strip():
+        raise typer.BadParameter(f"must be the name of a folder, got {text!r}")
+    folder = Path(text)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise typer.BadParameter(f"must be a folder, got the file {text!r}")
+        remove_empty(make_folders(folder))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{text!r} cannot be made a folder: {error}") from error
+    return folder
+
+
+def output_option(text: str) -> Any:
+    """Return the option of a folder of results."""
+    return typer.Option("--output", "-o", parser=output_folder, metavar="DIRECTORY", help=text)
+
+
+Output = Annotated[Path | None, output_option("Folder of the results; in runs/ if absent.")]
 
 
 @dataclass(frozen=True)
@@ -100,16 +117,35 @@ class TaskOptions:
         """Return the task that the options choose.
 
         Raises:
-            ValueError: For a task, preset or setting that there is not.
+            ValueError: For a task, preset or setting that there is not, or the name of another
+                preset.
         """
-        return change_task(
-            find_task(task, self.preset),
+        preset = find_task(task, self.preset)
+        chosen = change_task(
+            preset,
             data=self.data,
             model=self.model,
             alpha=alpha,
             steps=self.steps,
             settings=self.settings or (),
         )
+        if chosen.name != preset.name and chosen.name in PRESETS:
+            raise ValueError(
+                f"--set name={chosen.name} would call {preset.name} by the name of another preset; "
+                "choose a name of your own"
+            )
+        return chosen
+
+    def given(self, alpha: Any = None) -> dict[str, str]:
+        """Return the options that choose settings of arms, as typed, by the settings' names."""
+        options = {}
+        if alpha is not None:
+            options["rdrop.alpha"] = f"--alpha {alpha}"
+        if self.steps is not None:
+            options["training.max_steps"] = f"--steps {self.steps}"
+        for setting in self.settings or ():
+            options[setting.partition("=")[0].strip()] = f"--set {setting}"
+        return options
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from regdrop.commands.options import (
     EvaluationSettings,
     TaskName,
     TaskOptions,
+    output_option,
     with_option_groups,
 )
 from regdrop.experiments import build_arms
@@ -54,13 +55,7 @@ def train(
     ] = 0,
     arm: Annotated[str, typer.Option(help="Way of training: see `regdrop compare`.")] = "rdrop",
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            file_okay=False,
-            help="Folder of the run; runs/PRESET-ARM-seedN if absent.",
-        ),
+        Path | None, output_option("Folder of the run; runs/PRESET-ARM-seedN if absent.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted run in the folder.")

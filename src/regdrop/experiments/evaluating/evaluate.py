@@ -1,6 +1,6 @@
 """The model of a finished run on a split of its data, or of other data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -137,7 +137,11 @@ def evaluate(
             for name, values in resample(changed.compute_metrics, [statistics]).items()
         },
         signatures=prepared.signatures,
-        path=_free_path(folder, split, data, settings),
+        path=free_path(
+            folder,
+            f"evaluation-{split_label(split, data)}",
+            {"data": data, "settings": list(settings)},
+        ),
         unknown_words=0.0 if data is None else _unknown_words(prepared, dataset),
     )
     write_json(result.path, _content(result, data, settings))
@@ -155,13 +159,28 @@ def _say_changed_data(record: RunRecord) -> None:
         )
 
 
-def _free_path(folder: Path, split: str, data: str | None, settings: Sequence[str]) -> Path:
-    """Return where an evaluation is written: not over that of other data of the same name."""
-    name = split if data is None else f"{split}-{Path(data).name}"
-    made_with = {"data": data, "settings": list(settings)}
-    path, further = folder / f"evaluation-{name}.json", count(2)
-    while path.exists() and not made_with.items() <= read_object(path, "an evaluation").items():
-        path = folder / f"evaluation-{name}-{next(further)}.json"
+def split_label(split: str, data: str | None) -> str:
+    """Return what the files of a split are called, with the name of other data than the run's."""
+    return split if data is None else f"{split}-{Path(data).name}"
+
+
+def free_path(folder: Path, name: str, made_with: Mapping[str, Any]) -> Path:
+    """Return where a result is written: not over one that was made with anything else.
+
+    Args:
+        folder: Its folder.
+        name: Its name, without ending; a number is added where that is taken.
+        made_with: What the file holds of how it was made.
+
+    Raises:
+        ValueError: If a file of that name cannot be read.
+    """
+    path, further = folder / f"{name}.json", count(2)
+    while path.exists():
+        found = read_object(path, "a result of regdrop")
+        if all(key in found and found[key] == value for key, value in made_with.items()):
+            break
+        path = folder / f"{name}-{next(further)}.json"
     return path
 
 

@@ -11,7 +11,12 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from regdrop.disagreement import Disagreement
 from regdrop.experiments.arms import baseline_arm
-from regdrop.experiments.evaluating.evaluate import load_run, load_saved_model
+from regdrop.experiments.evaluating.evaluate import (
+    free_path,
+    load_run,
+    load_saved_model,
+    split_label,
+)
 from regdrop.experiments.recording.environment import describe_hardware, library_versions
 from regdrop.experiments.recording.files import write_json
 from regdrop.experiments.recording.record import RunRecord
@@ -59,6 +64,8 @@ def measure(
 ) -> Measurement:
     """Measure the sub-models of a run on its training split and on another; keep table and figure.
 
+    What another run or other options left in the folder is kept; the names then have a number.
+
     Args:
         folder: Folder of the run.
         split: Name of the held-out split.
@@ -70,9 +77,11 @@ def measure(
 
     Raises:
         ValueError: If there is no such run or split, or its items have no classes or words as
-            labels.
+            labels, or a file of the same name cannot be read.
     """
     task, record = load_run(folder)
+    made_with = _made_with(record, data, num_masks, examples)
+    target = free_path(output or folder, f"measure-{split_label(split, data)}", made_with)
     changed = change_task(task, data=data)
     quiet_libraries()
     prepared = changed.prepare(folder / MODEL_FOLDER)
@@ -87,9 +96,12 @@ def measure(
         loader = trainer.get_test_dataloader(draw_examples(chosen, examples))
         torch.manual_seed(_SEED)
         splits[name] = measure_model(model, _batches(loader, name, progress), num_masks)
-    label = split if data is None else f"{split}-{Path(data).name}"
-    target = (output or folder) / f"measure-{label}.json"
-    write_json(target, _content(record, data, num_masks, examples, splits))
+    found = {
+        "splits": {name: asdict(found) for name, found in splits.items()},
+        "versions": library_versions(),
+        "hardware": describe_hardware(),
+    }
+    write_json(target, made_with | found)
     figure = draw_disagreement(splits, target.with_suffix(".png"))
     return Measurement(record, splits, target, figure)
 
@@ -125,12 +137,8 @@ def _batches(
         progress(name, len(sized), len(sized))
 
 
-def _content(
-    record: RunRecord,
-    data: str | None,
-    num_masks: int,
-    examples: int,
-    splits: Mapping[str, Disagreement],
+def _made_with(
+    record: RunRecord, data: str | None, num_masks: int, examples: int
 ) -> dict[str, Any]:
     return {
         "task": record.task,
@@ -141,7 +149,4 @@ def _content(
         "data": data,
         "num_masks": num_masks,
         "examples": examples,
-        "splits": {name: asdict(found) for name, found in splits.items()},
-        "versions": library_versions(),
-        "hardware": describe_hardware(),
     }

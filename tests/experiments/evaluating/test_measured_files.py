@@ -1,0 +1,23 @@
+"""What a measurement is written to: never over that of another run or of other options."""
+
+import json
+
+from regdrop.experiments.evaluating.evaluate import free_path
+from regdrop.experiments.evaluating.measure import _made_with
+
+
+def test_a_measurement_of_another_run_or_of_other_options_is_kept(tmp_path, record):
+    def path_of(one, num_masks=32, data=None):
+        made_with = _made_with(one, data, num_masks, 1000)
+        path = free_path(tmp_path, "measure-test", made_with)
+        path.write_text(json.dumps(made_with | {"splits": {}}))
+        return path.name
+
+    rdrop, baseline = record("rdrop"), record("baseline")
+    assert path_of(rdrop) == "measure-test.json"
+    assert path_of(baseline) == "measure-test-2.json"
+    assert path_of(rdrop, num_masks=8) == "measure-test-3.json"
+    assert path_of(rdrop, data="other") == "measure-test-4.json"
+    # What is measured again has its place.
+    assert path_of(rdrop) == "measure-test.json"
+    assert path_of(baseline) == "measure-test-2.json"
