@@ -189,3 +189,11 @@ print(after - before, peak_memory_mib() - before if again else 0.0) if allowed e
     grown, after_reset = map(float, output.split())
     assert 200 < grown < 400
     assert after_reset < 100
+
+
+def test_a_copy_of_a_record_is_no_further_seed(tmp_path, record):
+    save(tmp_path, [record("rdrop", 0)])
+    copy = tmp_path / "records" / "rdrop-seed0-backup.json"
+    copy.write_bytes(record_path(tmp_path, "rdrop", 0).read_bytes())
+    with pytest.raises(ValueError, match=r"backup\.json holds .* must be named rdrop-seed0\.json"):
+        load_records(tmp_path)

@@ -82,12 +82,21 @@ def load_records(folder: Path) -> list[RunRecord]:
 
     Raises:
         FileNotFoundError: If there are none.
-        ValueError: If a file is no record.
+        ValueError: If a file is no record, or is not named by its arm and seed: a copy of another
+            would count as one more seed.
     """
     paths = _record_files(folder)
     if not paths:
         raise FileNotFoundError(f"no records in {folder / 'records'}")
-    return _load(paths)
+    records = _load(paths)
+    for path, record in zip(paths, records, strict=True):
+        name = record_path(folder, record.arm, record.seed).name
+        if path.name != name:
+            raise ValueError(
+                f"{path} holds the record of {record.arm} seed {record.seed}, which must be named "
+                f"{name}; move a copy out of the folder"
+            )
+    return records
 
 
 def merge_records(folder: Path) -> None:
