@@ -11,9 +11,13 @@ import typer
 from typer.testing import CliRunner
 
 from models import tiny_bert, tiny_vit
-from regdrop.commands import app, comparisons, runs
+from regdrop.commands import app, comparisons, runs, tuning
 from regdrop.commands.loading import load_model
-from regdrop.experiments import load_records
+from regdrop.experiments import RunRecord, load_records
+from regdrop.experiments.recording.record import record_path
+from regdrop.experiments.recording.settings import resolved_config
+from regdrop.experiments.studies.choices import TunedArm
+from regdrop.experiments.studies.tuning import NoFiniteFigureError
 from regdrop.tasks import PRESETS
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
@@ -248,6 +252,23 @@ TUNE = ("tune", "digits", "--vary", "rdrop.alpha=1")
     [
         (("compare", "digit"), "TASK must be one of images, understanding, translation, "),
         (("compare", "digits", "--arms", "rdrop,magic"), "got magic"),
+        (("compare", "digits", "--arms", "rdrop,"), "names of arms by commas, got 'rdrop,'"),
+        (("compare", "digits", "--steps", 0), "Invalid value for '--steps': "),
+        (("compare", "digits", "--output", ""), "Invalid value for '--output' / '-o'"),
+        (("train", "digits", "--output", "/proc/nope/x"), "'/proc/nope/x' cannot be made a folder"),
+        (("compare", "digits", "--set", "name=ptb-part"), "by the name of another preset"),
+        (
+            ("sweep", "alpha", "--task", "digits", "--alpha", 3),
+            "has no effect in the study 'alpha'",
+        ),
+        (
+            ("sweep", "alpha-schedules", "--task", "digits", "--set", "rdrop.alpha=3"),
+            "--set rdrop.alpha=3 has no effect in the study 'alpha-schedules'",
+        ),
+        ((*TUNE, "--vary", "rdrop.alpha=3"), "varied once, got rdrop.alpha 2 times"),
+        ((*TUNE, "--trials", 3), "--trials 3 is of a search in ranges"),
+        ((*TUNE, "--storage", "sqlite:///x"), "--storage sqlite:///x is of a search in ranges"),
+        ((*TUNE, "--study", "alpha"), "rdrop.alpha must not be varied for alpha-1"),
         (("compare", "digits", "--executor", "ray://n:1"), "must be dask://HOST:PORT"),
         (
             ("compare", "digits", "--executor", "dask://n:1", "--workers", 2),
@@ -422,3 +443,78 @@ def test_too_little_memory_is_said_in_a_line(tmp_path):
     assert result.exit_code == 1
     assert "Out of memory" in result.stderr
     assert "training.batch_size" in result.stderr
+
+
+def test_an_option_that_a_choice_would_override_is_named(tmp_path):
+    path = tmp_path / "tuned.json"
+    settings = {"rdrop.alpha": 0.5, "training.max_steps": 4}
+    path.write_text(json.dumps({"study": "compare", "arms": {"rdrop": {"settings": settings}}}))
+    for option in (
+        ("--alpha", "5.0"),
+        ("--steps", "2"),
+        ("--set", "rdrop.alpha=5"),
+    ):
+        given = ("--arms", "rdrop", *option, "--tuned", path, "--output", tmp_path / "out")
+        result = run("compare", "digits", *given)
+        assert result.exit_code == 2
+        text = " ".join(result.output.replace("│", " ").split())
+        assert f"{option[0]} {option[1]} and --tuned" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_arms_made_from_other_settings_are_not_mixed(tmp_path, monkeypatch):
+    def run_arms(task, arms, *, folder, **options):
+        for arm in arms:
+            config = resolved_config(task, arm)
+            record = {
+                "task": task.name,
+                "arm": arm.name,
+                "seed": 0,
+                "config": config,
+                "steps": 4,
+                "seconds": 1.0,
+                "peak_memory_mib": 1.0,
+                "best_step": 2,
+                "validation": {"nll": 0.5},
+                "test": {"nll": 0.5},
+                "history": [{"step": 2, "seconds": 0.5, "eval_nll": 0.5}],
+                "versions": {},
+                "hardware": {},
+            }
+            RunRecord(**record).save(record_path(folder, arm.name, 0))
+
+    monkeypatch.setattr(comparisons, "run_arms", run_arms)
+    monkeypatch.setattr(comparisons, "_report", lambda folder: None)
+    options = ("--seeds", 1, "--output", tmp_path / "out")
+    result = run("compare", "digits", "--arms", "rdrop", "--steps", 8, *options)
+    assert result.exit_code == 0, result.output
+    result = run("compare", "digits", "--arms", "baseline", "--steps", 4, *options)
+    assert result.exit_code == 2
+    text = " ".join(result.output.replace("│", " ").split())
+    assert "holds results of other settings (training.max_steps)" in text
+    result = run("compare", "digits", "--arms", "baseline", "--steps", 8, *options)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_choice_for_the_seeds_of_a_comparison_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparisons, "_train_and_report", lambda *rest: None)
+    path = tmp_path / "tuned.json"
+    own = {"settings": {"rdrop.alpha": 0.5}, "validation": 0.5, "tried": 1, "seeds": [3]}
+    content = {"study": "compare", "task": "digits", "steps": 600, "arms": {"rdrop": own}}
+    path.write_text(json.dumps(content))
+    result = run("compare", "digits", "--arms", "rdrop", "--tuned", path)
+    assert result.exit_code == 0, result.output
+    assert "The seed 3 is among those by which" in " ".join(result.output.split())
+
+
+def test_an_arm_that_diverges_leaves_the_choice_of_the_others(tmp_path, monkeypatch):
+    def diverge(*rest, **options):
+        chosen = {"baseline": TunedArm({"training.learning_rate": 0.1}, 0.5, 2, (100,))}
+        raise NoFiniteFigureError(["rdrop"], chosen)
+
+    monkeypatch.setattr(tuning, "run_tuning", diverge)
+    vary = ("--vary", "training.learning_rate=0.1,1000", "--arms", "baseline,rdrop")
+    result = run("tune", "digits", *vary, "--output", tmp_path)
+    assert result.exit_code == 2
+    assert "no setting of rdrop" in " ".join(result.output.split())
+    assert list(json.loads((tmp_path / "tuned.json").read_text())["arms"]) == ["baseline"]

@@ -1,6 +1,6 @@
 """Commands of many runs: the five arms, the studies, and their reports."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,10 +23,14 @@ from regdrop.experiments.arms import Arm, choose_arms, compared_arms
 from regdrop.experiments.recording.manifest import COMPARISON, check_study
 from regdrop.experiments.recording.processes import require_one_process
 from regdrop.experiments.recording.record import merge_records
+from regdrop.experiments.recording.settings import base_settings
 from regdrop.experiments.reporting.verdict import verdict
-from regdrop.experiments.studies.choices import apply_tuned
+from regdrop.experiments.studies.choices import apply_tuned, differing_choice, load_tuned
 from regdrop.experiments.studies.definitions import STUDIES, study_arms
 from regdrop.tasks import Task
+
+# Studies whose arms have an alpha each, whatever the task's.
+_ALPHA_STUDIES = ("alpha", "alpha-schedules")
 
 FiveArmNames = Annotated[
     str | None, typer.Option("--arms", help="Arms to train, by commas; the five if absent.")
@@ -55,7 +59,10 @@ def compare(
         chosen = options.choose(task, alpha)
         compared = arms_of(COMPARISON, chosen, None, arms)
         folder = runs.output or Path("runs") / chosen.name
-        _train_and_report(COMPARISON, chosen, compared, runs, tuned, folder)
+        if tuned is not None:
+            compared = _tuned(compared, COMPARISON, tuned, options.given(alpha))
+            _say_choice(tuned, COMPARISON, chosen, compared, runs)
+        _train_and_report(COMPARISON, chosen, compared, runs, folder)
 
 
 @app.command()
@@ -80,9 +87,18 @@ def sweep(
         chosen = options.choose(task, alpha)
         compared = arms_of(study, chosen, grid, arms)
         known = STUDIES.get(study)
+        if study in _ALPHA_STUDIES and (option := options.given(alpha).get("rdrop.alpha")):
+            raise ValueError(
+                f"{option} has no effect in the study {study!r}, which chooses alpha itself: "
+                "leave it out, or choose by --grid"
+            )
+        if tuned is not None:
+            compared = _tuned(compared, study, tuned, options.given(alpha))
         announce(study, "is now `regdrop compare`" if known is None else known.question)
         folder = runs.output or Path("runs") / f"{chosen.name}-{study}"
-        _train_and_report(study, chosen, compared, runs, tuned, folder)
+        if tuned is not None:
+            _say_choice(tuned, study, chosen, compared, runs)
+        _train_and_report(study, chosen, compared, runs, folder)
 
 
 @app.command()
@@ -105,6 +121,8 @@ def arms_of(study: str, task: Task, grid: str | None, names: str | None) -> list
         ValueError: For a study, a grid or an arm that there is not.
     """
     chosen = None if names is None else [name.strip() for name in names.split(",")]
+    if chosen is not None and not all(chosen):
+        raise ValueError(f"--arms must be names of arms by commas, got {names!r}")
     if study == COMPARISON:
         if grid is not None:
             raise ValueError(f"--grid needs a study that has one, got --study {COMPARISON}")
@@ -118,18 +136,40 @@ def _train_and_report(
     task: Task,
     arms: Sequence[Arm],
     runs: RunsOptions,
-    tuned: Path | None,
     folder: Path,
 ) -> None:
-    if tuned is not None:
-        arms = apply_tuned(arms, study, tuned)
     seeds, machine = runs.seed_range(), runs.machine(len(arms) * runs.seeds)
-    check_study(folder, study)
+    base = base_settings(task)
+    check_study(folder, study, base)
     scope = f"{len(arms)} arms, {len(seeds)} seeds, results in {folder}"
     announce(task.name, f"{task.description}; {scope}")
-    with interruptible(), noted(folder, study), LiveDisplay(arms, seeds, console) as display:
+    with interruptible(), noted(folder, study, base), LiveDisplay(arms, seeds, console) as display:
         run_arms(task, arms, seeds=seeds, folder=folder, display=display, **machine)
     _report(folder)
+
+
+def _tuned(arms: Sequence[Arm], study: str, path: Path, given: Mapping[str, str]) -> list[Arm]:
+    """Return arms with what was chosen for them.
+
+    Raises:
+        ValueError: Where an option chooses one of the same settings.
+    """
+    chosen = load_tuned(path, study)
+    for arm in arms:
+        for name in chosen[arm.name].settings if arm.name in chosen else ():
+            if name in given:
+                raise ValueError(
+                    f"{given[name]} and --tuned {path} both choose {name} (of {arm.name}); leave "
+                    "out one of them"
+                )
+    return apply_tuned(arms, study, path)
+
+
+def _say_choice(path: Path, study: str, task: Task, arms: Sequence[Arm], runs: RunsOptions) -> None:
+    """Say what settings of arms were chosen for, where that is not what they are used for."""
+    names = [arm.name for arm in arms]
+    for line in differing_choice(path, study, task, names, runs.seed_range()):
+        console.print(line, style="yellow", highlight=False)
 
 
 def _report(folder: Path) -> None:

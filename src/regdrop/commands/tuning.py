@@ -21,9 +21,13 @@ from regdrop.commands.options import (
 )
 from regdrop.experiments.recording.manifest import COMPARISON, TUNING, check_study
 from regdrop.experiments.recording.processes import require_one_process
-from regdrop.experiments.studies.choices import check_tuned, save_tuned
+from regdrop.experiments.recording.settings import base_settings
+from regdrop.experiments.studies.choices import check_tuned, load_tuned, save_tuned
+from regdrop.experiments.studies.tuning import NoFiniteFigureError, varied_settings
 from regdrop.experiments.studies.tuning import tune as run_tuning
 from regdrop.experiments.studies.variations import parse_variation
+
+_TRIALS = 20
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,11 @@ def tune(
     grid: Grid = None,
     arms: StudyArmNames = None,
     trials: Annotated[
-        int, typer.Option(min=1, help="Settings that a search tries for each arm.")
-    ] = 20,
+        int | None,
+        typer.Option(
+            min=1, help=f"Settings that a search tries for each arm; {_TRIALS} if absent."
+        ),
+    ] = None,
     storage: Annotated[
         str | None,
         typer.Option(help="Address of an Optuna storage, to search from several machines."),
@@ -72,23 +79,36 @@ def tune(
         tuned_arms = arms_of(study, chosen, grid, arms)
         variations = [parse_variation(text) for text in vary]
         folder = runs.output or Path("runs") / f"{chosen.name}-tuning"
-        check_study(folder, TUNING)
-        check_tuned(folder, study, tuned_arms, variations)
         is_search = any(not variation.values for variation in variations)
+        for option, value in (("--trials", trials), ("--storage", storage)):
+            if value is not None and not is_search:
+                raise ValueError(
+                    f"{option} {value} is of a search in ranges, NAME=LOW:HIGH; values of --vary "
+                    "are tried all"
+                )
+        varied_settings(chosen, tuned_arms, variations)
+        base, seeds = base_settings(chosen), runs.seed_range()
+        check_study(folder, TUNING, base)
+        check_tuned(folder, study, tuned_arms, variations, seeds)
         machine = runs.machine(runs.seeds if is_search else None)
         announce(chosen.name, f"{chosen.description}; results in {folder}")
-        with interruptible(), noted(folder, TUNING), console.status("training"):
-            found = run_tuning(
-                chosen,
-                tuned_arms,
-                variations,
-                seeds=runs.seed_range(),
-                folder=folder,
-                trials=trials,
-                storage=storage,
-                display=FinishedRuns(console),
-                **machine,
-            )
-            target = save_tuned(folder, study, found)
-    print_tuned(chosen, found, console)
+        with interruptible(), noted(folder, TUNING, base), console.status("training"):
+            try:
+                found = run_tuning(
+                    chosen,
+                    tuned_arms,
+                    variations,
+                    seeds=seeds,
+                    folder=folder,
+                    trials=trials or _TRIALS,
+                    storage=storage,
+                    display=FinishedRuns(console),
+                    **machine,
+                )
+            except NoFiniteFigureError as error:  # what was chosen for the others is not lost
+                save_tuned(folder, study, chosen, error.chosen)
+                raise
+            target = save_tuned(folder, study, chosen, found)
+            kept = load_tuned(target, study)
+    print_tuned(chosen, {name: kept[name] for name in found}, console)
     console.print(f"Choice: {target}")

@@ -1,3 +1,4 @@
+import json
 from dataclasses import asdict, replace
 from typing import get_args
 
@@ -15,8 +16,9 @@ from regdrop.experiments.recording.manifest import (
     read_manifest,
 )
 from regdrop.experiments.recording.record import record_path
-from regdrop.experiments.recording.settings import resolved_config
+from regdrop.experiments.recording.settings import base_settings, resolved_config
 from regdrop.experiments.reporting.cost import run_cost
+from regdrop.experiments.reporting.plots import _STYLES, COLOURS
 from regdrop.experiments.reporting.report import write_report
 from regdrop.experiments.reporting.study_plots import pareto_front
 from regdrop.experiments.studies.definitions import STUDIES, study_arms
@@ -375,3 +377,52 @@ def test_a_folder_keeps_to_one_study_and_its_commands(tmp_path, record):
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(ValueError, match=r"study\.json is not the manifest of a study"):
         read_manifest(tmp_path)
+
+
+def test_a_folder_keeps_to_the_settings_from_which_its_arms_are_made(tmp_path, record):
+    base = base_settings(DIGITS)
+    longer = base_settings(replace(DIGITS, training=DIGITS.training.stretched(2)))
+    note_command(tmp_path, "compare", "refused", longer)
+    note_command(tmp_path, "compare", "first", base)  # there were no results
+    assert read_manifest(tmp_path).base == base
+    record().save(record_path(tmp_path, "baseline", 0))
+    note_command(tmp_path, "compare", "second", base)
+    forget_command(tmp_path, "second")
+    check_study(tmp_path, "compare", base)
+    with pytest.raises(ValueError, match=r"of other settings \(training.max_steps\)"):
+        check_study(tmp_path, "compare", longer)
+    with pytest.raises(ValueError, match=r"of other settings \(training.max_steps\)"):
+        note_command(tmp_path, "compare", "third", longer)
+    # What was not an option then had its default; a folder of an older version told nothing.
+    content = json.loads((tmp_path / "study.json").read_text())
+    del content["base"]["rdrop"]["every_n_steps"]
+    (tmp_path / "study.json").write_text(json.dumps(content))
+    check_study(tmp_path, "compare", base)
+    del content["base"]
+    (tmp_path / "study.json").write_text(json.dumps(content))
+    note_command(tmp_path, "compare", "third", longer)
+    assert read_manifest(tmp_path).base is None
+
+
+@pytest.mark.parametrize("study", ["alpha", "alpha-schedules", "dropout-rates"])
+def test_numbers_that_name_one_arm_are_refused(study):
+    with pytest.raises(ValueError, match="grid must hold numbers that differ in their first six"):
+        study_arms(study, DIGITS, [0.10000001, 0.10000002])
+
+
+def test_more_passes_than_a_step_can_have_are_refused():
+    with pytest.raises(ValueError, match=r"grid of num-passes must hold at most 100, got 1e\+20"):
+        study_arms("num-passes", DIGITS, [2, 1e20])
+
+
+def test_every_arm_of_the_largest_study_is_drawn_as_a_line_of_its_own():
+    assert len(study_arms("alpha-schedules", DIGITS)) <= len(COLOURS) * len(_STYLES)
+    assert len(set(_STYLES)) == len(_STYLES)
+
+
+def test_the_front_passes_through_the_points_as_they_are_drawn(draw):
+    """Arms of one cost are drawn apart."""
+    panel = draw("cost", study_arms("cost", DIGITS))
+    drawn = {tuple(map(float, bars.lines[0].get_xydata()[0])) for bars in panel.containers}
+    (front,) = [line for line in panel.lines if line.get_linestyle() == "--"]
+    assert {tuple(map(float, point)) for point in front.get_xydata()} <= drawn

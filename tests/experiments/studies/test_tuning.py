@@ -4,9 +4,18 @@ from dataclasses import replace
 import pytest
 
 from regdrop.experiments import build_arms, run_arm
+from regdrop.experiments.arms import optional_arms
 from regdrop.experiments.studies import tuning
-from regdrop.experiments.studies.choices import TunedArm, apply_tuned, check_tuned, save_tuned
-from regdrop.experiments.studies.tuning import tune
+from regdrop.experiments.studies.choices import (
+    TunedArm,
+    apply_tuned,
+    check_tuned,
+    differing_choice,
+    load_tuned,
+    save_tuned,
+)
+from regdrop.experiments.studies.definitions import study_arms
+from regdrop.experiments.studies.tuning import NoFiniteFigureError, tune, varied_settings
 from regdrop.experiments.studies.variations import (
     Variation,
     describe_settings,
@@ -166,14 +175,15 @@ def test_what_was_chosen_is_taken_for_every_arm_of_its_study(tmp_path, short, ru
         variation = Variation("rdrop.alpha", values=(alpha,))
         return tune(short, [rdrop], [variation], seeds=[7], folder=tmp_path, **changes)
 
-    path = save_tuned(tmp_path, "compare", choose(0.5))
+    path = save_tuned(tmp_path, "compare", short, choose(0.5))
     with pytest.raises(ValueError, match=r"a choice for every arm, .* lacks baseline"):
         apply_tuned(arms, "compare", path)
     with pytest.raises(ValueError, match="for the arms of 'compare', not of 'cost'"):
         apply_tuned([rdrop], "cost", path)
     # What is chosen later for another arm stands beside it.
     variations = [Variation("training.learning_rate", values=(1e-2,))]
-    save_tuned(tmp_path, "compare", tune(short, [baseline], variations, seeds=[7], folder=tmp_path))
+    later = tune(short, [baseline], variations, seeds=[7], folder=tmp_path)
+    save_tuned(tmp_path, "compare", short, later)
     changed = apply_tuned(arms, "compare", path)
     assert changed[0] == with_settings(baseline, {"training.learning_rate": 1e-2})
     assert changed[1] == replace(rdrop, rdrop=replace(rdrop.rdrop, alpha=0.5))
@@ -188,7 +198,7 @@ def test_a_search_of_less_does_not_drop_what_was_chosen_before(tmp_path, short):
     rate = Variation("training.learning_rate", values=(1e-3, 1e-2))
     check_tuned(tmp_path, "compare", arms, [alpha])
     chosen = {"training.learning_rate": 1e-3}
-    save_tuned(tmp_path, "compare", {"baseline": TunedArm(chosen, 0.9, 2)})
+    save_tuned(tmp_path, "compare", short, {"baseline": TunedArm(chosen, 0.9, 2)})
     check_tuned(tmp_path, "compare", arms[1:], [alpha])
     check_tuned(tmp_path, "compare", arms, [alpha, rate])
     with pytest.raises(ValueError, match=r"a choice of training.learning_rate for baseline"):
@@ -215,3 +225,99 @@ def test_settings_that_there_are_not_are_named_before_anything_runs(tmp_path, sh
             folder=tmp_path / "out",
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("values", ["1,1.0", "1,1", "a,a"])
+def test_a_value_is_tried_once(values):
+    with pytest.raises(ValueError, match="the values of a variation must differ"):
+        parse_variation(f"rdrop.alpha={values}")
+
+
+def test_a_setting_is_varied_once(tmp_path, short):
+    twice = [Variation("rdrop.alpha", values=(1,)), Variation("rdrop.alpha", values=(3,))]
+    with pytest.raises(ValueError, match=r"varied once, got rdrop.alpha 2 times"):
+        tune(short, [build_arms(short)["rdrop"]], twice, seeds=[7], folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arm", "name", "value"),
+    [
+        ("baseline-2x", "training.max_steps", 6),
+        ("two-thirds-batch", "training.batch_size", 8),
+        ("rdrop-one-backward", "rdrop.backward_passes", 2),
+        ("alpha-1", "rdrop.alpha", 3),
+        ("r3f", "rdrop.method", "rdrop"),
+    ],
+)
+def test_what_makes_an_arm_is_not_varied(short, arm, name, value):
+    alphas = {one.name: one for one in study_arms("alpha", short, [0, 1])}
+    known = {**build_arms(short), **optional_arms(short), **alphas}
+    with pytest.raises(ValueError, match=f"{name} must not be varied for {arm} "):
+        varied_settings(short, [known[arm]], [Variation(name, values=(value,))])
+
+
+def test_the_weight_of_other_methods_and_the_odds_of_dropout_are_varied(short):
+    arms = list(optional_arms(short).values())
+    found = varied_settings(short, arms, [Variation("rdrop.alpha", values=(1, 3))])
+    assert set(found) == set(optional_arms(short))
+
+
+def test_an_alpha_that_rises_by_itself_is_a_value(short):
+    variation = parse_variation("rdrop.alpha=auto,1")
+    rdrop = build_arms(short)["rdrop"]
+    assert varied_settings(short, [rdrop], [variation]) == {"rdrop": [variation]}
+    assert with_settings(rdrop, {"rdrop.alpha": "auto"}).rdrop.alpha == "auto"
+
+
+def test_a_better_earlier_choice_by_the_same_seeds_stays(tmp_path, short):
+    """The task's figure is the NLL, of which less is better."""
+
+    def choose(alpha, figure, seeds=(7,)):
+        found = {"rdrop": TunedArm({"rdrop.alpha": alpha}, figure, 1, seeds)}
+        return load_tuned(save_tuned(tmp_path, "compare", short, found), "compare")["rdrop"]
+
+    assert choose(1, 0.5).settings == {"rdrop.alpha": 1}
+    assert choose(3, 0.6).settings == {"rdrop.alpha": 1}
+    assert choose(5, 0.4) == TunedArm({"rdrop.alpha": 5}, 0.4, 1, (7,))
+    rdrop, alpha = build_arms(short)["rdrop"], Variation("rdrop.alpha", values=(1,))
+    check_tuned(tmp_path, "compare", [rdrop], [alpha], seeds=[7])
+    with pytest.raises(ValueError, match=r"for rdrop by the seeds 7, got 7, 8; choose by the same"):
+        check_tuned(tmp_path, "compare", [rdrop], [alpha], seeds=[7, 8])
+
+
+def test_a_choice_says_of_what_it_is(tmp_path, short):
+    found = {"rdrop": TunedArm({"rdrop.alpha": 1}, 0.5, 1, (7, 8)), "alpha-0": TunedArm()}
+    path = save_tuned(tmp_path, "compare", short, found)
+
+    def said(task, seeds):
+        return " ".join(differing_choice(path, "compare", task, ["rdrop", "alpha-0"], seeds))
+
+    assert said(short, [0, 1]) == ""
+    assert "The seed 8 is among those by which" in said(short, [8, 9])
+    assert "for the task short, not for long" in said(replace(short, name="long"), [0])
+    longer = replace(short, training=replace(short.training, max_steps=12))
+    assert "for runs of 6 steps, not of 12" in said(longer, [0])
+    # An older version did not tell.
+    content = json.loads(path.read_text())
+    old = {"settings": {"rdrop.alpha": 1}, "validation": 0.5, "tried": 1}
+    path.write_text(json.dumps({"study": content["study"], "arms": {"rdrop": old}}))
+    assert said(longer, [7]) == ""
+
+
+def test_an_arm_that_diverges_everywhere_does_not_lose_the_choice_of_others(
+    tmp_path, short, record, monkeypatch
+):
+    def run_arms(task, arms, **options):
+        return [
+            record(arm.name, validation={"nll": float("nan") if "rdrop@" in arm.name else 0.5})
+            for arm in arms
+        ]
+
+    monkeypatch.setattr(tuning, "run_arms", run_arms)
+    arms = [build_arms(short)[name] for name in ("rdrop", "baseline")]
+    variation = Variation("training.learning_rate", values=(1e-3, 1e-2))
+    with pytest.raises(NoFiniteFigureError, match="no setting of rdrop that was varied") as caught:
+        tune(short, arms, [variation], seeds=[7], folder=tmp_path)
+    chosen = TunedArm({"training.learning_rate": 1e-3}, 0.5, 2, (7,))
+    assert caught.value.chosen == {"baseline": chosen}

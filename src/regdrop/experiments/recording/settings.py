@@ -50,8 +50,7 @@ def check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any])
     Raises:
         ValueError: If not, with the names of the settings that differ.
     """
-    if "rdrop" in found:  # what was not an option then had the value that is its default now
-        found = {**found, "rdrop": {**RDropConfig().to_dict(), **found["rdrop"]}}
+    found = _with_later_options(found)
     if "data" not in wanted:  # it cannot be looked at now
         found = {name: value for name, value in found.items() if name != "data"}
     elif isinstance(found.get("data"), Mapping):
@@ -67,9 +66,28 @@ def check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any])
         )
 
 
+def base_settings(task: Task) -> dict[str, Any]:
+    """Return the settings of a task that arms have of their own, as JSON holds them."""
+    settings = {"training": asdict(task.training), "rdrop": task.rdrop.to_dict()}
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def differing_base(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the names of what differs between the settings from which arms were made."""
+    return _differences(_with_later_options(found), now)
+
+
 def differing_data(found: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Return the names of what differs between two digests of data."""
     return _differences(_split_files(found, now), now, are_fields=False)
+
+
+def _with_later_options(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with R-Drop's later options, whose defaults are what was done before."""
+    if "rdrop" not in found:
+        return dict(found)
+    return {**found, "rdrop": {**RDropConfig().to_dict(), **found["rdrop"]}}
 
 
 def _split_files(found: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:

@@ -16,7 +16,8 @@ from regdrop.whole_files import write_whole
 
 # Distinct also for colour-blind readers (Okabe and Ito).
 COLOURS = ("#000000", "#999999", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
-_STYLES = ("-", "--", ":", "-.", (0, (1, 3)))
+# With the colours as many as the largest study has arms.
+_STYLES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (6, 3)), (0, (4, 1, 1, 1, 1, 1)))
 _PALETTE = 256
 _COLUMNS = 2
 _LEGEND_COLUMNS = 5

@@ -171,7 +171,7 @@ def _draw_cost(
                 )
             front = pareto_front(points, metric.greater_is_better)
             panel.plot(
-                [points[i][0] for i in front],
+                [shown[i] for i in front],
                 [points[i][1] for i in front],
                 color="#888888",
                 linestyle="--",

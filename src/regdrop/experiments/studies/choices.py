@@ -1,7 +1,7 @@
 """What was chosen for the arms of a study: kept in one file, and given to arms again."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from regdrop.experiments.studies.variations import (
     is_varied,
     with_settings,
 )
+from regdrop.tasks import Task
 
 TUNED_NAME = "tuned.json"
 
@@ -27,40 +28,125 @@ class TunedArm:
         validation: Mean over seeds of the selection metric on the validation split; None where
             nothing was tried.
         tried: Number of settings that were tried.
+        seeds: Seeds of the runs that were compared; none in a file of an older version.
     """
 
     settings: dict[str, Setting] = field(default_factory=dict)
     validation: float | None = None
     tried: int = 0
+    seeds: tuple[int, ...] = ()
 
 
 def check_tuned(
-    folder: Path, study: str, arms: Sequence[Arm], variations: Sequence[Variation]
+    folder: Path,
+    study: str,
+    arms: Sequence[Arm],
+    variations: Sequence[Variation],
+    seeds: Sequence[int] = (),
 ) -> None:
-    """Check, before a search, that its choice keeps every setting that was chosen before.
+    """Check, before a search, that its choice can stand beside what was chosen before.
 
     Raises:
-        ValueError: If a setting was chosen for one of the arms that is not varied now.
+        ValueError: If a setting was chosen for one of the arms that is not varied now, or by other
+            seeds, whose figures cannot be compared.
     """
     path = folder / TUNED_NAME
-    before = _load_tuned(path, study) if path.exists() else {}
+    before = load_tuned(path, study) if path.exists() else {}
     for arm in arms:
         varied = {variation.name for variation in variations if is_varied(arm, variation)}
-        if lost := sorted(before.get(arm.name, {"settings": {}})["settings"].keys() - varied):
+        earlier = before.get(arm.name, TunedArm())
+        if varied and earlier.seeds and tuple(seeds) != earlier.seeds:
+            raise ValueError(
+                f"{path} holds a choice for {arm.name} by the seeds {_listed(earlier.seeds)}, got "
+                f"{_listed(seeds)}; choose by the same seeds, or choose another output folder"
+            )
+        if lost := sorted(earlier.settings.keys() - varied):
             raise ValueError(
                 f"{path} holds a choice of {', '.join(lost)} for {arm.name}, which this search "
                 "would drop; vary that too, or choose another output folder"
             )
 
 
-def save_tuned(folder: Path, study: str, tuned: Mapping[str, TunedArm]) -> Path:
-    """Write what was chosen for the arms of a study, beside what was chosen for others before."""
+def save_tuned(folder: Path, study: str, task: Task, tuned: Mapping[str, TunedArm]) -> Path:
+    """Write what was chosen for the arms of a study, beside what was chosen for others before.
+
+    What was chosen for an arm before stays where it is better by the same seeds.
+    """
     path = folder / TUNED_NAME
+    greater_is_better = task.metrics[task.selection_metric].greater_is_better
     with hold(folder / "tuned.lock", f"{path}", seconds=PATIENCE_SECONDS):
-        arms = _load_tuned(path, study) if path.exists() else {}
-        arms |= {name: asdict(own) for name, own in tuned.items()}
-        write_json(path, {"study": study, "arms": arms})
+        arms = load_tuned(path, study) if path.exists() else {}
+        for name, now in tuned.items():
+            before = arms.get(name, TunedArm())
+            is_kept = _is_better(before, now, greater_is_better)
+            tried = max(before.tried if is_kept else 0, now.tried, _count_tried(folder, name))
+            arms[name] = replace(before if is_kept else now, tried=tried if now.tried else 0)
+        content = {"study": study, "task": task.name, "steps": task.training.max_steps}
+        write_json(path, content | {"arms": {name: asdict(own) for name, own in arms.items()}})
     return path
+
+
+def load_tuned(path: Path, study: str) -> dict[str, TunedArm]:
+    """Return what was chosen for the arms of a study.
+
+    Raises:
+        ValueError: If the file holds no such choice.
+    """
+    arms = _read_tuned(path, study)["arms"]
+    return {
+        name: TunedArm(own["settings"], own.get("validation"), own.get("tried", 0), own["seeds"])
+        for name, own in arms.items()
+    }
+
+
+def differing_choice(
+    path: Path, study: str, task: Task, arms: Sequence[str], seeds: Sequence[int]
+) -> list[str]:
+    """Return what is to be said of a choice that was made for something else than it is used for.
+
+    Args:
+        path: The file that holds it.
+        study: Name of the study.
+        task: The task of the comparison.
+        arms: Names of its arms.
+        seeds: Its seeds.
+    """
+    content, lines = _read_tuned(path, study), []
+    chosen = load_tuned(path, study)
+    found, steps = content.get("task", task.name), task.training.max_steps
+    if found != task.name:
+        lines.append(f"{path} was chosen for the task {found}, not for {task.name}.")
+    elif (other := content.get("steps", steps)) != steps:
+        lines.append(f"{path} was chosen for runs of {other} steps, not of {steps}.")
+    used = {seed for name in arms if name in chosen for seed in chosen[name].seeds}
+    if common := sorted(used & set(seeds)):
+        are = "The seed {} is" if len(common) == 1 else "The seeds {} are"
+        lines.append(
+            f"{are.format(_listed(common))} among those by which {path} was chosen: take others, "
+            "by --first-seed."
+        )
+    return lines
+
+
+def _is_better(before: TunedArm, now: TunedArm, greater_is_better: bool) -> bool:
+    """Return whether an earlier choice is better than one by the same seeds."""
+    if before.validation is None or now.validation is None or before.seeds != now.seeds:
+        return False
+    if not before.seeds:  # of an older version, which did not tell
+        return False
+    if greater_is_better:
+        return before.validation > now.validation
+    return before.validation < now.validation
+
+
+def _count_tried(folder: Path, arm: str) -> int:
+    """Return how many settings of an arm have records."""
+    names = (path.name for path in (folder / "records").glob("*.json"))
+    return len({name.rpartition("-seed")[0] for name in names if name.startswith(f"{arm}@")})
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def apply_tuned(arms: Sequence[Arm], study: str, path: Path) -> list[Arm]:
@@ -69,7 +155,7 @@ def apply_tuned(arms: Sequence[Arm], study: str, path: Path) -> list[Arm]:
     Raises:
         ValueError: If the file holds no such choice, or not one for every arm.
     """
-    chosen = _load_tuned(path, study)
+    chosen = load_tuned(path, study)
     if missing := [arm.name for arm in arms if arm.name not in chosen]:
         raise ValueError(
             f"{path} must hold a choice for every arm, lest some be tuned and others not; it "
@@ -77,19 +163,21 @@ def apply_tuned(arms: Sequence[Arm], study: str, path: Path) -> list[Arm]:
             "nothing of what is varied matters"
         )
     try:
-        return [with_settings(arm, chosen[arm.name]["settings"]) for arm in arms]
+        return [with_settings(arm, chosen[arm.name].settings) for arm in arms]
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
 
 
-def _load_tuned(path: Path, study: str) -> dict[str, dict[str, Any]]:
+def _read_tuned(path: Path, study: str) -> dict[str, Any]:
     what = "a file of `regdrop tune`"
     content = read_object(path, what)
     try:
         found, arms = content["study"], content["arms"]
-        result = {name: {**own, "settings": dict(**own["settings"])} for name, own in arms.items()}
+        arms = {name: {**own, "settings": dict(**own["settings"])} for name, own in arms.items()}
+        for own in arms.values():
+            own["seeds"] = tuple(own.get("seeds", ()))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not {what}: {error}") from error
     if found != study:
         raise ValueError(f"{path} holds a choice for the arms of {found!r}, not of {study!r}")
-    return result
+    return {**content, "arms": arms}

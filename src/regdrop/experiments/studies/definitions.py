@@ -19,6 +19,9 @@ _ALPHA_STARTS = (3.0, 6.0)
 # Ramps around the constants that are good on most tasks: their begin and their end.
 _NARROW_RAMPS = ((3.0, 10.0), (4.0, 12.0))
 
+# Each is a batch more in memory.
+_MOST_PASSES = 100
+
 
 @dataclass(frozen=True)
 class Study:
@@ -64,7 +67,14 @@ def study_arms(name: str, task: Task, grid: Sequence[float] | None = None) -> li
         raise ValueError(f"grid must hold finite numbers, got {values}")
     if len(set(values)) != len(values) or (study.grid and not values):
         raise ValueError(f"grid must hold different numbers, at least one, got {values}")
-    return study.build(task, values)
+    arms = study.build(task, values)
+    names = [arm.name for arm in arms]
+    if same := sorted({arm for arm in names if names.count(arm) > 1}):
+        raise ValueError(
+            f"grid must hold numbers that differ in their first six digits, got {values}: several "
+            f"of them are the arm {same[0]}"
+        )
+    return arms
 
 
 def _rdrop(task: Task, **changes: Any) -> RDropConfig:
@@ -242,6 +252,8 @@ def _ordinal(number: int) -> str:
 def _num_passes(task: Task, grid: Sequence[float]) -> list[Arm]:
     arms = []
     for m in _whole_numbers("num-passes", grid):
+        if m > _MOST_PASSES:
+            raise ValueError(f"grid of num-passes must hold at most {_MOST_PASSES}, got {m:g}")
         if m == 1:
             arms.append(build_arms(task)[BASELINE])
         else:

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,11 +18,27 @@ from regdrop.experiments.studies.choices import TunedArm
 from regdrop.experiments.studies.search import STORAGE_NAME, search
 from regdrop.experiments.studies.variations import (
     Variation,
+    check_variations,
     is_varied,
     tried_arm,
     with_settings,
 )
 from regdrop.tasks import Task
+
+
+class NoFiniteFigureError(ValueError):
+    """Some arm has no setting whose runs end with a finite figure.
+
+    Attributes:
+        chosen: What was chosen for the other arms.
+    """
+
+    def __init__(self, arms: Sequence[str], chosen: dict[str, TunedArm]) -> None:
+        super().__init__(
+            f"no setting of {', '.join(arms)} that was varied ends with a finite figure"
+        )
+        self.chosen = chosen
+
 
 # From arms to the mean over seeds of each one's validation metric, by its name.
 Measure = Callable[[Sequence[Arm]], Mapping[str, float]]
@@ -63,11 +79,11 @@ def tune(
         display: Shown the progress.
 
     Raises:
-        ValueError: For a setting or a value that an arm refuses, for a range without Optuna, where
-            nothing varied matters to any arm or no run ends with a finite figure, or as `run_arms`
-            does.
+        ValueError: As `varied_settings` or `run_arms` does.
+        NoFiniteFigureError: Where no run of an arm ends with a finite figure, once the settings of
+            the others are chosen.
     """
-    varied = _varied_settings(arms, variations)
+    varied = varied_settings(task, arms, variations)
 
     def measure(tried: Sequence[Arm]) -> dict[str, float]:
         records = run_arms(
@@ -101,18 +117,26 @@ def tune(
             trials=trials,
             greater_is_better=greater_is_better,
         )
-        _check_finite(arm.name, chosen[arm.name])
+    chosen = {
+        name: replace(own, seeds=tuple(seeds)) if own.tried else own for name, own in chosen.items()
+    }
+    diverged = [name for name, own in chosen.items() if own.tried and not _is_finite(own)]
+    if diverged:
+        others = {name: own for name, own in chosen.items() if name not in diverged}
+        raise NoFiniteFigureError(diverged, others)
     return chosen
 
 
-def _varied_settings(
-    arms: Sequence[Arm], variations: Sequence[Variation]
+def varied_settings(
+    task: Task, arms: Sequence[Arm], variations: Sequence[Variation]
 ) -> dict[str, list[Variation]]:
     """Return what is varied of each arm, and check that it takes all of the values.
 
     Raises:
-        ValueError: If it does not, if nothing is varied, or for a range without Optuna.
+        ValueError: If it does not, if nothing is varied, or something twice or by which an arm is
+            what it is, or for a range without Optuna.
     """
+    check_variations(task, arms, variations)
     if any(not v.values for v in variations) and find_spec("optuna") is None:
         raise ValueError(
             "a range is searched by optuna, which is not installed: pip install 'regdrop[search]'"
@@ -157,13 +181,11 @@ def _best_of_grids(
     for name, runs in tried.items():
         best = choose(runs, key=lambda run: metrics[run.name])
         chosen[name] = TunedArm(runs[best], metrics[best.name], len(runs))
-        _check_finite(name, chosen[name])
     return chosen
 
 
-def _check_finite(arm: str, tuned: TunedArm) -> None:
-    if tuned.validation is None or not math.isfinite(tuned.validation):
-        raise ValueError(f"no setting of {arm} that was varied ends with a finite figure")
+def _is_finite(tuned: TunedArm) -> bool:
+    return tuned.validation is not None and math.isfinite(tuned.validation)
 
 
 def _search_digest(

@@ -1,13 +1,14 @@
 """Settings of arms that are varied: as a user types them, and arms that have them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from regdrop.arguments import nearest
 from regdrop.config import RDropConfig
 from regdrop.experiments.arms import Arm
+from regdrop.tasks import Task
 from regdrop.tasks.configure import parse_value
 
 Setting = float | int | str
@@ -50,7 +51,7 @@ def parse_variation(text: str) -> Variation:
         )
     if len(parts) == 1:
         values = tuple(parse_value(part) for part in right.split(","))
-        if len(set(map(str, values))) != len(values):
+        if len(set(map(_as_one, values))) != len(values):
             raise ValueError(f"the values of a variation must differ, got {text!r}")
         return Variation(name, values=values)
     numbers = [parse_value(part) for part in parts[:2]]
@@ -83,7 +84,8 @@ def with_settings(arm: Arm, settings: Mapping[str, Setting]) -> Arm:
             raise ValueError(
                 f"{part} has no setting {own!r}; it has {', '.join(known)}{nearest(own, known)}"
             )
-        if _is_number(getattr(holder, own)) and not _is_number(value):
+        is_auto = name == "rdrop.alpha" and value == "auto" and arm.dropout_odds == 1
+        if _is_number(getattr(holder, own)) and not _is_number(value) and not is_auto:
             raise ValueError(f"{name} must be a number, got {value!r}")
         if name == "rdrop.alpha" and arm.dropout_odds != 1:
             # The penalty that R-Drop has by this alpha, which must be one that it takes.
@@ -102,11 +104,48 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _as_one(value: Any) -> Any:
+    """Return what two values share that are one: 1 and 1.0."""
+    return float(value) if _is_number(value) else str(value)
+
+
 def is_varied(arm: Arm, variation: Variation) -> bool:
     """Return whether a setting means anything to an arm: R-Drop's mean nothing to one pass."""
     if variation.name == "rdrop.alpha":
         return arm.rdrop.alpha not in (0, "auto") or arm.dropout_odds != 1
     return not variation.name.startswith("rdrop.") or arm.rdrop.num_passes > 1
+
+
+def check_variations(task: Task, arms: Sequence[Arm], variations: Sequence[Variation]) -> None:
+    """Check that nothing is varied twice, and nothing by which an arm is what it is.
+
+    Raises:
+        ValueError: If it is.
+    """
+    names = [variation.name for variation in variations]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"a setting must be varied once, got {twice[0]} {names.count(twice[0])} times; name "
+            "all of its values in one"
+        )
+    for arm in arms:
+        for variation in variations:
+            if is_varied(arm, variation) and _defines(task, arm, variation.name):
+                raise ValueError(
+                    f"{variation.name} must not be varied for {arm.name} ({arm.description}): it "
+                    "is what makes that arm; name the other arms by --arms"
+                )
+
+
+def _defines(task: Task, arm: Arm, name: str) -> bool:
+    """Return whether a setting is one in which an arm differs from its task."""
+    part, _, own = name.partition(".")
+    # Another method's alpha is a weight of its own, which has to be chosen as well.
+    if name == "rdrop.alpha" and (arm.rdrop.method != "rdrop" or arm.dropout_odds != 1):
+        return False
+    base: Any = getattr(task, part)
+    mine: Any = getattr(arm, part)
+    return hasattr(base, own) and getattr(base, own) != getattr(mine, own)
 
 
 def describe_settings(settings: Mapping[str, Setting]) -> str:
