@@ -56,14 +56,15 @@ def extra_pass(model: nn.Module, forward: Callable[[Any], Output], batch: Any) -
         )
     with torch.no_grad(), preserve_random_state(), preserve_buffers(model):
         # Without a new seed the pass would draw the very masks of the pass that follows.
-        _seed_all(int(torch.randint(2**62, ()).item()))
+        _seed_all(int(torch.randint(2**32, ()).item()))
         return forward(copy_structure(batch, clones=True))
 
 
 def _seed_all(seed: int) -> None:
-    """Seed torch, Python and NumPy, each of which a model may draw from."""
+    """Seed torch, Python and NumPy, each of which a model may draw from; NumPy has 2**32 seeds."""
     torch.manual_seed(seed)
     random.seed(seed)
     numpy_random = getattr(sys.modules.get("numpy"), "random", None)
     if numpy_random is not None:
-        numpy_random.seed(seed % 2**32)
+        # Its `seed` would be compiled anew for every number.
+        numpy_random.set_state(numpy_random.RandomState(seed).get_state())

@@ -309,6 +309,16 @@ def test_a_model_without_dropout_is_warned_about_once(tmp_path):
     assert "R-Drop has nothing to compare" in ours[0]
 
 
+def test_another_run_looks_at_dropout_again(tmp_path):
+    trainer = run(tmp_path, rdrop=RDropConfig())
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    trainer.model.config.hidden_dropout_prob = 0.0
+    with pytest.warns(UserWarning, match="R-Drop has nothing to compare"):
+        trainer.train()
+
+
 def test_passes_that_are_the_same_despite_dropout_are_warned_about_once(tmp_path):
     model = tiny_bert()
 

@@ -99,7 +99,6 @@ class RDropTrainerMixin(RunState):
         self._meter = LossMeter()
         max_steps = self.args.max_steps
         self._planner = StepPlanner(self.rdrop, max_steps if max_steps > 0 else None)
-        self._is_dropout_checked = self._has_told_of_passes = False
         self._is_fused = self._was_computed = False
         self._is_in_step = self._is_asked_by_trainer = False
         self._given_rdrop = self.rdrop

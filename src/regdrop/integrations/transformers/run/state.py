@@ -35,7 +35,8 @@ class RunState(WindowCounting):
     _searched_rdrop: RDropConfig | None = None
     _trials: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ()
     _resumed_state: dict[str, Any] | None = None
-    _has_warned = False
+    # What was looked at or told in this run.
+    _is_dropout_checked = _has_warned = _has_told_of_passes = False
     _looked_at = -1
 
     def begin_training(self) -> None:
@@ -48,6 +49,7 @@ class RunState(WindowCounting):
         # The model, the loss or the data may be others than those of a run before.
         self._source, self._is_checked = None, False
         self._looked_at, self._has_told_of_loss = -1, False
+        self._is_dropout_checked = self._has_warned = self._has_told_of_passes = False
         if self.rdrop.alpha_rule == "restore" and not self.args.load_best_model_at_end:
             raise ValueError(
                 "alpha_rule='restore' goes back to the best checkpoint: it needs "
