@@ -102,7 +102,7 @@ def run_passes(
     first, others = _group(selections[:graded], strategy), _group(selections[graded:], strategy)
     with torch.no_grad():
         rest = [run(group, graded + n) for n, group in enumerate(others)]
-    outputs = [*(run(group, n) for n, group in enumerate(first)), *rest]
+    outputs = [run(group, n) for n, group in enumerate(first)] + rest
     if len(outputs) == 1:
         return outputs[0]
     if join is not None:
