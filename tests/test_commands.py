@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from models import tiny_bert, tiny_vit
 from regdrop.commands import app, comparisons, runs, tuning
 from regdrop.commands.loading import load_model
+from regdrop.commands.options import output_folder
 from regdrop.experiments import RunRecord, load_records
 from regdrop.experiments.recording.record import record_path
 from regdrop.experiments.recording.settings import resolved_config
@@ -255,7 +256,7 @@ TUNE = ("tune", "digits", "--vary", "rdrop.alpha=1")
         (("compare", "digits", "--arms", "rdrop,"), "names of arms by commas, got 'rdrop,'"),
         (("compare", "digits", "--steps", 0), "Invalid value for '--steps': "),
         (("compare", "digits", "--output", ""), "Invalid value for '--output' / '-o'"),
-        (("train", "digits", "--output", "/proc/nope/x"), "'/proc/nope/x' cannot be made a folder"),
+        (("train", "digits", "--output", "/dev/null/x"), "'/dev/null/x' cannot be made a folder"),
         (("compare", "digits", "--set", "name=ptb-part"), "by the name of another preset"),
         (
             ("sweep", "alpha", "--task", "digits", "--alpha", 3),
@@ -435,6 +436,21 @@ def test_a_file_is_no_folder_of_results(tmp_path):
         result = run(*command, "--output", tmp_path / "file")
         assert result.exit_code == 2
         assert "'--output'" in result.output
+
+
+def test_the_name_of_an_output_makes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "mkdir", None)
+    monkeypatch.setattr(os, "rmdir", None)
+    (tmp_path / "gone").symlink_to("nowhere")
+    assert output_folder(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
+    assert output_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(typer.BadParameter, match=r"cannot be made a folder: .*gone is no folder"):
+        output_folder(str(tmp_path / "gone" / "b"))
+    with pytest.raises(typer.BadParameter, match="a folder's name must be Unicode"):
+        output_folder(str(tmp_path / "\udc80"))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(typer.BadParameter, match=r"a folder: .* cannot be written to"):
+        output_folder(str(tmp_path / "a" / "b"))
 
 
 def test_too_little_memory_is_said_in_a_line(tmp_path):

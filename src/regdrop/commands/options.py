@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from regdrop.commands.app import workers_and_threads
-from regdrop.experiments.recording.ownership import make_folders, remove_empty
+from regdrop.experiments.recording.ownership import check_folder_name
 from regdrop.experiments.running.cluster import parse_address
 from regdrop.tasks import PRESETS, Task
 from regdrop.tasks.configure import change_task, find_task
@@ -82,14 +83,23 @@ TunedFile = Annotated[
 
 
 def output_folder(text: str) -> Path:
-    """Return the folder that an --output names, which can be made or is there."""
+    """Return the folder that an --output names, which can be made or is there.
+
+    Nothing is made: processes of one run, or several commands, may name it at once.
+    """
     if not text.strip():
         raise typer.BadParameter(f"must be the name of a folder, got {text!r}")
     folder = Path(text)
     try:
         if folder.exists() and not folder.is_dir():
             raise typer.BadParameter(f"must be a folder, got the file {text!r}")
-        remove_empty(make_folders(folder))
+        check_folder_name(folder)
+        existing = filter(os.path.lexists, (folder, *folder.parents))
+        place = next(existing, folder)
+        if not place.is_dir():
+            raise NotADirectoryError(f"{place} is no folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(f"{place} cannot be written to")
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{text!r} cannot be made a folder: {error}") from error
     return folder

@@ -64,12 +64,21 @@ def holder(path: Path) -> str | None:
     return None
 
 
-def make_folders(folder: Path) -> list[Path]:
-    """Make a folder and those above it, and return the new ones, the innermost first."""
+def check_folder_name(folder: Path) -> None:
+    """Check that a folder has a name that other libraries can write to, too.
+
+    Raises:
+        ValueError: If not.
+    """
     try:
-        str(folder).encode("utf-8")  # other libraries write there, too
+        str(folder).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"a folder's name must be Unicode, got {str(folder)!r}") from None
+
+
+def make_folders(folder: Path) -> list[Path]:
+    """Make a folder and those above it, and return the new ones, the innermost first."""
+    check_folder_name(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return made
