@@ -82,6 +82,17 @@ def test_a_monitored_step_measures_noise_of_python_and_numpy(draw):
     assert output.kl > 0
 
 
+def test_another_generator_of_numpy_is_left_as_it_was():
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(3))
+    try:
+        expected = np.random.get_state(legacy=False)
+        extra_pass(nn.Identity(), lambda x: x + np.random.rand(), torch.ones(2))
+        assert np.random.get_state(legacy=False) == expected
+    finally:
+        np.random.set_bit_generator(before)
+
+
 def test_measured_divergence_is_the_mean_over_items_that_count():
     logits, other = torch.randn(2, 4, 3, dtype=torch.float64).unbind()
     target = torch.tensor([0, -100, 2, 1])

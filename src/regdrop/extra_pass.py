@@ -66,5 +66,8 @@ def _seed_all(seed: int) -> None:
     random.seed(seed)
     numpy_random = getattr(sys.modules.get("numpy"), "random", None)
     if numpy_random is not None:
-        # Its `seed` would be compiled anew for every number.
-        numpy_random.set_state(numpy_random.RandomState(seed).get_state())
+        # Its `seed` would be compiled anew for every number, and somebody may have put in another
+        # generator, which has no such seed.
+        state = numpy_random.RandomState(seed).get_state(legacy=False)
+        if numpy_random.get_state(legacy=False)["bit_generator"] == state["bit_generator"]:
+            numpy_random.set_state(state)

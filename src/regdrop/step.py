@@ -12,7 +12,7 @@ from regdrop.divergence_watch import reached_modules, watch_divergence
 from regdrop.extra_pass import extra_pass, measure_divergence
 from regdrop.loss import ItemTerms, RDropOutput, is_counted
 from regdrop.loss.checks import check_counts, place_of_tensor
-from regdrop.passes import find_tensors, refuse_other_rows
+from regdrop.passes import find_tensors, refuse_other_rows, run_as_pass
 from regdrop.passes.per_sample import has_per_sample_gradients
 from regdrop.schedule import is_monitored, plan_step
 from regdrop.step_passes import compute_passes_loss, rows_of_target, run_step_passes
@@ -104,7 +104,8 @@ def rdrop_step(
     run = partial(_checked_output, forward, is_counted(terms), loss)
     other = None
     if plan.num_passes == 1 and is_monitored(config, step):
-        other = extra_pass(_monitored_modules(forward), forward, batch)
+        last = partial(run_as_pass, forward, config.num_passes - 1)
+        other = extra_pass(_monitored_modules(forward), last, batch)
     passes = run_step_passes(run, batch, target, config, plan, batch_size=batch_size, shared=shared)
     output = compute_passes_loss(
         passes, target, terms, config, plan, num_items=num_items, num_weight=num_weight

@@ -130,6 +130,24 @@ def test_a_forward_of_a_pass_may_call_the_model_twice():
     assert model.forward_rates == [0.1, 0.1, 0.4, 0.4]
 
 
+def test_a_monitored_pass_has_the_rate_of_the_last():
+    config = RDropConfig(passes="sequential", every_n_steps=2, monitor_steps=1)
+    steps = run_steps(Noted().train(), config, 4)
+    assert steps == [[0.1, 0.4], [0.4, 0.1], [0.1, 0.4], [0.4, 0.1]]
+
+
+def test_one_pass_inside_a_pass_has_its_rate():
+    model = Noted().train()
+    with dropout_rates(model, (0.1, 0.4)):
+        run_passes(
+            lambda x: run_passes(model, x, num_passes=1),
+            torch.ones(4),
+            num_passes=2,
+            strategy="sequential",
+        )
+    assert model.forward_rates == [0.1, 0.4]
+
+
 def test_a_loop_of_ones_own_cycles_and_begins_anew_after_a_forward_that_failed():
     model, x = Failing(2).train(), torch.ones(4)
     with dropout_rates(model, (0.1, 0.4)):

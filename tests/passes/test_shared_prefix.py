@@ -743,6 +743,21 @@ def test_a_compiled_model_shares_and_stays_right(monkeypatch):
     assert_all_close([compiled(x)], [model.head(model.features(x))])
 
 
+def test_a_forward_without_a_graph_inside_a_backward_is_no_recomputation():
+    model, (x, _) = build(), batch()
+    share_prefix(model, "features")
+    seen = []
+
+    def look(grad):
+        with torch.no_grad():
+            seen.append(model(x[:5]).shape)
+
+    output = run_passes(model, x, num_passes=2)
+    output.register_hook(look)
+    output.sum().backward()
+    assert seen == [(5, CLASSES)]
+
+
 # --- several processes -----------------------------------------------------------------------
 
 

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+# Others may not have double precision at all, as Apple's.
+_WITH_DOUBLE = ("cpu", "cuda", "meta")
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which terms of numbers of `dtype` are computed."""
@@ -11,7 +14,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def widest_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of the most digits that a device has."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    if device.type == "xpu":
+        has_double = torch.xpu.get_device_properties(device).has_fp64
+    else:
+        has_double = device.type in _WITH_DOUBLE
+    return torch.float64 if has_double else torch.float32
 
 
 def widen(numbers: Tensor) -> Tensor:

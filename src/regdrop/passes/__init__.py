@@ -13,7 +13,7 @@ from regdrop.passes.preserved_state import (
 from regdrop.passes.rates import DropoutOdds, dropout_rates, scale_dropout_odds
 from regdrop.passes.shared_prefix import SharedPrefix, share_prefix, why_not_shared
 from regdrop.passes.stacking import find_tensors, repeat_batch, take_items
-from regdrop.passes.strategies import Strategy, refuse_other_rows, run_passes
+from regdrop.passes.strategies import Strategy, refuse_other_rows, run_as_pass, run_passes
 from regdrop.passes.structures import copy_structure
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "preserve_random_state",
     "refuse_other_rows",
     "repeat_batch",
+    "run_as_pass",
     "run_passes",
     "scale_dropout_odds",
     "share_prefix",

@@ -19,7 +19,7 @@ def preserve_random_state() -> Iterator[None]:
     """Put the random states of torch, Python and NumPy back on exit."""
     numpy_random = getattr(sys.modules.get("numpy"), "random", None)
     python_state = random.getstate()
-    numpy_state = None if numpy_random is None else numpy_random.get_state()
+    numpy_state = None if numpy_random is None else numpy_random.get_state(legacy=False)
     # An Apple device has one generator, which torch's own fork does not know.
     mps_state = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:

@@ -171,7 +171,7 @@ class _RateSwitcher:
         number = running_pass()
         if number is not None:
             return self.sequence[number % len(self.sequence)]
-        # A forward that still runs has failed: its round is over.
+        # A forward that still runs has failed, or calls the model again: a round begins anew.
         if self.is_running or not self.left:
             self.left = list(self.sequence)
         self.is_running = True

@@ -246,13 +246,11 @@ class SharedPrefix:
         Then it is stacked as its forward was. Reentrant checkpointing ran that without a graph,
         and may recompute all rows.
         """
-        stacked = stacked_rows()
-        if stacked is None and self._recorded is not None:
-            if torch._C._current_graph_task_id() != -1:  # inside the backward
-                return self._recorded, True
-            self._recorded = None
-        if stacked is not None:
-            self._recorded = stacked if torch.is_grad_enabled() else None
+        stacked, is_graded = stacked_rows(), torch.is_grad_enabled()
+        # With a graph inside a backward.
+        if stacked is None and is_graded and torch._C._current_graph_task_id() != -1:
+            return self._recorded, True
+        self._recorded = stacked if is_graded else None
         return stacked, False
 
     def _find_rows(self, stacked: StackedRows | None, inputs: Inputs) -> StackedRows | None:

@@ -98,11 +98,13 @@ def run_passes(
     """
     selections: list[Tensor | None] = [None, *[items] * (num_passes - 1)]
     graded = num_passes if backward_passes is None else backward_passes
+    # One pass alone may be a part of a pass that runs already.
+    begin = 0 if num_passes > 1 else running_pass() or 0
     run = partial(_run, forward, batch, batch_size=batch_size, shared=as_names(shared))
     first, others = _group(selections[:graded], strategy), _group(selections[graded:], strategy)
     with torch.no_grad():
         rest = [run(group, graded + n) for n, group in enumerate(others)]
-    outputs = [run(group, n) for n, group in enumerate(first)] + rest
+    outputs = [run(group, begin + n) for n, group in enumerate(first)] + rest
     if len(outputs) == 1:
         return outputs[0]
     if join is not None:
@@ -203,10 +205,21 @@ def _run(
         given = copy_structure(batch, clones=True, shared=shared)
     else:
         given = take_items(batch, selections[0], batch_size=batch_size, shared=shared)
+    return _run_as(forward, given, number, rows)
+
+
+def run_as_pass(forward: Callable[[Any], Any], number: int, batch: Any) -> Any:
+    """Run a forward beside a step's own as the pass of a number, whose dropout rate it then has."""
+    return _run_as(forward, batch, number, None)
+
+
+def _run_as(
+    forward: Callable[[Any], Any], batch: Any, number: int, rows: StackedRows | None
+) -> Any:
     outer = _RUNNING.rows, _RUNNING.number
     _RUNNING.rows, _RUNNING.number = rows, number
     try:
-        return forward(given)
+        return forward(batch)
     finally:
         _RUNNING.rows, _RUNNING.number = outer
 
