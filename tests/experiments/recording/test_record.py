@@ -191,9 +191,17 @@ print(after - before, peak_memory_mib() - before if again else 0.0) if allowed e
     assert after_reset < 100
 
 
-def test_a_copy_of_a_record_is_no_further_seed(tmp_path, record):
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_a_copy_of_a_record_is_no_further_seed(tmp_path, record, is_merged):
     save(tmp_path, [record("rdrop", 0)])
+    if is_merged:
+        merge_records(tmp_path)
     copy = tmp_path / "records" / "rdrop-seed0-backup.json"
-    copy.write_bytes(record_path(tmp_path, "rdrop", 0).read_bytes())
-    with pytest.raises(ValueError, match=r"backup\.json holds .* must be named rdrop-seed0\.json"):
-        load_records(tmp_path)
+    content = record_path(tmp_path, "rdrop", 0).read_bytes()
+    copy.write_bytes(content)
+    for read in (merge_records, load_records):
+        with pytest.raises(
+            ValueError, match=r"backup\.json holds .* named rdrop-seed0\.json; move"
+        ):
+            read(tmp_path)
+    assert copy.read_bytes() == content

@@ -85,18 +85,10 @@ def load_records(folder: Path) -> list[RunRecord]:
         ValueError: If a file is no record, or is not named by its arm and seed: a copy of another
             would count as one more seed.
     """
-    paths = _record_files(folder)
-    if not paths:
+    contents = _read_named(folder)
+    if not contents:
         raise FileNotFoundError(f"no records in {folder / 'records'}")
-    records = _load(paths)
-    for path, record in zip(paths, records, strict=True):
-        name = record_path(folder, record.arm, record.seed).name
-        if path.name != name:
-            raise ValueError(
-                f"{path} holds the record of {record.arm} seed {record.seed}, which must be named "
-                f"{name}; move a copy out of the folder"
-            )
-    return records
+    return list(_with_details(contents).values())
 
 
 def merge_records(folder: Path) -> None:
@@ -107,12 +99,12 @@ def merge_records(folder: Path) -> None:
     merging, what is new is left for the next time.
 
     Raises:
-        ValueError: If a file is no record, or what is long in it is nowhere.
+        ValueError: As `load_records` does, or if what is long in a record is nowhere.
     """
-    if not any(_is_whole(_read(path)) for path in _record_files(folder)):
+    if not any(map(_is_whole, _read_named(folder).values())):
         return
     with suppress(HeldError), hold(folder / "details.lock", f"the merging in {folder}", seconds=0):
-        contents = {path: _read(path) for path in _record_files(folder)}
+        contents = _read_named(folder)
         details = {
             path.stem: Details(record.history, record.examples)
             for path, record in _with_details(contents).items()
@@ -129,8 +121,24 @@ def _write_details(path: Path, details: Mapping[str, Details]) -> None:
         write_details(file, details)
 
 
-def _record_files(folder: Path) -> list[Path]:
-    return sorted((folder / "records").glob("*.json"))
+def _read_named(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Return what the files of records hold themselves, once each has the name of its run.
+
+    Raises:
+        ValueError: If a file holds no object, or another run than that of its name.
+    """
+    paths = sorted((folder / "records").glob("*.json"))
+    contents = {path: _read(path) for path in paths}
+    for path, content in contents.items():
+        if not {"arm", "seed"} <= content.keys():  # no record, of which more is said later
+            continue
+        name = record_path(folder, content["arm"], content["seed"]).name
+        if path.name != name:
+            raise ValueError(
+                f"{path} holds the record of {content['arm']} seed {content['seed']}, which must "
+                f"be named {name}; move a copy out of the folder"
+            )
+    return contents
 
 
 def _load(paths: Sequence[Path]) -> list[RunRecord]:
