@@ -507,7 +507,7 @@ def test_arms_made_from_other_settings_are_not_mixed(tmp_path, monkeypatch):
     result = run("compare", "digits", "--arms", "baseline", "--steps", 4, *options)
     assert result.exit_code == 2
     text = " ".join(result.output.replace("│", " ").split())
-    assert "holds results of other settings (training.max_steps)" in text
+    assert "holds results of other settings (training.max_steps of rdrop)" in text
     result = run("compare", "digits", "--arms", "baseline", "--steps", 8, *options)
     assert result.exit_code == 0, result.output
 

@@ -23,10 +23,10 @@ from regdrop.experiments.arms import Arm, choose_arms, compared_arms
 from regdrop.experiments.recording.manifest import COMPARISON, check_study
 from regdrop.experiments.recording.processes import require_one_process
 from regdrop.experiments.recording.record import merge_records
-from regdrop.experiments.recording.settings import base_settings
 from regdrop.experiments.reporting.verdict import verdict
 from regdrop.experiments.studies.choices import apply_tuned, differing_choice, load_tuned
 from regdrop.experiments.studies.definitions import STUDIES, study_arms
+from regdrop.experiments.studies.earlier import check_earlier
 from regdrop.tasks import Task
 
 # Studies whose arms have an alpha each, whatever the task's.
@@ -62,7 +62,7 @@ def compare(
         if tuned is not None:
             compared = _tuned(compared, COMPARISON, tuned, options.given(alpha))
             _say_choice(tuned, COMPARISON, chosen, compared, runs)
-        _train_and_report(COMPARISON, chosen, compared, runs, folder)
+        _train_and_report(COMPARISON, chosen, compared, runs, folder, tuned)
 
 
 @app.command()
@@ -98,7 +98,7 @@ def sweep(
         folder = runs.output or Path("runs") / f"{chosen.name}-{study}"
         if tuned is not None:
             _say_choice(tuned, study, chosen, compared, runs)
-        _train_and_report(study, chosen, compared, runs, folder)
+        _train_and_report(study, chosen, compared, runs, folder, tuned)
 
 
 @app.command()
@@ -137,13 +137,16 @@ def _train_and_report(
     arms: Sequence[Arm],
     runs: RunsOptions,
     folder: Path,
+    tuned: Path | None,
 ) -> None:
     seeds, machine = runs.seed_range(), runs.machine(len(arms) * runs.seeds)
-    base = base_settings(task)
-    check_study(folder, study, base)
+    check_study(folder, study)
+    choices = {} if tuned is None else load_tuned(tuned, study)
+    chosen = {name for own in choices.values() for name in own.settings}
+    check_earlier(folder, study, task, [arm.name for arm in arms], chosen)
     scope = f"{len(arms)} arms, {len(seeds)} seeds, results in {folder}"
     announce(task.name, f"{task.description}; {scope}")
-    with interruptible(), noted(folder, study, base), LiveDisplay(arms, seeds, console) as display:
+    with interruptible(), noted(folder, study), LiveDisplay(arms, seeds, console) as display:
         run_arms(task, arms, seeds=seeds, folder=folder, display=display, **machine)
     _report(folder)
 

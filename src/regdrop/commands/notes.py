@@ -1,9 +1,8 @@
 """The command that made a folder of results, noted in it while its runs go on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from regdrop.commands.app import command_line
 from regdrop.experiments.recording.manifest import forget_command, note_command
@@ -13,7 +12,7 @@ from regdrop.experiments.studies.search import STORAGE_NAME
 
 
 @contextmanager
-def noted(folder: Path, study: str, base: Mapping[str, Any]) -> Iterator[None]:
+def noted(folder: Path, study: str) -> Iterator[None]:
     """Note the command in a folder before its first run, so that it can be gone on with.
 
     Nothing is left of a command that is refused before a run has got anywhere, and what other
@@ -22,13 +21,12 @@ def noted(folder: Path, study: str, base: Mapping[str, Any]) -> Iterator[None]:
     Args:
         folder: Folder of results.
         study: Name of the study.
-        base: The settings from which its arms are made.
 
     Raises:
-        ValueError: If the folder holds results of another study, or of other settings.
+        ValueError: If the folder holds results of another study.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    is_new = note_command(folder, study, command_line(), base)
+    is_new = note_command(folder, study, command_line())
     try:
         yield
     except BaseException:

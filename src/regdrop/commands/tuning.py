@@ -21,8 +21,8 @@ from regdrop.commands.options import (
 )
 from regdrop.experiments.recording.manifest import COMPARISON, TUNING, check_study
 from regdrop.experiments.recording.processes import require_one_process
-from regdrop.experiments.recording.settings import base_settings
 from regdrop.experiments.studies.choices import check_tuned, load_tuned, save_tuned
+from regdrop.experiments.studies.earlier import check_earlier
 from regdrop.experiments.studies.tuning import NoFiniteFigureError, varied_settings
 from regdrop.experiments.studies.tuning import tune as run_tuning
 from regdrop.experiments.studies.variations import parse_variation
@@ -87,12 +87,13 @@ def tune(
                     "are tried all"
                 )
         varied_settings(chosen, tuned_arms, variations)
-        base, seeds = base_settings(chosen), runs.seed_range()
-        check_study(folder, TUNING, base)
+        seeds = runs.seed_range()
+        check_study(folder, TUNING)
+        check_earlier(folder, study, chosen, [])
         check_tuned(folder, study, tuned_arms, variations, seeds)
         machine = runs.machine(runs.seeds if is_search else None)
         announce(chosen.name, f"{chosen.description}; results in {folder}")
-        with interruptible(), noted(folder, TUNING, base), console.status("training"):
+        with interruptible(), noted(folder, TUNING), console.status("training"):
             try:
                 found = run_tuning(
                     chosen,

@@ -1,4 +1,3 @@
-import json
 from dataclasses import asdict, replace
 from typing import get_args
 
@@ -16,7 +15,7 @@ from regdrop.experiments.recording.manifest import (
     read_manifest,
 )
 from regdrop.experiments.recording.record import record_path
-from regdrop.experiments.recording.settings import base_settings, resolved_config
+from regdrop.experiments.recording.settings import resolved_config
 from regdrop.experiments.reporting.cost import run_cost
 from regdrop.experiments.reporting.plots import _STYLES, COLOURS
 from regdrop.experiments.reporting.report import write_report
@@ -377,31 +376,6 @@ def test_a_folder_keeps_to_one_study_and_its_commands(tmp_path, record):
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(ValueError, match=r"study\.json is not the manifest of a study"):
         read_manifest(tmp_path)
-
-
-def test_a_folder_keeps_to_the_settings_from_which_its_arms_are_made(tmp_path, record):
-    base = base_settings(DIGITS)
-    longer = base_settings(replace(DIGITS, training=DIGITS.training.stretched(2)))
-    note_command(tmp_path, "compare", "refused", longer)
-    note_command(tmp_path, "compare", "first", base)  # there were no results
-    assert read_manifest(tmp_path).base == base
-    record().save(record_path(tmp_path, "baseline", 0))
-    note_command(tmp_path, "compare", "second", base)
-    forget_command(tmp_path, "second")
-    check_study(tmp_path, "compare", base)
-    with pytest.raises(ValueError, match=r"of other settings \(training.max_steps\)"):
-        check_study(tmp_path, "compare", longer)
-    with pytest.raises(ValueError, match=r"of other settings \(training.max_steps\)"):
-        note_command(tmp_path, "compare", "third", longer)
-    # What was not an option then had its default; a folder of an older version told nothing.
-    content = json.loads((tmp_path / "study.json").read_text())
-    del content["base"]["rdrop"]["every_n_steps"]
-    (tmp_path / "study.json").write_text(json.dumps(content))
-    check_study(tmp_path, "compare", base)
-    del content["base"]
-    (tmp_path / "study.json").write_text(json.dumps(content))
-    note_command(tmp_path, "compare", "third", longer)
-    assert read_manifest(tmp_path).base is None
 
 
 @pytest.mark.parametrize("study", ["alpha", "alpha-schedules", "dropout-rates"])

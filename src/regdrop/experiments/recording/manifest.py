@@ -1,14 +1,12 @@
 """What a folder of results is of: the study, and the commands that made it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from regdrop.experiments.recording.files import read_object, write_json
 from regdrop.experiments.recording.ownership import PATIENCE_SECONDS, hold
-from regdrop.experiments.recording.settings import differing_base
 
 MANIFEST_NAME = "study.json"
 COMPARISON = "compare"
@@ -22,12 +20,10 @@ class Manifest:
     Attributes:
         study: Name of the study; "compare" for the five arms, "tune" for a choice of settings.
         commands: The commands that made it, in their order.
-        base: The settings from which its arms are made; None in a folder of an older version.
     """
 
     study: str = COMPARISON
     commands: tuple[str, ...] = ()
-    base: dict[str, Any] | None = None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -41,24 +37,16 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest()
     try:
         content = read_object(path, "the manifest of a study")
-        base = content.get("base")
-        return Manifest(
-            content["study"], tuple(content["commands"]), None if base is None else dict(base)
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        return Manifest(content["study"], tuple(content["commands"]))
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error!r}") from error
 
 
-def check_study(folder: Path, study: str, base: Mapping[str, Any] | None = None) -> None:
+def check_study(folder: Path, study: str) -> None:
     """Check that a folder is free for a study, or holds results of it.
 
-    Args:
-        folder: Folder of results.
-        study: Name of the study.
-        base: The settings from which its arms are made now; None to leave them out.
-
     Raises:
-        ValueError: If it holds results of another study, or of arms made from other settings.
+        ValueError: If it holds another's.
     """
     manifest = read_manifest(folder)
     holds_results = (folder / MANIFEST_NAME).exists() or (folder / "records").exists()
@@ -66,41 +54,24 @@ def check_study(folder: Path, study: str, base: Mapping[str, Any] | None = None)
         raise ValueError(
             f"{folder} holds results of {manifest.study!r}, not of {study!r}; choose another folder"
         )
-    if base is None or manifest.base is None or not _has_records(folder):
-        return
-    if names := differing_base(manifest.base, base):
-        raise ValueError(
-            f"{folder} holds results of other settings ({', '.join(names)}), which are not to be "
-            "compared with those of now; give the same settings, or choose another output folder"
-        )
 
 
-def note_command(
-    folder: Path, study: str, command: str, base: Mapping[str, Any] | None = None
-) -> bool:
+def note_command(folder: Path, study: str, command: str) -> bool:
     """Write that a command makes, or goes on with, a study in a folder.
-
-    Args:
-        folder: Folder of results.
-        study: Name of the study.
-        command: The command.
-        base: The settings from which its arms are made; None to leave them out.
 
     Returns:
         Whether nobody had noted it before.
 
     Raises:
-        ValueError: If the folder holds results of another study, or of other settings.
+        ValueError: If the folder holds results of another study.
     """
     with _manifest_held(folder):
         if (folder / MANIFEST_NAME).exists():
-            check_study(folder, study, base)
-        before = read_manifest(folder)
-        commands = (*(other for other in before.commands if other != command), command)
-        # Of records that are there already, the settings of now tell nothing.
-        own = before.base if _has_records(folder) or base is None else dict(base)
-        _write(folder, Manifest(study, commands, own))
-    return command not in before.commands
+            check_study(folder, study)
+        before = read_manifest(folder).commands
+        commands = (*(other for other in before if other != command), command)
+        write_json(folder / MANIFEST_NAME, asdict(Manifest(study, commands)))
+    return command not in before
 
 
 def forget_command(folder: Path, command: str, own: Sequence[Path] = ()) -> None:
@@ -115,21 +86,10 @@ def forget_command(folder: Path, command: str, own: Sequence[Path] = ()) -> None
         manifest = read_manifest(folder)
         others = tuple(other for other in manifest.commands if other != command)
         if others:
-            _write(folder, Manifest(manifest.study, others, manifest.base))
+            write_json(folder / MANIFEST_NAME, asdict(Manifest(manifest.study, others)))
             return
         for path in (folder / MANIFEST_NAME, *own):
             path.unlink(missing_ok=True)
-
-
-def _has_records(folder: Path) -> bool:
-    return any(folder.glob("records/*.json"))
-
-
-def _write(folder: Path, manifest: Manifest) -> None:
-    content = asdict(manifest)
-    if manifest.base is None:
-        del content["base"]
-    write_json(folder / MANIFEST_NAME, content)
 
 
 @contextmanager

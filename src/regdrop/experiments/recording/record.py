@@ -91,6 +91,16 @@ def load_records(folder: Path) -> list[RunRecord]:
     return list(_with_details(contents).values())
 
 
+def read_configs(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the arm and the settings of every record of a comparison.
+
+    Raises:
+        ValueError: If a file cannot be read, or is not named by its arm and seed.
+    """
+    contents = _read_named(folder).values()
+    return [(x["arm"], x["config"]) for x in contents if isinstance(x.get("config"), dict)]
+
+
 def merge_records(folder: Path) -> None:
     """Move what is long in the records of a study into its one compressed file.
 

@@ -23,16 +23,24 @@ def resolved_config(task: Task, arm: Arm) -> dict[str, Any]:
     settings: dict[str, Any] = {
         **asdict(task),
         "family": task.family,
-        "training": asdict(arm.training),
-        "rdrop": arm.rdrop.to_dict(),
-        "dropout_odds": arm.dropout_odds,
-        "dropout_rises": arm.dropout_rises,
+        **_arm_settings(arm),
     }
     if digests := data_digests(task.dataset):
         settings["data"] = digests
     model = getattr(task, "model", None)
     if model is not None and (digest := checkpoint_digest(model)):
         settings["checkpoint"] = digest
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def _arm_settings(arm: Arm) -> dict[str, Any]:
+    settings = {
+        "training": asdict(arm.training),
+        "rdrop": arm.rdrop.to_dict(),
+        "dropout_odds": arm.dropout_odds,
+        "dropout_rises": arm.dropout_rises,
+    }
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
 
@@ -66,16 +74,10 @@ def check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any])
         )
 
 
-def base_settings(task: Task) -> dict[str, Any]:
-    """Return the settings of a task that arms have of their own, as JSON holds them."""
-    settings = {"training": asdict(task.training), "rdrop": task.rdrop.to_dict()}
-    plain: dict[str, Any] = json.loads(json.dumps(settings))
-    return plain
-
-
-def differing_base(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the names of what differs between the settings from which arms were made."""
-    return _differences(_with_later_options(found), now)
+def differing_arm(found: Mapping[str, Any], arm: Arm) -> list[str]:
+    """Return the names of what differs between settings of a run and an arm, of those it has."""
+    own = {name: value for name, value in found.items() if name in ARM_SETTINGS}
+    return _differences(_with_later_options(own), _arm_settings(arm))
 
 
 def differing_data(found: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
