@@ -2,8 +2,12 @@
 
 import json
 
+import pytest
+
+from regdrop.experiments import build_arms
 from regdrop.experiments.evaluating.evaluate import free_path
-from regdrop.experiments.evaluating.measure import _made_with
+from regdrop.experiments.evaluating.measure import _made_with, measure
+from regdrop.experiments.running.run import RunPaths, train_run
 
 
 def test_a_measurement_of_another_run_or_of_other_options_is_kept(tmp_path, record):
@@ -21,3 +25,18 @@ def test_a_measurement_of_another_run_or_of_other_options_is_kept(tmp_path, reco
     # What is measured again has its place.
     assert path_of(rdrop) == "measure-test.json"
     assert path_of(baseline) == "measure-test-2.json"
+
+
+@pytest.mark.slow
+def test_what_another_measured_meanwhile_is_kept(tmp_path, short):
+    run, other = tmp_path / "run", tmp_path / "out" / "measure-test.json"
+    train_run(short, build_arms(short)["baseline"], 0, RunPaths.alone(run))
+
+    def meanwhile(*progress):
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("{}")
+
+    options = {"num_masks": 2, "examples": 8, "output": other.parent}
+    result = measure(run, progress=meanwhile, **options)
+    assert result.path.name == "measure-test-2.json"
+    assert other.read_text() == "{}"

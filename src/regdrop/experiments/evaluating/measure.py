@@ -81,7 +81,8 @@ def measure(
     """
     task, record = load_run(folder)
     made_with = _made_with(record, data, num_masks, examples)
-    target = free_path(output or folder, f"measure-{split_label(split, data)}", made_with)
+    place = output or folder, f"measure-{split_label(split, data)}", made_with
+    free_path(*place)  # a file that cannot be read is named before anything is measured
     changed = change_task(task, data=data)
     quiet_libraries()
     prepared = changed.prepare(folder / MODEL_FOLDER)
@@ -101,6 +102,7 @@ def measure(
         "versions": library_versions(),
         "hardware": describe_hardware(),
     }
+    target = free_path(*place)  # another may have been measured meanwhile
     write_json(target, made_with | found)
     figure = draw_disagreement(splits, target.with_suffix(".png"))
     return Measurement(record, splits, target, figure)
