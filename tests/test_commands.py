@@ -534,3 +534,14 @@ def test_an_arm_that_diverges_leaves_the_choice_of_the_others(tmp_path, monkeypa
     assert result.exit_code == 2
     assert "no setting of rdrop" in " ".join(result.output.split())
     assert list(json.loads((tmp_path / "tuned.json").read_text())["arms"]) == ["baseline"]
+
+
+def test_where_nothing_ends_finite_no_choice_is_written(tmp_path, monkeypatch):
+    def diverge(*rest, **options):
+        raise NoFiniteFigureError(["rdrop"], {"alpha-0": TunedArm()})
+
+    monkeypatch.setattr(tuning, "run_tuning", diverge)
+    vary = ("--vary", "rdrop.alpha=1,1000", "--arms", "alpha-0,rdrop")
+    result = run("tune", "digits", *vary, "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert not (tmp_path / "out").exists()

@@ -86,7 +86,7 @@ def tune(
                     f"{option} {value} is of a search in ranges, NAME=LOW:HIGH; values of --vary "
                     "are tried all"
                 )
-        varied_settings(chosen, tuned_arms, variations)
+        varied_settings(chosen, tuned_arms, variations, arms_of(study, chosen, grid, None))
         seeds = runs.seed_range()
         check_study(folder, TUNING)
         check_earlier(folder, study, chosen, [])
@@ -107,7 +107,8 @@ def tune(
                     **machine,
                 )
             except NoFiniteFigureError as error:  # what was chosen for the others is not lost
-                save_tuned(folder, study, chosen, error.chosen)
+                if any(own.tried for own in error.chosen.values()):
+                    save_tuned(folder, study, chosen, error.chosen)
                 raise
             target = save_tuned(folder, study, chosen, found)
             kept = load_tuned(target, study)

@@ -257,6 +257,23 @@ def test_what_makes_an_arm_is_not_varied(short, arm, name, value):
         varied_settings(short, [known[arm]], [Variation(name, values=(value,))])
 
 
+@pytest.mark.parametrize(
+    ("study", "name", "arm"),
+    [("alpha", "rdrop.alpha", "alpha-1"), ("num-passes", "rdrop.num_passes", "passes-2")],
+)
+def test_what_makes_another_arm_of_the_study_is_not_varied(short, study, name, arm):
+    """Nor for the arm whose value is the task's own."""
+    task = replace(short, rdrop=replace(short.rdrop, alpha=1.0))
+    arms = study_arms(study, task)
+    one = [own for own in arms if own.name == arm]
+    with pytest.raises(ValueError, match=f"{name} must not be varied for {arm}: .* another arm"):
+        varied_settings(task, one, [Variation(name, values=(2, 3))], arms)
+    # Two passes without the KL differ in alpha, which is not varied for them.
+    five = build_arms(task)
+    alpha = Variation("rdrop.alpha", values=(1, 3))
+    assert varied_settings(task, [five["rdrop"]], [alpha], list(five.values()))
+
+
 def test_the_weight_of_other_methods_and_the_odds_of_dropout_are_varied(short):
     arms = list(optional_arms(short).values())
     found = varied_settings(short, arms, [Variation("rdrop.alpha", values=(1, 3))])

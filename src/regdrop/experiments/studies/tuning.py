@@ -128,15 +128,21 @@ def tune(
 
 
 def varied_settings(
-    task: Task, arms: Sequence[Arm], variations: Sequence[Variation]
+    task: Task, arms: Sequence[Arm], variations: Sequence[Variation], study: Sequence[Arm] = ()
 ) -> dict[str, list[Variation]]:
     """Return what is varied of each arm, and check that it takes all of the values.
+
+    Args:
+        task: The task.
+        arms: The arms.
+        variations: What is varied.
+        study: All arms of the study: what makes one of them is varied for none.
 
     Raises:
         ValueError: If it does not, if nothing is varied, or something twice or by which an arm is
             what it is, or for a range without Optuna.
     """
-    check_variations(task, arms, variations)
+    check_variations(task, arms, variations, study)
     if any(not v.values for v in variations) and find_spec("optuna") is None:
         raise ValueError(
             "a range is searched by optuna, which is not installed: pip install 'regdrop[search]'"

@@ -116,8 +116,16 @@ def is_varied(arm: Arm, variation: Variation) -> bool:
     return not variation.name.startswith("rdrop.") or arm.rdrop.num_passes > 1
 
 
-def check_variations(task: Task, arms: Sequence[Arm], variations: Sequence[Variation]) -> None:
+def check_variations(
+    task: Task, arms: Sequence[Arm], variations: Sequence[Variation], study: Sequence[Arm] = ()
+) -> None:
     """Check that nothing is varied twice, and nothing by which an arm is what it is.
+
+    Args:
+        task: The task.
+        arms: The arms of which something is varied.
+        variations: What is varied.
+        study: All arms of the study: what makes one of them is varied for none.
 
     Raises:
         ValueError: If it is.
@@ -128,12 +136,19 @@ def check_variations(task: Task, arms: Sequence[Arm], variations: Sequence[Varia
             f"a setting must be varied once, got {twice[0]} {names.count(twice[0])} times; name "
             "all of its values in one"
         )
-    for arm in arms:
-        for variation in variations:
-            if is_varied(arm, variation) and _defines(task, arm, variation.name):
+    for variation in variations:
+        varied = [arm for arm in arms if is_varied(arm, variation)]
+        for arm in varied:
+            if _defines(task, arm, variation.name):
                 raise ValueError(
                     f"{variation.name} must not be varied for {arm.name} ({arm.description}): it "
                     "is what makes that arm; name the other arms by --arms"
+                )
+        for other in study if varied else ():
+            if is_varied(other, variation) and _defines(task, other, variation.name):
+                raise ValueError(
+                    f"{variation.name} must not be varied for {varied[0].name}: it is what makes "
+                    f"another arm of the study, {other.name} ({other.description})"
                 )
 
 
