@@ -92,11 +92,9 @@ def find_terms(
         ("method", "rdrop"),
     ):
         if getattr(config, name) != default:
-            advice = (
-                f"loss={loss!r} has no such option"
-                if is_named
-                else ("bind what your terms take to them by functools.partial")
-            )
+            advice = "bind what your terms take to them by functools.partial"
+            if is_named:
+                advice = f"loss={loss!r} has no such option"
             raise ValueError(
                 f"{name}={getattr(config, name)!r} is an option of loss='cross_entropy'; {advice}"
             )
