@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -72,46 +73,53 @@ class RDropMixin(_Base):
         Raises:
             TypeError: If the batch is no pair.
         """
-        if isinstance(batch, (tuple, list)) and len(batch) == 2:
-            return batch[0], batch[1]
+        got = type(batch).__name__
+        if isinstance(batch, (tuple, list)):
+            if len(batch) == 2:
+                return batch[0], batch[1]
+            got += f" of {len(batch)}"
         raise TypeError(
-            f"a batch must be a pair (inputs, target), got {type(batch).__name__}: override "
-            f"rdrop_batch of {type(self).__name__} to return such a pair"
+            f"a batch must be a pair (inputs, target), got {got}: override rdrop_batch of "
+            f"{type(self).__name__} to return such a pair"
         )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch, and log its parts.
 
+        Where a validation calls it, it returns the NLL of one pass and logs nothing.
+
         Raises:
-            TypeError: For a batch that is no pair, and what `rdrop_step` refuses.
+            TypeError: For options that are no RDropConfig, a batch that is no pair, and what
+                `rdrop_step` refuses.
             ValueError: Under manual optimisation, without a Trainer, for a rule of alpha that
                 follows a validation loss, for an alpha that is a part of a run without an end, and
                 for what `rdrop_step` refuses.
         """
-        self._knows_whether_it_steps = True
         if not self.automatic_optimization:
             raise ValueError(
                 "automatic_optimization must be True, got False: nobody would optimise the loss "
                 "that this training_step returns; call regdrop.rdrop_step in a training_step of "
                 "your own"
             )
-        refuse_validation_rule(self.rdrop, "a training step")
+        config = self.rdrop
+        if not isinstance(config, RDropConfig):
+            raise TypeError(
+                f"rdrop must be an RDropConfig, got {type(config).__name__}; "
+                "RDropConfig.from_dict makes one of a mapping"
+            )
+        refuse_validation_rule(config, "a training step")
         inputs, target = self.rdrop_batch(batch)
-        step, total = _read_step(self), self._total_steps()
-        loss, nll, kl = rdrop_step(
-            self,
-            inputs,
-            target,
-            config=self.rdrop,
-            step=step,
-            total_steps=total,
-            loss=self.rdrop_loss,
-        )
-        plan = plan_step(self.rdrop, step, total_steps=total)
+        step, run = _read_step(self), partial(rdrop_step, self, inputs, target)
+        if not self.trainer.training:
+            return run(config=_without_passes(config), step=step, loss=self.rdrop_loss).loss
+        self._knows_whether_it_steps = True
+        total = self._total_steps()
+        loss, nll, kl = run(config=config, step=step, total_steps=total, loss=self.rdrop_loss)
+        plan = plan_step(config, step, total_steps=total)
         parts: dict[str, Any] = {"nll": nll}
         if plan.num_passes > 1:
             parts |= {"kl": kl, "alpha": plan.alpha}
-        elif is_monitored(self.rdrop, step):
+        elif is_monitored(config, step):
             parts["kl"] = kl
         self.log_dict(parts, batch_size=_count_items(inputs, target))
         return loss
@@ -145,6 +153,13 @@ class RDropMixin(_Base):
                 "Lightning knows its steps by Trainer(max_steps=...), or by max_epochs where the "
                 "data has a length",
             )
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.trainer.max_epochs != -1 and any(map(_changes_steps, callbacks)):
+            refuse_unknown_length(
+                self.rdrop,
+                "a GradientAccumulationScheduler changes the steps of an epoch, so that Lightning "
+                "knows those of the run by Trainer(max_steps=...) without max_epochs only",
+            )
         return int(steps)
 
 
@@ -157,6 +172,23 @@ def _read_step(module: LightningModule) -> int:
             "training_step needs a Trainer, which counts the steps, and found none; in Fabric or a "
             "loop of your own call rdrop_step(model, x, y, config=model.rdrop, step=i)"
         ) from error
+
+
+def _changes_steps(callback: Any) -> bool:
+    """Return whether a callback accumulates other numbers of batches in other epochs."""
+    scheduling = getattr(callback, "scheduling", None)
+    return isinstance(scheduling, dict) and len(set(scheduling.values())) > 1
+
+
+def _without_passes(config: RDropConfig) -> RDropConfig:
+    """Return the options of the NLL alone."""
+    return RDropConfig(
+        alpha=0.0,
+        num_passes=1,
+        class_weight=config.class_weight,
+        unlabelled_index=config.unlabelled_index,
+        impl=config.impl,
+    )
 
 
 def _count_items(*parts: Any) -> int | None:

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
@@ -199,8 +200,12 @@ class Manual(Classifier):
 def test_what_has_no_meaning_is_refused_before_the_first_step():
     with pytest.raises(ValueError, match="automatic_optimization must be True"):
         fit(Manual(RDropConfig()))
-    with pytest.raises(TypeError, match="override rdrop_batch of Classifier"):
+    with pytest.raises(TypeError, match="got Tensor: override rdrop_batch of Classifier"):
         fit(Classifier(RDropConfig()), 1, DataLoader(data().tensors[0], batch_size=4))
+    with pytest.raises(TypeError, match="got list of 3: override rdrop_batch"):
+        fit(Classifier(RDropConfig()), 1, DataLoader([(*row, 0) for row in data()], batch_size=4))
+    with pytest.raises(TypeError, match="rdrop must be an RDropConfig, got dict"):
+        fit(Classifier({"alpha": 1.0}))
     with pytest.raises(ValueError, match="alpha_rule must be 'ramp', got 'stall'"):
         fit(Classifier(RDropConfig(alpha="auto", alpha_rule="stall")))
     rates = RDropConfig(dropout_rates=(0.1, 0.2), passes="sequential")
@@ -235,6 +240,43 @@ def test_a_run_whose_length_nobody_knows_has_a_ramp_of_known_length(options, run
     found = fit(Classifier(told), -1, loader, **{**limits, "max_epochs": 1}, limit_train_batches=2)
     assert [log["alpha"] for log in found.logs] == [0.0, 1.0]
     assert len(fit(Classifier(RDropConfig(**options)), 2, loader).logs) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_accumulation_that_changes_between_epochs_has_a_ramp_of_known_length():
+    changing = GradientAccumulationScheduler({0: 2, 1: 1})
+    ratio = RDropConfig(alpha=6.0, **RAMP, alpha_warmup_ratio=1.0)
+    with pytest.raises(ValueError, match=r"GradientAccumulationScheduler .* without max_epochs"):
+        fit(Classifier(ratio), -1, max_epochs=2, callbacks=[changing])
+    # The ways out that are told; four batches are two steps in the first epoch, four in the second.
+    told = RDropConfig(alpha=6.0, **RAMP, alpha_warmup_steps=6)
+    for config, limits in ((ratio, {"max_steps": 6}), (told, {"max_epochs": 2})):
+        found = fit(Classifier(config), -1, **limits, callbacks=[changing])
+        assert [log["alpha"] for log in found.logs] == [0, 0, 1, 1, 2, 3, 4, 5]
+
+
+class SharedStep(Classifier):
+    """Validates by the step that it trains by, as many modules do."""
+
+    def validation_step(self, batch, batch_idx):
+        self.found = self.training_step(batch, batch_idx)
+        self.expected = nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_validation_that_calls_the_step_has_the_nll_of_one_pass():
+    module = SharedStep(RDropConfig(alpha=ALPHA, scale="sum"))
+    passes = []
+    module.network.register_forward_hook(lambda m, inputs, output: passes.append(len(output)))
+    loader = DataLoader(data(), batch_size=4)
+    fit(module, -1, loader, max_epochs=1)
+    trained = module.trainer.callback_metrics
+    passes.clear()
+    module.trainer.validate(module, loader, verbose=False)
+    torch.testing.assert_close(module.found, module.expected)
+    assert passes == [4] * 8
+    assert trained["kl"] > 0
+    assert not module.trainer.callback_metrics
 
 
 def test_module_without_dropout_is_warned_about():
