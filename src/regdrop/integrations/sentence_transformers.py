@@ -336,8 +336,13 @@ def _check_loss(loss: nn.Module) -> None:
                 f"directions of {name} must be query_to_doc or doc_to_query, got {sorted(others)}"
             )
     elif kind not in _COMPARED:
-        known = sorted({one.__name__ for one in (*_PAIRS, *_IN_BATCH, *_COMPARED)})
-        raise ValueError(f"loss must be one of {', '.join(known)}, got {name}")
+        families = (_PAIRS, (*_IN_BATCH, *_COMPARED))
+        pairs, columns = (", ".join(sorted(one.__name__ for one in known)) for known in families)
+        # Both kinds of model have losses of the same names.
+        raise ValueError(
+            f"loss must be of a CrossEncoder one of {pairs}, or of a SentenceTransformer one of "
+            f"{columns}, got {kind.__module__}.{name}"
+        )
 
 
 def _check_options(rdrop: RDropConfig, loss: nn.Module) -> None:

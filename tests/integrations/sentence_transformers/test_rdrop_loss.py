@@ -336,8 +336,13 @@ def test_losses_that_it_would_change_are_refused_by_name(folder):
         (losses.CachedMultipleNegativesRankingLoss(model), "must not be CachedMultipleNegatives"),
         (pair_losses.CachedMultipleNegativesRankingLoss(pairs), "must not be CachedMultipleNeg"),
         (losses.MegaBatchMarginLoss(model), "must not be MegaBatchMarginLoss"),
-        (losses.MatryoshkaLoss(model, ranking(model), [16, 8]), "one of .*, got MatryoshkaLoss"),
-        (pair_losses.LambdaLoss(pairs), "one of .*, got LambdaLoss"),
+        (losses.MatryoshkaLoss(model, ranking(model), [16, 8]), r"one of .*\.MatryoshkaLoss"),
+        (pair_losses.LambdaLoss(pairs), r"one of .*\.LambdaLoss"),
+        (
+            pair_losses.MultipleNegativesRankingLoss(pairs),
+            r"a CrossEncoder one of [^M]*MSELoss, or of .* got \S*cross_encoder\S*RankingLoss",
+        ),
+        (losses.MSELoss(model), r"a SentenceTransformer one of .* got \S*sentence_transformer\S*"),
         (ranking(model, gather_across_devices=True), "gather_across_devices"),
         (
             ranking(model, hardness_mode="all_negatives", hardness_strength=1.0),
