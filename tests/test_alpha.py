@@ -196,7 +196,8 @@ def test_a_run_that_had_to_follow_the_ramp_goes_on_so():
     first.follow_ramp()
     second = AlphaController(STEPS, rule="stall")
     second.load_state_dict(first.state_dict())
-    assert second.alpha_at(40) == AlphaController(STEPS).alpha_at(40) == 8.0
+    assert second.alpha_at(40) == AlphaController(STEPS).alpha_at(40) == 6.5
+    assert second.alpha_at(2 * STEPS) == second.alpha_max == 10.0
     with pytest.raises(ValueError, match="rule must be 'stall', that of the checkpoint, got 'gap'"):
         AlphaController(STEPS, rule="gap").load_state_dict(
             AlphaController(STEPS, rule="stall").state_dict()
@@ -231,8 +232,8 @@ def test_a_state_of_something_else_is_refused_and_leaves_the_controller(change, 
         ({"start_step": -1}, ValueError, "start_step must be at least 0, got -1"),
         ({"alpha_max": 0}, ValueError, "alpha_max must be finite and above 0, got 0"),
         ({"alpha_min": 0}, ValueError, "alpha_min must be finite and above 0, got 0"),
-        ({"alpha_start": 17}, ValueError, r"alpha_start must be from 0 to alpha_max=16\.0, got 17"),
-        ({"alpha_start": -1}, ValueError, r"alpha_start must be from 0 to alpha_max=16\.0, got -1"),
+        ({"alpha_start": 17}, ValueError, r"alpha_start must be from 0 to alpha_max=10\.0, got 17"),
+        ({"alpha_start": -1}, ValueError, r"alpha_start must be from 0 to alpha_max=10\.0, got -1"),
         (
             {"alpha_start": 2, "rule": "gap"},
             ValueError,
@@ -247,13 +248,13 @@ def test_what_a_controller_cannot_take_is_named(options, error, message):
 
 
 def test_numbers_of_numpy_leave_a_state_that_json_can_hold():
-    options = {"alpha_max": np.float32(3.0), "start_step": np.int64(2)}
+    options = {"alpha_max": np.float32(4.0), "start_step": np.int64(2)}
     controller = AlphaController(np.int64(10), **options)
     controller.update(np.int64(3), nll=np.float32(1.0))
-    plain = AlphaController(10, alpha_max=3.0, start_step=2)
+    plain = AlphaController(10, alpha_max=4.0, start_step=2)
     plain.update(3, nll=1.0)
     assert json.loads(json.dumps(controller.state_dict())) == plain.state_dict()
-    assert controller.alpha == plain.alpha == 0.75
+    assert controller.alpha == plain.alpha == 3.25
 
 
 def test_negative_steps_are_refused():
@@ -271,7 +272,7 @@ def test_a_controller_takes_all_of_its_settings_from_a_config():
         controller.update(3, validation_loss=1.0)
     assert controller.alpha == 3
     ramp = AlphaController.from_config(RDropConfig(alpha="auto"), 8)
-    assert [ramp.alpha_at(step) for step in (0, 4, 8)] == [0, 8, 16]
+    assert [ramp.alpha_at(step) for step in (0, 4, 8)] == [3, 6.5, 10]
     with pytest.raises(ValueError, match="config must have alpha='auto', got alpha=1"):
         AlphaController.from_config(RDropConfig(), 10)
     with pytest.raises(TypeError, match="config must be an RDropConfig, got int"):
@@ -303,7 +304,7 @@ def test_the_alpha_of_a_controller_is_the_weight_of_a_step():
 def test_a_ramp_over_the_run_needs_its_length_alone():
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
     x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
-    config = RDropConfig(alpha="auto", single_pass_below=4.0)
+    config = RDropConfig(alpha="auto", alpha_start=0.0, alpha_max=16.0, single_pass_below=4.0)
     for step, passes in ((0, 1), (24, 1), (25, 2), (50, 2)):
         output = rdrop_step(model, x, y, config=config, step=step, total_steps=100)
         alpha = 16 * step / 100 if passes == 2 else 0

@@ -20,9 +20,9 @@ def test_defaults_are_two_stacked_passes_on_the_baselines_scale():
         "alpha_schedule": "constant",
         "alpha_warmup_steps": 0,
         "alpha_warmup_ratio": None,
-        "alpha_start": 0.0,
+        "alpha_start": None,
         "alpha_rule": "ramp",
-        "alpha_max": 16.0,
+        "alpha_max": None,
         "alpha_min": 1.0,
         "single_pass_below": None,
         "dropout_rates": None,
@@ -69,9 +69,9 @@ def test_a_config_that_was_saved_before_there_was_a_rule_loads():
     assert RDropConfig.from_dict(saved).to_dict() == {
         **saved,
         "alpha_warmup_ratio": None,
-        "alpha_start": 0.0,
+        "alpha_start": None,
         "alpha_rule": "ramp",
-        "alpha_max": 16.0,
+        "alpha_max": None,
         "alpha_min": 1.0,
         "single_pass_below": None,
     }
@@ -89,6 +89,30 @@ def test_another_alpha_leaves_what_reads_it_behind():
     assert auto.with_alpha(0.0) == RDropConfig(alpha=0.0, fraction=0.5)
     ramp = RDropConfig(alpha="auto", alpha_start=3.0, alpha_max=10.0)
     assert ramp.with_alpha(6.0) == RDropConfig(alpha=6.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "highest"),
+    [
+        ({"alpha": 2.0}, 2),
+        ({"alpha": 2.0, "alpha_schedule": "linear", "alpha_warmup_steps": 9}, 2),
+        (
+            {
+                "alpha": 2.0,
+                "alpha_start": 5.0,
+                "alpha_schedule": "linear",
+                "alpha_warmup_steps": 9,
+            },
+            5,
+        ),
+        ({"alpha": "auto"}, 10),
+        ({"alpha": "auto", "alpha_max": 12.0}, 12),
+        ({"alpha": "auto", "alpha_rule": "stall"}, 16),
+        ({"alpha": "auto", "alpha_rule": "stall", "alpha_max": 12.0}, 12),
+    ],
+)
+def test_the_highest_alpha_of_a_run(options, highest):
+    assert RDropConfig(**options).highest_alpha == highest
 
 
 def test_no_step_of_a_ramp_has_more_than_another_alpha():
@@ -205,7 +229,7 @@ def test_a_config_is_frozen_and_hashable():
         (
             {"alpha": "auto", "alpha_start": 20.0},
             ValueError,
-            r"alpha_start must be at most alpha_max=16\.0: alpha='auto' rises, got 20\.0",
+            r"alpha_start must be at most alpha_max=10\.0: alpha='auto' rises, got 20\.0",
         ),
         (
             {"alpha": "auto", "alpha_rule": "stall", "alpha_start": 2.0},
@@ -232,9 +256,14 @@ def test_a_config_is_frozen_and_hashable():
             r"single_pass_below must be at most alpha=2\.0, else no step has R-Drop, got 3\.0",
         ),
         (
-            {"alpha": "auto", "single_pass_below": 17},
+            {"alpha": "auto", "single_pass_below": 11},
             ValueError,
-            r"single_pass_below must be at most alpha_max=16\.0",
+            r"single_pass_below must be at most alpha_max=10\.0",
+        ),
+        (
+            {"alpha": "auto", "alpha_rule": "stall", "single_pass_below": 11},
+            ValueError,
+            r"single_pass_below must be at most alpha_max=10\.0",
         ),
         ({"passes": "parallel"}, ValueError, "passes must be one of .* got 'parallel'"),
         ({"scale": "none"}, ValueError, "scale must be one of .* got 'none'"),

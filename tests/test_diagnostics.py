@@ -57,10 +57,10 @@ def test_a_divergence_of_zero_is_warned_about():
         ({"every_n_steps": 4}, 1.25),
         ({"every_n_steps": 2, "backward_passes": 1}, 7 / 6),
         ({"alpha": "auto"}, 2),
-        ({"alpha": "auto", "single_pass_below": 8.0}, 1.5),
-        ({"alpha": "auto", "alpha_max": 4.0, "single_pass_below": 1.0}, 1.75),
-        ({"alpha": "auto", "single_pass_below": 8.0, "every_n_steps": 2}, 1.25),
-        ({"alpha": "auto", "single_pass_below": 4.0, "backward_passes": 1}, 1.25),
+        ({"alpha": "auto", "single_pass_below": 6.5}, 1.5),
+        ({"alpha": "auto", "single_pass_below": 5.2, "every_n_steps": 2}, 1.343),
+        ({"alpha": "auto", "alpha_start": 0.0, "alpha_max": 4.0, "single_pass_below": 1.0}, 1.75),
+        ({"alpha": "auto", "single_pass_below": 6.5, "backward_passes": 1}, 7 / 6),
         # Nobody knows what a rule that follows the validation loss will do.
         ({"alpha": "auto", "alpha_rule": "stall", "single_pass_below": 4.0}, 2),
         # In a long run neither the start nor a ramp of so many steps counts.
@@ -103,7 +103,7 @@ def test_expected_cost_in_single_pass_steps(options, cost):
             },
             1.8,
         ),
-        ({"alpha": "auto", "single_pass_below": 8.0, "start_step": 20}, 1.4),
+        ({"alpha": "auto", "single_pass_below": 6.5, "start_step": 20}, 1.4),
         ({"start_step": 200}, 1),
     ],
 )
@@ -124,10 +124,10 @@ def test_a_long_run_costs_what_the_end_of_a_falling_alpha_does(alpha, cost):
 
 
 def test_report_names_the_options_that_a_cost_comes_from():
-    config = RDropConfig(alpha="auto", single_pass_below=8.0, every_n_steps=2)
+    config = RDropConfig(alpha="auto", single_pass_below=6.5, every_n_steps=2)
     cost = next(line for line in dropout_report(noisy_model(), config) if "costs" in line)
     assert "about 1.25 single-pass" in cost
-    assert "alpha='auto', num_passes=2, every_n_steps=2, single_pass_below=8.0" in cost
+    assert "alpha='auto', num_passes=2, every_n_steps=2, single_pass_below=6.5" in cost
     plain = next(line for line in dropout_report(noisy_model()) if "costs" in line)
     assert plain.endswith("(num_passes=2).")
 

@@ -278,6 +278,34 @@ def test_the_fresh_seeds_of_the_narrow_ramp():
     assert said in text
 
 
+def test_all_seeds_of_the_narrow_ramp_beside_a_constant_of_6():
+    tasks = {**STUDIED, "minilm-cola": "CoLA"}
+    certain = {}
+    for name, *cells in table("docs/experiments-alpha.md", "| task | alpha 3 | alpha 10 | from 0"):
+        (task,) = (task for task in tasks if tasks[task] == name)
+        folders = [
+            ROOT / f"results/{task}-alpha-schedules",
+            ROOT / f"results/alpha-fresh-seeds/{task}",
+        ]
+        nll = {}
+        for record in [
+            each for folder in folders if folder.exists() for each in load_records(folder)
+        ]:
+            nll.setdefault(record.arm, {})[record.seed] = record.test["nll"]
+        for arm, cell in zip(
+            ("alpha-3", "alpha-10", "ramp-16", "narrow-ramp-10"), cells, strict=True
+        ):
+            change = paired_difference(nll[arm], nll["alpha-6"])
+            assert len(nll[arm]) == (3 if name == "CoLA" else 5)
+            assert_rounded(cell, change.mean, change.half_width)
+            if abs(change.mean) > change.half_width:
+                certain.setdefault(arm, []).append((name, change.mean > 0))
+    assert len(certain.pop("alpha-3")) == 3
+    assert certain["narrow-ramp-10"] == [("PTB", False)]
+    worse = [name for name, is_worse in certain["ramp-16"] if is_worse]
+    assert worse == ["Multi30k", "SciTLDR", "Fashion-MNIST"]
+
+
 def test_the_alpha_of_translation_is_the_choice_on_validation():
     chosen = json.loads((ROOT / "results/multi30k-part-tuned-tuning/tuned.json").read_text("utf-8"))
     assert chosen["arms"]["rdrop"]["settings"]["rdrop.alpha"] == alpha("multi30k-part-tuned")
@@ -288,7 +316,7 @@ def test_the_part_of_the_gain_that_rising_alphas_keep():
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     tasks = cells[0]
     found = {row[0]: row for row in cells if any("%" in cell for cell in row)}
-    arms = ("alpha-1", "alpha-6", "ramp-16", "ramp-16-below-8")
+    arms = ("alpha-1", "alpha-6", "narrow-ramp-10", "ramp-16")
     for row in table("docs/rising-alpha.md", "| task | alpha 1"):
         (place,) = (tasks.index(task) for task, name in STUDIED.items() if name in row[0])
         shown = [numbers(cell)[0] for cell in row[1:]]

@@ -80,11 +80,13 @@ def test_auto_begins_where_it_is_said_to():
 
 
 def test_auto_is_the_ramp_over_the_whole_run():
-    assert alphas(8, total_steps=8, alpha="auto") == [16 * step / 8 for step in range(8)]
-    found = alphas(8, total_steps=8, alpha="auto", alpha_max=3.0, start_step=2)
+    assert alphas(7, total_steps=7, alpha="auto") == pytest.approx([3, 4, 5, 6, 7, 8, 9])
+    found = alphas(8, total_steps=8, alpha="auto", alpha_start=0.0, alpha_max=3.0, start_step=2)
     assert found == pytest.approx([0, 0, 0, 0.5, 1, 1.5, 2, 2.5])
+    # A lower end is where it begins.
+    assert alphas(3, total_steps=3, alpha="auto", alpha_max=2.0) == [2.0, 2.0, 2.0]
     # A run that goes on beyond its length stays at the end.
-    assert alphas(6, total_steps=4, alpha="auto")[-2:] == [16.0, 16.0]
+    assert alphas(6, total_steps=4, alpha="auto")[-2:] == [10.0, 10.0]
 
 
 def test_an_alpha_from_outside_is_the_scheduled_one():
@@ -100,8 +102,8 @@ def test_an_alpha_from_outside_is_the_scheduled_one():
     [
         (
             {"alpha": "auto"},
-            "alpha='auto' is a part of the run: give total_steps, .*; or use alpha=16 with "
-            "alpha_schedule='linear' and alpha_warmup_steps, a number of steps",
+            "alpha='auto' is a part of the run: give total_steps, .*; or use alpha=10 with "
+            "alpha_schedule='linear', alpha_start=3 and alpha_warmup_steps, a number of steps",
         ),
         (
             {"alpha_schedule": "linear", "alpha_warmup_ratio": 0.5},

@@ -167,6 +167,7 @@ CONTROLLERS = [
     (argument, kind)
     for argument in inspect.signature(regdrop.AlphaController).parameters
     for kind in WRONG
+    if (argument, kind) not in {("alpha_max", "none"), ("alpha_start", "none")}
 ]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regdrop.arguments import check_integer, check_number
-from regdrop.config import AlphaRule, RDropConfig
+from regdrop.config import AlphaRule, RDropConfig, auto_range
 
 # By how much an evaluation may change alpha.
 _FACTOR = 2.0
@@ -56,7 +56,7 @@ class Observation(NamedTuple):
         kl: Mean divergence in training since then; None if none was measured.
         alpha_max: The most that alpha may be.
         alpha_min: Where it begins, and the least that it steps back to.
-        slope: That of the ramp to `alpha_max` over the whole run.
+        slope: That of a ramp from 0 to `alpha_max` over the whole run.
     """
 
     step: int
@@ -156,8 +156,8 @@ class AlphaController:
     Args:
         total_steps: Optimiser steps of the whole run.
         rule: One of `RULES`.
-        alpha_max: The most that alpha may be; the end of the "ramp".
-        alpha_start: Where the "ramp" begins; 0 for the other rules.
+        alpha_max: The most that alpha may be; the end of the "ramp". None: as in `RDropConfig`.
+        alpha_start: Where the "ramp" begins. None: as in `RDropConfig`.
         alpha_min: Where the other rules begin, and the least that they step back to ("gap" goes
             down to 0). A higher one gives way to `alpha_max`.
         start_step: First step with R-Drop, as in `RDropConfig`; alpha is 0 before it, and
@@ -173,21 +173,24 @@ class AlphaController:
         total_steps: int,
         *,
         rule: AlphaRule = "ramp",
-        alpha_max: float = 16.0,
-        alpha_start: float = 0.0,
+        alpha_max: float | None = None,
+        alpha_start: float | None = None,
         alpha_min: float = 1.0,
         start_step: int = 0,
     ) -> None:
         check_integer("total_steps", total_steps, low=1)
         check_integer("start_step", start_step, low=0)
-        check_number("alpha_max", alpha_max, above=0)
+        if alpha_max is not None:
+            check_number("alpha_max", alpha_max, above=0)
         check_number("alpha_min", alpha_min, above=0)
-        check_number("alpha_start", alpha_start)
+        if alpha_start is not None:
+            check_number("alpha_start", alpha_start)
         if not isinstance(rule, str) or rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
-        if not 0 <= alpha_start <= alpha_max:
+        highest = auto_range(rule, alpha_start, alpha_max)[1]
+        if not 0 <= (alpha_start or 0.0) <= highest:
             raise ValueError(
-                f"alpha_start must be from 0 to alpha_max={alpha_max}, got {alpha_start}"
+                f"alpha_start must be from 0 to alpha_max={highest}, got {alpha_start}"
             )
         if alpha_start and rule != "ramp":
             raise ValueError(
@@ -196,8 +199,8 @@ class AlphaController:
             )
         # Numbers of NumPy are none that JSON can hold, as `state_dict` promises.
         self.total_steps, self.start_step = int(total_steps), int(start_step)
-        self.alpha_max, self.alpha_min = float(alpha_max), float(min(alpha_min, alpha_max))
-        self.alpha_start = float(alpha_start)
+        self.alpha_max, self.alpha_min = float(highest), float(min(alpha_min, highest))
+        self._ramp = auto_range("ramp", alpha_start, alpha_max)
         self.rule: AlphaRule = rule
         self.should_restore = False
         self._next_step = 0
@@ -245,8 +248,9 @@ class AlphaController:
 
     def follow_ramp(self) -> None:
         """Follow the "ramp" from now on, as where a run turns out to have no validation loss."""
-        self.rule = "ramp"
-        self._state = AlphaState(self.alpha_start, self._slope, self.start_step)
+        start, end = map(float, self._ramp)
+        self.rule, self.alpha_max = "ramp", end
+        self._state = AlphaState(start, (end - start) / self._num_steps, self.start_step)
 
     def update(
         self,
@@ -294,7 +298,7 @@ class AlphaController:
             self._mean("kl"),
             self.alpha_max,
             self.alpha_min,
-            self._slope,
+            self.alpha_max / self._num_steps,
         )
         before = self._state
         # Without a step of R-Drop a loss says nothing of alpha.
@@ -349,9 +353,8 @@ class AlphaController:
         self._sums = dict(state["sums"])
 
     @property
-    def _slope(self) -> float:
-        rise = self.alpha_max - self.alpha_start
-        return rise / max(1, self.total_steps - self.start_step)
+    def _num_steps(self) -> int:
+        return max(1, self.total_steps - self.start_step)
 
     def _add(self, name: str, value: Tensor | float) -> None:
         count: Tensor | float

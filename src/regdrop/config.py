@@ -15,8 +15,10 @@ AlphaRule = Literal["ramp", "stall", "restore", "kl-target", "gap", "ramp-from-s
 Method = Literal["rdrop", "r3f", "fraternal"]
 Likelihood = Literal["auto", "model"]
 
-# One end for all tasks that were looked at.
-_DEFAULT_ALPHA_MAX = 16.0
+# Begin and end of the ramp of alpha="auto", one for all tasks that were looked at.
+_RAMP_START, _RAMP_END = 3.0, 10.0
+# What the rules that read the validation loss reach at most.
+_RULE_MAX = 16.0
 # The paper's usual weight.
 _DEFAULT_ALPHA_MIN = 1.0
 
@@ -27,7 +29,7 @@ class RDropConfig:
 
     Attributes:
         alpha: Weight of the divergence, the paper's. "auto": none to search, it rises in the run as
-            `alpha_rule` has it, up to `alpha_max`.
+            `alpha_rule` has it, from 3 to 10 if nothing else is said.
         num_passes: Passes a batch; 1 (with alpha 0) is training without R-Drop.
         backward_passes: First passes that carry the gradient, scaled to stay unbiased; 1 costs
             about 1.3 single-pass steps instead of 2. None: all.
@@ -42,9 +44,11 @@ class RDropConfig:
         alpha_warmup_ratio: Length of the ramp as a part of the steps from start_step to the end of
             the run, instead of alpha_warmup_steps; 1.0 is all of them.
         alpha_start: Where that ramp begins, and the "ramp" of alpha="auto". Above alpha it falls.
+            None: 0, and 3 for "auto", or `alpha_max` if that is less.
         alpha_rule: How alpha="auto" rises; see `regdrop.alpha.RULES`. "ramp" needs no validation;
             the others act at evaluations, by the validation loss.
-        alpha_max: What alpha="auto" reaches at most; the end of the "ramp".
+        alpha_max: What alpha="auto" reaches at most; the end of the "ramp". None: 10 for the
+            "ramp", 16 for the rules that read the validation loss.
         alpha_min: Where the rules that read the validation loss begin, and the least that they step
             back to ("gap" goes down to 0). The default gives way to a lower `alpha_max`.
         single_pass_below: Steps whose alpha, as scheduled, is below it have one pass; the weight of
@@ -89,9 +93,9 @@ class RDropConfig:
     alpha_schedule: AlphaSchedule = "constant"
     alpha_warmup_steps: int = 0
     alpha_warmup_ratio: float | None = None
-    alpha_start: float = 0.0
+    alpha_start: float | None = None
     alpha_rule: AlphaRule = "ramp"
-    alpha_max: float = _DEFAULT_ALPHA_MAX
+    alpha_max: float | None = None
     alpha_min: float = _DEFAULT_ALPHA_MIN
     single_pass_below: float | None = None
     dropout_rates: tuple[float, ...] | None = None
@@ -144,14 +148,22 @@ class RDropConfig:
             for name, value in asdict(self).items()
         }
 
+    @property
+    def highest_alpha(self) -> float:
+        """The most that alpha may be in a run, before `every_n_steps` multiplies it."""
+        if self.alpha == "auto":
+            return auto_range(self.alpha_rule, self.alpha_start, self.alpha_max)[1]
+        return max(self.alpha, self.alpha_start or 0.0)
+
     def with_alpha(self, alpha: float) -> "RDropConfig":
         """Return the same options with a number as alpha, without what reads another alpha."""
+        start = None if self.alpha == "auto" else self.alpha_start
         return replace(
             self,
             alpha=alpha,
-            alpha_start=min(self.alpha_start, alpha) if self.alpha != "auto" else 0.0,
+            alpha_start=None if start is None else min(start, alpha),
             alpha_rule="ramp",
-            alpha_max=_DEFAULT_ALPHA_MAX,
+            alpha_max=None,
             alpha_min=_DEFAULT_ALPHA_MIN,
             single_pass_below=None,
         )
@@ -161,8 +173,9 @@ class RDropConfig:
             if isinstance(self.alpha, str):
                 raise TypeError(f"alpha must be a number, got str {self.alpha!r}; or 'auto'")
             check_number("alpha", self.alpha, low=0)
-        check_number("alpha_start", self.alpha_start, low=0)
-        check_number("alpha_max", self.alpha_max, low=0)
+        for name in ("alpha_start", "alpha_max"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low=0)
         check_number("alpha_min", self.alpha_min, low=0)
         if self.alpha_warmup_ratio is not None:
             check_number("alpha_warmup_ratio", self.alpha_warmup_ratio, low=0, high=1)
@@ -223,7 +236,7 @@ class RDropConfig:
 
     def _check_combinations(self) -> None:
         for name in ("alpha", "alpha_start"):
-            if self.num_passes == 1 and getattr(self, name) != 0:
+            if self.num_passes == 1 and getattr(self, name) not in (0, None):
                 raise ValueError(f"num_passes=1 needs {name}=0, got {name}={getattr(self, name)!r}")
         if self.backward_passes is not None and self.backward_passes > self.num_passes:
             raise ValueError(
@@ -289,7 +302,7 @@ class RDropConfig:
         else:
             for name, default in (
                 ("alpha_rule", "ramp"),
-                ("alpha_max", _DEFAULT_ALPHA_MAX),
+                ("alpha_max", None),
                 ("alpha_min", _DEFAULT_ALPHA_MIN),
             ):
                 if getattr(self, name) != default:
@@ -313,10 +326,13 @@ class RDropConfig:
                 raise ValueError(
                     f"single_pass_below={self.single_pass_below} needs num_passes above 1, got 1"
                 )
-            name = "alpha_max" if self.alpha == "auto" else "alpha"
-            if max(getattr(self, name), self.alpha_start) < self.single_pass_below:
+            name, highest = "alpha", self.highest_alpha
+            if self.alpha == "auto":
+                # Without an evaluation every rule becomes the ramp.
+                name, highest = "alpha_max", auto_range("ramp", None, self.alpha_max)[1]
+            if highest < self.single_pass_below:
                 raise ValueError(
-                    f"single_pass_below must be at most {name}={getattr(self, name)}, else no step "
+                    f"single_pass_below must be at most {name}={highest}, else no step "
                     f"has R-Drop, got {self.single_pass_below}"
                 )
 
@@ -331,13 +347,13 @@ class RDropConfig:
         for name in ("alpha_max", "alpha_min"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name} must be above 0, got 0")
-        if self.alpha_min > self.alpha_max and self.alpha_min != _DEFAULT_ALPHA_MIN:
+        if self.alpha_min > self.highest_alpha and self.alpha_min != _DEFAULT_ALPHA_MIN:
             raise ValueError(
-                f"alpha_min must be at most alpha_max={self.alpha_max}, got {self.alpha_min}"
+                f"alpha_min must be at most alpha_max={self.highest_alpha}, got {self.alpha_min}"
             )
-        if self.alpha_start > self.alpha_max:
+        if self.alpha_start is not None and self.alpha_start > self.highest_alpha:
             raise ValueError(
-                f"alpha_start must be at most alpha_max={self.alpha_max}: alpha='auto' rises, "
+                f"alpha_start must be at most alpha_max={self.highest_alpha}: alpha='auto' rises, "
                 f"got {self.alpha_start}; alpha_schedule='linear' may fall"
             )
         if self.alpha_start and self.alpha_rule != "ramp":
@@ -361,6 +377,16 @@ class RDropConfig:
                     "alpha_rule='kl-target' reads the KL, which steps with one pass do not have: "
                     f"single_pass_below={self.single_pass_below} needs monitor_steps beside it"
                 )
+
+
+def auto_range(
+    rule: AlphaRule, alpha_start: float | None, alpha_max: float | None
+) -> tuple[float, float]:
+    """Return where the "ramp" of alpha="auto" begins, 0 for other rules, and the most it may be."""
+    if rule != "ramp":
+        return 0.0, _RULE_MAX if alpha_max is None else alpha_max
+    end = _RAMP_END if alpha_max is None else alpha_max
+    return min(_RAMP_START, end) if alpha_start is None else alpha_start, end
 
 
 def _as_numbers(name: str, value: Any) -> tuple[float, ...]:

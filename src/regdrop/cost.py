@@ -57,7 +57,7 @@ def _share_of_full_steps(config: RDropConfig, total_steps: int | None) -> float:
     """Return the share of a run's steps that have all passes."""
     alpha = None
     if config.alpha == "auto" and config.alpha_rule != "ramp":
-        alpha = config.alpha_max
+        alpha = config.highest_alpha
     if total_steps is None:
         if config.alpha != "auto" and config.alpha_warmup_steps:
             alpha = config.alpha

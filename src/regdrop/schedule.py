@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple, NoReturn
 
-from regdrop.config import RDropConfig
+from regdrop.config import RDropConfig, auto_range
 
 
 class StepPlan(NamedTuple):
@@ -79,7 +79,7 @@ def scheduled_alpha(config: RDropConfig, step: int, total_steps: int | None = No
                 "alpha=controller.alpha of a regdrop.AlphaController"
             )
         progress = _progress(elapsed, _ramp_steps(config, 1.0, total_steps))
-        return _between(config.alpha_start, config.alpha_max, progress)
+        return _between(*_auto_ramp(config), progress)
     if config.alpha_schedule == "constant":
         return config.alpha
     length: float = config.alpha_warmup_steps
@@ -88,7 +88,7 @@ def scheduled_alpha(config: RDropConfig, step: int, total_steps: int | None = No
     progress = _progress(elapsed, length)
     if config.alpha_schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
-    return _between(config.alpha_start, config.alpha, progress)
+    return _between(config.alpha_start or 0.0, config.alpha, progress)
 
 
 def is_monitored(config: RDropConfig, step: int) -> bool:
@@ -130,10 +130,17 @@ def refuse_unknown_length(config: RDropConfig, way_out: str) -> NoReturn:
     """
     name, other = f"alpha_warmup_ratio={config.alpha_warmup_ratio}", "alpha_warmup_steps instead"
     if config.alpha == "auto":
-        end = f"{config.alpha_max:g}"
+        start, end = _auto_ramp(config)
         name = "alpha='auto'"
-        other = f"alpha={end} with alpha_schedule='linear' and alpha_warmup_steps"
+        other = (
+            f"alpha={end:g} with alpha_schedule='linear', alpha_start={start:g} and "
+            "alpha_warmup_steps"
+        )
     raise ValueError(f"{name} is a part of the run: {way_out}; or use {other}, a number of steps")
+
+
+def _auto_ramp(config: RDropConfig) -> tuple[float, float]:
+    return auto_range("ramp", config.alpha_start, config.alpha_max)
 
 
 def _ramp_steps(config: RDropConfig, ratio: float, total_steps: int | None) -> float:

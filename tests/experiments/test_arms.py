@@ -48,7 +48,8 @@ def test_matched_dropout_is_one_pass_with_the_odds_of_alpha():
         ({"alpha": 0.3}, 1.3, "times 1.3"),
         ({"alpha": 8, "alpha_schedule": "linear", "alpha_warmup_ratio": 1.0}, 5, "times 5"),
         ({"alpha": 8, "alpha_schedule": "cosine", "alpha_warmup_ratio": 0.5}, 7, "times 6.99"),
-        ({"alpha": "auto", "alpha_start": 4.0}, 11, "times 11"),
+        ({"alpha": "auto"}, 7.5, "times 7.5"),
+        ({"alpha": "auto", "alpha_start": 4.0, "alpha_max": 16.0}, 11, "times 11"),
         ({"alpha": "auto", "alpha_rule": "stall"}, 9.5, "times 9.5, for alpha in the middle"),
         (
             {"alpha": "auto", "alpha_rule": "gap", "alpha_max": 0.5},

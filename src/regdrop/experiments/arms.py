@@ -154,16 +154,16 @@ def _mean_alpha(task: Task) -> tuple[float, str]:
     """
     rdrop, steps = task.rdrop, task.training.max_steps
     if rdrop.alpha == "auto" and rdrop.alpha_rule != "ramp":
-        low = min(rdrop.alpha_min, rdrop.alpha_max)
-        text = f", for alpha in the middle between {low:g} and {rdrop.alpha_max:g}"
-        return (low + rdrop.alpha_max) / 2, text
+        high = rdrop.highest_alpha
+        low = min(rdrop.alpha_min, high)
+        return (low + high) / 2, f", for alpha in the middle between {low:g} and {high:g}"
     # With both of its ends the mean of a ramp is the middle between them.
     return mean(scheduled_alpha(rdrop, step, steps) for step in range(steps + 1)), ""
 
 
 def _alpha_text(rdrop: RDropConfig) -> str:
     if rdrop.alpha == "auto":
-        return f"alpha by {rdrop.alpha_rule} up to {rdrop.alpha_max:g}"
+        return f"alpha by {rdrop.alpha_rule} up to {rdrop.highest_alpha:g}"
     return f"alpha {rdrop.alpha:g}"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from regdrop.experiments.recording.details import DETAILS_NAME, Details, read_details, write_details
+from regdrop.experiments.recording.earlier_options import with_later_options
 from regdrop.experiments.recording.files import read_object, write_json
 from regdrop.experiments.recording.ownership import HeldError, hold
 from regdrop.whole_files import write_whole
@@ -156,7 +157,10 @@ def _load(paths: Sequence[Path]) -> list[RunRecord]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_object(path, "the record of a run")
+    content = read_object(path, "the record of a run")
+    if isinstance(content.get("config"), dict):
+        content["config"] = with_later_options(content["config"])
+    return content
 
 
 def _is_whole(content: Mapping[str, Any]) -> bool:

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from regdrop.config import RDropConfig
 from regdrop.experiments.arms import Arm
+from regdrop.experiments.recording.earlier_options import with_later_options
 from regdrop.tasks import Task
 from regdrop.tasks.common.folders import checkpoint_digest, data_digests, is_of_split
 
@@ -58,7 +58,7 @@ def check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any])
     Raises:
         ValueError: If not, with the names of the settings that differ.
     """
-    found = _with_later_options(found)
+    found, wanted = with_later_options(found), with_later_options(wanted)
     if "data" not in wanted:  # it cannot be looked at now
         found = {name: value for name, value in found.items() if name != "data"}
     elif isinstance(found.get("data"), Mapping):
@@ -77,19 +77,12 @@ def check_same_config(path: Path, found: dict[str, Any], wanted: dict[str, Any])
 def differing_arm(found: Mapping[str, Any], arm: Arm) -> list[str]:
     """Return the names of what differs between settings of a run and an arm, of those it has."""
     own = {name: value for name, value in found.items() if name in ARM_SETTINGS}
-    return _differences(_with_later_options(own), _arm_settings(arm))
+    return _differences(with_later_options(own), with_later_options(_arm_settings(arm)))
 
 
 def differing_data(found: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Return the names of what differs between two digests of data."""
     return _differences(_split_files(found, now), now, are_fields=False)
-
-
-def _with_later_options(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with R-Drop's later options, whose defaults are what was done before."""
-    if "rdrop" not in found:
-        return dict(found)
-    return {**found, "rdrop": {**RDropConfig().to_dict(), **found["rdrop"]}}
 
 
 def _split_files(found: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:

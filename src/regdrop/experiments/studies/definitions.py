@@ -16,8 +16,8 @@ from regdrop.tasks.common.accepted import check_choice
 # The settings of every rule for alpha: the end of a ramp, the most that another may give.
 _ALPHA_ENDS = (8.0, 16.0, 32.0)
 _ALPHA_STARTS = (3.0, 6.0)
-# Ramps around the constants that are good on most tasks: their begin and their end.
-_NARROW_RAMPS = ((3.0, 10.0), (4.0, 12.0))
+# Ramps around the constants that are good on most tasks: name, begin and end.
+_NARROW_RAMPS = (("narrow-ramp", 3.0, 10.0), ("narrow-ramp", 4.0, 12.0))
 
 # Each is a batch more in memory.
 _MOST_PASSES = 100
@@ -135,17 +135,14 @@ def _alpha_schedules(task: Task, grid: Sequence[float]) -> list[Arm]:
 
 def _ramps(task: Task) -> list[Arm]:
     return [
-        _rising(task, f"ramp-{end:g}", f"from 0 to {end:g} over the run", alpha_max=end)
-        for end in _ALPHA_ENDS
-    ] + [
         _rising(
             task,
-            f"narrow-ramp-{end:g}",
+            f"{name}-{end:g}",
             f"from {start:g} to {end:g} over the run",
             alpha_start=start,
             alpha_max=end,
         )
-        for start, end in _NARROW_RAMPS
+        for name, start, end in (*(("ramp", 0.0, end) for end in _ALPHA_ENDS), *_NARROW_RAMPS)
     ]
 
 
@@ -172,6 +169,7 @@ def _rules(task: Task) -> list[Arm]:
             f"by the rule {rule}, from {start:g} to at most 16",
             alpha_rule=rule,
             alpha_min=start,
+            alpha_max=16.0,
         )
         for rule in ("stall", "ramp-from-stall")
         for start in _ALPHA_STARTS
@@ -182,6 +180,7 @@ def _rules(task: Task) -> list[Arm]:
         "by the rule ramp-from-stall, from 3 to at most 16, on every 2nd step",
         alpha_rule="ramp-from-stall",
         alpha_min=3.0,
+        alpha_max=16.0,
         every_n_steps=2,
     )
     return [*arms, *later, cheaper]
@@ -222,7 +221,7 @@ def _without_schedule(rdrop: RDropConfig) -> RDropConfig:
     return replace(
         rdrop.with_alpha(1.0),
         alpha_schedule="constant",
-        alpha_start=0.0,
+        alpha_start=None,
         alpha_warmup_steps=0,
         alpha_warmup_ratio=None,
         start_step=0,

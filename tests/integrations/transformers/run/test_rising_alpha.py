@@ -16,6 +16,8 @@ from regdrop.integrations.transformers import RDropTrainer
 from training import arguments, assert_same_run, logged, parameters
 
 AUTO = RDropConfig(alpha="auto")
+# Its alphas in a run of 8 steps.
+RAMP = [3 + 7 * step / 8 for step in range(8)]
 # Validation losses above those of training, and rising.
 HIGH = {2: 1.3, 4: 1.5, 6: 1.6, 8: 1.7}
 EVALUATED = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 2}
@@ -74,7 +76,7 @@ def train_with_other_options(folder, rdrop, **changes):
 def test_options_that_a_callback_replaces_are_those_of_the_next_step(tmp_path, alpha):
     found = train_with_other_options(tmp_path, RDropConfig(alpha=alpha), alpha=0.5)
     assert found[2:] == [0.5, 0.5]
-    assert found[:2] == ([3.0, 3.0] if alpha == 3.0 else [0.0, 4.0])
+    assert found[:2] == ([3.0, 3.0] if alpha == 3.0 else [3.0, 4.75])
 
 
 def test_a_rule_that_did_not_begin_with_the_run_is_refused(tmp_path):
@@ -91,8 +93,8 @@ def test_auto_is_a_ramp_over_the_whole_run_however_its_length_is_given(tmp_path,
     length = {"max_steps": -1, "num_train_epochs": epochs} if epochs else {}
     found = train(tmp_path, AUTO, validation=False, **length)
     assert found.state.global_step == 8
-    assert logged(found, "alpha") == pytest.approx([2.0 * step for step in range(8)])
-    ramp = RDropConfig(alpha=16.0, alpha_schedule="linear", alpha_warmup_steps=8)
+    assert logged(found, "alpha") == pytest.approx(RAMP)
+    ramp = RDropConfig(alpha=10.0, alpha_start=3.0, alpha_schedule="linear", alpha_warmup_steps=8)
     assert_same_run(found, train(tmp_path, ramp, validation=False))
 
 
@@ -296,7 +298,7 @@ def test_a_run_that_lost_its_validation_goes_on_by_the_ramp_and_says_so(tmp_path
     begun = train(tmp_path, rdrop, **options)
     with caplog.at_level(logging.WARNING):
         again = train(tmp_path, rdrop, resume=checkpoint, validation=False, eval_strategy="no")
-    assert logged(again, "alpha") == [*logged(begun, "alpha")[:4], 8.0, 10.0, 12.0, 14.0]
+    assert logged(again, "alpha") == [*logged(begun, "alpha")[:4], *RAMP[4:]]
     assert "there is no evaluation during training: alpha follows the ramp" in caplog.text
 
 
@@ -306,7 +308,7 @@ def test_a_run_that_had_no_validation_goes_on_by_the_ramp_and_says_so(tmp_path, 
     begun = train(tmp_path, rdrop, validation=False, eval_strategy="no", **plain)
     with caplog.at_level(logging.WARNING):
         again = train(tmp_path, rdrop, resume=checkpoint, **options)
-    assert logged(again, "alpha") == logged(begun, "alpha") == [2.0 * step for step in range(8)]
+    assert logged(again, "alpha") == logged(begun, "alpha") == RAMP
     assert "there is none in the run so far: alpha follows the ramp" in caplog.text
 
 
@@ -334,10 +336,9 @@ def test_without_a_validation_loss_alpha_follows_the_ramp_and_that_is_said_once(
         trainer.train()
     said = [r.getMessage() for r in caplog.records if "follows the validation loss" in r.message]
     assert len(said) == 1
-    assert "alpha follows the ramp to 16" in said[0]
-    ramp = [2.0 * step for step in range(8)]
+    assert "alpha follows the ramp to 10" in said[0]
     assert logged(trainer, "alpha") == pytest.approx(
-        [1, 1, *ramp[2:]] if case == "no loss" else ramp
+        [1, 1, *RAMP[2:]] if case == "no loss" else RAMP
     )
 
 
@@ -369,7 +370,7 @@ def test_a_search_gives_every_trial_its_own_rule(tmp_path):
     trainer = make(tmp_path, AUTO)
     trainer._hp_search_setup({"rdrop.alpha_max": 8.0})
     trainer.train()
-    assert logged(trainer, "alpha") == pytest.approx([1.0 * step for step in range(8)])
+    assert logged(trainer, "alpha") == pytest.approx([3 + 5 * step / 8 for step in range(8)])
 
 
 # --- one pass while alpha is small --------------------------------------------------------------
@@ -385,7 +386,7 @@ def test_one_pass_while_alpha_is_small_and_the_passes_are_logged(tmp_path, scale
         ),
         with_kwargs=True,
     )
-    rdrop = replace(AUTO, single_pass_below=8.0, scale=scale)
+    rdrop = replace(AUTO, single_pass_below=6.5, scale=scale)
     trainer = train(tmp_path, rdrop, model=model, logging_steps=2)
     assert rows == [8] * 4 + [16] * 4
     assert logged(trainer, "passes") == [1, 1, 2, 2]
@@ -396,7 +397,7 @@ def test_one_pass_while_alpha_is_small_and_the_passes_are_logged(tmp_path, scale
 
 
 def test_the_divergence_is_measured_where_a_step_has_one_pass(tmp_path):
-    rdrop = replace(AUTO, single_pass_below=8.0)
+    rdrop = replace(AUTO, single_pass_below=6.5)
     plain = train(tmp_path, rdrop, model=tiny_bert(dropout=0.3))
     monitored = train(tmp_path, replace(rdrop, monitor_steps=2), model=tiny_bert(dropout=0.3))
     assert all(map(torch.equal, parameters(plain), parameters(monitored)))

@@ -92,11 +92,12 @@ class RunState(WindowCounting):
         self._should_restore = self._planner.observe(step, loss, self.accelerator.reduce)
 
     def _follow_ramp(self, reason: str) -> None:
-        assert self._planner.controller is not None
-        self._planner.controller.follow_ramp()
+        controller = self._planner.controller
+        assert controller is not None
+        controller.follow_ramp()
         self._tell(
             f"alpha_rule={self.rdrop.alpha_rule!r} follows the validation loss, and there is "
-            f"{reason}: alpha follows the ramp to {self.rdrop.alpha_max:g}"
+            f"{reason}: alpha follows the ramp to {controller.alpha_max:g}"
         )
 
     def _collect_parts(self) -> dict[str, float]:

@@ -1,0 +1,27 @@
+"""Options of R-Drop as records of earlier versions hold them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from regdrop.config import RDropConfig
+
+# What was done before an option existed, where that is not its default now: alpha="auto" was a
+# ramp from 0 to 16.
+_BEFORE = {"alpha_start": 0.0, "alpha_max": 16.0}
+
+
+def with_later_options(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run with all options of R-Drop, in the terms of today."""
+    if not isinstance(found.get("rdrop"), Mapping):
+        return dict(found)
+    rdrop = {**RDropConfig().to_dict(), **_BEFORE, **found["rdrop"]}
+    # Where they mean nothing they are None today.
+    unused = []
+    if rdrop["alpha"] != "auto":
+        unused = ["alpha_start", "alpha_max"]
+    elif rdrop["alpha_rule"] != "ramp":
+        unused = ["alpha_start"]
+    for name in unused:
+        if rdrop[name] == _BEFORE[name]:
+            rdrop[name] = None
+    return {**found, "rdrop": rdrop}
