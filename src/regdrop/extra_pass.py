@@ -12,6 +12,7 @@ from regdrop.loss import TermsFunction, combine_terms
 from regdrop.passes import (
     concatenate_outputs,
     copy_structure,
+    forget_converted_weights,
     preserve_buffers,
     preserve_random_state,
 )
@@ -32,7 +33,9 @@ def measure_divergence(outputs: Any, other: Any, target: Any, terms: TermsFuncti
     # Terms may draw masks of their own, as an adaptive softmax does.
     with torch.no_grad(), preserve_random_state():
         both = terms(concatenate_outputs([outputs, other]), target, num_passes=2)
-        return combine_terms(both, alpha=0.0, num_passes=2).kl
+        kl = combine_terms(both, alpha=0.0, num_passes=2).kl
+    forget_converted_weights()
+    return kl
 
 
 def extra_pass(model: nn.Module, forward: Callable[[Any], Output], batch: Any) -> Output:
@@ -56,8 +59,10 @@ def extra_pass(model: nn.Module, forward: Callable[[Any], Output], batch: Any) -
         )
     with torch.no_grad(), preserve_random_state(), preserve_buffers(model):
         # Without a new seed the pass would draw the very masks of the pass that follows.
-        _seed_all(int(torch.randint(2**32, ()).item()))
-        return forward(copy_structure(batch, clones=True))
+        _seed_all(int(torch.randint(2**32, (), device="cpu").item()))
+        output = forward(copy_structure(batch, clones=True))
+    forget_converted_weights()
+    return output
 
 
 def _seed_all(seed: int) -> None:

@@ -5,6 +5,7 @@ from regdrop.passes.dropout import DropoutSource, find_dropout
 from regdrop.passes.noise import embedding_noise
 from regdrop.passes.outputs import concatenate_outputs, count_rows, map_rows
 from regdrop.passes.preserved_state import (
+    forget_converted_weights,
     preserve_buffers,
     preserve_modes,
     preserve_random_state,
@@ -29,6 +30,7 @@ __all__ = [
     "find_batch_size",
     "find_dropout",
     "find_tensors",
+    "forget_converted_weights",
     "map_rows",
     "preserve_buffers",
     "preserve_modes",

@@ -1,4 +1,7 @@
-"""What an extra forward would change in a run, kept: random states, a model's buffers and modes."""
+"""What an extra forward would change in a run, kept: random states, a model's buffers and modes.
+
+Only what autocast keeps of a forward without a gradient is forgotten.
+"""
 
 import random
 import sys
@@ -85,6 +88,16 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
         model.train(modes[model])  # what a model does of its own when it changes its mode
         for module, mode in modes.items():
             module.training = mode
+
+
+def forget_converted_weights() -> None:
+    """Let autocast convert a model's weights anew, after a forward without a gradient.
+
+    That of older torch would go on with what it converted there, and the weights would get no
+    gradient.
+    """
+    if not torch.compiler.is_compiling():  # which keeps none
+        torch.clear_autocast_cache()
 
 
 def train_without_statistics(model: nn.Module) -> None:

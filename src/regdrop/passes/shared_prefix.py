@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from regdrop.arguments import check_integer
 from regdrop.passes.batch_size import find_batch_size
 from regdrop.passes.obstacles import find_experts, list_obstacles
-from regdrop.passes.preserved_state import preserve_buffers, preserve_random_state
+from regdrop.passes.preserved_state import (
+    forget_converted_weights,
+    preserve_buffers,
+    preserve_random_state,
+)
 from regdrop.passes.stacking import (
     find_tensors,
     first_items,
@@ -299,8 +303,7 @@ class SharedPrefix:
         with torch.no_grad(), preserve_random_state(), preserve_buffers(part):
             # Without the part's own hooks, which come after `_after`.
             output = part.forward(*args, **kwargs)
-        # Older autocast would go on with the weights it converted here, without gradient.
-        torch.clear_autocast_cache()
+        forget_converted_weights()
         return output
 
 

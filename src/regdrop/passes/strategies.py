@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from regdrop.passes.batch_size import find_batch_size
 from regdrop.passes.containers import is_graph
 from regdrop.passes.outputs import concatenate_outputs, count_rows
+from regdrop.passes.preserved_state import forget_converted_weights
 from regdrop.passes.stacking import repeat_batch, take_items
 from regdrop.passes.structures import as_names, copy_structure, find_leaves
 
@@ -104,6 +105,8 @@ def run_passes(
     first, others = _group(selections[:graded], strategy), _group(selections[graded:], strategy)
     with torch.no_grad():
         rest = [run(group, graded + n) for n, group in enumerate(others)]
+    if others:
+        forget_converted_weights()
     outputs = [run(group, begin + n) for n, group in enumerate(first)] + rest
     if len(outputs) == 1:
         return outputs[0]
