@@ -680,6 +680,21 @@ def test_an_output_that_is_no_tensor_is_refused_with_the_way_out():
             rdrop_step(lambda x, kind=kind: kind(layer(x)), x, y, config=RDropConfig(), step=0)
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse", cross_entropy_terms])
+@pytest.mark.parametrize("num_passes", [1, 2])
+def test_a_model_that_returns_its_loss_is_told_so(num_passes, loss):
+    layer, config = nn.Linear(4, 3), RDropConfig(alpha=num_passes - 1.0, num_passes=num_passes)
+    with pytest.raises(ValueError, match=r"forward must return logits, .* got one number, as a"):
+        rdrop_step(
+            lambda x: layer(x).mean(),
+            torch.ones(6, 4),
+            torch.ones(6),
+            config=config,
+            step=0,
+            loss=loss,
+        )
+
+
 @pytest.mark.filterwarnings("ignore:R-Drop has nothing to compare")
 @pytest.mark.parametrize("kind", [tuple, dict])
 def test_a_part_of_the_batch_beside_several_outputs(kind):

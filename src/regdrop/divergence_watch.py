@@ -4,6 +4,7 @@ import functools
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -17,8 +18,8 @@ from regdrop.passes import find_dropout
 from regdrop.passes.keras_layers import is_keras
 from regdrop.tracing import is_traced, is_transformed
 
-# How deep in containers and objects a model is looked for.
-_DEPTH = 3
+# How deep in functions, containers and objects a model is looked for.
+_DEPTH = 4
 # Among how many items of a container.
 _ITEMS = 100
 # A divergence that rounding may give.
@@ -144,46 +145,59 @@ def _is_captured(tensor: Tensor) -> bool:
 
 
 def reached_modules(forward: Callable[..., Any]) -> Iterator[nn.Module]:
-    """Yield the modules that a function calls, as far as what it names and is bound to tells."""
+    """Yield the modules that a function calls, as far as what it names, holds or is bound to tells.
+
+    What it calls is looked into likewise: functions that it wraps, and those of its own file.
+    """
     if isinstance(forward, nn.Module):
         yield forward
         return
-    named: list[Any] = []
-    while isinstance(forward, functools.partial):
-        named += [*forward.args, *forward.keywords.values()]
-        forward = forward.func
-    named.append(getattr(forward, "__self__", forward))
-    code = getattr(forward, "__code__", None)
-    if code is not None:
-        function: Any = getattr(forward, "__func__", forward)
-        named += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        named += [function.__globals__.get(name) for name in code.co_names]
-        for cell in function.__closure__ or ():
-            try:
-                named.append(cell.cell_contents)
-            except ValueError:  # a name that has no value yet
-                continue
     found: dict[int, nn.Module] = {}
+    seen: dict[int, Any] = {}
+    values: list[Any] = [forward]
     for _ in range(_DEPTH):
-        found.update((id(value), value) for value in named if isinstance(value, nn.Module))
-        named = [item for value in named for item in _held_by(value)]
+        held = [item for value in values for item in _held_by(value)]
+        values = [item for item in held if id(item) not in seen]
+        seen.update((id(value), value) for value in values)
+        found.update((id(value), value) for value in values if isinstance(value, nn.Module))
     yield from found.values()
 
 
 def _held_by(value: Any) -> Iterable[Any]:
-    """Return what a container or an object holds, modules and what is code excepted.
+    """Return what a function names, or what a container or an object holds.
 
     Of a large container, a vocabulary or a data set, the first items alone.
     """
+    if isinstance(value, types.FunctionType):
+        return _named_by(value)
+    if isinstance(value, types.MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, functools.partial):
+        return *value.args, *value.keywords.values(), value.func
     if isinstance(value, Mapping):
         return islice(value.values(), _ITEMS)
     if isinstance(value, (tuple, list)):
         return value[:_ITEMS]
-    if isinstance(value, (str, bytes, int, float, Tensor)):
-        return ()
-    if isinstance(value, (nn.Module, type, types.ModuleType, types.FunctionType)):
+    if isinstance(value, (str, bytes, int, float, Tensor, nn.Module, type, types.ModuleType)):
         return ()
     return list(getattr(value, "__dict__", {}).values())
+
+
+def _named_by(function: types.FunctionType) -> Iterator[Any]:
+    """Yield what a function has as defaults, as names of its file and as those around it."""
+    yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    yield from vars(function).values()  # what a decorator wraps, among others
+    codes = [function.__code__]
+    for code in codes:
+        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+        for name in code.co_names:
+            named = function.__globals__.get(name)
+            is_function = isinstance(named, types.FunctionType)
+            if not is_function or named.__module__ == function.__module__:  # none of a library
+                yield named
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # a name that has no value yet
+            yield cell.cell_contents
 
 
 def _identity(forward: Any, modules: list[nn.Module]) -> Any:

@@ -122,7 +122,7 @@ def rdrop_step(
 def _checked_output(
     forward: Callable[[Any], Any], is_one_tensor: bool, loss: Any, inputs: Any
 ) -> Any:
-    """Return what forward does; raise where the loss takes one tensor and it is none."""
+    """Return what forward does; raise where the loss takes a tensor of items and it is none."""
     output = forward(inputs)
     if is_one_tensor and not isinstance(output, Tensor):
         place = place_of_tensor(output) or ".logits"
@@ -131,6 +131,11 @@ def _checked_output(
             f"{type(output).__name__}; give forward=lambda batch: model(batch){place} (of a model "
             "of transformers forward=lambda batch: model(**batch).logits), or as loss a function "
             "of terms, which gets all of it (docs/recipes.md, two heads)"
+        )
+    if is_one_tensor and not output.dim():
+        raise ValueError(
+            f"forward must return logits, (items, ...), for loss={loss!r}, got one number, as a "
+            "model's own loss is; return what it is computed from, and give the labels as target"
         )
     return output
 

@@ -1,0 +1,91 @@
+"""What a function calls is found through helpers, decorators and inner functions."""
+
+from functools import lru_cache, partial, wraps
+
+import pytest
+import torch
+from torch import nn
+
+import regdrop.passes.stacking
+from regdrop import RDropConfig, rdrop_step, repeat_batch
+from regdrop.divergence_watch import reached_modules
+
+ENCODER = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))
+HEAD = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 3))
+
+
+def encode(batch):
+    return ENCODER(batch)
+
+
+def by_helper(batch):
+    return HEAD(encode(batch))
+
+
+def by_inner_code(batch):
+    def whole(rows):
+        return HEAD(ENCODER(rows))
+
+    return sum(whole(rows) for rows in (batch, -batch))
+
+
+@torch.autocast("cpu", torch.bfloat16)
+def by_autocast(batch):
+    return HEAD(ENCODER(batch))
+
+
+@lru_cache
+def by_cache(batch):
+    return HEAD(ENCODER(batch))
+
+
+def decorated(function):
+    @wraps(function)
+    def call(batch):
+        return function(batch)
+
+    return call
+
+
+def by_decorated_helper(batch):
+    return HEAD(decorated_encode(batch))
+
+
+decorated_encode = torch.enable_grad()(encode)
+
+WAYS = {
+    "helper": by_helper,
+    "inner code": by_inner_code,
+    "autocast": by_autocast,
+    "cache": by_cache,
+    "decorator": decorated(by_helper),
+    "decorated helper": by_decorated_helper,
+    "partial inside": decorated(partial(by_helper)),
+    "compiled": torch.compile(by_helper, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_modules_are_found(way):
+    assert {*reached_modules(WAYS[way])} == {ENCODER, HEAD}
+
+
+def test_a_monitored_pass_leaves_the_statistics_of_a_helpers_model():
+    config = RDropConfig(alpha=0.0, num_passes=1, monitor_steps=1)
+    before = ENCODER[1].num_batches_tracked.item()
+    rdrop_step(by_helper, torch.randn(4, 6), torch.arange(4) % 3, config=config, step=0)
+    assert ENCODER[1].num_batches_tracked.item() == before + 1
+
+
+def test_functions_of_other_files_are_not_searched(monkeypatch):
+    monkeypatch.setattr(regdrop.passes.stacking, "find_batch_size", nn.Identity())
+    assert {*reached_modules(lambda batch: HEAD(repeat_batch(batch)))} == {HEAD}
+
+
+def test_a_name_without_a_value_is_passed_over():
+    def forward(batch):
+        return later(batch)
+
+    assert [*reached_modules(forward)] == []
+    later = HEAD
+    assert [*reached_modules(forward)] == [HEAD]
