@@ -1,5 +1,8 @@
+import errno
+import fcntl
 import multiprocessing
 import time
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +50,44 @@ def test_looking_at_a_lock_that_a_killed_process_left_removes_it(tmp_path):
     path = tmp_path / "run.lock"
     path.write_text("process 1")
     assert holder(path) is None
+    assert not path.exists()
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_lock_ends_with_its_process_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
+    """As on a Lustre that is mounted without them: filelock looks in the file for the owner."""
+
+    def no_locks(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    path, is_held = tmp_path / "run.lock", FORK.Event()
+    process = FORK.Process(target=hold_long, args=(path, is_held))
+    process.start()
+    assert is_held.wait(30)
+    with (
+        pytest.raises(HeldError, match="the run is at work in another process"),
+        hold(path, "the run"),
+    ):
+        pass
+    process.kill()
+    process.join()
+    with hold(path, "the run"):
+        assert holder(path) == "another process"
+    assert not path.exists()
+
+
+def test_a_lock_is_held_where_nobody_can_write_to_its_file(tmp_path, monkeypatch):
+    """As on Windows, to what is locked."""
+
+    def refuse(*arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for name in ("read_text", "write_text"):
+        monkeypatch.setattr(Path, name, refuse)
+    path = tmp_path / "run.lock"
+    with hold(path, "it"):
+        assert holder(path) == "another process"
     assert not path.exists()
 
 

@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 _MOMENT_SECONDS = 1.0
 # How long to wait for a file that others hold while they write it.
 PATIENCE_SECONDS = 60.0
+# Begins what the file of a lock says of its owner.
+_NAME = "process "
 
 
 class HeldError(ValueError):
@@ -37,7 +39,7 @@ def hold(path: Path, what: str, *, seconds: float = _MOMENT_SECONDS) -> Iterator
     deadline = time.monotonic() + seconds
     made = _acquire(lock, path, what, deadline)
     try:
-        path.write_text(_own_name(), encoding="utf-8")
+        _write_name(path)
         yield
     finally:
         # While it is held: who waits for a file that is gone takes the next one.
@@ -106,13 +108,23 @@ def _acquire(lock: FileLock, path: Path, what: str, deadline: float) -> list[Pat
             return made
 
 
-def _own_name() -> str:
-    moment = time.strftime("%Y-%m-%d %H:%M:%S")
-    return f"process {os.getpid()} on {socket.gethostname()}, since {moment}"
+def _write_name(path: Path) -> None:
+    """Write who holds a lock into its file, where that can be done.
+
+    On Windows nobody can read or write what is locked. Where the file system has no locks, the file
+    holds what filelock knows the owner by, and is no lock any more without it.
+    """
+    with suppress(OSError):
+        found = path.read_text(encoding="utf-8")
+        if not found or found.startswith(_NAME):
+            moment = time.strftime("%Y-%m-%d %H:%M:%S")
+            name = f"{_NAME}{os.getpid()} on {socket.gethostname()}, since {moment}"
+            path.write_text(name, encoding="utf-8")
 
 
 def _name_in(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8") or "another process"
+        found = path.read_text(encoding="utf-8")
     except OSError:
-        return "another process"
+        found = ""
+    return found if found.startswith(_NAME) else "another process"
