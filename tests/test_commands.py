@@ -7,11 +7,13 @@ import sys
 import time
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from models import tiny_bert, tiny_vit
 from regdrop.commands import app, comparisons, runs, tuning
+from regdrop.commands.app import interruptible, usage_errors
 from regdrop.commands.loading import load_model
 from regdrop.commands.options import output_folder
 from regdrop.experiments import RunRecord, load_records
@@ -459,6 +461,36 @@ def test_too_little_memory_is_said_in_a_line(tmp_path):
     assert result.exit_code == 1
     assert "Out of memory" in result.stderr
     assert "training.batch_size" in result.stderr
+
+
+def test_too_little_memory_of_a_cpu_is_said_in_a_line(capsys):
+    with pytest.raises(typer.Exit) as ended, usage_errors():
+        torch.empty(10**16)
+    assert ended.value.exit_code == 1
+    assert "Out of memory (" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="another"), usage_errors():
+        raise RuntimeError("another")
+
+
+def test_whoever_ends_a_command_is_told_how_it_goes_on(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(typer.Exit) as ended, interruptible():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.exit_code == 128 + signal.SIGTERM
+    assert "goes on from here" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_report_that_is_interrupted_goes_on_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparisons, "run_arms", lambda *arguments, **options: [])
+
+    def interrupt(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparisons, "write_report", interrupt)
+    result = run("compare", "digits", "--output", tmp_path)
+    assert result.exit_code == 130
+    assert "goes on from here" in result.output
 
 
 def test_an_option_that_a_choice_would_override_is_named(tmp_path):

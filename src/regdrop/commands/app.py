@@ -2,17 +2,19 @@
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import torch
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from regdrop.experiments.recording.processes import is_main_process
+from regdrop.experiments.recording.processes import is_main_process, num_processes
 
 app = typer.Typer(
     help="Train with R-Drop (Regularized Dropout), compare it with training without it, and "
@@ -33,12 +35,22 @@ def announce(name: str, text: str) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn Ctrl-C into a message that tells how to go on."""
+    """Turn Ctrl-C, and the signal by which others end a process, into a message how to go on."""
+    before = signal.getsignal(signal.SIGTERM)
+    if num_processes() == 1:  # torchrun's are ended by it, at whatever they wait for
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         console.print("Interrupted; the same command (train: with --resume) goes on from here.")
-        raise typer.Exit(130) from None
+        number = next(iter(error.args), signal.SIGINT)
+        raise typer.Exit(128 + number) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
 
 
 @contextmanager
@@ -51,7 +63,9 @@ def usage_errors(*others: type[Exception]) -> Iterator[None]:
         if not is_main_process():  # the main process says it
             raise typer.Exit(2) from error
         raise typer.BadParameter(str(error)) from error
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
         if is_main_process():
             said = f" ({error})" if str(error) else ""
             typer.echo(
@@ -60,6 +74,12 @@ def usage_errors(*others: type[Exception]) -> Iterator[None]:
                 err=True,
             )
         raise typer.Exit(1) from error
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Return whether an error is of too little memory; that of a CPU has no class in torch."""
+    has_class = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return has_class or "DefaultCPUAllocator" in str(error)
 
 
 def command_line() -> str:

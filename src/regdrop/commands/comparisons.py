@@ -146,9 +146,10 @@ def _train_and_report(
     check_earlier(folder, study, task, [arm.name for arm in arms], chosen)
     scope = f"{len(arms)} arms, {len(seeds)} seeds, results in {folder}"
     announce(task.name, f"{task.description}; {scope}")
-    with interruptible(), noted(folder, study), LiveDisplay(arms, seeds, console) as display:
-        run_arms(task, arms, seeds=seeds, folder=folder, display=display, **machine)
-    _report(folder)
+    with interruptible():
+        with noted(folder, study), LiveDisplay(arms, seeds, console) as display:
+            run_arms(task, arms, seeds=seeds, folder=folder, display=display, **machine)
+        _report(folder)
 
 
 def _tuned(arms: Sequence[Arm], study: str, path: Path, given: Mapping[str, str]) -> list[Arm]:

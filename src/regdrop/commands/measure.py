@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress, TaskID
 
-from regdrop.commands.app import app, console, interruptible, usage_errors
+from regdrop.commands.app import app, console, usage_errors
 from regdrop.commands.display import print_disagreement
 from regdrop.commands.options import Data, output_option
 from regdrop.experiments.evaluating.measure import measure as run_measurement
@@ -31,7 +31,7 @@ def measure(
     Compared are sub-models, their means, and the deployed model: distances, NLL, accuracy
     and calibration (docs/theory.md). Items are examples of a class, or words.
     """
-    with usage_errors(), interruptible(), Progress(console=console, transient=True) as progress:
+    with usage_errors(), Progress(console=console, transient=True) as progress:
         require_one_process("measure")
         bars: dict[str, TaskID] = {}
 
