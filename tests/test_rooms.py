@@ -27,7 +27,7 @@ ROOMS = {
         {"evaluating", "front"},
     ],
     "commands": [
-        {"app", "display", "environment", "loading"},
+        {"app", "display", "environment", "loading", "streams"},
         {"notes", "options"},
         {"comparisons", "measure", "models", "runs", "tasks"},
         {"tuning"},

@@ -22,6 +22,7 @@ from regdrop.commands.options import (
     output_option,
     with_option_groups,
 )
+from regdrop.commands.streams import READ_ENCODING, WRITE_ENCODING, with_encoding
 from regdrop.experiments import build_arms
 from regdrop.experiments.arms import Arm, optional_arms
 from regdrop.experiments.evaluating.evaluate import evaluate as run_evaluation
@@ -127,7 +128,9 @@ def generate(
         if output is not None and output.exists():
             raise ValueError(f"--output {output} exists; choose another file, or remove it")
         lines: TextIO = (
-            sys.stdin if source is None else files.enter_context(source.open(encoding="utf-8"))
+            with_encoding(sys.stdin, READ_ENCODING)
+            if source is None
+            else files.enter_context(source.open(encoding=READ_ENCODING))
         )
         quiet_libraries()
         texts = generate_lines(
@@ -144,9 +147,10 @@ def generate(
 
 def _print_lines(texts: Iterable[str]) -> None:
     """Print lines until there are no more, or nobody reads them, as after `| head -1`."""
+    output = with_encoding(sys.stdout, WRITE_ENCODING)
     try:
         for text in texts:
-            print(text, flush=True)
+            print(text, file=output, flush=True)
     except BrokenPipeError:
         # Python flushes at its end, too; a shell says 141 of what the signal ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -154,7 +158,7 @@ def _print_lines(texts: Iterable[str]) -> None:
 
 
 def _write_lines(texts: Iterable[str], path: Path) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding=WRITE_ENCODING) as file:
         file.writelines(f"{text}\n" for text in texts)
 
 
