@@ -345,6 +345,16 @@ def test_a_bias_of_the_least_finite_number_masks_a_class(num_passes, dtype):
     assert (gradients[0][1][0] == 0).all()
 
 
+def test_a_target_of_the_least_finite_number_costs_as_much():
+    (hidden, weight, bias), target = make(dtype=torch.float32)
+    bias = bias.detach().clone()
+    bias[target[0]] = torch.finfo(torch.float32).min
+    options = {"bias": bias, "alpha": 0.0, "reduction": "none"}
+    found, expected = (f(hidden, weight, target, **options).loss for f in (by_classes(4), explicit))
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_ignored_items_that_are_kept_have_no_gradient(reduction, monkeypatch):
     """A GPU, which would be waited for, leaves none out."""

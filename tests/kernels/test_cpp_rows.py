@@ -13,17 +13,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from implementations import WHY_NO_CPP
+from implementations import WHY_NO_CPP, gradient
 from regdrop import rdrop_cross_entropy
 from regdrop.kernels import cpp_rows
 
 builds = [pytest.mark.slow, pytest.mark.skipif(WHY_NO_CPP != "", reason=WHY_NO_CPP)]
-
-
-def gradient(logits, target, upstream=1.0, **options):
-    logits = logits.detach().clone().requires_grad_()
-    (rdrop_cross_entropy(logits, target, **options).loss * upstream).sum().backward()
-    return logits.grad
 
 
 def built(test):

@@ -103,6 +103,14 @@ def assert_alike(found, truth, dtype):
         assert (a.double() - b.double()).norm() <= bound * b.double().norm()
 
 
+def test_a_target_of_the_least_finite_number_costs_as_much(kernel):
+    logits, target = draw()
+    least = torch.finfo(torch.float32).min
+    logits[:, 0, target.classes[0]] = least
+    nll, _, _ = kernel.forward(logits, target)
+    assert nll[0] == -least
+
+
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("constant", [0.0, 100.0])
 @pytest.mark.parametrize("backward_passes", [2, 1])

@@ -10,6 +10,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import implementations
+from implementations import gradient
 from regdrop import rdrop_cross_entropy
 from regdrop.kernels import Target, rdrop_terms, selection
 
@@ -19,18 +21,8 @@ triton_rows = pytest.importorskip("regdrop.kernels.triton_rows")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def make(num_passes, batch, classes, *, ignored=(), dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(num_passes * batch, classes, generator=generator, dtype=torch.float64) * 2
-    target = torch.randint(0, classes, (batch,), generator=generator)
-    target[list(ignored)] = -100
-    return logits.to(DEVICE, dtype), target.to(DEVICE)
-
-
-def gradient(logits, target, upstream=1.0, **options):
-    logits = logits.detach().clone().requires_grad_()
-    (rdrop_cross_entropy(logits, target, **options).loss * upstream).sum().backward()
-    return logits.grad
+def make(*sizes, **options):
+    return tuple(x.to(DEVICE) for x in implementations.make(*sizes, **options))
 
 
 def set_tiles(patch, elements):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from implementations import CPP, HAS_COMPILER, TRITON
+from implementations import CPP, HAS_COMPILER, TRITON, gradient, make
 from regdrop import RDropCrossEntropyLoss, rdrop_cross_entropy
 from regdrop.kernels.chunked import row_blocks
 from regdrop.loss import cross_entropy_terms
@@ -15,20 +15,6 @@ from regdrop.loss import cross_entropy_terms
 IMPLEMENTATIONS = ["eager", "chunked"]
 CLOSED_FORMS = ["chunked", TRITON, CPP]
 ALL = ["eager", *CLOSED_FORMS]
-
-
-def make(num_passes=2, batch=5, classes=7, *, ignored=(), dtype=torch.float64, seed=0, scale=2.0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(num_passes * batch, classes, generator=generator, dtype=torch.float64)
-    target = torch.randint(0, classes, (batch,), generator=generator)
-    target[list(ignored)] = -100
-    return (logits * scale).to(dtype), target
-
-
-def gradient(logits, target, upstream=1.0, **options):
-    logits = logits.detach().clone().requires_grad_()
-    (rdrop_cross_entropy(logits, target, **options).loss * upstream).sum().backward()
-    return logits.grad
 
 
 @pytest.mark.parametrize("impl", ALL)
@@ -294,6 +280,24 @@ def test_mask_of_the_least_finite_number_contributes_nothing(impl, dtype, num_pa
     grad = gradient(masked, target, **options)
     torch.testing.assert_close(grad[:, :-2], gradient(logits, target, **options))
     assert (grad[:, -2:] == 0).all()
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("num_passes", [1, 2, 3])
+@pytest.mark.parametrize("classes", [7, 200])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_least_finite_number_costs_what_torch_says(impl, num_passes, classes, dtype):
+    logits, target = make(1, classes=classes, dtype=dtype)
+    logits[:, target[0]] = torch.finfo(dtype).min
+    wide = logits.to(torch.promote_types(dtype, torch.float32))
+    expected = F.cross_entropy(wide, target, reduction="none")[0]
+    assert expected.isfinite()
+    logits = logits.repeat(num_passes, 1)
+    terms = cross_entropy_terms(logits, target, num_passes=num_passes, impl=impl)
+    torch.testing.assert_close(terms.nll[0], expected)
+    options = {"alpha": 0.0, "num_passes": num_passes, "impl": impl}
+    loss = rdrop_cross_entropy(logits[::5], target[:1], **options).loss
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("impl", ALL)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regdrop.kernels.chunked import row_blocks
 from regdrop.kernels.class_columns import ClassRows, Columns, RowSums
-from regdrop.kernels.precision import accumulation_dtype
+from regdrop.kernels.precision import accumulation_dtype, mean_of_passes
 from regdrop.kernels.projection import logits_slope, shape_logits
 from regdrop.kernels.target import Target
 
@@ -140,7 +140,7 @@ def _lower(sums: _Sums, higher: Tensor) -> _Sums:
 
 def _finish(sums: _Sums) -> tuple[Tensor, Tensor, _Sums]:
     mean_difference = sums.weighted / sums.total
-    nll = (sums.mass * sums.total.log() - sums.cross).mean(0)
+    nll = mean_of_passes(sums.mass * sums.total.log() - sums.cross)
     kl = mean_difference.sum(0) / max(1, len(mean_difference) - 1)
     # A class masked in one pass only is infinitely unlikely there; 0 * inf above hides it.
     kl = torch.where(kl.isnan() & ~nll.isnan(), torch.inf, kl)
@@ -214,10 +214,7 @@ def _gradient(
 
 def _difference(x: Tensor) -> Tensor:
     """Return x_i - mean_j x_j of numbers of at most 0; 0 where a class is masked everywhere."""
-    # A mask is often the least finite number, whose sum would not be. A power of 2 rounds nothing.
-    scale = 0.5 ** (len(x) - 1).bit_length()
-    difference = x - (x * scale).sum(0).div_(scale * len(x))
-    return difference.nan_to_num_(0.0, torch.inf, -torch.inf)
+    return (x - mean_of_passes(x)).nan_to_num_(0.0, torch.inf, -torch.inf)
 
 
 def assert_classes(target: Target, num_classes: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from regdrop.kernels.backward_passes import limit_backward
-from regdrop.kernels.precision import widen
+from regdrop.kernels.precision import mean_of_passes, widen
 from regdrop.kernels.target import Target
 
 
@@ -26,7 +26,7 @@ def eager_terms(logits: Tensor, target: Target, *, backward_passes: int) -> tupl
     if target.valid is not None:
         x = x.masked_fill(~target.valid[None, :, None], 0)
     log_p = x.log_softmax(-1)
-    nll = torch.stack([_nll(row, target) for row in log_p]).mean(0)
+    nll = mean_of_passes(torch.stack([_nll(row, target) for row in log_p]))
     kl = _mean_symmetric_kl(log_p)
     if target.valid is not None:
         nll, kl = (term.masked_fill(~target.valid, 0) for term in (nll, kl))

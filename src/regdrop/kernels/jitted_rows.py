@@ -18,7 +18,7 @@ from torch import Tensor
 
 from regdrop.kernels.chunked import backward_blocks, forward_blocks, sum_blocks
 from regdrop.kernels.closed_form import ClosedForm, Weight
-from regdrop.kernels.precision import accumulation_dtype
+from regdrop.kernels.precision import accumulation_dtype, mean_of_passes
 from regdrop.kernels.target import Target
 from regdrop.tracing import is_traced
 
@@ -177,7 +177,7 @@ def _nll(
     logits: Tensor, target: Target, highest: Tensor, totals: Tensor, spread_sum: Tensor
 ) -> Tensor:
     """Return each item's NLL, the mean of both passes."""
-    at_class = (_at_class(logits, target)[1] - highest).mean(0)
+    at_class = mean_of_passes(_at_class(logits, target)[1] - highest)
     class_mass = target.class_mass(totals.dtype)
     mass = class_mass + target.label_smoothing
     nll = totals.log().mean(0) * mass - at_class * class_mass

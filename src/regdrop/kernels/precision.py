@@ -21,6 +21,16 @@ def widest_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if has_double else torch.float32
 
 
+def mean_of_passes(numbers: Tensor) -> Tensor:
+    """Return the mean over the first dimension, finite where all of them are.
+
+    A mask is often the least finite number, whose sum would not be.
+    """
+    # A power of 2 rounds nothing.
+    scale = 0.5 ** (len(numbers) - 1).bit_length()
+    return (numbers * scale).sum(0) / (scale * len(numbers))
+
+
 def widen(numbers: Tensor) -> Tensor:
     """Return numbers in the dtype in which their terms are computed, without a copy if it is it."""
     return numbers.to(accumulation_dtype(numbers.dtype))

@@ -351,7 +351,9 @@ def forward_kernel(
 
     if LAST:
         mean_difference = weighted / total
-        nll = tl.sum(tl.where(is_pass, mass * tl.log(total) - cross, 0), 0) / PASSES
+        # As in `_mean_of_passes`: the sum of several might not be finite.
+        share = (mass * tl.log(total) - cross) * (1 / ROWS)
+        nll = tl.sum(tl.where(is_pass, share, 0), 0) / (PASSES / ROWS)
         kl = tl.sum(tl.where(is_pass, mean_difference, 0), 0)
         if PASSES > 1:
             kl = kl / (PASSES - 1)
