@@ -96,11 +96,13 @@ def test_the_compiler_is_told_the_shapes_that_come():
     hidden, weight, bias, _ = (x.detach() for x in make(6))
     hidden = hidden.reshape(18, 2, 4).transpose(0, 1)
     classes, ones = torch.randint(0, 11, (18,)), torch.ones(18)
-    tensors = (hidden, weight, bias, classes, None, None)
     for wanted in ((True, True, True), (False, True, False)):
         for slopes in ((ones, ones), (ones, None), (None, None)):
             torch.library.opcheck(
                 linear_operator._operator,
-                (*tensors, 0.1, 1.0, None, 7, torch.float32, "auto", *slopes, 1, *wanted),
+                (
+                    *(hidden, weight, torch.float32, *wanted),
+                    *(bias, classes, None, None, 0.1, 1.0, None, 7, "auto", *slopes, 1),
+                ),
                 test_utils=("test_schema", "test_faketensor"),
             )

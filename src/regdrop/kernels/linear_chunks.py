@@ -151,14 +151,8 @@ def _accumulate(
     if gradients.weight is not None:
         add_product(gradients.weight, grad.t(), rows, is_first=is_first, scratch=scratch)
     if gradients.bias is not None:
-        _write(gradients.bias, grad.sum(0, dtype=gradients.bias.dtype), is_first)
-
-
-def _write(total: Tensor, part: Tensor, is_first: bool) -> None:
-    if is_first:
-        total.copy_(part)
-    else:
-        total.add_(part)
+        part = grad.sum(0, dtype=gradients.bias.dtype)
+        gradients.bias.copy_(part) if is_first else gradients.bias.add_(part)
 
 
 def _chunk_size(hidden: Tensor, projection: Projection) -> int:

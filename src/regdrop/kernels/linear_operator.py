@@ -5,7 +5,7 @@ items. Of an operator it asks shapes alone, so that chunks, memory and kernels a
 that is not compiled. Label smoothing, scale and softcap are constants of a graph.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,11 +30,10 @@ def linear_chunks(
         return chunked_linear_terms(hidden, projection, target, grads, backward_passes, wanted)
     with torch.no_grad():
         terms, *found = _operator(
-            *(hidden, projection.weight, projection.bias),
+            *(hidden, projection.weight, projection.dtype, *wanted, projection.bias),
             *(target.classes, target.weight, target.valid, target.label_smoothing),
-            *(projection.scale, projection.softcap, projection.chunk_size),
-            *(projection.dtype, projection.impl),
-            *(grads.nll, grads.kl, backward_passes, *wanted),
+            *(projection.scale, projection.softcap, projection.chunk_size, projection.impl),
+            *(grads.nll, grads.kl, backward_passes),
         )
     kept = (x if is_wanted else None for x, is_wanted in zip(found, wanted, strict=True))
     return terms[0], terms[1], Gradients(*kept)
@@ -44,6 +43,10 @@ def linear_chunks(
 def _operator(
     hidden: Tensor,
     weight: Tensor,
+    dtype: torch.dtype,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
     bias: Tensor | None,
     classes: Tensor,
     class_weight: Tensor | None,
@@ -52,14 +55,10 @@ def _operator(
     scale: float,
     softcap: float | None,
     chunk_size: int | None,
-    dtype: torch.dtype,
     impl: str,
     grad_nll: Tensor | None,
     grad_kl: Tensor | None,
     backward_passes: int,
-    wants_hidden: bool,
-    wants_weight: bool,
-    wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return both terms, (2, N), and the gradients, empty where they are not wanted."""
     nll, kl, gradients = chunked_linear_terms(
@@ -78,22 +77,11 @@ def _operator(
 def _shapes(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    classes: Tensor,
-    class_weight: Tensor | None,
-    valid: Tensor | None,
-    label_smoothing: float,
-    scale: float,
-    softcap: float | None,
-    chunk_size: int | None,
     dtype: torch.dtype,
-    impl: str,
-    grad_nll: Tensor | None,
-    grad_kl: Tensor | None,
-    backward_passes: int,
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = accumulation_dtype(dtype)
     return (
