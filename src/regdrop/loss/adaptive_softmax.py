@@ -1,6 +1,7 @@
 """R-Drop for an adaptive softmax (Grave et al. 2017): the exact chain rule over head and tails."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any, Protocol
 
@@ -13,8 +14,10 @@ from regdrop.kernels.backward_passes import graded_passes, limit_backward
 from regdrop.kernels.eager import kl_divergence
 from regdrop.kernels.precision import widen
 from regdrop.loss.checks import (
+    check_classes,
     check_finite_divergence,
     check_floating,
+    check_indices,
     check_passes,
     check_plain,
     check_stacked,
@@ -22,7 +25,6 @@ from regdrop.loss.checks import (
 from regdrop.loss.class_items import count_classes
 from regdrop.loss.counts import counted_by
 from regdrop.loss.terms import ItemTerms
-from regdrop.tracing import can_read
 
 
 class AdaptiveSoftmax(Protocol):
@@ -89,25 +91,24 @@ def adaptive_softmax_terms(
     check_integer("ignore_index", ignore_index)
     check_integer("chunk_size", chunk_size, low=1)
     chunk_size = int(chunk_size)  # Tensor.split takes no integer of NumPy
-    _check(hidden, target, softmax, num_passes, ignore_index)
+    _check(hidden, target, num_passes)
     target = target.long()
     valid = (target != ignore_index).reshape(-1)
     rows = valid.nonzero()[:, 0]
     classes = target.reshape(-1)[rows]
+    check_classes(classes, softmax.cutoffs[-1], ignore_index)
     passes = hidden.reshape(num_passes, target.numel(), hidden.shape[-1])[:, rows]
-    graded = graded_passes(num_passes, backward_passes)
-    compute = _nll if num_passes == 1 else _both_terms
-    parts = [
-        checkpoint(compute, states, wanted, in_head, softmax, graded, use_reentrant=False)
-        if torch.is_grad_enabled()
-        else compute(states, wanted, in_head, softmax, graded)
-        for states, wanted, in_head in zip(
-            passes.split(chunk_size, dim=1),
-            classes.split(chunk_size),
-            _head_classes(classes, softmax).split(chunk_size),
-            strict=True,
-        )
-    ]
+    compute = partial(_nll, softmax)
+    if num_passes > 1:
+        compute = partial(_both_terms, softmax, graded_passes(num_passes, backward_passes))
+    if torch.is_grad_enabled():
+        compute = partial(checkpoint, compute, use_reentrant=False)
+    chunks = (
+        passes.split(chunk_size, dim=1),
+        classes.split(chunk_size),
+        _head_classes(classes, softmax).split(chunk_size),
+    )
+    parts = [compute(*chunk) for chunk in zip(*chunks, strict=True)]
     nll, kl = (torch.cat([part[i] for part in parts]) for i in range(2))
     check_finite_divergence(kl)
     empty = nll.new_zeros(target.numel())
@@ -126,11 +127,7 @@ def adaptive_log_softmax(hidden: Tensor, softmax: AdaptiveSoftmax) -> Tensor:
 
 
 def _nll(
-    passes: Tensor,
-    classes: Tensor,
-    head_classes: Tensor,
-    softmax: AdaptiveSoftmax,
-    backward_passes: int,
+    softmax: AdaptiveSoftmax, passes: Tensor, classes: Tensor, head_classes: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the NLL of one pass, each tail computed for its own items alone."""
     hidden = passes[0]
@@ -146,11 +143,11 @@ def _nll(
 
 
 def _both_terms(
+    softmax: AdaptiveSoftmax,
+    backward_passes: int,
     passes: Tensor,
     classes: Tensor,
     head_classes: Tensor,
-    softmax: AdaptiveSoftmax,
-    backward_passes: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the mean NLL over passes and the mean divergence over pairs of them."""
     first = softmax.cutoffs[0]
@@ -192,20 +189,12 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return widen(logits).log_softmax(-1)
 
 
-def _check(
-    hidden: Tensor, target: Tensor, softmax: AdaptiveSoftmax, num_passes: int, ignore_index: int
-) -> None:
+def _check(hidden: Tensor, target: Tensor, num_passes: int) -> None:
     check_floating("hidden", hidden)
     check_stacked("hidden", hidden, target, num_passes)
-    if target.is_floating_point() or hidden.shape[1:-1] != target.shape[1:]:
+    check_indices(target)
+    if hidden.shape[1:-1] != target.shape[1:]:
         raise ValueError(
-            "target must hold class indices of the shape of one pass without the features, "
-            f"{(target.shape[0], *hidden.shape[1:-1])}, got {target.dtype} {tuple(target.shape)}"
+            "target must have the shape of one pass without the features, "
+            f"{(target.shape[0], *hidden.shape[1:-1])}, got {tuple(target.shape)}"
         )
-    if can_read(target.device) and target.numel():
-        wrong = target[(target != ignore_index) & ((target < 0) | (target >= softmax.cutoffs[-1]))]
-        if wrong.numel():
-            raise ValueError(
-                f"target must hold class indices from 0 to {softmax.cutoffs[-1] - 1} or "
-                f"ignore_index={ignore_index}, got {int(wrong[0])}"
-            )

@@ -12,7 +12,7 @@ from regdrop.kernels import is_distributed
 from regdrop.loss.output import Reduction, Scale
 from regdrop.tracing import can_read, is_transformed
 
-_REDUCTIONS, _SCALES = get_args(Reduction), get_args(Scale)
+REDUCTIONS, _SCALES = get_args(Reduction), get_args(Scale)
 # Above this, which a difference of logits by a billion gives, a divergence is that of a mask.
 LARGEST_DIVERGENCE = 1e9
 # How far from 0 to 1 a probability may be by rounding, such as that of a mixture in half precision.
@@ -52,11 +52,15 @@ def check_options(
             f"num_passes must be at least 2 for alpha={alpha} (one pass has nothing to be "
             f"compared with), got {num_passes}"
         )
-    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
-    if not isinstance(scale, str) or scale not in _SCALES:
-        raise ValueError(f"scale must be one of {_SCALES}, got {scale!r}")
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("scale", scale, _SCALES)
     check_label_smoothing(label_smoothing)
+
+
+def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    """Raise ValueError unless the argument is one of some names."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} must be one of {known}, got {value!r}")
 
 
 def check_label_smoothing(label_smoothing: float) -> None:
@@ -130,10 +134,28 @@ def check_real(name: str, tensor: Tensor | None) -> None:
     """Raise TypeError unless the argument is None or a tensor of real numbers."""
     if tensor is None:
         return
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_tensor(name, tensor)
     if tensor.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
+
+
+def check_indices(target: Tensor, advice: str = "") -> None:
+    """Raise TypeError for a target that cannot hold class indices."""
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"target must hold class indices, got {target.dtype}{advice}")
+
+
+def check_class_weight(name: str, weight: Tensor | None, num_classes: int) -> None:
+    """Raise unless the argument is None or one number a class, without a gradient."""
+    check_real(name, weight)
+    if weight is None:
+        return
+    if weight.requires_grad:
+        raise ValueError(f"{name} must not require a gradient, got one that does; detach it")
+    if tuple(weight.shape) != (num_classes,):
+        raise ValueError(
+            f"{name} must have one entry a class, shape ({num_classes},), got {tuple(weight.shape)}"
+        )
 
 
 def check_plain(

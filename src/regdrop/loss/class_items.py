@@ -14,11 +14,11 @@ from regdrop.kernels.precision import widest_dtype
 from regdrop.loss.checks import (
     all_are_classes,
     check_class_dim,
+    check_class_weight,
     check_classes,
     check_floating,
     check_own_memory,
     check_probabilities,
-    check_real,
     check_several_classes,
     check_stacked,
     check_sums,
@@ -156,14 +156,7 @@ def check_classes_of(
             )
     else:
         raise TypeError(f"target must hold integers or probabilities, got {target.dtype}")
-    num_classes = logits.shape[class_dim]
-    check_real("weight", weight)
-    if weight is not None and weight.requires_grad:
-        raise ValueError("weight must not require a gradient, got one that does; detach it")
-    if weight is not None and tuple(weight.shape) != (num_classes,):
-        raise ValueError(
-            f"weight must have one entry a class, shape ({num_classes},), got {tuple(weight.shape)}"
-        )
+    check_class_weight("weight", weight, logits.shape[class_dim])
     return shape
 
 

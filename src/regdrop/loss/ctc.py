@@ -10,7 +10,9 @@ from regdrop.arguments import IGNORE_INDEX, check_flag, check_integer
 from regdrop.kernels.backward_passes import limit_backward
 from regdrop.kernels.precision import widen
 from regdrop.loss.checks import (
+    check_choice,
     check_floating,
+    check_indices,
     check_passes,
     check_plain,
     check_stacked,
@@ -139,10 +141,8 @@ def _check(
             f"{tuple(logits.shape)}: time comes first; give logits.transpose(0, 1)"
         )
     check_stacked("logits", logits, target, num_passes)
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"target must hold class indices, got {target.dtype}")
-    if not isinstance(reduction, str) or reduction not in get_args(CTCReduction):
-        raise ValueError(f"reduction must be one of {get_args(CTCReduction)}, got {reduction!r}")
+    check_indices(target)
+    check_choice("reduction", reduction, get_args(CTCReduction))
     check_integer("blank", blank)
     check_integer("ignore_index", ignore_index)
     num_classes = logits.shape[-1]

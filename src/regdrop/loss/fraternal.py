@@ -8,7 +8,7 @@ from torch import Tensor
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.kernels.backward_passes import limit_backward
 from regdrop.kernels.precision import widen
-from regdrop.loss.checks import check_plain
+from regdrop.loss.checks import check_indices, check_plain, check_tensor
 from regdrop.loss.class_items import count_classes
 from regdrop.loss.counts import counted_by
 from regdrop.loss.cross_entropy import cross_entropy_terms
@@ -50,8 +50,8 @@ def fraternal_terms(
             the CPU).
     """
     check_plain("logits", logits)
-    if isinstance(target, Tensor) and target.is_floating_point():
-        raise TypeError(f"target must hold class indices, got {target.dtype}")
+    check_tensor("target", target)
+    check_indices(target)
     own = cross_entropy_terms(
         logits,
         target,

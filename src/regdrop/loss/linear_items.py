@@ -10,8 +10,10 @@ from regdrop.arguments import check_integer, check_number
 from regdrop.kernels import Projection, Target, check_implementation
 from regdrop.kernels.projection import casts_itself
 from regdrop.loss.checks import (
+    check_class_weight,
     check_classes,
     check_floating,
+    check_indices,
     check_plain,
     check_stacked,
     check_unlabelled_index,
@@ -98,11 +100,8 @@ def _check(
     check_floating("hidden", hidden)
     check_floating("weight", weight)
     check_stacked("hidden", hidden, target, num_passes)
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(
-            f"target must hold class indices, got {target.dtype}; class probabilities are taken by "
-            "rdrop_cross_entropy, from explicit logits"
-        )
+    advice = "; class probabilities are taken by rdrop_cross_entropy, from explicit logits"
+    check_indices(target, advice)
     if hidden.dim() < 2 or target.shape[1:] != hidden.shape[1:-1]:
         raise ValueError(
             "target must have the shape of one pass of hidden without the features, "
@@ -113,17 +112,13 @@ def _check(
             f"weight must be (classes, features) with {hidden.shape[-1]} features, as hidden has, "
             f"got {tuple(weight.shape)}"
         )
-    for name, vector in (("bias", bias), ("class_weight", class_weight)):
-        if vector is None:
-            continue
-        check_floating(name, vector)
-        if tuple(vector.shape) != (weight.shape[0],):
-            raise ValueError(
-                f"{name} must have one entry a class, shape ({weight.shape[0]},), "
-                f"got {tuple(vector.shape)}"
-            )
-    if class_weight is not None and class_weight.requires_grad:
-        raise ValueError("class_weight must not require a gradient, got one that does; detach it")
+    if bias is not None:
+        check_floating("bias", bias)
+    if bias is not None and tuple(bias.shape) != weight.shape[:1]:
+        raise ValueError(
+            f"bias must have one entry a class, shape ({len(weight)},), got {tuple(bias.shape)}"
+        )
+    check_class_weight("class_weight", class_weight, len(weight))
     is_cast = dtype is not None or casts_itself(hidden.device)
     if hidden.dtype != weight.dtype and not is_cast:
         raise TypeError(

@@ -6,11 +6,12 @@ from torch import Tensor
 from regdrop.arguments import check_integer
 from regdrop.kernels import Target, rdrop_terms, stack_rows, whole_tensor
 from regdrop.loss.checks import (
+    REDUCTIONS,
+    check_choice,
     check_class_dim,
     check_finite_divergence,
     check_floating,
     check_mask,
-    check_options,
     check_several_classes,
 )
 from regdrop.loss.output import Reduction
@@ -47,7 +48,7 @@ def symmetric_kl(
             with -inf in one pass only.
     """
     check_integer("num_passes", num_passes, low=2)
-    check_options(alpha=1.0, num_passes=num_passes, reduction=reduction, scale="sum")
+    check_choice("reduction", reduction, REDUCTIONS)
     check_floating("logits", logits)
     check_class_dim("logits", logits, class_dim)
     if logits.shape[0] % num_passes:

@@ -1,10 +1,10 @@
 """The two terms of every item, before they are reduced: what the output families compute."""
 
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from regdrop.loss.output import RDropOutput
+from regdrop.loss.output import RDropOutput, Scale
 
 
 class ItemTerms(NamedTuple):
@@ -55,7 +55,7 @@ class LossFunction(Protocol):
         num_passes: int,
         backward_passes: int | None = None,
         items: Tensor | None = None,
-        scale: Literal["sum", "mean"] = "mean",
+        scale: Scale = "mean",
         num_items: Tensor | float | None = None,
         num_weight: Tensor | float | None = None,
     ) -> RDropOutput:
