@@ -1,7 +1,6 @@
 """R-Drop for several yes-or-no labels an item: binary cross entropy and the Bernoulli KL."""
 
 from functools import partial
-from itertools import combinations
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +13,7 @@ from regdrop.loss.checks import (
     check_real,
 )
 from regdrop.loss.counts import counted_by
-from regdrop.loss.elementwise import (
-    count_elements,
-    loss_of_elements,
-    masked_terms,
-    split_passes,
-    without_masked,
-)
+from regdrop.loss.elementwise import count_elements, loss_of_elements, terms_of_elements
 from regdrop.loss.module import RDropLoss
 from regdrop.loss.output import RDropOutput, Reduction, Scale
 from regdrop.loss.terms import ItemTerms
@@ -117,16 +110,31 @@ def binary_cross_entropy_terms(
         ValueError: For options out of range, shapes that do not fit or labels that are no chances
             (on a GPU an assertion there).
     """
-    passes = split_passes("logits", logits, target, num_passes, backward_passes)
+    terms = terms_of_elements(
+        "logits",
+        logits,
+        target,
+        num_passes=num_passes,
+        backward_passes=backward_passes,
+        mask=mask,
+        likelihood=partial(_likelihood, weight=weight, pos_weight=pos_weight),
+        distance=_bernoulli_kl,
+    )
+    if num_passes > 1:
+        check_finite_divergence(terms.kl)
+    return terms
+
+
+def _likelihood(
+    passes: Tensor, target: Tensor, *, weight: Tensor | None, pos_weight: Tensor | None
+) -> Tensor:
     check_broadcastable("weight", weight, target)
     check_broadcastable("pos_weight", pos_weight, target)
-    passes, target = without_masked(passes, target, mask)
-    target = target.to(passes.dtype)
     if weight is not None:  # a label of no weight may be anything
         target = target.masked_fill(weight == 0, 0)
     check_chances(target)
     limits = torch.finfo(passes.dtype)
-    nll = F.binary_cross_entropy_with_logits(
+    return F.binary_cross_entropy_with_logits(
         # A label that is masked by an infinity, and is not there, costs nothing.
         passes.clamp(limits.min, limits.max),
         target.expand_as(passes),
@@ -134,11 +142,6 @@ def binary_cross_entropy_terms(
         pos_weight=None if pos_weight is None else pos_weight.to(passes.dtype),
         reduction="none",
     ).mean(0)
-    pairs = [_bernoulli_kl(a, b) for a, b in combinations(passes, 2)]
-    kl = torch.stack(pairs).mean(0) if pairs else torch.zeros_like(nll)
-    if pairs:
-        check_finite_divergence(kl)
-    return masked_terms(nll, kl, mask, target)
 
 
 def _bernoulli_kl(a: Tensor, b: Tensor) -> Tensor:

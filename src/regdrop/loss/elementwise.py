@@ -1,6 +1,7 @@
 """What the losses over independent outputs share: labels of a multi-label head, regression."""
 
 from collections.abc import Callable
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -23,10 +24,32 @@ from regdrop.loss.reduction import combine_terms
 from regdrop.loss.terms import ItemTerms
 
 
-def split_passes(
-    name: str, stacked: Tensor, target: Tensor, num_passes: int, backward_passes: int | None
-) -> Tensor:
-    """Return stacked outputs as (num_passes, *target.shape), in float32 at least."""
+def count_elements(target: Tensor, mask: Tensor | None = None) -> ItemCounts:
+    """Return the number of elements that the mask leaves."""
+    counted = check_mask(mask, target)
+    if counted is None:
+        count = torch.full((), target.numel(), device=target.device)
+    else:
+        count = counted.sum()
+    return ItemCounts(count, count)
+
+
+def terms_of_elements(
+    name: str,
+    stacked: Tensor,
+    target: Tensor,
+    *,
+    num_passes: int,
+    backward_passes: int | None,
+    mask: Tensor | None,
+    likelihood: Callable[[Tensor, Tensor], Tensor],
+    distance: Callable[[Tensor, Tensor], Tensor],
+) -> ItemTerms:
+    """Return the terms of every element; where the mask is False they are 0, whatever is there.
+
+    `likelihood` returns the NLL, mean over passes, of outputs (num_passes, batch, ...) and the
+    target, both in float32 at least; `distance` is that of the outputs of two passes.
+    """
     check_plain(name, stacked)
     check_plain("target", target)
     check_floating(name, stacked)
@@ -38,33 +61,15 @@ def split_passes(
             f"target must have the shape of one pass, "
             f"{(target.shape[0], *stacked.shape[1:])}, got {tuple(target.shape)}"
         )
-    passes = stacked.reshape(num_passes, *target.shape)
-    return limit_backward(widen(passes), backward_passes)
-
-
-def count_elements(target: Tensor, mask: Tensor | None = None) -> ItemCounts:
-    """Return the number of elements that the mask leaves."""
     counted = check_mask(mask, target)
-    if counted is None:
-        count = torch.full((), target.numel(), device=target.device)
-    else:
-        count = counted.sum()
-    return ItemCounts(count, count)
-
-
-def without_masked(passes: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return outputs and target with 0 where the mask is False: they may hold anything there."""
-    counted = check_mask(mask, target)
-    if counted is None:
-        return passes, target
-    return passes.masked_fill(~counted, 0), target.masked_fill(~counted, 0)
-
-
-def masked_terms(nll: Tensor, kl: Tensor, mask: Tensor | None, target: Tensor) -> ItemTerms:
-    """Return the terms of every element, 0 and uncounted where the mask is False."""
-    counted = check_mask(mask, target)
+    passes = limit_backward(widen(stacked.reshape(num_passes, *target.shape)), backward_passes)
     if counted is not None:
-        nll, kl = nll.masked_fill(~counted, 0), kl.masked_fill(~counted, 0)
+        passes, target = (x.masked_fill(~counted, 0) for x in (passes, target))
+    nll = likelihood(passes, target.to(passes.dtype))
+    pairs = [distance(a, b) for a, b in combinations(passes, 2)]
+    kl = torch.stack(pairs).mean(0) if pairs else torch.zeros_like(nll)
+    if counted is not None:
+        nll, kl = (term.masked_fill(~counted, 0) for term in (nll, kl))
     return ItemTerms(nll, kl, *count_elements(target, mask))
 
 

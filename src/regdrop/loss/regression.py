@@ -5,23 +5,15 @@ The paper's is the squared error (appendix A.4 of arXiv 2106.14448).
 
 from collections.abc import Callable
 from functools import partial
-from itertools import combinations
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from regdrop.arguments import check_number
 from regdrop.loss.checks import check_broadcastable
 from regdrop.loss.counts import counted_by
-from regdrop.loss.elementwise import (
-    count_elements,
-    loss_of_elements,
-    masked_terms,
-    split_passes,
-    without_masked,
-)
+from regdrop.loss.elementwise import count_elements, loss_of_elements, terms_of_elements
 from regdrop.loss.module import RDropLoss
 from regdrop.loss.output import RDropOutput, Reduction, Scale
 from regdrop.loss.terms import ItemTerms
@@ -283,7 +275,7 @@ def smooth_l1_terms(
         TypeError: For tensors of the wrong kind.
         ValueError: For options out of range or shapes that do not fit.
     """
-    check_beta(beta)
+    check_number("beta", beta, low=0)
     distance = partial(F.smooth_l1_loss, beta=beta)
     return _terms(distance, input, target, num_passes, weight, mask, backward_passes)
 
@@ -297,20 +289,21 @@ def _terms(
     mask: Tensor | None,
     backward_passes: int | None,
 ) -> ItemTerms:
-    passes = split_passes("input", input, target, num_passes, backward_passes)
-    check_broadcastable("weight", weight, target)
-    passes, target = without_masked(passes, target, mask)
-    nll = distance(passes, target.to(passes.dtype).expand_as(passes), reduction="none").mean(0)
-    if weight is not None:
-        nll = nll * weight.to(nll.dtype)
-    pairs = [distance(a, b, reduction="none") for a, b in combinations(passes, 2)]
-    kl = torch.stack(pairs).mean(0) if pairs else torch.zeros_like(nll)
-    return masked_terms(nll, kl, mask, target)
+    def likelihood(passes: Tensor, target: Tensor) -> Tensor:
+        check_broadcastable("weight", weight, target)
+        nll = distance(passes, target.expand_as(passes), reduction="none").mean(0)
+        return nll if weight is None else nll * weight.to(nll.dtype)
 
-
-def check_beta(beta: float) -> None:
-    """Raise for a beta that is no distance."""
-    check_number("beta", beta, low=0)
+    return terms_of_elements(
+        "input",
+        input,
+        target,
+        num_passes=num_passes,
+        backward_passes=backward_passes,
+        mask=mask,
+        likelihood=likelihood,
+        distance=partial(distance, reduction="none"),
+    )
 
 
 class _RegressionLoss(RDropLoss):
@@ -373,7 +366,7 @@ class RDropSmoothL1Loss(_RegressionLoss):
             scale=scale,
             backward_passes=backward_passes,
         )
-        check_beta(beta)
+        check_number("beta", beta, low=0)
         self.beta = beta
 
     def _compute(self, *tensors: Tensor, **options: Any) -> RDropOutput:
