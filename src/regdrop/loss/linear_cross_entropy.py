@@ -21,7 +21,7 @@ from regdrop.loss.class_items import count_classes
 from regdrop.loss.counts import counted_by
 from regdrop.loss.linear_items import ValidRows, find_valid_rows
 from regdrop.loss.output import RDropOutput, Reduction, Scale
-from regdrop.loss.reduction import combine_terms, reduce_sums
+from regdrop.loss.reduction import WeightedSum, combine_terms, reduce_sums
 from regdrop.loss.terms import ItemTerms
 
 
@@ -292,7 +292,7 @@ def linear_cross_entropy_loss(
     graded = graded_passes(num_passes, backward_passes)
     if items is None:
         whole = rows_of(hidden, target, num_passes=num_passes)
-        weighted_sum = partial(_weighted_sum, whole, projection, graded)
+        weighted_sum = _weighted_sum(whole, projection, graded)
     else:
         # Pass 0 of the whole batch stands first, then the other passes of those items alone.
         first, others = hidden[: target.shape[0]], hidden[target.shape[0] :]
@@ -300,7 +300,8 @@ def linear_cross_entropy_loss(
         both = torch.cat([first.index_select(0, items), others])
         part = rows_of(both, target[items], num_passes=num_passes)
         share = target.shape[0] / max(1, items.numel())
-        weighted_sum = partial(_weighted_sum_of_a_part, whole, part, share, projection, graded)
+        sums = _weighted_sum(whole, projection, 1), _weighted_sum(part, projection, graded)
+        weighted_sum = partial(_weighted_sum_of_a_part, *sums, share)
     # It finds the weights of both terms from their counts, then calls `weighted_sum` with them.
     output = reduce_sums(
         weighted_sum,
@@ -318,50 +319,29 @@ def linear_cross_entropy_loss(
     return output
 
 
-def _weighted_sum(
-    rows: ValidRows,
-    projection: Projection,
-    backward_passes: int,
-    *,
-    nll_weight: Weight,
-    kl_weight: Weight,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weighted sum of both terms over rows, and the sum of each."""
-    return linear_loss(
+def _weighted_sum(rows: ValidRows, projection: Projection, backward_passes: int) -> WeightedSum:
+    """Return what sums both terms over rows, once their weights are known."""
+    return partial(
+        linear_loss,
         *(rows.hidden, projection, rows.target),
-        nll_weight=nll_weight,
-        kl_weight=kl_weight,
         backward_passes=backward_passes,
         labelled=rows.labelled,
     )
 
 
 def _weighted_sum_of_a_part(
-    whole: ValidRows,
-    part: ValidRows,
-    share: float,
-    projection: Projection,
-    backward_passes: int,
-    *,
-    nll_weight: Weight,
-    kl_weight: Weight,
+    whole: WeightedSum, part: WeightedSum, share: float, *, nll_weight: Weight, kl_weight: Weight
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sums of the NLL of all rows, and of the divergence of a part of them.
 
     Args:
-        whole: The rows of pass 0.
-        part: Those of the part in all passes.
+        whole: Sums over the rows of pass 0.
+        part: Sums over those of the part in all passes.
         share: How many times the part makes the whole.
-        projection: The layer.
-        backward_passes: First passes of the part that carry the gradient.
         nll_weight: Weight of the NLL.
         kl_weight: Weight of the divergence.
     """
-    weighted_nll, nll, _ = _weighted_sum(
-        whole, projection, 1, nll_weight=nll_weight, kl_weight=None
-    )
+    weighted_nll, nll, _ = whole(nll_weight=nll_weight, kl_weight=None)
     kl_weight = None if kl_weight is None else kl_weight * share
-    weighted_kl, _, kl = _weighted_sum(
-        part, projection, backward_passes, nll_weight=None, kl_weight=kl_weight
-    )
+    weighted_kl, _, kl = part(nll_weight=None, kl_weight=kl_weight)
     return weighted_nll + weighted_kl, nll, kl * share
