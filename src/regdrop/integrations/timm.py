@@ -84,11 +84,12 @@ class RDropTask(ClassificationTask):
     def step(self, step: int) -> None:
         self._calls = step * self.grad_accum_steps
 
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def forward(self, input: Any, target: Tensor) -> dict[str, Tensor]:
         """Return the loss of a batch and its parts.
 
         Args:
-            input: Images, (batch, channels, height, width).
+            input: Images, (batch, channels, height, width), or the dictionary of their patches that
+                a NaFlex model takes.
             target: Classes (batch,), or their probabilities (batch, classes), as of mixup.
         """
         if not self.training:
@@ -96,7 +97,7 @@ class RDropTask(ClassificationTask):
             return plain
         step, seen, is_trained = self.step, [], torch.is_grad_enabled()
 
-        def run(images: Tensor) -> Tensor:
+        def run(images: Any) -> Tensor:
             logits: Tensor = self.trainable_module(images)
             # Without a gradient in between, a pass is one that is only measured.
             if torch.is_grad_enabled() == is_trained:
@@ -116,7 +117,7 @@ class RDropTask(ClassificationTask):
         self._calls += 1
         return {
             "loss": output.loss,
-            "output": seen[0][: len(input)],
+            "output": seen[0][: len(target)],
             "nll": output.nll,
             "kl": output.kl,
             "alpha": torch.full_like(output.nll, alpha),

@@ -26,7 +26,7 @@ from timm.loss import (  # noqa: E402
     SoftTargetCrossEntropy,
 )
 from timm.optim import create_optimizer_v2  # noqa: E402
-from timm.task import ClassificationTask  # noqa: E402
+from timm.task import ClassificationTask, MultiLabelClassificationTask  # noqa: E402
 
 from regdrop import (  # noqa: E402
     RDropConfig,
@@ -139,6 +139,46 @@ def test_the_output_is_that_of_the_first_pass(options):
     task.step = 1
     assert torch.equal(task(images, target)["output"], trained[0])
     assert len(trained[0]) == len(target)
+
+
+def test_patches_of_a_naflex_model_are_a_batch():
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": CLASSES}
+    model = timm.create_model("naflexvit_base_patch16_gap", proj_drop_rate=0.3, **sizes).train()
+    places = torch.cartesian_prod(torch.arange(2), torch.arange(3)).expand(ROWS, -1, -1)
+    patches = {
+        "patches": torch.randn(ROWS, 6, 16 * 16 * 3),
+        "patch_coord": places,
+        "patch_valid": torch.ones(ROWS, 6, dtype=torch.bool),
+    }
+    target = batch()[1]
+    torch.manual_seed(7)
+    found = RDropTask(model, rdrop=RDropConfig(alpha=ALPHA)).train()(patches, target)
+    torch.manual_seed(7)
+    logits = model(repeat_batch(patches))
+    torch.testing.assert_close(found["output"], logits[:ROWS])
+    expected = rdrop_cross_entropy(logits, target, alpha=ALPHA)
+    torch.testing.assert_close(found["loss"], expected.loss)
+
+
+class MultiLabelTask(RDropTask, MultiLabelClassificationTask):
+    """Beside R-Drop, the evaluation of timm's own task for several labels."""
+
+
+def test_several_labels_are_those_of_timm():
+    images, target = batch()[0], torch.tensor([[1.0, 0, 1], [0, 0, 1], [1, 1, 0], [0, 0, 0]])
+    model, options = vit(proj_drop_rate=0.3), {"criterion_kwargs": {"smoothing": 0.1}}
+    task = MultiLabelTask(model, rdrop=RDropConfig(alpha=ALPHA), threshold=0.4, **options).train()
+    torch.manual_seed(7)
+    found = task(images, target)
+    torch.manual_seed(7)
+    expected = rdrop_binary_cross_entropy_with_logits(
+        model(repeat_batch(images)), target * 0.9 + 0.05, alpha=ALPHA
+    )
+    torch.testing.assert_close(found["loss"], expected.loss)
+    theirs = MultiLabelClassificationTask(model, **options).eval()
+    torch.testing.assert_close(task.eval()(images, target), theirs(images, target))
+    assert type(task.create_evaluator()) is type(theirs.create_evaluator())
 
 
 @pytest.mark.parametrize("case", CASES)
