@@ -16,7 +16,7 @@ from regdrop.commands import app, comparisons, runs, tuning
 from regdrop.commands.app import interruptible, usage_errors
 from regdrop.commands.loading import load_model
 from regdrop.commands.options import output_folder
-from regdrop.experiments import RunRecord, load_records
+from regdrop.experiments import RunRecord, build_arms, load_records
 from regdrop.experiments.recording.record import record_path
 from regdrop.experiments.recording.settings import resolved_config
 from regdrop.experiments.studies.choices import TunedArm
@@ -542,6 +542,16 @@ def test_arms_made_from_other_settings_are_not_mixed(tmp_path, monkeypatch):
     assert "holds results of other settings (training.max_steps of rdrop)" in text
     result = run("compare", "digits", "--arms", "baseline", "--steps", 8, *options)
     assert result.exit_code == 0, result.output
+
+    def run_beside(task, arms, **options):  # another command, of which nothing was to be seen
+        run_arms(PRESETS["digits"], [build_arms(PRESETS["digits"])["alpha-0"]], **options)
+        run_arms(task, arms, **options)
+
+    monkeypatch.setattr(comparisons, "run_arms", run_beside)
+    result = run("compare", "digits", "--arms", "baseline", "--steps", 8, *options)
+    assert result.exit_code == 2
+    text = " ".join(result.output.replace("│", " ").split())
+    assert "holds results of other settings (training.max_steps of alpha-0)" in text
 
 
 def test_a_choice_for_the_seeds_of_a_comparison_is_said(tmp_path, monkeypatch):

@@ -143,12 +143,15 @@ def _train_and_report(
     check_study(folder, study)
     choices = {} if tuned is None else load_tuned(tuned, study)
     chosen = {name for own in choices.values() for name in own.settings}
-    check_earlier(folder, study, task, [arm.name for arm in arms], chosen)
+    names = [arm.name for arm in arms]
+    check_earlier(folder, study, task, names, chosen)
     scope = f"{len(arms)} arms, {len(seeds)} seeds, results in {folder}"
     announce(task.name, f"{task.description}; {scope}")
     with interruptible():
         with noted(folder, study), LiveDisplay(arms, seeds, console) as display:
             run_arms(task, arms, seeds=seeds, folder=folder, display=display, **machine)
+        # Another command may have begun at the same moment.
+        check_earlier(folder, study, task, names, chosen)
         _report(folder)
 
 

@@ -110,6 +110,8 @@ def tune(
                 if any(own.tried for own in error.chosen.values()):
                     save_tuned(folder, study, chosen, error.chosen)
                 raise
+            # Another command may have begun at the same moment.
+            check_earlier(folder, study, chosen, [])
             target = save_tuned(folder, study, chosen, found)
             kept = load_tuned(target, study)
     print_tuned(chosen, {name: kept[name] for name in found}, console)

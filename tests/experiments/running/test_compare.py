@@ -139,9 +139,26 @@ def test_arms_with_dropout_and_batches_of_their_own_share_a_folder(tmp_path, sho
     for name, arm in optional_arms(short).items():
         record(name, config=resolved_config(short, arm)).save(record_path(tmp_path, name, 0))
     arms = [build_arms(short)["baseline"], optional_arms(short)["matched-dropout"]]
-    assert set(_check_records(short, arms, tmp_path)) == {
-        (name, 0) for name in optional_arms(short)
-    }
+    configs = {arm.name: resolved_config(short, arm) for arm in arms}
+    assert set(_check_records(tmp_path, configs)) == {(name, 0) for name in optional_arms(short)}
+
+
+def test_records_of_other_settings_that_come_meanwhile_are_refused(tmp_path, short, record):
+    """As those of a command that began at the same moment, when there was nothing to see of it."""
+    arms = build_arms(short)
+
+    def save(task, name):
+        config = resolved_config(task, arms[name])
+        record(name, config=config).save(record_path(tmp_path, name, 0))
+
+    class Meanwhile(Noted):
+        def finish(self, record):
+            save(replace(short, model_config={}), "alpha-0")
+
+    save(short, "baseline")
+    asked = {"seeds": [0], "folder": tmp_path, "display": Meanwhile()}
+    with pytest.raises(ValueError, match=r"alpha-0-seed0.json was made with other settings"):
+        run_arms(short, [arms["baseline"]], **asked)
 
 
 @pytest.mark.parametrize(

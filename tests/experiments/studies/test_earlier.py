@@ -6,8 +6,11 @@ import pytest
 
 from regdrop.experiments import build_arms
 from regdrop.experiments.arms import optional_arms
+from regdrop.experiments.recording.files import write_json
+from regdrop.experiments.recording.ownership import hold
 from regdrop.experiments.recording.record import record_path
 from regdrop.experiments.recording.settings import resolved_config
+from regdrop.experiments.running.run import RunPaths
 from regdrop.experiments.studies.definitions import study_arms
 from regdrop.experiments.studies.earlier import check_earlier
 from regdrop.experiments.studies.variations import tried_arm, with_settings
@@ -45,6 +48,22 @@ def test_results_of_other_settings_are_refused_and_what_they_leave_alone_is_not(
     check_earlier(tmp_path, "compare", short, ["rdrop"])
     with pytest.raises(ValueError, match=r"\(dropout_odds of matched-dropout\)"):
         check_earlier(tmp_path, "compare", stronger, ["rdrop"])
+
+
+def test_a_run_at_work_and_one_to_go_on_with_count_as_results_do(tmp_path, short):
+    paths = RunPaths.compared(tmp_path, "rdrop", 0)
+    write_json(paths.work / "config.json", resolved_config(short, build_arms(short)["rdrop"]))
+    refused = pytest.raises(ValueError, match=r"other settings \(training.max_steps of rdrop\)")
+    check_earlier(tmp_path, "compare", longer(short), ["baseline"])  # stopped before anything
+    with hold(paths.lock, "the run"):
+        check_earlier(tmp_path, "compare", short, ["baseline"])
+        with refused:
+            check_earlier(tmp_path, "compare", longer(short), ["baseline"])
+    write_json(paths.work / "checkpoint-2" / "trainer_state.json", {"global_step": 2})
+    with refused:
+        check_earlier(tmp_path, "compare", longer(short), ["baseline"])
+    (paths.work / "config.json").write_text("")
+    check_earlier(tmp_path, "compare", longer(short), ["baseline"])
 
 
 def test_records_of_older_versions_and_unknown_arms_are_left(tmp_path, short, save):

@@ -303,6 +303,18 @@ def test_a_better_earlier_choice_by_the_same_seeds_stays(tmp_path, short):
         check_tuned(tmp_path, "compare", [rdrop], [alpha], seeds=[7, 8])
 
 
+def test_a_choice_that_another_command_made_meanwhile_is_not_lost(tmp_path, short):
+    first = {"rdrop": TunedArm({"training.learning_rate": 0.1}, 0.5, 1, (7,))}
+    path = save_tuned(tmp_path, "compare", short, first)
+    for other, message in (
+        (TunedArm({"rdrop.alpha": 1}, 0.4, 1, (7,)), "a choice of training.learning_rate"),
+        (TunedArm({"training.learning_rate": 0.2}, 0.4, 1, (8,)), "by the seeds 7, got 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_tuned(tmp_path, "compare", short, {"rdrop": other})
+    assert load_tuned(path, "compare") == first
+
+
 def test_a_choice_says_of_what_it_is(tmp_path, short):
     found = {"rdrop": TunedArm({"rdrop.alpha": 1}, 0.5, 1, (7, 8)), "alpha-0": TunedArm()}
     path = save_tuned(tmp_path, "compare", short, found)

@@ -3,10 +3,12 @@
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from regdrop.experiments.recording.files import read_object
 from regdrop.experiments.recording.ownership import HeldError, hold, holder, remove_empty
 from regdrop.experiments.running.integrity import list_checkpoints
-from regdrop.experiments.running.run import UNFINISHED_FOLDER
+from regdrop.experiments.running.run import CONFIG_NAME, UNFINISHED_FOLDER
 
 LEARNED = "learned"
 
@@ -15,6 +17,21 @@ def holds_runs(folder: Path) -> bool:
     """Return whether the folder of a comparison holds records, or runs to go on from."""
     works = (path for path in (folder / UNFINISHED_FOLDER).glob("*") if path.is_dir())
     return any(folder.glob("records/*.json")) or any(list_checkpoints(work) for work in works)
+
+
+def begun_configs(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the arm and the settings of every run that is at work, or can be gone on with.
+
+    What ends this moment is left out, and so is what cannot be read: going on with it says why.
+    """
+    found = []
+    for path in sorted((folder / UNFINISHED_FOLDER).glob(f"*/{CONFIG_NAME}")):
+        work = path.parent
+        if list_checkpoints(work) or holder(work.with_name(f"{work.name}.lock")):
+            with suppress(ValueError):
+                config = read_object(path, "the settings of a run")
+                found.append((work.name.rpartition("-seed")[0], config))
+    return found
 
 
 def clean_up(folder: Path) -> None:

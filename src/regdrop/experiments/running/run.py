@@ -53,6 +53,7 @@ _logger = logging.getLogger(__name__)
 RECORD_NAME = "record.json"
 MODEL_FOLDER = "model"
 UNFINISHED_FOLDER = "unfinished"
+CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,7 @@ def _select(
 
 def _find_checkpoint(work: Path, arm: Arm, config: dict[str, Any]) -> Path | None:
     """Return the last whole checkpoint of an interrupted run with the same settings."""
-    path = work / "config.json"
+    path = work / CONFIG_NAME
     if not list_checkpoints(work):  # stopped before its first: whatever it was, nothing is lost
         if is_main_process():  # what it learned may be of other settings or data
             shutil.rmtree(work)

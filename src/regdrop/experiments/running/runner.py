@@ -1,6 +1,6 @@
 """Arms over seeds, in parallel, continued where they stopped."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,8 @@ def run_arms(
         raise ValueError(f"workers must be at least 1, got {workers}")
     for arm in arms:
         check_optimiser(arm.training)
-    finished = _check_records(task, arms, folder)
+    configs = {arm.name: resolved_config(task, arm) for arm in arms}
+    finished = _check_records(folder, configs)
     jobs = []
     for arm, seed in ((arm, seed) for seed in seeds for arm in arms):
         # What was stopped after its record was written still has its checkpoints to remove.
@@ -100,7 +101,9 @@ def run_arms(
     clean_up(folder)
     merge_records(folder)
     wanted = {(name, seed) for name in names for seed in seeds}
-    return [record for record in _load(folder) if (record.arm, record.seed) in wanted]
+    # Another command may have begun at the same moment.
+    found = _check_records(folder, configs)
+    return [record for run, record in found.items() if run in wanted]
 
 
 @contextmanager
@@ -117,20 +120,23 @@ def _open_engine(
 
 
 def _check_records(
-    task: Task, arms: Sequence[Arm], folder: Path
+    folder: Path, configs: Mapping[str, dict[str, Any]]
 ) -> dict[tuple[str, int], RunRecord]:
     """Return the records of a folder by arm and seed.
+
+    Args:
+        folder: Where records are kept.
+        configs: Every setting of each arm, by its name.
 
     Raises:
         ValueError: If they are not of this task, or one of an arm not of its settings now.
     """
-    wanted = {arm.name: resolved_config(task, arm) for arm in arms}
-    first = next(iter(wanted.values()))
+    first = next(iter(configs.values()))
     records = _load(folder)
     for record in records:
         path = record_path(folder, record.arm, record.seed)
-        if record.arm in wanted:
-            check_same_config(path, record.config, wanted[record.arm])
+        if record.arm in configs:
+            check_same_config(path, record.config, configs[record.arm])
         else:
             check_same_config(path, _without_training(record.config), _without_training(first))
     return {(record.arm, record.seed): record for record in records}

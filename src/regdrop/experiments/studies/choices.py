@@ -1,6 +1,6 @@
 """What was chosen for the arms of a study: kept in one file, and given to arms again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,23 +54,37 @@ def check_tuned(
     before = load_tuned(path, study) if path.exists() else {}
     for arm in arms:
         varied = {variation.name for variation in variations if is_varied(arm, variation)}
-        earlier = before.get(arm.name, TunedArm())
-        if varied and earlier.seeds and tuple(seeds) != earlier.seeds:
-            raise ValueError(
-                f"{path} holds a choice for {arm.name} by the seeds {_listed(earlier.seeds)}, got "
-                f"{_listed(seeds)}; choose by the same seeds, or choose another output folder"
-            )
-        if lost := sorted(earlier.settings.keys() - varied):
-            raise ValueError(
-                f"{path} holds a choice of {', '.join(lost)} for {arm.name}, which this search "
-                "would drop; vary that too, or choose another output folder"
-            )
+        _check_beside(path, arm.name, before.get(arm.name, TunedArm()), varied, seeds)
+
+
+def _check_beside(
+    path: Path, arm: str, earlier: TunedArm, varied: Set[str], seeds: Sequence[int]
+) -> None:
+    """Check that a choice of some settings of an arm, by some seeds, can take the earlier's place.
+
+    Raises:
+        ValueError: If not.
+    """
+    if varied and earlier.seeds and tuple(seeds) != earlier.seeds:
+        raise ValueError(
+            f"{path} holds a choice for {arm} by the seeds {_listed(earlier.seeds)}, got "
+            f"{_listed(seeds)}; choose by the same seeds, or choose another output folder"
+        )
+    if lost := sorted(earlier.settings.keys() - varied):
+        raise ValueError(
+            f"{path} holds a choice of {', '.join(lost)} for {arm}, which this search "
+            "would drop; vary that too, or choose another output folder"
+        )
 
 
 def save_tuned(folder: Path, study: str, task: Task, tuned: Mapping[str, TunedArm]) -> Path:
     """Write what was chosen for the arms of a study, beside what was chosen for others before.
 
     What was chosen for an arm before stays where it is better by the same seeds.
+
+    Raises:
+        ValueError: If another command has meanwhile chosen a setting that was not varied, or by
+            other seeds.
     """
     path = folder / TUNED_NAME
     greater_is_better = task.metrics[task.selection_metric].greater_is_better
@@ -78,6 +92,7 @@ def save_tuned(folder: Path, study: str, task: Task, tuned: Mapping[str, TunedAr
         arms = load_tuned(path, study) if path.exists() else {}
         for name, now in tuned.items():
             before = arms.get(name, TunedArm())
+            _check_beside(path, name, before, now.settings.keys(), now.seeds)
             is_kept = _is_better(before, now, greater_is_better)
             tried = max(before.tried if is_kept else 0, now.tried, _count_tried(folder, name))
             arms[name] = replace(before if is_kept else now, tried=tried if now.tried else 0)

@@ -1,4 +1,4 @@
-"""Results that a folder holds of other arms, against what these arms are by the settings of now."""
+"""Other arms' results and runs in a folder, against what these arms are by the settings of now."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 from regdrop.experiments.arms import Arm, build_arms, optional_arms
 from regdrop.experiments.recording.record import read_configs
 from regdrop.experiments.recording.settings import differing_arm
+from regdrop.experiments.running.leftovers import begun_configs
 from regdrop.experiments.studies.definitions import STUDIES, study_arms
 from regdrop.tasks import Task
 
@@ -18,7 +19,7 @@ _IN_NAMES = ("rdrop.alpha", "rdrop.dropout_rates")
 def check_earlier(
     folder: Path, study: str, task: Task, names: Collection[str], chosen: Collection[str] = ()
 ) -> None:
-    """Check that results of other arms in a folder are of the settings of now.
+    """Check that results and begun runs of other arms in a folder are of the settings of now.
 
     An arm that cannot be made from its name is left unchecked.
 
@@ -26,13 +27,14 @@ def check_earlier(
         folder: Folder of results.
         study: Whose arms they are.
         task: The task as it is now.
-        names: Arms that are asked for, whose records `run_arms` checks.
+        names: Arms that are asked for, whose records and runs `run_arms` checks.
         chosen: Settings that are chosen for each arm, which are left out.
 
     Raises:
         ValueError: If they are of other settings.
     """
-    others = [(name, config) for name, config in read_configs(folder) if name not in names]
+    found = read_configs(folder) + begun_configs(folder)
+    others = [(name, config) for name, config in found if name not in names]
     known = _study_arms(study, task, None) if others else {}
     wrong = set()
     for name, config in others:
