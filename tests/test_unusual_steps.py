@@ -248,6 +248,16 @@ def test_a_model_in_evaluation_mode_is_told_whatever_rounding_does(size, classes
         [rdrop_step(model, torch.randn(size, 5), y, config=RDropConfig(), step=s) for s in range(3)]
 
 
+def test_dropped_weights_are_sent_to_sequential_passes():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Dropout(0.5))
+    x, y = torch.randn(4, 6), torch.arange(4) % 3
+    assert rdrop_step(model, x, y, config=RDropConfig(), step=0).kl == 0
+    with pytest.warns(UserWarning, match="once per forward, .* passes='sequential'"):
+        rdrop_step(model, x, y, config=RDropConfig(), step=1)
+    assert rdrop_step(model, x, y, config=RDropConfig(passes="sequential"), step=2).kl > 0
+
+
 def test_a_small_divergence_of_dropout_is_none_of_rounding():
     """A new head scores all classes nearly alike, whatever dropout does before it."""
     torch.manual_seed(0)

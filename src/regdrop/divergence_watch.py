@@ -68,7 +68,8 @@ def warn_zero_divergence(modules: Iterable[nn.Module] = ()) -> None:
     """Warn that a logged divergence of some modules was exactly 0."""
     advice = (
         "Check that the model is in training mode, that its dropout rates are above 0 "
-        "(regdrop.find_dropout) and that no random state is restored between passes."
+        "(regdrop.find_dropout) and that no random state is restored between passes. What is drawn "
+        "once per forward, such as dropped weights, differs with passes='sequential' alone."
     )
     warnings.warn(
         "the KL between passes is exactly 0: the passes are identical although R-Drop is on. "
