@@ -13,10 +13,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from accelerate import Accelerator
 from ignite.engine import Events
 from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.util import cos_sim
 from sklearn.datasets import load_digits
+from skorch.callbacks import EpochScoring
+from skorch.hf import AccelerateMixin
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -198,13 +201,26 @@ def digits_network():
     return model, batches, loss_of
 
 
-def test_skorchs_lines_are_the_plain_loop():
-    model, batches, loss_of = digits_network()
-    start = {name: value.clone() for name, value in model.state_dict().items()}
+def test_skorchs_lines_run():
+    _, batches, _ = digits_network()
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     setting = {"model": nn.Sequential(nn.Linear(64, 10), nn.Dropout(0.1)), "x": x, "y": y}
     exec(lines_with("skorch"), setting)
     assert setting["net"].score(x, y) > 0
+
+
+@pytest.mark.parametrize("is_accelerated", [False, True])
+def test_skorchs_lines_are_the_plain_loop(is_accelerated):
+    model, batches, loss_of = digits_network()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    source, options = lines_with("skorch").split("net = ")[0], {}
+    if is_accelerated:
+        before, after = "(NeuralNetClassifier)", "(AccelerateMixin, NeuralNetClassifier)"
+        assert source.count(before) == 1
+        source, options = source.replace(before, after), {"accelerator": Accelerator(cpu=True)}
+    setting = {"AccelerateMixin": AccelerateMixin}
+    exec(source, setting)
     net = setting["RDropClassifier"](
         model,
         criterion=nn.CrossEntropyLoss,
@@ -214,6 +230,8 @@ def test_skorchs_lines_are_the_plain_loop():
         max_epochs=1,
         train_split=None,
         verbose=0,
+        callbacks=[EpochScoring("accuracy", on_train=True, lower_is_better=False)],
+        **options,
     )
     handle = seed_forwards(model)
     net.fit(x, y)
