@@ -253,6 +253,20 @@ def detect(model, batch, names=("labels",)):
     return detect_recipe(model, model, batch, names)
 
 
+def test_memory_that_runs_out_is_said():
+    """It does not say that a model cannot run without its labels."""
+
+    class Large(Plain):
+        def forward(self, x, **labels):
+            if not labels:
+                raise torch.OutOfMemoryError("no memory")
+            return super().forward(x, **labels)
+
+    batch = {"x": torch.randn(SIZE, FEATURES), "labels": class_labels(SIZE)}
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        detect(Large(F.cross_entropy), batch)
+
+
 def test_a_new_language_model_whose_logits_are_all_zero():
     """With and without the shift the loss is log(V): parameters moved by chance tell which."""
     config = GPT2Config(

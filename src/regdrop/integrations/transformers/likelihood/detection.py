@@ -19,6 +19,7 @@ from regdrop.integrations.transformers.evaluation import (
     with_other_labels,
     with_shorter_masks,
 )
+from regdrop.integrations.transformers.likelihood.attempt import attempt
 from regdrop.integrations.transformers.likelihood.recipe import ELEMENTWISE, SUMMED, Recipe
 from regdrop.integrations.transformers.outputs import Key, find_loss, named_tensors
 from regdrop.integrations.transformers.tolerances import LOSS
@@ -67,11 +68,9 @@ def detect_recipe(
             others = [] if fewer is None else [fewer]
             masked = with_shorter_masks(inputs, inputs[found[0].label].shape)
             for other in (*others, *(batch for _, batch in masked)):
-                try:
-                    found = _look_again(model, run, other, labels, found[:1])
-                except Exception:  # whatever a model raises for a label that it does not ignore
-                    return None
-                if not found:
+                # A model may know no label that is ignored.
+                again = partial(_look_again, model, run, other, labels, found[:1])
+                if not attempt(again, otherwise=[]):
                     return None
             if _reads_more(model, run, inputs, labels, found[0]):
                 return None
@@ -101,14 +100,11 @@ def _reads_more(
 ) -> bool:
     """Return whether a loss reads another input than the labels, as a weight of each row."""
     for other in with_other_inputs(inputs, labels):
-        try:
-            look = extra_pass(model, partial(_look, run, labels), other)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # whatever a model raises for an input that it cannot have
+        # One that a model cannot have tells nothing.
+        look = attempt(partial(extra_pass, model, partial(_look, run, labels), other), None)
+        if look is None or look.loss is None or not look.loss.isfinite():
             continue
-        is_finite = look.loss is not None and bool(look.loss.isfinite())
-        if is_finite and recipe not in _agreeing(look, other, labels):
+        if recipe not in _agreeing(look, other, labels):
             return True
     return False
 
@@ -156,11 +152,11 @@ class _Look:
 def _look(run: Callable[..., Any], labels: Sequence[str], inputs: dict[str, Any]) -> _Look:
     whole = run(**copy_structure(inputs, clones=True))
     rest = {name: value for name, value in inputs.items() if name not in labels}
-    try:
-        output, keeps_label = run(**rest), False
-    except Exception:  # whatever a model raises that cannot do without its labels
-        output, keeps_label = whole, True
-    return _Look(find_loss(whole), list(named_tensors(output)), keeps_label)
+    # A model may not run without its labels.
+    output = attempt(partial(run, **rest), otherwise=None)
+    keeps_label = output is None
+    tensors = named_tensors(whole if keeps_label else output)
+    return _Look(find_loss(whole), list(tensors), keeps_label)
 
 
 def _agreeing(look: _Look, inputs: Mapping[str, Any], labels: Sequence[str]) -> list[Recipe]:

@@ -5,6 +5,7 @@ What the loss is not known to be, a mean over rows or one that counts items, is 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from regdrop.integrations.transformers.evaluation import (
     shaken,
     training_without_dropout,
 )
+from regdrop.integrations.transformers.likelihood.attempt import attempt
 from regdrop.integrations.transformers.likelihood.compared_outputs import (
     find_divergence,
     fits_head,
@@ -63,7 +65,7 @@ def probe_own_loss(
         ValueError: If the output holds nothing that could be logits, or the loss is none of classes
             and no labels tell what else is compared.
     """
-    divergence, note = None, None
+    divergence = None
     with evaluation_mode(model):
         counts = _counts_items(model, compute, inputs) if counts_items is None else counts_items
         # A new head may score all rows alike, where many losses are the same.
@@ -73,16 +75,15 @@ def probe_own_loss(
             probe = LossProbe(model, compute, counts, asks_slope)
             loss, output = probe.look(inputs)
             is_rowwise = _is_rowwise(probe, inputs, label_names)
-            is_rowwise = is_rowwise and _is_slope_rowwise(probe, inputs, label_names, output)
+            # Rows may not fit where they are moved.
+            compare_slopes = partial(_is_slope_rowwise, probe, inputs, label_names, output)
+            is_rowwise = is_rowwise and attempt(compare_slopes, otherwise=True)
             is_fit = head is not None and (is_given or fits_head(head, output, inputs, probe.slope))
             if not is_fit:
                 divergence = find_divergence(loss, output, inputs, label_names, probe.slope)
         is_rowwise = is_rowwise and _is_rowwise(probe, inputs, label_names)
-    with training_without_dropout(model):
-        found = _try_in_training(probe, inputs, label_names)
-    if found is not None:
-        is_rowwise, note = is_rowwise and found.is_rowwise, found.note
-    return OwnLoss(counts, is_rowwise, divergence, note)
+    found = _try_in_training(probe, inputs, label_names)
+    return OwnLoss(counts, is_rowwise and found.is_rowwise, divergence, found.note)
 
 
 def is_rowwise_in_training(
@@ -102,9 +103,7 @@ def is_rowwise_in_training(
         label_names: Names that labels have.
     """
     probe = LossProbe(model, compute, counts_items)
-    with training_without_dropout(model):
-        found = _try_in_training(probe, inputs, label_names)
-    return found is None or found.is_rowwise
+    return _try_in_training(probe, inputs, label_names).is_rowwise
 
 
 def _counts_items(model: nn.Module, compute: ComputeLoss, inputs: Mapping[str, Any]) -> bool:
@@ -117,22 +116,14 @@ def _counts_items(model: nn.Module, compute: ComputeLoss, inputs: Mapping[str, A
 def _is_rowwise(probe: LossProbe, inputs: Mapping[str, Any], label_names: Sequence[str]) -> bool:
     """Return whether the loss of stacked passes is the mean of theirs, as far as can be told."""
     loss, _ = probe.look(inputs)
-    try:
-        if not are_close(probe.look(repeat_batch(dict(inputs)), 2)[0], loss):
-            return False
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a model raises for rows that do not fit together
+    twice = attempt(lambda: probe.look(repeat_batch(dict(inputs)), 2)[0], otherwise=None)
+    if twice is None or not are_close(twice, loss):
         return False
     # Passes are not the same: a correlation is that of its rows only while they are.
     moved, stacked = _moved_passes(inputs, label_names, 1)
-    try:
-        mean = (loss + probe.look(moved)[0]) / 2
-        return are_close(probe.look(stacked, 2)[0], mean)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # what belongs to a row may be elsewhere too
-        return True
+    found = attempt(lambda: (probe.look(moved)[0], probe.look(stacked, 2)[0]), otherwise=None)
+    # What belongs to a row may be elsewhere too: then nothing tells.
+    return found is None or are_close(found[1], (loss + found[0]) / 2)
 
 
 def _moved_passes(
@@ -163,22 +154,17 @@ def _is_slope_rowwise(
     The root of a mean is so near to a mean over rows that its value does not tell.
     """
     rows = find_batch_size(inputs)
-    try:
-        key, _ = find_logits(output, rows)
-        alone = probe.slope(inputs, key)
-        # The rows that a loss chooses may be the same by chance.
-        for shift in {1, rows // 2}:
-            _, stacked = _moved_passes(inputs, label_names, shift)
-            beside = None if alone is None else probe.slope(stacked, key, 2)
-            if alone is None or beside is None or len(beside) != 2 * len(alone):
-                return True
-            difference = (2 * beside[: len(alone)] - alone).abs().sum()
-            if difference > FORWARD.of(alone.dtype) * alone.abs().sum():
-                return False
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a model raises for rows that do not fit together
-        return True
+    key, _ = find_logits(output, rows)
+    alone = probe.slope(inputs, key)
+    # The rows that a loss chooses may be the same by chance.
+    for shift in {1, rows // 2}:
+        _, stacked = _moved_passes(inputs, label_names, shift)
+        beside = None if alone is None else probe.slope(stacked, key, 2)
+        if alone is None or beside is None or len(beside) != 2 * len(alone):
+            return True
+        difference = (2 * beside[: len(alone)] - alone).abs().sum()
+        if difference > FORWARD.of(alone.dtype) * alone.abs().sum():
+            return False
     return True
 
 
@@ -191,8 +177,8 @@ class _TrainingTrial(NamedTuple):
 
 def _try_in_training(
     probe: LossProbe, inputs: Mapping[str, Any], label_names: Sequence[str]
-) -> _TrainingTrial | None:
-    """Look at a loss in training mode; None where it needs what only a training step gives."""
+) -> _TrainingTrial:
+    """Look at a loss in training mode; what needs more than that tells nothing."""
 
     def look_twice(batch: dict[str, Any]) -> list[tuple[Tensor, list[list[Tensor]]]]:
         found = []
@@ -203,17 +189,16 @@ def _try_in_training(
                 found.append((probe.compute(own, probe.items(batch))[0], calls))
         return found
 
-    try:
+    def judge() -> _TrainingTrial:
         (once, calls), (again, further) = extra_pass(probe.model, look_twice, dict(inputs))
         note = _note_of_calls(calls, further)
         # Where two looks differ at all, chance acts that is no known dropout.
         is_chance = not torch.isclose(once, again, rtol=1e-6, atol=0, equal_nan=True)
         is_rowwise = bool(is_chance) or _is_rowwise(probe, inputs, label_names)
         return _TrainingTrial(is_rowwise, note)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # a loss may need what only a training step gives
-        return None
+
+    with training_without_dropout(probe.model):
+        return attempt(judge, otherwise=_TrainingTrial(is_rowwise=True, note=None))
 
 
 @contextmanager

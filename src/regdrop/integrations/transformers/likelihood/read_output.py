@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from regdrop.integrations.transformers.evaluation import find_labels
+from regdrop.integrations.transformers.likelihood.attempt import attempt
 from regdrop.integrations.transformers.outputs import (
     Key,
     find_logits,
@@ -51,12 +51,7 @@ class ReadOutput:
 
     def slope_for(self, changed: Mapping[str, Any]) -> Tensor | None:
         """Return the slope where some inputs are others; None too where a loss cannot have them."""
-        try:
-            return self.slope_of({**self.inputs, **changed}, self.key)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # whatever it or its model raises for what they cannot have
-            return None
+        return attempt(partial(self.slope_of, {**self.inputs, **changed}, self.key), None)
 
 
 def find_read_output(
