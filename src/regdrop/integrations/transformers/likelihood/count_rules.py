@@ -7,6 +7,7 @@ from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX
 from regdrop.loss import ItemCounts, ItemTerms
+from regdrop.loss.elementwise import count_elements
 
 
 def _count_labels(target: Tensor) -> ItemCounts:
@@ -19,16 +20,11 @@ def _count_rows(target: Tensor) -> ItemCounts:
     return ItemCounts(count, count)
 
 
-def _count_numbers(target: Tensor) -> ItemCounts:
-    count = torch.full((), target.numel(), device=target.device)
-    return ItemCounts(count, count)
-
-
 # By a name, which one process can tell the others.
 COUNT_RULES: dict[str, Callable[[Tensor], ItemCounts]] = {
     "labels": _count_labels,
     "rows": _count_rows,
-    "numbers": _count_numbers,
+    "numbers": count_elements,
 }
 
 

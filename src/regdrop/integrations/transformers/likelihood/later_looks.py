@@ -152,27 +152,21 @@ class LaterLooks(HeadSelection):
     def _change_source(self, reason: str, batch: dict[str, Any]) -> None:
         """Minimise the model's or the trainer's own loss from this step on."""
         assert self._source is not None
-        step = self.state.global_step
+        reason = f"in step {self.state.global_step} {reason}"
         own = self._source.own
         if own is not None:
             alone = replace(self._source, own=replace(own, is_rowwise=False))
             self._set_source(alone, batch)
-            self._tell(f"in step {step} {reason}: passes run one after the other from here on")
+            self._tell(f"{reason}: passes run one after the other from here on")
             return
         if options := ", ".join(self._options_of_terms()):
             if not self._has_told_of_loss:
                 self._has_told_of_loss = True
-                self._tell(f"in step {step} {reason}; the latter is kept, since {options} needs it")
+                self._tell(f"{reason}; the latter is kept, since {options} needs it")
             return
-        try:
-            source = self._own_source(batch, is_first=False)
-        except ValueError as error:
-            raise ValueError(
-                f"in step {step} {reason}, and there is no loss that could be minimised as it is: "
-                f"{error} (override rdrop_head of the trainer to say what is minimised)"
-            ) from error
+        source = self._own_source_for(reason, batch, is_first=False)
         if self.accelerator.num_processes > 1:
             source = broadcast_object_list([source])[0]
         self._set_source(self._with_obstacle(source, batch), batch)
         self._is_checked = False
-        self._tell_own(f"in step {step} {reason}, and from here on its own loss counts", source)
+        self._tell_own(f"{reason}, and from here on its own loss counts", source)

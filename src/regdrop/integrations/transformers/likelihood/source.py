@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from regdrop.config import RDropConfig
@@ -71,13 +72,9 @@ class SourceSearch(TrainerInternals):
 
     def _find_source(self, inputs: Mapping[str, Any]) -> Source:
         owner = self._loss_owner()
-        if self.rdrop.likelihood == "model":
+        if owner is not None or self.rdrop.likelihood == "model":
             source = self._own_source(inputs)
             self._tell_own(f"the loss is that of {owner or 'the model'}", source)
-            return source
-        if owner is not None:
-            source = self._own_source(inputs)
-            self._tell_own(f"the loss is that of {owner}", source)
             return source
         model = self._unwrapped(self.model)
         is_sharded = self._splits_parameters()
@@ -98,7 +95,7 @@ class SourceSearch(TrainerInternals):
                 raise ValueError(
                     f"{name}: {error} (RDropConfig(likelihood='model') minimises its own loss)"
                 ) from error
-            if not is_own_class:
+            if not is_own_class or isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = f"{name} is not what its name says ({error})".replace(";", ",")
         else:
@@ -116,13 +113,7 @@ class SourceSearch(TrainerInternals):
         if recipe is not None:
             self._tell(f"{reason}; its own loss on the first batch is {recipe}, which is minimised")
             return Source(recipe=recipe)
-        try:
-            source = self._own_source(inputs)
-        except ValueError as error:
-            raise ValueError(
-                f"{reason}, and there is no loss that could be minimised as it is: {error} "
-                "(override rdrop_head of the trainer to say what is minimised)"
-            ) from error
+        source = self._own_source_for(reason, inputs)
         self._tell_own(f"{reason}, and its own loss is none that regdrop knows", source)
         return source
 
@@ -154,10 +145,9 @@ class SourceSearch(TrainerInternals):
         found = compare_losses(model, head, inputs)
         if not found.agrees:
             self._compare_readings(head, found, inputs)
-        if head.count is None and not is_counted(head.terms):
-            assert found.terms is not None
-            return Source(count=find_count_rule(head.target, found.terms))
         assert found.terms is not None
+        if head.count is None and not is_counted(head.terms):
+            return Source(count=find_count_rule(head.target, found.terms))
         require_counts(head, found.terms)
         return Source()
 
@@ -213,6 +203,18 @@ class SourceSearch(TrainerInternals):
             asks_slope=not self._splits_parameters(),
         )
         return Source(own=own)
+
+    def _own_source_for(
+        self, reason: str, inputs: Mapping[str, Any], is_first: bool = True
+    ) -> Source:
+        """Return the same; why it is looked for begins what is said where there is none."""
+        try:
+            return self._own_source(inputs, is_first)
+        except ValueError as error:
+            raise ValueError(
+                f"{reason}, and there is no loss that could be minimised as it is: {error} "
+                "(override rdrop_head of the trainer to say what is minimised)"
+            ) from error
 
     def _options_of_terms(self) -> dict[str, Any]:
         """Return the options that only a loss which regdrop computes can have."""
