@@ -3,7 +3,9 @@
     python benchmarks/alpha_regret.py results/*-alpha-schedules
     python benchmarks/alpha_regret.py results/*-alpha-schedules --metric nll --plot gains.png
 
-It reads the records of `regdrop sweep alpha-schedules` alone. On each task the best constant of the
+It reads the records of `regdrop sweep alpha-schedules`. A further folder of the same task may be of
+`regdrop compare` with the same settings: its baseline and its constants count as those of the
+study, for the seeds that the study has. On each task the best constant of the
 grid is the one with the best mean validation figure; regret is how much worse an arm's mean test
 figure is, in units of the task's seed interval: the root mean square over the constants of half
 their 95 % intervals. Below 0 an arm is better than every constant that could have been chosen.
@@ -14,8 +16,8 @@ whose mean validation regret is lowest over the other tasks. Of one task alone, 
 import argparse
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -61,6 +63,26 @@ class TaskRegrets:
     against_one: Mapping[str, tuple[float, float]]
     gain: Mapping[str, float]
     cost: Mapping[str, float]
+
+
+def load_tasks(folders: Iterable[Path]) -> list[list[RunRecord]]:
+    """Return the records of every task, in the order of their first folders."""
+    tasks: dict[str, list[RunRecord]] = {}
+    for folder in folders:
+        records = load_records(folder)
+        known = tasks.setdefault(records[0].task, [])
+        seeds = {record.seed for record in known}
+        if known:
+            records = [one for one in map(_of_a_study, records) if one is not None]
+        known += [record for record in records if not seeds or record.seed in seeds]
+    return list(tasks.values())
+
+
+def _of_a_study(record: RunRecord) -> RunRecord | None:
+    """Return a record of a comparison as a study names it; None for a way that it has not."""
+    if record.arm == "rdrop":
+        return replace(record, arm=f"{CONSTANT}-{record.config['rdrop']['alpha']:g}")
+    return record if record.arm == BASELINE or family_of(record.arm) == CONSTANT else None
 
 
 def family_of(arm: str) -> str:
@@ -313,7 +335,7 @@ def main() -> None:
     options.add_argument("--output", type=Path, default=None, help="a Markdown file")
     options.add_argument("--plot", type=Path, default=None, help="a PNG file: gain against cost")
     arguments = options.parse_args()
-    regrets = [task_regrets(load_records(folder), arguments.metric) for folder in arguments.folders]
+    regrets = [task_regrets(records, arguments.metric) for records in load_tasks(arguments.folders)]
     titles = (
         "test regret of every arm",
         "settings chosen by the other tasks",

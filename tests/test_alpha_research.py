@@ -11,6 +11,7 @@ from torch import nn
 
 from regdrop import RDropConfig, rdrop_cross_entropy, repeat_batch
 from regdrop.experiments import RunRecord
+from regdrop.experiments.recording.record import record_path
 
 # Tasks whose figures regdrop knows: of an NLL less is better.
 A, B, C = "digits", "fashion-mnist-part", "scitldr-part"
@@ -70,6 +71,25 @@ def test_regret_is_measured_from_the_constant_that_validation_chooses(script):
     difference, half = found.against_one["stall-8"]
     assert difference == pytest.approx(0.4 / UNIT)
     assert half == pytest.approx(0, abs=1e-9)  # the arms differ alike on every seed
+
+
+def test_a_comparison_gives_a_study_its_baseline_and_its_constants(script, tmp_path):
+    module = script("alpha_regret")
+    study = {"alpha-3": (2.8, 2.7), "ramp-16": (2.7, 2.6)}
+    compared = {"baseline": (3.0, 3.1), "rdrop": (2.9, 2.9), "r3f": (2.9, 2.8)}
+    further = replace(records(A, {"baseline": (3.0, 9.0)})[0], seed=7)  # which the study has not
+    for name, runs in (
+        ("study", records(A, study)),
+        ("compared", [*records(A, compared), further]),
+    ):
+        for run in runs:
+            if run.arm == "rdrop":
+                run = replace(run, config={**run.config, "rdrop": {"alpha": 1}})
+            run.save(record_path(tmp_path / name, run.arm, run.seed))
+    [found] = module.load_tasks([tmp_path / "study", tmp_path / "compared"])
+    assert {run.arm for run in found} == {"alpha-3", "ramp-16", "baseline", "alpha-1"}
+    assert {run.seed for run in found} == {0, 1, 2}
+    assert module.task_regrets(found).test["alpha-1"] == pytest.approx(0.2 / UNIT)
 
 
 def test_figures_that_should_be_great_are_turned_round(script):

@@ -172,6 +172,7 @@ STUDIED = {
     "fashion-mnist-part": "Fashion-MNIST",
     "minilm-sst2-part": "SST-2",
     "digits": "digits",
+    "minilm-cola": "CoLA",
 }
 
 
@@ -198,7 +199,8 @@ def test_the_alphas_of_cola():
         arm = names.get(record.arm, record.arm if record not in compared else None)
         if record.seed < 3 and arm is not None:
             by_arm.setdefault(arm, {})[record.seed] = record.test
-    arms = ["baseline", *(f"alpha-{n}" for n in (0, 1, 3, 6, 10, 16)), "ramp-16", "narrow-ramp-10"]
+    arms = ["baseline", *(f"alpha-{n}" for n in (0, 1, 3, 6, 10, 16)), "ramp-16", *REGRETS[8:10]]
+    arms += [*REGRETS[6:8], *REGRETS[10:]]
     rows = table("docs/experiments-alpha.md", "| arm | test Matthews")
     for row, arm in zip(rows, arms, strict=True):
         for cell, metric, factor in zip(
@@ -279,10 +281,9 @@ def test_the_fresh_seeds_of_the_narrow_ramp():
 
 
 def test_all_seeds_of_the_narrow_ramp_beside_a_constant_of_6():
-    tasks = {**STUDIED, "minilm-cola": "CoLA"}
     certain = {}
     for name, *cells in table("docs/experiments-alpha.md", "| task | alpha 3 | alpha 10 | from 0"):
-        (task,) = (task for task in tasks if tasks[task] == name)
+        (task,) = (task for task in STUDIED if STUDIED[task] == name)
         folders = [
             ROOT / f"results/{task}-alpha-schedules",
             ROOT / f"results/alpha-fresh-seeds/{task}",
