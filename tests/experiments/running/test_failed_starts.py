@@ -1,6 +1,8 @@
 """What a run leaves that failed, or was killed, before its first checkpoint."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from regdrop.experiments import build_arms
+from regdrop.experiments.recording import history
 from regdrop.experiments.running.run import RunPaths, train_run
 from regdrop.tasks import PRESETS
 from tiny_tasks import tiny_translation
@@ -46,6 +49,18 @@ def test_a_full_disk_is_one_line_and_blocks_the_same_command_only_where_there_is
     code, said = train(tmp_path / "run", room=ROOM)
     assert (code, "Finished before" in said) == (0, True), said
     assert (tmp_path / "run" / "record.json").read_bytes() == record
+
+
+def test_a_full_disk_is_named_by_the_folder_of_the_run(tmp_path, monkeypatch):
+    def write(*arguments, **options):  # the system names no file here
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(history, "write_text", write)
+    task = replace(PRESETS["digits"], model_config=MODEL)
+    paths = RunPaths.alone(tmp_path / "run")
+    with pytest.raises(OSError, match=rf"a file in {paths.work} could not be .* No space left"):
+        train_run(task, build_arms(task)["baseline"], 0, paths)
+    assert not (tmp_path / "run").exists()
 
 
 def test_names_and_folders_that_cannot_be_written_are_one_line(tmp_path):

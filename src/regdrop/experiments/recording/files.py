@@ -1,5 +1,6 @@
 """JSON files that appear whole or not at all, and reading them with errors that name them."""
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 from regdrop.whole_files import write_text
 
+# Errors of a disk, a quota and a file that are full.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What errors of torch's and of safetensors' writers hold.
 _UNWRITTEN = ("PytorchStreamWriter", "inline_container", "os error ")
 
@@ -35,14 +38,16 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     return content
 
 
-def disk_error(error: Exception) -> OSError | None:
-    """Return what a library says of a file that could not be written, as the system's error.
+def disk_error(error: Exception, folder: Path) -> OSError | None:
+    """Return what is said of a file in a folder that could not be written, as the system's error.
 
-    torch and safetensors have errors of their own for it.
+    torch and safetensors have errors of their own for it; the system's names the file where it is
+    opened, and not where it is written to.
     """
-    text = str(error)
-    if any(sign in text for sign in _UNWRITTEN):
-        return OSError(f"a file could not be written, is the disk full? {' '.join(text.split())}")
+    text = " ".join(str(error).split())
+    is_unnamed = isinstance(error, OSError) and error.errno in _FULL and error.filename is None
+    if is_unnamed or any(sign in text for sign in _UNWRITTEN):
+        return OSError(f"a file in {folder} could not be written, is the disk full? {text}")
     return None
 
 

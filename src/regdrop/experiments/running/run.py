@@ -155,7 +155,7 @@ def train_run(
             is_lost = isinstance(error, DivergedError) or not list_checkpoints(paths.work)
             if is_main_process() and is_lost:
                 shutil.rmtree(paths.work, ignore_errors=True)
-            if isinstance(error, Exception) and (unwritten := disk_error(error)):
+            if isinstance(error, Exception) and (unwritten := disk_error(error, paths.work)):
                 raise unwritten from error
             raise
 
