@@ -209,6 +209,16 @@ def test_skorchs_lines_run():
     assert setting["net"].score(x, y) > 0
 
 
+class CountingAccelerator(Accelerator):
+    """Counts the backwards that go through it; in half precision it scales them."""
+
+    num_backwards = 0
+
+    def backward(self, loss, **options):
+        self.num_backwards += 1
+        super().backward(loss, **options)
+
+
 @pytest.mark.parametrize("is_accelerated", [False, True])
 def test_skorchs_lines_are_the_plain_loop(is_accelerated):
     model, batches, loss_of = digits_network()
@@ -218,7 +228,8 @@ def test_skorchs_lines_are_the_plain_loop(is_accelerated):
     if is_accelerated:
         before, after = "(NeuralNetClassifier)", "(AccelerateMixin, NeuralNetClassifier)"
         assert source.count(before) == 1
-        source, options = source.replace(before, after), {"accelerator": Accelerator(cpu=True)}
+        accelerator = CountingAccelerator(cpu=True)
+        source, options = source.replace(before, after), {"accelerator": accelerator}
     setting = {"AccelerateMixin": AccelerateMixin}
     exec(source, setting)
     net = setting["RDropClassifier"](
@@ -236,6 +247,7 @@ def test_skorchs_lines_are_the_plain_loop(is_accelerated):
     handle = seed_forwards(model)
     net.fit(x, y)
     handle.remove()
+    assert not is_accelerated or accelerator.num_backwards == STEPS
     losses = net.history[0, "batches", :, "train_loss"]
     assert_same_steps(model, start, batches, losses, loss_of)
 
