@@ -30,3 +30,10 @@ def test_an_interrupted_engine_ends_its_own_processes_and_no_others(tmp_path):
     finally:
         other.terminate()
         other.join()
+
+
+def test_ctrl_c_is_left_to_the_command_that_ends_its_processes():
+    """A terminal sends it to all of them."""
+    with open_processes(1, 1) as engine:
+        run = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+        assert engine.pool.submit(exec, run).result(timeout=120) is None

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -63,7 +64,7 @@ class _Workers(Executor):
         self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(count):
             self._free.put(self._new_worker())
-        self._threads = ThreadPoolExecutor(count)
+        self._threads = ThreadPoolExecutor(count, initializer=_leave_interrupts)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Compute a function in the first process that is free."""
@@ -103,6 +104,15 @@ class _Workers(Executor):
             raise WorkerLostError("its process was killed; is there enough memory?") from error
         finally:
             self._free.put(worker)
+
+
+def _leave_interrupts() -> None:
+    """Leave Ctrl-C to the main thread, which ends the processes that this one is about to start.
+
+    A terminal sends it to all of them, and one that is still loading answers with a traceback.
+    """
+    if hasattr(signal, "pthread_sigmask"):  # a process inherits what its thread has blocked
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _forward(own: Any, updates: "queue.SimpleQueue[Update]") -> None:
