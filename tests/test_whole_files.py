@@ -1,5 +1,6 @@
 """What is written appears whole or not at all, also where its writer is stopped in its middle."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,21 @@ def test_a_file_that_is_not_whole_never_has_the_name_of_one_that_is(tmp_path):
     assert [(each.name, each.read_text()) for each in path.parent.iterdir()] == [
         ("file.txt", "whole")
     ]
+
+
+def test_a_file_is_on_its_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+
+    def fsync(number):
+        done.append(("fsync", os.pread(number, 10, 0)))
+
+    def rename(partial, path):
+        done.append(("replace", path.name))
+        os.replace(partial, path)
+
+    monkeypatch.setattr(whole_files, "os", SimpleNamespace(replace=rename, fsync=fsync))
+    write_text(tmp_path / "file.txt", "whole")
+    assert done == [("fsync", b"whole"), ("replace", "file.txt")]
 
 
 def write_a_plot(path):
@@ -75,7 +91,7 @@ def test_each_writer_renames_what_it_has_written_beside(tmp_path, monkeypatch, w
     path = tmp_path / "result.png"
     with monkeypatch.context() as patch:
         # What is stopped before the new file has its name leaves what was there.
-        patch.setattr(whole_files, "os", SimpleNamespace(replace=stop))
+        patch.setattr(whole_files, "os", SimpleNamespace(replace=stop, fsync=os.fsync))
         with pytest.raises(Stopped):
             write(path)
     before = [each.read_bytes() for each in tmp_path.iterdir()]

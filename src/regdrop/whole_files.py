@@ -19,10 +19,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f"{uuid.uuid4().hex[:12]}.partial")
     try:
         write(partial)
+        _reach_disk(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _reach_disk(path: Path) -> None:
+    """Wait until a file is on its disk: after a power cut a renamed one could be empty."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
