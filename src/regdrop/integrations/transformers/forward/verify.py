@@ -19,6 +19,7 @@ from regdrop.integrations.transformers.evaluation import (
     with_other_labels,
     with_shorter_masks,
 )
+from regdrop.integrations.transformers.forward.attempt import attempt
 from regdrop.integrations.transformers.forward.last_layer import find_fused_head, fused_options
 from regdrop.integrations.transformers.forward.micro_batch import auxiliary_loss
 from regdrop.integrations.transformers.outputs import find_loss
@@ -72,6 +73,10 @@ def agrees_when_shaken(
         find: From a batch with its labels to its head.
         inputs: The first batch.
     """
+
+    def agrees(batch: Mapping[str, Any]) -> bool:
+        return compare_losses(model, find(batch), batch).agrees_closely
+
     labels = inputs.get("labels")
     labels = labels if isinstance(labels, Tensor) else None
     with shaken(model):
@@ -83,18 +88,11 @@ def agrees_when_shaken(
             inputs = with_other_labels(inputs, "labels", logits.shape[-1], ignored)
         masked = [] if labels is None else with_shorter_masks(inputs, labels.shape)
         others = (inputs, *(batch for _, batch in masked))
-        if not all(compare_losses(model, find(x), x).agrees_closely for x in others):
+        if not all(map(agrees, others)):
             return False
-        for other in with_other_inputs(inputs, ["labels"]):
-            try:
-                found = compare_losses(model, find(other), other)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # whatever a model raises for an input that it cannot have
-                continue
-            if not found.agrees_closely:
-                return False
-    return True
+        # A model may refuse another input.
+        further = with_other_inputs(inputs, ["labels"])
+        return all(attempt(partial(agrees, other), otherwise=True) for other in further)
 
 
 def compare_in_training(
@@ -121,10 +119,11 @@ def compare_in_training(
         return _compare_output(model, head, logits, output, own, has_auxiliary)
 
     with training_mode(model):
-        try:
-            return extra_pass(model, look, without_unlabelled(head, inputs))
-        except Exception:  # whatever outputs with labels lack that those without have
-            return Comparison(None, torch.zeros(()), torch.float32, None)
+        # Outputs with labels may lack what those without have.
+        return attempt(
+            lambda: extra_pass(model, look, without_unlabelled(head, inputs)),
+            otherwise=Comparison(None, torch.zeros(()), torch.float32, None),
+        )
 
 
 def why_rows_depend(model: nn.Module, head: Head) -> str | None:
@@ -256,10 +255,8 @@ def _trained_behind(states: Tensor, tensors: list[Tensor]) -> set[Tensor]:
 
 def _compare(model: nn.Module, head: Head, inputs: dict[str, Any]) -> Comparison:
     output: Any = model(**copy_structure(head.inputs, clones=True))
-    try:
-        own = find_loss(model(**without_unlabelled(head, inputs)))
-    except Exception:  # whatever a model raises for labels that are a head's of one's own
-        own = None
+    # Labels may be those of a head of one's own, which the model cannot take.
+    own = attempt(lambda: find_loss(model(**without_unlabelled(head, inputs))), otherwise=None)
     return _compare_output(model, head, head.outputs(output), output, own)
 
 

@@ -19,7 +19,7 @@ from regdrop.integrations.transformers.evaluation import (
     with_other_labels,
     with_shorter_masks,
 )
-from regdrop.integrations.transformers.likelihood.attempt import attempt
+from regdrop.integrations.transformers.forward.attempt import attempt
 from regdrop.integrations.transformers.likelihood.recipe import ELEMENTWISE, SUMMED, Recipe
 from regdrop.integrations.transformers.outputs import Key, find_loss, named_tensors
 from regdrop.integrations.transformers.tolerances import LOSS

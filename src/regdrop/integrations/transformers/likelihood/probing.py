@@ -19,7 +19,7 @@ from regdrop.integrations.transformers.evaluation import (
     shaken,
     training_without_dropout,
 )
-from regdrop.integrations.transformers.likelihood.attempt import attempt
+from regdrop.integrations.transformers.forward.attempt import attempt
 from regdrop.integrations.transformers.likelihood.compared_outputs import (
     find_divergence,
     fits_head,

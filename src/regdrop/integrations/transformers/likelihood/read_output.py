@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from regdrop.integrations.transformers.evaluation import find_labels
-from regdrop.integrations.transformers.likelihood.attempt import attempt
+from regdrop.integrations.transformers.forward.attempt import attempt
 from regdrop.integrations.transformers.outputs import (
     Key,
     find_logits,
