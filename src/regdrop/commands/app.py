@@ -91,6 +91,8 @@ def command_line() -> str:
 def workers_and_threads(workers: int | None, runs: int | None = None) -> tuple[int, int | None]:
     """Return the runs at a time and the threads of each: all cores, or one run on a GPU.
 
+    A run has at most the threads that torch has here, which `OMP_NUM_THREADS` sets.
+
     Args:
         workers: Runs at a time; None for as many as there are cores.
         runs: Number of runs, if there are not more than so many.
@@ -100,4 +102,4 @@ def workers_and_threads(workers: int | None, runs: int | None = None) -> tuple[i
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     workers = workers or min(cores, runs or cores)
-    return workers, max(1, cores // workers)
+    return workers, max(1, min(cores // workers, torch.get_num_threads()))
