@@ -229,6 +229,19 @@ def test_schedule_counts_the_steps_of_an_accumulating_loop_and_is_kept_in_checkp
     assert float(other(*batch())["alpha"]) == pytest.approx(2 / 3)
 
 
+def test_a_loop_whose_epochs_end_inside_a_window_sets_the_step():
+    config = RDropConfig(alpha=6.0, alpha_schedule="linear", alpha_warmup_ratio=1.0)
+    options = {"rdrop": config, "grad_accum_steps": 2, "total_steps": 4}
+    task, steps, alphas = RDropTask(vit(drop_path_rate=0.5), **options).train(), 0, []
+    for _ in range(2):
+        for is_step in (False, True, True):  # three batches an epoch: a window of two, one of one
+            alphas.append(float(task(*batch())["alpha"]))
+            if is_step:
+                steps += 1
+                task.step = steps
+    assert alphas == pytest.approx([0, 0, 1.5, 3, 3, 4.5])
+
+
 def test_moving_average_layer_decay_and_compilation():
     model = vit(drop_path_rate=0.5)
     task = RDropTask(model, rdrop=RDropConfig(alpha=ALPHA)).train()
