@@ -1,6 +1,7 @@
 """R-Drop in a LightningModule: the training step, and what is logged of it."""
 
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -153,8 +154,9 @@ class RDropMixin(_Base):
                 "Lightning knows its steps by Trainer(max_steps=...), or by max_epochs where the "
                 "data has a length",
             )
+        max_epochs = self.trainer.max_epochs or -1  # where max_steps alone ends the run
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        if self.trainer.max_epochs != -1 and any(map(_changes_steps, callbacks)):
+        if max_epochs != -1 and any(_changes_steps(x, max_epochs) for x in callbacks):
             refuse_unknown_length(
                 self.rdrop,
                 "a GradientAccumulationScheduler changes the steps of an epoch, so that Lightning "
@@ -174,10 +176,14 @@ def _read_step(module: LightningModule) -> int:
         ) from error
 
 
-def _changes_steps(callback: Any) -> bool:
-    """Return whether a callback accumulates other numbers of batches in other epochs."""
-    scheduling = getattr(callback, "scheduling", None)
-    return isinstance(scheduling, dict) and len(set(scheduling.values())) > 1
+def _changes_steps(callback: Any, max_epochs: int) -> bool:
+    """Return whether a callback accumulates other numbers of batches in other epochs of a run."""
+    # Lightning has two packages of the same classes, each with classes of its own.
+    packages = [sys.modules.get(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    schedulers = tuple(x.callbacks.GradientAccumulationScheduler for x in packages if x is not None)
+    if not isinstance(callback, schedulers):
+        return False
+    return len({n for epoch, n in callback.scheduling.items() if epoch < max_epochs}) > 1
 
 
 def _without_passes(config: RDropConfig) -> RDropConfig:

@@ -50,18 +50,17 @@ class Classifier(RDropMixin, pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
 def fit(module, steps=2, loader=None, **options):
-    trainer = pl.Trainer(
-        **{
-            "max_steps": steps,
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            **options,
-        }
-    )
+    trainer = pl.Trainer(**{"max_steps": steps, **QUIET, **options})
     if loader is None and not is_overridden("train_dataloader", module):
         loader = DataLoader(data(), batch_size=4)
     trainer.fit(module, loader)
@@ -253,6 +252,46 @@ def test_accumulation_that_changes_between_epochs_has_a_ramp_of_known_length():
     for config, limits in ((ratio, {"max_steps": 6}), (told, {"max_epochs": 2})):
         found = fit(Classifier(config), -1, **limits, callbacks=[changing])
         assert [log["alpha"] for log in found.logs] == [0, 0, 1, 1, 2, 3, 4, 5]
+
+
+class ForLearningRates(pl.Callback):
+    """A callback of one's own, which schedules something else."""
+
+    def __init__(self):
+        self.scheduling = {0: 2, 1: 1}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize(
+    ("callback", "expected"),
+    [
+        (ForLearningRates(), [0, 1, 2, 3]),
+        (GradientAccumulationScheduler({0: 2, 1: 1}), [0, 0, 2, 2]),
+        (GradientAccumulationScheduler({0: 2, 1: 2}), [0, 0, 2, 2]),
+    ],
+)
+def test_accumulation_that_stays_through_the_run_has_a_known_length(callback, expected):
+    ratio = RDropConfig(alpha=4.0, **RAMP, alpha_warmup_ratio=1.0)
+    found = fit(Classifier(ratio), -1, max_epochs=1, callbacks=[callback])
+    assert [log["alpha"] for log in found.logs] == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_the_scheduler_of_the_other_package_of_lightning_is_known():
+    """Lightning is two packages of the same code, and its classes are not the same."""
+    other = pytest.importorskip("pytorch_lightning")
+
+    class OfOther(RDropMixin, other.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.rdrop, self.network = RDropConfig(**RAMP, alpha_warmup_ratio=1.0), network()
+
+        forward, configure_optimizers = Classifier.forward, Classifier.configure_optimizers
+
+    scheduler = other.callbacks.GradientAccumulationScheduler({0: 2, 1: 1})
+    trainer = other.Trainer(max_epochs=2, callbacks=[scheduler], **QUIET)
+    with pytest.raises(ValueError, match="a GradientAccumulationScheduler changes the steps"):
+        trainer.fit(OfOther(), DataLoader(data(), batch_size=4))
 
 
 class SharedStep(Classifier):
