@@ -1,6 +1,7 @@
 """What a function calls is found through helpers, decorators and inner functions."""
 
 from functools import lru_cache, partial, wraps
+from types import ModuleType
 
 import pytest
 import torch
@@ -51,8 +52,45 @@ def by_decorated_helper(batch):
     return HEAD(decorated_encode(batch))
 
 
-decorated_encode = torch.enable_grad()(encode)
+decorated_encode = torch.enable_grad()(torch.autocast("cpu", torch.bfloat16)(encode))
 
+OTHER_FILE = ModuleType("other_file")
+OTHER_FILE.ENCODER = ENCODER
+exec("def embed(batch):\n    return ENCODER(batch)", vars(OTHER_FILE))
+embed_of_other_file = OTHER_FILE.embed
+
+
+def by_other_file(batch):
+    return HEAD(embed_of_other_file(batch))
+
+
+def by_module(batch):
+    return HEAD(OTHER_FILE.embed(batch))
+
+
+def by_three(batch):
+    return by_helper(batch)
+
+
+def by_four(batch):
+    return by_three(batch)
+
+
+def by_five(batch):
+    return by_four(batch)
+
+
+class Methods:
+    def forward(self, batch):
+        return self.compute(batch)
+
+    def compute(self, batch):
+        return HEAD(encode(batch))
+
+    __call__ = forward
+
+
+METHODS = Methods()
 WAYS = {
     "helper": by_helper,
     "inner code": by_inner_code,
@@ -62,6 +100,12 @@ WAYS = {
     "decorated helper": by_decorated_helper,
     "partial inside": decorated(partial(by_helper)),
     "compiled": torch.compile(by_helper, backend="eager"),
+    "other file": by_other_file,
+    "module": by_module,
+    "chain of helpers": by_five,
+    "method of a method": Methods().forward,
+    "callable object": Methods(),
+    "callable object around": lambda batch: METHODS(batch),
 }
 
 
@@ -77,7 +121,7 @@ def test_a_monitored_pass_leaves_the_statistics_of_a_helpers_model():
     assert ENCODER[1].num_batches_tracked.item() == before + 1
 
 
-def test_functions_of_other_files_are_not_searched(monkeypatch):
+def test_functions_of_libraries_are_not_searched(monkeypatch):
     monkeypatch.setattr(regdrop.passes.stacking, "find_batch_size", nn.Identity())
     assert {*reached_modules(lambda batch: HEAD(repeat_batch(batch)))} == {HEAD}
 
@@ -89,3 +133,26 @@ def test_a_name_without_a_value_is_passed_over():
     assert [*reached_modules(forward)] == []
     later = HEAD
     assert [*reached_modules(forward)] == [HEAD]
+
+
+class Counted(list):
+    reads = 0
+
+    def __getitem__(self, key):
+        Counted.reads += 1
+        return super().__getitem__(key)
+
+
+def test_large_data_beside_the_model_is_looked_at_in_part(monkeypatch):
+    monkeypatch.setattr(Counted, "reads", 0)
+    data = Counted(Counted(Counted([0.5]) for _ in range(100)) for _ in range(100))
+    assert [*reached_modules(lambda batch: (data, HEAD(batch)))] == [HEAD]
+    assert Counted.reads < 3000
+
+
+def test_what_many_examples_share_is_looked_at_once(monkeypatch):
+    monkeypatch.setattr(Counted, "reads", 0)
+    shared = Counted([HEAD])
+    data = [[shared] for _ in range(50)]
+    assert [*reached_modules(lambda batch: data)] == [HEAD]
+    assert Counted.reads == 1

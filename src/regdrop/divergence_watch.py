@@ -1,12 +1,14 @@
 """A loop of one's own is watched: a warning where R-Drop compares passes that are the same."""
 
 import functools
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,10 +20,15 @@ from regdrop.passes import find_dropout
 from regdrop.passes.keras_layers import is_keras
 from regdrop.tracing import is_traced, is_transformed
 
-# How deep in functions, containers and objects a model is looked for.
+# How deep in containers and objects a model is looked for.
 _DEPTH = 4
-# Among how many items of a container.
+# Among how many items of a container, and of all of them: every step looks anew.
 _ITEMS = 100
+_LOOKS = 2000
+# What calls others, and what holds no model.
+_CALLS = (types.FunctionType, types.MethodType, functools.partial)
+_LEAVES = {str, bytes, bool, int, float, Tensor, nn.Parameter, type(None), type, types.ModuleType}
+_FRAMEWORKS = ("torch", "regdrop")
 # A divergence that rounding may give.
 _ROUNDING = 1e-6
 # Steps from one look at a divergence to the next.
@@ -68,8 +75,9 @@ def warn_zero_divergence(modules: Iterable[nn.Module] = ()) -> None:
     """Warn that a logged divergence of some modules was exactly 0."""
     advice = (
         "Check that the model is in training mode, that its dropout rates are above 0 "
-        "(regdrop.find_dropout) and that no random state is restored between passes. What is drawn "
-        "once per forward, such as dropped weights, differs with passes='sequential' alone."
+        "(regdrop.find_dropout) and that no random state is restored between passes. In stacked "
+        "passes what is drawn once per forward, such as dropped weights, is the same for all: "
+        "passes='sequential' draws it for each."
     )
     warnings.warn(
         "the KL between passes is exactly 0: the passes are identical although R-Drop is on. "
@@ -148,20 +156,35 @@ def _is_captured(tensor: Tensor) -> bool:
 def reached_modules(forward: Callable[..., Any]) -> Iterator[nn.Module]:
     """Yield the modules that a function calls, as far as what it names, holds or is bound to tells.
 
-    What it calls is looked into likewise: functions that it wraps, and those of its own file.
+    The functions and methods that it names are looked into likewise, but for those of libraries.
     """
     if isinstance(forward, nn.Module):
         yield forward
         return
     found: dict[int, nn.Module] = {}
-    seen: dict[int, Any] = {}
-    values: list[Any] = [forward]
+    seen: dict[Any, Any] = {}  # holds what it knows by an id, which no other object gets then
+    looks = _LOOKS
+    level: list[Any] = [forward]
     for _ in range(_DEPTH):
-        held = [item for value in values for item in _held_by(value)]
-        values = [item for item in held if id(item) not in seen]
-        seen.update((id(value), value) for value in values)
-        found.update((id(value), value) for value in values if isinstance(value, nn.Module))
+        deeper: list[Any] = []
+        for value in level:  # grows: what a function names is as near as itself
+            if _key(value) in seen or not looks:
+                continue
+            seen[_key(value)] = value
+            items = list(islice(_held_by(value), looks))
+            looks -= len(items)
+            held = [item for item in items if type(item) not in _LEAVES]
+            found.update((id(item), item) for item in held if isinstance(item, nn.Module))
+            (level if isinstance(value, _CALLS) else deeper).extend(held)
+        level = deeper
     yield from found.values()
+
+
+def _key(value: Any) -> Any:
+    """Return what tells an object from others; a method is a new one each time it is asked for."""
+    if isinstance(value, types.MethodType):
+        return id(value.__self__), id(value.__func__)
+    return id(value)
 
 
 def _held_by(value: Any) -> Iterable[Any]:
@@ -169,36 +192,78 @@ def _held_by(value: Any) -> Iterable[Any]:
 
     Of a large container, a vocabulary or a data set, the first items alone.
     """
+    if isinstance(value, (tuple, list)):
+        return value[:_ITEMS]
+    if isinstance(value, Mapping):
+        return islice(value.values(), _ITEMS)
     if isinstance(value, types.FunctionType):
         return _named_by(value)
     if isinstance(value, types.MethodType):
-        return value.__self__, value.__func__
+        owner, function = value.__self__, value.__func__
+        return owner, function, *_methods(owner, _names(function))
     if isinstance(value, functools.partial):
         return *value.args, *value.keywords.values(), value.func
-    if isinstance(value, Mapping):
-        return islice(value.values(), _ITEMS)
-    if isinstance(value, (tuple, list)):
-        return value[:_ITEMS]
     if isinstance(value, (str, bytes, int, float, Tensor, nn.Module, type, types.ModuleType)):
         return ()
-    return list(getattr(value, "__dict__", {}).values())
+    return *getattr(value, "__dict__", {}).values(), *_methods(value, ["__call__"])
 
 
 def _named_by(function: types.FunctionType) -> Iterator[Any]:
     """Yield what a function has as defaults, as names of its file and as those around it."""
     yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     yield from vars(function).values()  # what a decorator wraps, among others
-    codes = [function.__code__]
-    for code in codes:
-        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
-        for name in code.co_names:
-            named = function.__globals__.get(name)
+    names = _names(function)
+    spaces = {id(function.__globals__): function.__globals__}
+    for space in (queue := [function.__globals__]):
+        for named in (space[name] for name in names if name in space):
+            if isinstance(named, types.ModuleType) and not _is_library(named.__name__):
+                inner = vars(named)
+                queue += [] if id(inner) in spaces else [inner]
+                spaces[id(inner)] = inner
             is_function = isinstance(named, types.FunctionType)
-            if not is_function or named.__module__ == function.__module__:  # none of a library
+            if not is_function or _is_near(named.__module__, function.__module__):
                 yield named
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # a name that has no value yet
             yield cell.cell_contents
+
+
+def _names(function: Any) -> list[str]:
+    """Return what a function and those inside of it name beyond their own variables."""
+    codes = [function.__code__] if isinstance(function, types.FunctionType) else []
+    for code in codes:
+        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+    return [name for code in codes for name in code.co_names]
+
+
+def _methods(owner: Any, names: list[str]) -> Iterator[types.MethodType]:
+    """Yield an object's methods of some names, but for those of libraries."""
+    for kind in type(owner).__mro__:
+        if not _is_library(kind.__module__):
+            for function in (vars(kind).get(name) for name in names):
+                if isinstance(function, types.FunctionType):
+                    yield types.MethodType(function, owner)
+
+
+def _is_near(module: str | None, other: str | None) -> bool:
+    """Return whether a module is one's own, or of the same package as another that is installed."""
+    return not _is_library(module) or (
+        _package(module) == _package(other) and _package(module) not in _FRAMEWORKS
+    )
+
+
+@functools.cache
+def _is_library(module: str | None) -> bool:
+    """Return whether a module is installed or Python's, rather than a file of one's own."""
+    package = _package(module)
+    if package in _FRAMEWORKS or package in sys.stdlib_module_names:
+        return True
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+
+
+def _package(module: str | None) -> str:
+    return (module or "").partition(".")[0]
 
 
 def _identity(forward: Any, modules: list[nn.Module]) -> Any:
