@@ -66,16 +66,34 @@ class TaskRegrets:
 
 
 def load_tasks(folders: Iterable[Path]) -> list[list[RunRecord]]:
-    """Return the records of every task, in the order of their first folders."""
+    """Return the records of every task, in the order of their first folders, which are of studies.
+
+    Raises:
+        ValueError: If a further folder of a task has other settings, or runs that are there.
+    """
     tasks: dict[str, list[RunRecord]] = {}
     for folder in folders:
         records = load_records(folder)
         known = tasks.setdefault(records[0].task, [])
-        seeds = {record.seed for record in known}
         if known:
-            records = [one for one in map(_of_a_study, records) if one is not None]
-        known += [record for record in records if not seeds or record.seed in seeds]
+            seeds = {record.seed for record in known}
+            named = [one for one in map(_of_a_study, records) if one is not None]
+            records = [record for record in named if record.seed in seeds]
+            _check_further(folder, records, known)
+        known += records
     return list(tasks.values())
+
+
+def _check_further(folder: Path, records: list[RunRecord], known: list[RunRecord]) -> None:
+    settings = [
+        {name: value for name, value in one.config.items() if name not in ("rdrop", "data")}
+        for one in (known[0], *records)
+    ]
+    if any(one != settings[0] for one in settings):
+        raise ValueError(f"{folder} has other settings than the study of {known[0].task}")
+    runs = {(one.arm, one.seed) for one in known}
+    if again := sorted({one.arm for one in records if (one.arm, one.seed) in runs}):
+        raise ValueError(f"{folder} has runs of {', '.join(again)}, which the study has itself")
 
 
 def _of_a_study(record: RunRecord) -> RunRecord | None:

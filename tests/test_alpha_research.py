@@ -92,6 +92,19 @@ def test_a_comparison_gives_a_study_its_baseline_and_its_constants(script, tmp_p
     assert module.task_regrets(found).test["alpha-1"] == pytest.approx(0.2 / UNIT)
 
 
+def test_a_further_folder_of_other_settings_or_of_the_same_runs_is_refused(script, tmp_path):
+    module = script("alpha_regret")
+    for run in records(A, {"alpha-3": (2.8, 2.7)}):
+        run.save(record_path(tmp_path / "study", run.arm, run.seed))
+        run.save(record_path(tmp_path / "again", run.arm, run.seed))
+        other = replace(run, arm="baseline", config={**run.config, "training": {"max_steps": 9}})
+        other.save(record_path(tmp_path / "other", other.arm, other.seed))
+    with pytest.raises(ValueError, match="has runs of alpha-3, which the study has itself"):
+        module.load_tasks([tmp_path / "study", tmp_path / "again"])
+    with pytest.raises(ValueError, match=f"other has other settings than the study of {A}"):
+        module.load_tasks([tmp_path / "study", tmp_path / "other"])
+
+
 def test_figures_that_should_be_great_are_turned_round(script):
     module = script("alpha_regret")
     arms = {"alpha-1": (0.7, 0.7), "alpha-3": (0.8, 0.8), "ramp-16": (0.9, 0.9)}

@@ -77,6 +77,45 @@ def test_a_config_that_was_saved_before_there_was_a_rule_loads():
     }
 
 
+# What version 0.2 wrote beside a checkpoint, but for options that are as they are now.
+SAVED = {
+    **{"alpha_schedule": "constant", "alpha_warmup_steps": 0, "alpha_warmup_ratio": None},
+    **{"alpha_rule": "ramp", "alpha_max": 16.0, "alpha_min": 1.0, "single_pass_below": None},
+    **{"num_passes": 2, "every_n_steps": 1, "rescale": True, "start_step": 0, "scale": "mean"},
+}
+
+
+def test_options_that_an_earlier_version_saved_are_what_they_were():
+    assert RDropConfig.from_dict({"alpha": 1.0, **SAVED}) == RDropConfig()
+    ramp = RDropConfig(alpha="auto", alpha_start=0.0, alpha_max=16.0)
+    assert RDropConfig.from_dict({"alpha": "auto", **SAVED}) == ramp
+    later = {"alpha": "auto", "alpha_start": 0.0, **SAVED}
+    assert RDropConfig.from_dict(later) == ramp
+    stall = RDropConfig.from_dict({**later, "alpha_rule": "stall"})
+    assert stall == RDropConfig(alpha="auto", alpha_rule="stall", alpha_max=16.0)
+    # What was unpickled never saw its options.
+    before = RDropConfig(alpha=2.0)
+    object.__setattr__(before, "alpha_start", 0.0)
+    object.__setattr__(before, "alpha_max", 16.0)
+    assert replace(before, fraction=0.5) == RDropConfig(alpha=2.0, fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "ends"),
+    [
+        ({}, (3.0, 10.0)),
+        ({"alpha_max": 2.0}, (2.0, 2.0)),
+        ({"alpha_start": 1.0}, (1.0, 10.0)),
+        ({"alpha_rule": "stall"}, (0.0, 16.0)),
+    ],
+)
+def test_saved_options_say_between_which_numbers_alpha_rises(options, ends):
+    config = RDropConfig(alpha="auto", **options)
+    saved = config.to_dict()
+    assert (saved["alpha_start"], saved["alpha_max"]) == ends
+    assert RDropConfig.from_dict(saved).to_dict() == saved
+
+
 def test_another_alpha_leaves_what_reads_it_behind():
     auto = RDropConfig(
         alpha="auto",
@@ -263,7 +302,7 @@ def test_a_config_is_frozen_and_hashable():
         (
             {"alpha": "auto", "alpha_rule": "stall", "single_pass_below": 11},
             ValueError,
-            r"single_pass_below must be at most alpha_max=10\.0",
+            r"must be at most alpha_max=10\.0, .* where there is no evaluation and alpha follows",
         ),
         ({"passes": "parallel"}, ValueError, "passes must be one of .* got 'parallel'"),
         ({"scale": "none"}, ValueError, "scale must be one of .* got 'none'"),

@@ -214,6 +214,18 @@ def test_the_alphas_of_cola():
             change = paired_difference(own, best)
             further = [] if arm == "alpha-6" else [change.mean, change.half_width]
             assert_rounded(cell, found.mean, found.half_width, *further)
+    lost = {}
+    for arm in ("alpha-6", "narrow-ramp-10"):
+        own, papers = (
+            {seed: 100 * test["matthews_correlation"] for seed, test in by_arm[name].items()}
+            for name in (arm, "alpha-1")
+        )
+        change = paired_difference(own, papers)
+        assert change.mean + change.half_width < 0
+        lost[arm] = round(-change.mean)
+    text = " ".join((ROOT / "docs/alpha.md").read_text("utf-8").split())
+    assert f"lost {lost['alpha-6']} points of Matthews" in text
+    assert f'"auto" lost {lost["narrow-ramp-10"]}.' in text
 
 
 def test_the_ramps_that_begin_above_0_beside_the_best_constant():

@@ -21,6 +21,8 @@ _RAMP_START, _RAMP_END = 3.0, 10.0
 _RULE_MAX = 16.0
 # The paper's usual weight.
 _DEFAULT_ALPHA_MIN = 1.0
+# Options that were saved together before there was `alpha_start`; a ramp began at 0 then.
+_SAVED_BEFORE = {"alpha", "alpha_rule", "alpha_max", "alpha_min", "every_n_steps", "scale"}
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class RDropConfig:
                 object.__setattr__(self, field.name, value.item())
         self._check_numbers()
         self._check_choices()
+        self._leave_out_unused()
         self._check_combinations()
         self._check_alpha()
 
@@ -134,6 +137,8 @@ class RDropConfig:
             ValueError: Likewise, and for a name that is no field.
         """
         known = {field.name for field in fields(cls)}
+        if "alpha_start" not in options and options.keys() >= _SAVED_BEFORE:
+            options = {**options, "alpha_start": 0.0}
         if unknown := sorted(set(options) - known):
             raise ValueError(
                 f"RDropConfig has no option {unknown}; it has {sorted(known)}"
@@ -142,10 +147,17 @@ class RDropConfig:
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as a dictionary that JSON can hold."""
+        """Return the options as a dictionary that JSON can hold.
+
+        Where alpha is "auto" it holds the numbers from which and to which it rises.
+        """
+        options = asdict(self)
+        if self.alpha == "auto":
+            ends = auto_range(self.alpha_rule, self.alpha_start, self.alpha_max)
+            options["alpha_start"], options["alpha_max"] = ends
         return {
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
+            for name, value in options.items()
         }
 
     @property
@@ -167,6 +179,13 @@ class RDropConfig:
             alpha_min=_DEFAULT_ALPHA_MIN,
             single_pass_below=None,
         )
+
+    def _leave_out_unused(self) -> None:
+        """Take the defaults of before where an option means nothing: saved options hold them."""
+        if self.alpha != "auto" and self.alpha_max == _RULE_MAX:
+            object.__setattr__(self, "alpha_max", None)
+        if self.alpha_start == 0 and (self.alpha != "auto" or self.alpha_rule != "ramp"):
+            object.__setattr__(self, "alpha_start", None)
 
     def _check_numbers(self) -> None:
         if self.alpha != "auto":
@@ -326,14 +345,15 @@ class RDropConfig:
                 raise ValueError(
                     f"single_pass_below={self.single_pass_below} needs num_passes above 1, got 1"
                 )
-            name, highest = "alpha", self.highest_alpha
+            name, highest, why = "alpha", self.highest_alpha, ""
             if self.alpha == "auto":
-                # Without an evaluation every rule becomes the ramp.
                 name, highest = "alpha_max", auto_range("ramp", None, self.alpha_max)[1]
+                if self.alpha_rule != "ramp":
+                    why = " where there is no evaluation and alpha follows the ramp"
             if highest < self.single_pass_below:
                 raise ValueError(
                     f"single_pass_below must be at most {name}={highest}, else no step "
-                    f"has R-Drop, got {self.single_pass_below}"
+                    f"has R-Drop{why}, got {self.single_pass_below}"
                 )
 
     def _check_auto_alpha(self) -> None:
@@ -347,6 +367,11 @@ class RDropConfig:
         for name in ("alpha_max", "alpha_min"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name} must be above 0, got 0")
+        if self.alpha_rule == "ramp" and self.alpha_min != _DEFAULT_ALPHA_MIN:
+            raise ValueError(
+                f"alpha_min={self.alpha_min} needs an alpha_rule that reads the validation "
+                "loss: the 'ramp' begins at alpha_start"
+            )
         if self.alpha_min > self.highest_alpha and self.alpha_min != _DEFAULT_ALPHA_MIN:
             raise ValueError(
                 f"alpha_min must be at most alpha_max={self.highest_alpha}, got {self.alpha_min}"
@@ -360,11 +385,6 @@ class RDropConfig:
             raise ValueError(
                 f"alpha_start={self.alpha_start} needs alpha_rule='ramp', got "
                 f"{self.alpha_rule!r}, which begins at alpha_min"
-            )
-        if self.alpha_rule == "ramp" and self.alpha_min != _DEFAULT_ALPHA_MIN:
-            raise ValueError(
-                f"alpha_min={self.alpha_min} needs an alpha_rule that reads the validation "
-                "loss: the 'ramp' begins at alpha_start"
             )
         if self.alpha_rule == "kl-target":
             # It would leave alpha where it begins, whatever the validation loss does.

@@ -15,13 +15,6 @@ def with_later_options(found: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(found.get("rdrop"), Mapping):
         return dict(found)
     rdrop = {**RDropConfig().to_dict(), **_BEFORE, **found["rdrop"]}
-    # Where they mean nothing they are None today.
-    unused = []
-    if rdrop["alpha"] != "auto":
-        unused = ["alpha_start", "alpha_max"]
-    elif rdrop["alpha_rule"] != "ramp":
-        unused = ["alpha_start"]
-    for name in unused:
-        if rdrop[name] == _BEFORE[name]:
-            rdrop[name] = None
+    if rdrop["alpha"] != "auto":  # they mean nothing there, and are None today
+        rdrop |= {name: None for name, value in _BEFORE.items() if rdrop[name] == value}
     return {**found, "rdrop": rdrop}

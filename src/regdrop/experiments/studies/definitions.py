@@ -16,8 +16,8 @@ from regdrop.tasks.common.accepted import check_choice
 # The settings of every rule for alpha: the end of a ramp, the most that another may give.
 _ALPHA_ENDS = (8.0, 16.0, 32.0)
 _ALPHA_STARTS = (3.0, 6.0)
-# Ramps around the constants that are good on most tasks: name, begin and end.
-_NARROW_RAMPS = (("narrow-ramp", 3.0, 10.0), ("narrow-ramp", 4.0, 12.0))
+# Ramps around the constants that are good on most tasks: their begin and their end.
+_NARROW_RAMPS = ((3.0, 10.0), (4.0, 12.0))
 
 # Each is a batch more in memory.
 _MOST_PASSES = 100
@@ -134,6 +134,8 @@ def _alpha_schedules(task: Task, grid: Sequence[float]) -> list[Arm]:
 
 
 def _ramps(task: Task) -> list[Arm]:
+    ramps = [("ramp", 0.0, end) for end in _ALPHA_ENDS]
+    ramps += [("narrow-ramp", start, end) for start, end in _NARROW_RAMPS]
     return [
         _rising(
             task,
@@ -142,7 +144,7 @@ def _ramps(task: Task) -> list[Arm]:
             alpha_start=start,
             alpha_max=end,
         )
-        for name, start, end in (*(("ramp", 0.0, end) for end in _ALPHA_ENDS), *_NARROW_RAMPS)
+        for name, start, end in ramps
     ]
 
 

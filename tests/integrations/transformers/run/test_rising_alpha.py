@@ -293,6 +293,23 @@ def test_an_evaluation_where_a_run_goes_on_counts_once(tmp_path):
     assert logged(whole, "alpha")[2] == 1  # the loss of untrained weights is none to beat
 
 
+def test_a_run_whose_alpha_rises_otherwise_than_its_checkpoints_is_told_so(tmp_path, caplog):
+    options = {
+        "validation": False,
+        "eval_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": 4,
+    }
+    before = replace(AUTO, alpha_start=0.0, alpha_max=16.0)
+    train(tmp_path, before, **options)
+    with caplog.at_level(logging.WARNING):
+        train(tmp_path, before, resume=str(tmp_path / "checkpoint-4"), **options)
+        assert "goes on by" not in caplog.text
+        train(tmp_path, AUTO, resume=str(tmp_path / "checkpoint-4"), **options)
+    assert "alpha='auto' goes on by alpha_start=3.0, alpha_max=10.0" in caplog.text
+    assert "the checkpoint's run had alpha_start=0.0, alpha_max=16.0" in caplog.text
+
+
 def test_a_run_that_lost_its_validation_goes_on_by_the_ramp_and_says_so(tmp_path, caplog):
     rdrop, options, checkpoint = resumable(tmp_path)
     begun = train(tmp_path, rdrop, **options)

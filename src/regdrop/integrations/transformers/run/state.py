@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,24 @@ class RunState(WindowCounting):
         self._resumed_state = None
         if checkpoint is None or not self.accelerator.is_main_process:
             return
-        state = Path(checkpoint) / STATE_NAME
+        state, config = Path(checkpoint) / STATE_NAME, Path(checkpoint) / CONFIG_NAME
         if state.exists():
             self._resumed_state = json.loads(state.read_text(encoding="utf-8"))
+        if config.exists():
+            self._compare_alpha(json.loads(config.read_text(encoding="utf-8")))
+
+    def _compare_alpha(self, saved: dict[str, Any]) -> None:
+        """Tell where alpha="auto" rises otherwise than in the run that a checkpoint is of."""
+        if not saved.get("alpha") == self.rdrop.alpha == "auto":
+            return
+        now, saved = self.rdrop.to_dict(), {"alpha_start": 0.0, **saved}
+        names = [n for n in ("alpha_rule", "alpha_start", "alpha_max") if saved.get(n) != now[n]]
+        if names:
+            before, after = (", ".join(f"{n}={x.get(n)!r}" for n in names) for x in (saved, now))
+            self._tell(
+                f"alpha='auto' goes on by {after}; the checkpoint's run had {before}: give these "
+                "to go on as it was"
+            )
 
     def _load_renamed(self, checkpoint: str | None) -> bool:
         """Load weights that have other names than the model's; return whether they were such."""
@@ -176,7 +192,7 @@ class RunState(WindowCounting):
 
     def _search_with(self, options: dict[str, Any]) -> None:
         """Have the given options but for these."""
-        self.rdrop = RDropConfig.from_dict({**self._given_rdrop.to_dict(), **options})
+        self.rdrop = RDropConfig.from_dict({**asdict(self._given_rdrop), **options})
         self._searched_rdrop = self.rdrop
         # The model may be another too.
         self._source, self._is_checked = None, False
