@@ -23,8 +23,11 @@ def allow_any_encoding() -> None:
 
 
 def with_encoding(stream: TextIO, encoding: str) -> TextIO:
-    """Return a standard stream once it has an encoding, as a file has, whatever the system's."""
-    if isinstance(stream, io.TextIOWrapper):
+    """Return a standard stream once it has an encoding, as a file has, whatever the system's.
+
+    A terminal keeps its own.
+    """
+    if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
         stream.reconfigure(encoding=encoding, errors="strict")
     return stream
 
