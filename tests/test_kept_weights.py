@@ -1,10 +1,15 @@
 """Weights that autocast converts and keeps, those of a forward without a gradient among them."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import nn
 
 from regdrop import RDropConfig, rdrop_step, share_prefix
+from regdrop.disagreement import measure_disagreement
+from regdrop.extra_pass import extra_pass
+from regdrop.prefix_search import suggest_prefix
 
 CONFIGS = [
     RDropConfig(backward_passes=1),
@@ -49,6 +54,31 @@ def test_so_do_those_of_a_part_that_was_checked(kept):
     share_prefix(model, "0")
     rdrop_step(model, *batch(), config=RDropConfig(), step=0).loss.backward()
     assert model[0].weight.grad is not None
+
+
+def failing(model):
+    def forward(x):
+        model(x)
+        raise MemoryError
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model, x, y: extra_pass(model, model, x),
+        lambda model, x, y: extra_pass(model, failing(model), x),
+        lambda model, x, y: measure_disagreement(model, [(x, y)], num_masks=2),
+        lambda model, x, y: measure_disagreement(model, [(x, y)], forward=failing(model)),
+        lambda model, x, y: suggest_prefix(model, [x]),
+    ],
+)
+def test_so_do_those_of_a_model_that_was_measured(measure, kept):
+    model = nn.Sequential(KeepingLinear(kept, 6, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+    with suppress(MemoryError):
+        measure(model, *batch())
+    assert kept == {}
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -12,6 +12,7 @@ from regdrop.arguments import IGNORE_INDEX, check_integer
 from regdrop.kernels import whole_tensor
 from regdrop.passes import (
     copy_structure,
+    forget_converted_weights,
     preserve_buffers,
     preserve_modes,
     preserve_random_state,
@@ -128,20 +129,28 @@ def measure_disagreement(
     """
     check_integer("num_masks", num_masks, low=2)
     total = _Total(num_masks)
-    with torch.no_grad(), preserve_random_state(), preserve_buffers(model), preserve_modes(model):
-        for batch in batches:
-            predict, target = _enter(model, batch, forward)
-            counted = target != ignore_index
-            labels = target[counted]
-            model.eval()
-            output = predict()
-            deployed = _log_probabilities(output, target, counted, labels)
-            if isinstance(batch, Mapping) and not total.items:
-                _check_own_loss(output, deployed, labels)
-            train_without_statistics(model)
-            masks = (_keeping_buffers(model, predict) for _ in range(num_masks))
-            submodels = (_log_probabilities(mask, target, counted, labels) for mask in masks)
-            total.add(deployed, submodels, labels)
+    try:
+        with (
+            torch.no_grad(),
+            preserve_random_state(),
+            preserve_buffers(model),
+            preserve_modes(model),
+        ):
+            for batch in batches:
+                predict, target = _enter(model, batch, forward)
+                counted = target != ignore_index
+                labels = target[counted]
+                model.eval()
+                output = predict()
+                deployed = _log_probabilities(output, target, counted, labels)
+                if isinstance(batch, Mapping) and not total.items:
+                    _check_own_loss(output, deployed, labels)
+                train_without_statistics(model)
+                masks = (_keeping_buffers(model, predict) for _ in range(num_masks))
+                submodels = (_log_probabilities(mask, target, counted, labels) for mask in masks)
+                total.add(deployed, submodels, labels)
+    finally:
+        forget_converted_weights()
     result = total.result()
     if result.epkl < _ROUNDING:
         warnings.warn(

@@ -31,11 +31,12 @@ def measure_divergence(outputs: Any, other: Any, target: Any, terms: TermsFuncti
         terms: The output family's terms of each item.
     """
     # Terms may draw masks of their own, as an adaptive softmax does.
-    with torch.no_grad(), preserve_random_state():
-        both = terms(concatenate_outputs([outputs, other]), target, num_passes=2)
-        kl = combine_terms(both, alpha=0.0, num_passes=2).kl
-    forget_converted_weights()
-    return kl
+    try:
+        with torch.no_grad(), preserve_random_state():
+            both = terms(concatenate_outputs([outputs, other]), target, num_passes=2)
+            return combine_terms(both, alpha=0.0, num_passes=2).kl
+    finally:
+        forget_converted_weights()
 
 
 def extra_pass(model: nn.Module, forward: Callable[[Any], Output], batch: Any) -> Output:
@@ -57,12 +58,13 @@ def extra_pass(model: nn.Module, forward: Callable[[Any], Output], batch: Any) -
             "monitor_steps runs one more pass under masks of its own, for which torch.func (vmap, "
             "grad and their like) has no seed; use monitor_steps=None there"
         )
-    with torch.no_grad(), preserve_random_state(), preserve_buffers(model):
-        # Without a new seed the pass would draw the very masks of the pass that follows.
-        _seed_all(int(torch.randint(2**32, (), device="cpu").item()))
-        output = forward(copy_structure(batch, clones=True))
-    forget_converted_weights()
-    return output
+    try:
+        with torch.no_grad(), preserve_random_state(), preserve_buffers(model):
+            # Without a new seed the pass would draw the very masks of the pass that follows.
+            _seed_all(int(torch.randint(2**32, (), device="cpu").item()))
+            return forward(copy_structure(batch, clones=True))
+    finally:
+        forget_converted_weights()
 
 
 def _seed_all(seed: int) -> None:

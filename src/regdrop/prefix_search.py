@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regdrop.passes import (
     find_dropout,
+    forget_converted_weights,
     preserve_buffers,
     preserve_random_state,
     repeat_batch,
@@ -59,17 +60,20 @@ def suggest_prefix(model: nn.Module, batches: Iterable[Any]) -> PrefixSuggestion
         raise ValueError("batches must hold at least one batch, got none")
     if not any(source.active for source in sources):
         return None
-    with torch.no_grad(), preserve_random_state(), preserve_buffers(model):
-        shares = [_watch(model, batch) for batch in seen]
-        common = {
-            name: min(share[name] for share in shares)
-            for name in shares[0]
-            if all(name in share for share in shares)
-        }
-        # Of equal parts the outermost is the first.
-        for name in sorted(common, key=lambda name: -common[name]):
-            if common[name] >= _WORTHWHILE and _can_be_shared(model, name, seen):
-                return PrefixSuggestion(name, common[name])
+    try:
+        with torch.no_grad(), preserve_random_state(), preserve_buffers(model):
+            shares = [_watch(model, batch) for batch in seen]
+            common = {
+                name: min(share[name] for share in shares)
+                for name in shares[0]
+                if all(name in share for share in shares)
+            }
+            # Of equal parts the outermost is the first.
+            for name in sorted(common, key=lambda name: -common[name]):
+                if common[name] >= _WORTHWHILE and _can_be_shared(model, name, seen):
+                    return PrefixSuggestion(name, common[name])
+    finally:
+        forget_converted_weights()
     return None
 
 

@@ -135,7 +135,8 @@ def _checked_output(
     if is_one_tensor and not output.dim():
         raise ValueError(
             f"forward must return logits, (items, ...), for loss={loss!r}, got one number, as a "
-            "model's own loss is; return what it is computed from, and give the labels as target"
+            "model's own loss is, or .squeeze() of a batch of one item; return what the loss is "
+            "computed from, one row an item, and give the labels as target"
         )
     return output
 
