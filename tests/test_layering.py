@@ -12,7 +12,7 @@ import regdrop
 PACKAGE = Path(regdrop.__file__).parent
 
 FLOORS = [
-    {"arguments", "tracing", "whole_files"},
+    {"arguments", "out_of_memory", "tracing", "whole_files"},
     {"kernels", "passes", "alpha_conventions"},
     {"loss", "config", "disagreement"},
     {"schedule", "alpha"},

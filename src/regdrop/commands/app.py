@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from regdrop.experiments.recording.processes import is_main_process, num_processes
+from regdrop.out_of_memory import is_out_of_memory
 
 app = typer.Typer(
     help="Train with R-Drop (Regularized Dropout), compare it with training without it, and "
@@ -43,7 +44,7 @@ def interruptible() -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         console.print("Interrupted; the same command (train: with --resume) goes on from here.")
-        number = next(iter(error.args), signal.SIGINT)
+        number = next((one for one in error.args if isinstance(one, int)), signal.SIGINT)
         raise typer.Exit(128 + number) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -64,7 +65,7 @@ def usage_errors(*others: type[Exception]) -> Iterator[None]:
             raise typer.Exit(2) from error
         raise typer.BadParameter(str(error)) from error
     except (MemoryError, RuntimeError) as error:
-        if not _is_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         if is_main_process():
             said = f" ({error})" if str(error) else ""
@@ -74,12 +75,6 @@ def usage_errors(*others: type[Exception]) -> Iterator[None]:
                 err=True,
             )
         raise typer.Exit(1) from error
-
-
-def _is_of_memory(error: Exception) -> bool:
-    """Return whether an error is of too little memory; that of a CPU has no class in torch."""
-    has_class = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return has_class or "DefaultCPUAllocator" in str(error)
 
 
 def command_line() -> str:

@@ -16,6 +16,8 @@ def test_what_fails_is_no_answer_and_what_lacks_memory_is_raised():
 
     with pytest.raises(torch.OutOfMemoryError):
         attempt(fill, otherwise=None)
+    with pytest.raises(RuntimeError, match="memory"):
+        attempt(lambda: torch.empty(10**16), otherwise=None)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, ValueError])

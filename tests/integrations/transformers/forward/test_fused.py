@@ -510,6 +510,18 @@ def test_the_check_leaves_the_run_as_it_was():
     assert not model._forward_hooks
 
 
+def test_memory_that_runs_out_in_the_check_is_raised():
+    """It does not say that the logits of every position are needed."""
+
+    def fill(module, args):
+        raise torch.OutOfMemoryError("no memory")
+
+    model, batch = build("gpt2").train(), rows("gpt2").columns
+    model.transformer.register_forward_pre_hook(fill)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        check_fused_head(model, find_head(model, batch))
+
+
 @pytest.mark.parametrize(
     ("name", "scale", "softcap"), [("gemma2", 1.0, 2.0), ("cohere", 0.25, None), ("t5", 1.0, None)]
 )

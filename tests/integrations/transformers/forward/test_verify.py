@@ -52,3 +52,13 @@ def test_the_reason_is_that_of_the_model(name):
     found = why_rows_depend(model, head)
     assert (found is None) == (reason is None)
     assert re.search(reason or "", found or "")
+
+
+def test_memory_that_runs_out_is_no_reason():
+    def score(x):
+        return x if len(x) == ROWS else torch.empty(10**16)
+
+    target = torch.zeros(ROWS, dtype=torch.long)
+    head = Head({"x": ROWS_OF_NUMBERS}, target, cross_entropy_terms, outputs=lambda scores: scores)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        why_rows_depend(Net(score=score), head)

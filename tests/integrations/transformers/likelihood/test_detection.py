@@ -21,6 +21,7 @@ from transformers import (
 from models import VOCABULARY, Rows, text_rows, tiny_bert, tiny_gpt2, token_rows
 from regdrop import RDropConfig, symmetric_kl
 from regdrop.integrations.transformers import RDropTrainer
+from regdrop.integrations.transformers.likelihood import recipe
 from regdrop.integrations.transformers.likelihood.detection import detect_recipe
 from training import (
     FEATURES,
@@ -265,6 +266,18 @@ def test_memory_that_runs_out_is_said():
     batch = {"x": torch.randn(SIZE, FEATURES), "labels": class_labels(SIZE)}
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
         detect(Large(F.cross_entropy), batch)
+
+
+def test_memory_that_runs_out_in_a_loss_that_is_tried_is_said(monkeypatch):
+    """It does not say that the loss is another."""
+
+    def terms(*arguments, **options):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(recipe, "cross_entropy_terms", terms)
+    batch = {"x": torch.randn(SIZE, FEATURES), "labels": class_labels(SIZE)}
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        detect(Plain(F.cross_entropy), batch)
 
 
 def test_a_new_language_model_whose_logits_are_all_zero():

@@ -449,6 +449,23 @@ def test_a_slope_for_which_memory_is_missing_is_said(monkeypatch):
         divergence_of(focal_labels, 3, {"x": torch.randn(4, FEATURES), "labels": MULTI_HOT})
 
 
+def test_a_head_for_whose_terms_memory_is_missing_is_not_left_for_another():
+    def terms(*_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    batch = {"x": torch.randn(4, FEATURES), "labels": torch.tensor([0, 1, 2, 1])}
+    head = Head(batch, batch["labels"], terms, outputs=lambda output: output["scores"])
+    model = Plain(F.cross_entropy)
+
+    def compute(inputs, items):
+        output = model(**inputs)
+        return output["loss"], output
+
+    options = {"head": head, "label_names": ["labels"], "counts_items": False}
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        probe_own_loss(model, compute, batch, **options)
+
+
 # --- chance -----------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
+from regdrop.out_of_memory import is_out_of_memory
 
 T = TypeVar("T")
 Otherwise = TypeVar("Otherwise")
@@ -16,7 +16,7 @@ def attempt(look: Callable[[], T], otherwise: Otherwise) -> T | Otherwise:
     """
     try:
         return look()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return otherwise

@@ -26,6 +26,7 @@ from regdrop.integrations.transformers.outputs import find_loss
 from regdrop.integrations.transformers.tolerances import FORWARD, LAYER, LOSS, Tolerance
 from regdrop.kernels import Projection, project
 from regdrop.loss import ItemTerms, combine_terms, is_counted
+from regdrop.out_of_memory import is_out_of_memory
 from regdrop.passes import copy_structure, repeat_batch
 
 
@@ -150,6 +151,8 @@ def why_rows_depend(model: nn.Module, head: Head) -> str | None:
         try:
             twice = extra_pass(model, look, stacked)
         except Exception as error:  # whatever a model raises for rows that do not fit together
+            if is_out_of_memory(error):
+                raise
             line = next(iter(str(error).strip().splitlines()), "")
             return f"it does not take a stacked batch ({type(error).__name__}: {line})"
     expected = torch.cat([once, once])
@@ -216,6 +219,8 @@ def check_fused_head(model: nn.Module, head: Head) -> None:
         try:
             output, hidden, projection = extra_pass(model, look, head.inputs)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(f"its forward needs the logits of every position ({error})") from error
     if hidden.shape[:-1] != head.target.shape:
         raise ValueError(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regdrop.heads import Head
+from regdrop.integrations.transformers.forward.attempt import attempt
 from regdrop.integrations.transformers.likelihood.class_dimension import (
     are_yes_or_no,
     find_class_dim,
@@ -109,9 +110,11 @@ def fits_head(head: Head, output: Any, inputs: Mapping[str, Any], slope_of: Slop
     rows = find_batch_size(inputs)
     if head.rows != rows:
         return False
-    try:
-        head.terms(head.outputs(output), head.target, num_passes=1)
-    except (ValueError, TypeError, RuntimeError):  # labels of another kind than the head's
+    # Labels may be of another kind than the head's.
+    terms = attempt(
+        lambda: head.terms(head.outputs(output), head.target, num_passes=1), otherwise=None
+    )
+    if terms is None:
         return False
     try:
         key, logits = find_logits(output, rows)

@@ -10,6 +10,7 @@ from torch.autograd.graph import GradientEdge
 from regdrop.extra_pass import extra_pass
 from regdrop.integrations.transformers.likelihood.own_loss import ComputeLoss
 from regdrop.integrations.transformers.outputs import Key, find_tensor
+from regdrop.out_of_memory import is_out_of_memory
 from regdrop.passes import (
     copy_structure,
     find_tensors,
@@ -79,9 +80,9 @@ class LossProbe:
                 return None
             try:
                 return _slope_at(loss, logits)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # as that of a reentrant checkpoint
+            except RuntimeError as error:  # as that of a reentrant checkpoint
+                if is_out_of_memory(error):
+                    raise
                 return None
 
     def items(self, batch: Mapping[str, Any], num_passes: int = 1) -> Tensor | None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from regdrop.config import RDropConfig
@@ -29,6 +28,7 @@ from regdrop.integrations.transformers.likelihood.own_loss import OwnLoss
 from regdrop.integrations.transformers.likelihood.probing import probe_own_loss
 from regdrop.integrations.transformers.likelihood.recipe import Recipe
 from regdrop.loss import cross_entropy_terms, is_counted
+from regdrop.out_of_memory import is_out_of_memory
 from regdrop.reading import require_counts
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class SourceSearch(TrainerInternals):
                 raise ValueError(
                     f"{name}: {error} (RDropConfig(likelihood='model') minimises its own loss)"
                 ) from error
-            if not is_own_class or isinstance(error, torch.OutOfMemoryError):
+            if not is_own_class or is_out_of_memory(error):
                 raise
             reason = f"{name} is not what its name says ({error})".replace(";", ",")
         else:
@@ -207,7 +207,7 @@ class SourceSearch(TrainerInternals):
     def _own_source_for(
         self, reason: str, inputs: Mapping[str, Any], is_first: bool = True
     ) -> Source:
-        """Return the same; why it is looked for begins what is said where there is none."""
+        """Return what `_own_source` returns; `reason` begins what is said where it finds none."""
         try:
             return self._own_source(inputs, is_first)
         except ValueError as error:
