@@ -286,6 +286,18 @@ def test_terms_of_ones_own_that_cannot_take_a_part_are_told_that_it_is_the_fract
         rdrop_step(model, x, y, loss=summed, **options)
 
 
+def test_terms_of_ones_own_that_lack_memory_say_so():
+    model, x, y = network(), inputs(), drawn(SIZE, CLASSES)
+
+    def filling(outputs, target, *, num_passes):
+        if len(target) < SIZE:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return mse_terms(outputs, target, num_passes=num_passes)
+
+    with pytest.raises(RuntimeError, match="^DefaultCPUAllocator"):
+        rdrop_step(model, x, y, config=RDropConfig(alpha=1.0, fraction=0.5), step=0, loss=filling)
+
+
 class Loop:
     """A loop that keeps its model, as many trainers do."""
 

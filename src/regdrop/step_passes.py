@@ -20,6 +20,7 @@ from regdrop.loss import (
 )
 from regdrop.loss.checks import check_plain
 from regdrop.loss.counts import terms_of_items
+from regdrop.out_of_memory import is_out_of_memory
 from regdrop.passes import (
     count_rows,
     find_batch_size,
@@ -248,7 +249,7 @@ def _terms_of_part(
     try:
         part = terms_of_items(terms, target, items)(outputs, target[items], **passes)
     except (ValueError, IndexError, RuntimeError) as error:
-        if is_counted(terms) or isinstance(error, torch.cuda.OutOfMemoryError):
+        if is_counted(terms) or is_out_of_memory(error):
             raise
         raise ValueError(
             f"loss fails for {len(items)} of {len(target)} items, as fraction has it: {error}; if "
