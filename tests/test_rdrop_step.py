@@ -294,7 +294,7 @@ def test_terms_of_ones_own_that_lack_memory_say_so():
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return mse_terms(outputs, target, num_passes=num_passes)
 
-    with pytest.raises(RuntimeError, match="^DefaultCPUAllocator"):
+    with pytest.raises(RuntimeError, match=r"^DefaultCPUAllocator"):
         rdrop_step(model, x, y, config=RDropConfig(alpha=1.0, fraction=0.5), step=0, loss=filling)
 
 

@@ -78,7 +78,7 @@ class NarrowRows {
     const Vec class_mass = Vec::loadu(on_class.data());
     mass = class_mass + Vec(spread_mass);
     nll = kl = Vec(0);
-    const Vec share(acc_t(1) / count());  // of each: the sum of several might not be finite
+    const Vec share(acc_t(share_of(count())));
     each([&](int64_t i) {
       total[i] = Vec::blendv(Vec(acc_t(NAN)), sum[i], highest[i] < Vec(kInfinity));
       const Vec above = Vec::loadu(&at_class[i * kLanes]) - highest[i];
@@ -87,6 +87,7 @@ class NarrowRows {
       nll = nll + share * (mass * total[i].log() - at::vec::fmadd(class_mass, own, cross[i]));
       kl = kl + mean_difference[i];
     });
+    nll = nll / Vec(acc_t(share_of(count()) * count()));
     kl = kl / Vec(acc_t(std::max<int64_t>(1, count() - 1)));
     // A class masked in one pass only is infinitely unlikely there; 0 * inf hides it.
     kl = Vec::blendv(kl, Vec(kInfinity), kl.isnan() & (nll == nll));

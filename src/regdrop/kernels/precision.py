@@ -28,7 +28,7 @@ def mean_of_passes(numbers: Tensor) -> Tensor:
     """
     # A power of 2 rounds nothing.
     scale = 0.5 ** (len(numbers) - 1).bit_length()
-    return (numbers * scale).sum(0) / (scale * len(numbers))
+    return (numbers * scale).sum(0).div_(scale * len(numbers))
 
 
 def widen(numbers: Tensor) -> Tensor:

@@ -95,6 +95,14 @@ inline void for_each(int64_t count, const function_t& function) {
   for (int64_t i = 0; i < count; ++i) function(i);
 }
 
+// What a number is multiplied by in a sum over passes, which else might not be finite though all of
+// them are: a power of 2, which rounds nothing, of at most 1 / count.
+inline double share_of(int64_t count) {
+  double share = 1;
+  while (share * count > 1) share /= 2;
+  return share;
+}
+
 // Below this an exponential is 0 or next to it, and a difference counts as 0.
 template <typename acc_t>
 constexpr acc_t kLeast = std::is_same_v<acc_t, float> ? -87.33 : -746;

@@ -253,7 +253,7 @@ void forward_items(const Tensor& logits, const TargetRows<acc_t>& target,
       spread_mass += sum_of_block(spread.data());
     }
     double item_nll = 0, item_kl = 0;
-    const double share = 1.0 / count;  // of each: the sum of several might not be finite
+    const double share = share_of(count);
     const double on_class = target.classes ? target.class_mass(item) : 0;
     for (int64_t i = 0; i < count; ++i) {
       if (!(highest[i] < infinity)) total[i] = std::nan("");
@@ -268,6 +268,7 @@ void forward_items(const Tensor& logits, const TargetRows<acc_t>& target,
       out.inverse_sum[at] = 1 / total[i];
       out.mean_difference[at] = weighted[i] / total[i];
     }
+    item_nll /= share * count;
     item_kl /= std::max<int64_t>(1, count - 1);
     // A class masked in one pass only is infinitely unlikely there; 0 * inf hides it.
     if (std::isnan(item_kl) && !std::isnan(item_nll)) item_kl = infinity;
