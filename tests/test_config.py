@@ -100,6 +100,11 @@ def test_options_that_an_earlier_version_saved_are_what_they_were():
     assert replace(before, fraction=0.5) == RDropConfig(alpha=2.0, fraction=0.5)
 
 
+def test_options_that_are_no_mapping_are_named():
+    with pytest.raises(TypeError, match="options must be a mapping, got list"):
+        RDropConfig.from_dict([])
+
+
 @pytest.mark.parametrize(
     ("options", "ends"),
     [

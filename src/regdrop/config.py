@@ -133,9 +133,11 @@ class RDropConfig:
         """Build the config from a mapping of its fields, as `to_dict` writes it.
 
         Raises:
-            TypeError: As the config does.
-            ValueError: Likewise, and for a name that is no field.
+            TypeError: As the config does, and for options that are no mapping.
+            ValueError: As the config does, and for a name that is no field.
         """
+        if not isinstance(options, Mapping):
+            raise TypeError(f"options must be a mapping, got {type(options).__name__}")
         known = {field.name for field in fields(cls)}
         if "alpha_start" not in options and options.keys() >= _SAVED_BEFORE:
             options = {**options, "alpha_start": 0.0}
