@@ -24,7 +24,7 @@ from regdrop.tracing import is_traced, is_transformed
 _DEPTH = 4
 # Among how many items of a container, and of all of them: every step looks anew.
 _ITEMS = 100
-_LOOKS = 2000
+_LOOKS = 500
 # What calls others, and what holds no model.
 _CALLS = (types.FunctionType, types.MethodType, functools.partial)
 _LEAVES = {str, bytes, bool, int, float, Tensor, nn.Parameter, type(None), type, types.ModuleType}
