@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 
 from regdrop.experiments import build_arms
@@ -150,8 +152,13 @@ def test_two_processes_go_on_where_they_were_killed_and_average_their_checkpoint
         assert process.poll() is None
         assert time.monotonic() < deadline, "no checkpoint was written"
         time.sleep(0.05)
+    ranks = psutil.Process(process.pid).children(recursive=True)  # in sessions of their own
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.kill()
+    psutil.wait_procs(ranks, timeout=10)
     before = (run / "unfinished" / "history.jsonl").read_text().splitlines()
     again = torchrun("train", *options, "--resume")
     assert again.returncode == 0, again.stderr
