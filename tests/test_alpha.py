@@ -198,6 +198,7 @@ def test_a_run_that_had_to_follow_the_ramp_goes_on_so():
     second.load_state_dict(first.state_dict())
     assert second.alpha_at(40) == AlphaController(STEPS).alpha_at(40) == 6.5
     assert second.alpha_at(2 * STEPS) == second.alpha_max == 10.0
+    assert (first.alpha_start, AlphaController(STEPS, rule="stall").alpha_start) == (3.0, 0.0)
     with pytest.raises(ValueError, match="rule must be 'stall', that of the checkpoint, got 'gap'"):
         AlphaController(STEPS, rule="gap").load_state_dict(
             AlphaController(STEPS, rule="stall").state_dict()

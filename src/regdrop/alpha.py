@@ -187,7 +187,7 @@ class AlphaController:
             check_number("alpha_start", alpha_start)
         if not isinstance(rule, str) or rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
-        highest = auto_range(rule, alpha_start, alpha_max)[1]
+        begin, highest = auto_range(rule, alpha_start, alpha_max)
         if not 0 <= (alpha_start or 0.0) <= highest:
             raise ValueError(
                 f"alpha_start must be from 0 to alpha_max={highest}, got {alpha_start}"
@@ -200,7 +200,7 @@ class AlphaController:
         # Numbers of NumPy are none that JSON can hold, as `state_dict` promises.
         self.total_steps, self.start_step = int(total_steps), int(start_step)
         self.alpha_max, self.alpha_min = float(highest), float(min(alpha_min, highest))
-        self._ramp = auto_range("ramp", alpha_start, alpha_max)
+        self.alpha_start, self._ramp = float(begin), auto_range("ramp", alpha_start, alpha_max)
         self.rule: AlphaRule = rule
         self.should_restore = False
         self._next_step = 0
@@ -248,9 +248,10 @@ class AlphaController:
 
     def follow_ramp(self) -> None:
         """Follow the "ramp" from now on, as where a run turns out to have no validation loss."""
-        start, end = map(float, self._ramp)
-        self.rule, self.alpha_max = "ramp", end
-        self._state = AlphaState(start, (end - start) / self._num_steps, self.start_step)
+        self.rule = "ramp"
+        self.alpha_start, self.alpha_max = map(float, self._ramp)
+        slope = (self.alpha_max - self.alpha_start) / self._num_steps
+        self._state = AlphaState(self.alpha_start, slope, self.start_step)
 
     def update(
         self,

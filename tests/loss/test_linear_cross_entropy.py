@@ -102,6 +102,7 @@ def test_equals_the_loss_of_explicit_logits(
     [
         {"label_smoothing": 0.1},
         {"class_weight": WEIGHTS},
+        {"class_weight": torch.arange(CLASSES)},
         {"class_weight": WEIGHTS, "label_smoothing": 0.2, "backward_passes": 1},
         {"num_items": 23},
         {"num_items": torch.tensor(23), "num_weight": 7.5, "class_weight": WEIGHTS},

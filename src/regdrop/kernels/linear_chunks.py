@@ -152,7 +152,10 @@ def _accumulate(
         add_product(gradients.weight, grad.t(), rows, is_first=is_first, scratch=scratch)
     if gradients.bias is not None:
         part = grad.sum(0, dtype=gradients.bias.dtype)
-        gradients.bias.copy_(part) if is_first else gradients.bias.add_(part)
+        if is_first:
+            gradients.bias.copy_(part)
+        else:
+            gradients.bias.add_(part)
 
 
 def _chunk_size(hidden: Tensor, projection: Projection) -> int:

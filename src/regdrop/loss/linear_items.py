@@ -114,10 +114,10 @@ def _check(
         )
     if bias is not None:
         check_floating("bias", bias)
-    if bias is not None and tuple(bias.shape) != weight.shape[:1]:
-        raise ValueError(
-            f"bias must have one entry a class, shape ({len(weight)},), got {tuple(bias.shape)}"
-        )
+        if tuple(bias.shape) != weight.shape[:1]:
+            raise ValueError(
+                f"bias must have one entry a class, shape ({len(weight)},), got {tuple(bias.shape)}"
+            )
     check_class_weight("class_weight", class_weight, len(weight))
     is_cast = dtype is not None or casts_itself(hidden.device)
     if hidden.dtype != weight.dtype and not is_cast:

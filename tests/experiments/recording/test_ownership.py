@@ -1,5 +1,4 @@
 import errno
-import fcntl
 import multiprocessing
 import time
 from pathlib import Path
@@ -60,7 +59,7 @@ def test_a_lock_ends_with_its_process_where_the_file_system_has_no_locks(tmp_pat
     def no_locks(*arguments):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", no_locks)
     path, is_held = tmp_path / "run.lock", FORK.Event()
     process = FORK.Process(target=hold_long, args=(path, is_held))
     process.start()
