@@ -13,7 +13,7 @@ PACKAGE = Path(regdrop.__file__).parent
 
 FLOORS = [
     {"arguments", "out_of_memory", "tracing", "whole_files"},
-    {"kernels", "passes", "alpha_conventions"},
+    {"kernels", "passes", "alpha_conventions", "alpha_options"},
     {"loss", "config", "disagreement"},
     {"schedule", "alpha"},
     {"cost", "divergence_watch"},

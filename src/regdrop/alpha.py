@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from regdrop.alpha_options import AlphaRule, auto_range
 from regdrop.arguments import check_integer, check_number
-from regdrop.config import AlphaRule, RDropConfig, auto_range
+from regdrop.config import RDropConfig
 
 # By how much an evaluation may change alpha.
 _FACTOR = 2.0

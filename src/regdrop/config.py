@@ -7,20 +7,22 @@ from typing import Any, Literal, get_args
 
 from torch.serialization import add_safe_globals
 
+from regdrop.alpha_options import (
+    DEFAULT_ALPHA_MIN,
+    RULE_MAX,
+    AlphaOptions,
+    AlphaRule,
+    AlphaSchedule,
+    auto_range,
+    check_alpha_combinations,
+    check_alpha_numbers,
+)
 from regdrop.arguments import IGNORE_INDEX, check_integer, check_number, nearest
 from regdrop.kernels import Implementation
 
-AlphaSchedule = Literal["constant", "linear", "cosine"]
-AlphaRule = Literal["ramp", "stall", "restore", "kl-target", "gap", "ramp-from-stall"]
 Method = Literal["rdrop", "r3f", "fraternal"]
 Likelihood = Literal["auto", "model"]
 
-# Begin and end of the ramp of alpha="auto", one for all tasks that were looked at.
-_RAMP_START, _RAMP_END = 3.0, 10.0
-# What the rules that read the validation loss reach at most.
-_RULE_MAX = 16.0
-# The paper's usual weight.
-_DEFAULT_ALPHA_MIN = 1.0
 # Options that were saved together before there was `alpha_start`; a ramp began at 0 then.
 _SAVED_BEFORE = {"alpha", "alpha_rule", "alpha_max", "alpha_min", "every_n_steps", "scale"}
 
@@ -98,7 +100,7 @@ class RDropConfig:
     alpha_start: float | None = None
     alpha_rule: AlphaRule = "ramp"
     alpha_max: float | None = None
-    alpha_min: float = _DEFAULT_ALPHA_MIN
+    alpha_min: float = DEFAULT_ALPHA_MIN
     single_pass_below: float | None = None
     dropout_rates: tuple[float, ...] | None = None
     passes: Literal["stacked", "sequential"] = "stacked"
@@ -122,11 +124,14 @@ class RDropConfig:
             # A number of NumPy, which JSON cannot hold.
             if isinstance(value, Real) and hasattr(value, "item"):
                 object.__setattr__(self, field.name, value.item())
+        check_alpha_numbers(self._alpha_options())
         self._check_numbers()
         self._check_choices()
         self._leave_out_unused()
         self._check_combinations()
-        self._check_alpha()
+        self._check_likelihood()
+        self._check_method()
+        check_alpha_combinations(self._alpha_options())
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "RDropConfig":
@@ -165,9 +170,7 @@ class RDropConfig:
     @property
     def highest_alpha(self) -> float:
         """The most that alpha may be in a run, before `every_n_steps` multiplies it."""
-        if self.alpha == "auto":
-            return auto_range(self.alpha_rule, self.alpha_start, self.alpha_max)[1]
-        return max(self.alpha, self.alpha_start or 0.0)
+        return self._alpha_options().highest
 
     def with_alpha(self, alpha: float) -> "RDropConfig":
         """Return the same options with a number as alpha, without what reads another alpha."""
@@ -178,45 +181,26 @@ class RDropConfig:
             alpha_start=None if start is None else min(start, alpha),
             alpha_rule="ramp",
             alpha_max=None,
-            alpha_min=_DEFAULT_ALPHA_MIN,
+            alpha_min=DEFAULT_ALPHA_MIN,
             single_pass_below=None,
         )
 
+    def _alpha_options(self) -> AlphaOptions:
+        return AlphaOptions(*(getattr(self, name) for name in AlphaOptions._fields))
+
     def _leave_out_unused(self) -> None:
         """Take the defaults of before where an option means nothing: saved options hold them."""
-        if self.alpha != "auto" and self.alpha_max == _RULE_MAX:
+        if self.alpha != "auto" and self.alpha_max == RULE_MAX:
             object.__setattr__(self, "alpha_max", None)
         if self.alpha_start == 0 and (self.alpha != "auto" or self.alpha_rule != "ramp"):
             object.__setattr__(self, "alpha_start", None)
 
     def _check_numbers(self) -> None:
-        if self.alpha != "auto":
-            if isinstance(self.alpha, str):
-                raise TypeError(f"alpha must be a number, got str {self.alpha!r}; or 'auto'")
-            check_number("alpha", self.alpha, low=0)
-        for name in ("alpha_start", "alpha_max"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), low=0)
-        check_number("alpha_min", self.alpha_min, low=0)
-        if self.alpha_warmup_ratio is not None:
-            check_number("alpha_warmup_ratio", self.alpha_warmup_ratio, low=0, high=1)
-            if self.alpha_warmup_ratio == 0:
-                raise ValueError(
-                    "alpha_warmup_ratio must be above 0 and at most 1, got 0; "
-                    "alpha_schedule='constant' has no ramp"
-                )
-        if self.single_pass_below is not None:
-            check_number("single_pass_below", self.single_pass_below, low=0)
         check_number("fraction", self.fraction, low=0, high=1)
         check_number("noise", self.noise, low=0)
         if self.fraction == 0:
             raise ValueError("fraction must be above 0 and at most 1, got 0")
-        for name, low in (
-            ("num_passes", 1),
-            ("every_n_steps", 1),
-            ("start_step", 0),
-            ("alpha_warmup_steps", 0),
-        ):
+        for name, low in (("num_passes", 1), ("every_n_steps", 1), ("start_step", 0)):
             check_integer(name, getattr(self, name), low=low)
         if self.monitor_steps is not None:
             check_integer("monitor_steps", self.monitor_steps, low=1)
@@ -277,138 +261,41 @@ class RDropConfig:
                 )
         if self.impl == "eager" and self.fused_linear is True:
             raise ValueError("impl='eager' keeps full logits: it excludes fused_linear=True")
-        if self.likelihood == "model":
-            for name in ("class_weight", "unlabelled_index"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name} needs an NLL that regdrop computes, got likelihood='model': "
-                        "give the model's own loss its weights, or use likelihood='auto'"
-                    )
-            for name, default in (("method", "rdrop"), ("impl", "auto")):
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} needs likelihood='auto', got 'model'"
-                    )
-            if self.fused_linear is True:
-                raise ValueError("fused_linear=True needs likelihood='auto', got 'model'")
-        if self.method != "rdrop":
-            needed: dict[str, Any] = {"num_passes": 2, "fraction": 1.0, "passes": "stacked"}
-            if self.method == "r3f":
-                needed["backward_passes"] = None
-            else:
-                needed["impl"] = "auto"
-                if self.fused_linear is True:
-                    raise ValueError(
-                        "method='fraternal' compares logits: it excludes fused_linear=True"
-                    )
-            for name, value in needed.items():
-                if getattr(self, name) != value:
-                    raise ValueError(
-                        f"method={self.method!r} needs {name}={value!r}, "
-                        f"got {getattr(self, name)!r}"
-                    )
 
-    def _check_alpha(self) -> None:
-        """Check what says how alpha changes in a run."""
-        ramp = {
-            name: getattr(self, name)
-            for name, absent in (("alpha_warmup_steps", 0), ("alpha_warmup_ratio", None))
-            if getattr(self, name) != absent
-        }
-        given = " and ".join(f"{name}={value}" for name, value in ramp.items())
-        if len(ramp) > 1:
-            raise ValueError(f"the length of alpha's ramp must be given once, got {given}")
-        if self.alpha == "auto":
-            self._check_auto_alpha()
+    def _check_likelihood(self) -> None:
+        if self.likelihood != "model":
+            return
+        for name in ("class_weight", "unlabelled_index"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} needs an NLL that regdrop computes, got likelihood='model': "
+                    "give the model's own loss its weights, or use likelihood='auto'"
+                )
+        for name, default in (("method", "rdrop"), ("impl", "auto")):
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} needs likelihood='auto', got 'model'"
+                )
+        if self.fused_linear is True:
+            raise ValueError("fused_linear=True needs likelihood='auto', got 'model'")
+
+    def _check_method(self) -> None:
+        if self.method == "rdrop":
+            return
+        needed: dict[str, Any] = {"num_passes": 2, "fraction": 1.0, "passes": "stacked"}
+        if self.method == "r3f":
+            needed["backward_passes"] = None
         else:
-            for name, default in (
-                ("alpha_rule", "ramp"),
-                ("alpha_max", None),
-                ("alpha_min", _DEFAULT_ALPHA_MIN),
-            ):
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} needs alpha='auto', got alpha={self.alpha}"
-                    )
-        if self.alpha_schedule != "constant" and not ramp:
-            raise ValueError(
-                f"alpha_schedule={self.alpha_schedule!r} needs alpha_warmup_steps above 0, or "
-                "alpha_warmup_ratio"
-            )
-        if self.alpha_schedule == "constant" and ramp:
-            raise ValueError(f"{given} needs alpha_schedule='linear' or 'cosine', got 'constant'")
-        if self.alpha_start and self.alpha != "auto" and self.alpha_schedule == "constant":
-            raise ValueError(
-                f"alpha_start={self.alpha_start} needs alpha_schedule='linear' or 'cosine', or "
-                "alpha='auto', got 'constant'"
-            )
-        if self.single_pass_below is not None:
-            if self.num_passes == 1:
+            needed["impl"] = "auto"
+            if self.fused_linear is True:
                 raise ValueError(
-                    f"single_pass_below={self.single_pass_below} needs num_passes above 1, got 1"
+                    "method='fraternal' compares logits: it excludes fused_linear=True"
                 )
-            name, highest, why = "alpha", self.highest_alpha, ""
-            if self.alpha == "auto":
-                name, highest = "alpha_max", auto_range("ramp", None, self.alpha_max)[1]
-                if self.alpha_rule != "ramp":
-                    why = " where there is no evaluation and alpha follows the ramp"
-            if highest < self.single_pass_below:
+        for name, value in needed.items():
+            if getattr(self, name) != value:
                 raise ValueError(
-                    f"single_pass_below must be at most {name}={highest}, else no step "
-                    f"has R-Drop{why}, got {self.single_pass_below}"
+                    f"method={self.method!r} needs {name}={value!r}, got {getattr(self, name)!r}"
                 )
-
-    def _check_auto_alpha(self) -> None:
-        """Check what alpha="auto" goes by."""
-        if self.alpha_schedule != "constant":
-            raise ValueError(
-                "alpha='auto' is a schedule itself: it excludes "
-                f"alpha_schedule={self.alpha_schedule!r}; give the ramp's end as alpha_max, or "
-                "as alpha beside alpha_schedule"
-            )
-        for name in ("alpha_max", "alpha_min"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name} must be above 0, got 0")
-        if self.alpha_rule == "ramp" and self.alpha_min != _DEFAULT_ALPHA_MIN:
-            raise ValueError(
-                f"alpha_min={self.alpha_min} needs an alpha_rule that reads the validation "
-                "loss: the 'ramp' begins at alpha_start"
-            )
-        if self.alpha_min > self.highest_alpha and self.alpha_min != _DEFAULT_ALPHA_MIN:
-            raise ValueError(
-                f"alpha_min must be at most alpha_max={self.highest_alpha}, got {self.alpha_min}"
-            )
-        if self.alpha_start is not None and self.alpha_start > self.highest_alpha:
-            raise ValueError(
-                f"alpha_start must be at most alpha_max={self.highest_alpha}: alpha='auto' rises, "
-                f"got {self.alpha_start}; alpha_schedule='linear' may fall"
-            )
-        if self.alpha_start and self.alpha_rule != "ramp":
-            raise ValueError(
-                f"alpha_start={self.alpha_start} needs alpha_rule='ramp', got "
-                f"{self.alpha_rule!r}, which begins at alpha_min"
-            )
-        if self.alpha_rule == "kl-target":
-            # It would leave alpha where it begins, whatever the validation loss does.
-            if self.method == "fraternal":
-                raise ValueError(
-                    "alpha_rule='kl-target' reads the KL, which method='fraternal' does not compute"
-                )
-            if self.single_pass_below is not None and self.monitor_steps is None:
-                raise ValueError(
-                    "alpha_rule='kl-target' reads the KL, which steps with one pass do not have: "
-                    f"single_pass_below={self.single_pass_below} needs monitor_steps beside it"
-                )
-
-
-def auto_range(
-    rule: AlphaRule, alpha_start: float | None, alpha_max: float | None
-) -> tuple[float, float]:
-    """Return where the "ramp" of alpha="auto" begins, 0 for other rules, and the most it may be."""
-    if rule != "ramp":
-        return 0.0, _RULE_MAX if alpha_max is None else alpha_max
-    end = _RAMP_END if alpha_max is None else alpha_max
-    return min(_RAMP_START, end) if alpha_start is None else alpha_start, end
 
 
 def _as_numbers(name: str, value: Any) -> tuple[float, ...]:

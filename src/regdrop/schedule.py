@@ -3,7 +3,8 @@
 import math
 from typing import NamedTuple, NoReturn
 
-from regdrop.config import RDropConfig, auto_range
+from regdrop.alpha_options import auto_range
+from regdrop.config import RDropConfig
 
 
 class StepPlan(NamedTuple):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from regdrop import RDropConfig
-from regdrop.config import AlphaRule
+from regdrop.alpha_options import AlphaRule
 from regdrop.experiments import build_arms
 from regdrop.experiments.arms import arm_order, optional_arms, reference_arm
 from regdrop.experiments.recording.manifest import (
