@@ -83,6 +83,18 @@ def test_nothing_counts_where_all_is_ignored(softmax):
     assert hidden.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("num_passes", [2, 3, 6])
+def test_a_class_of_the_least_finite_number_costs_what_torch_says(softmax, num_passes):
+    hidden, target = draw(1)
+    target[:] = 2
+    softmax.head.bias.data[2] = torch.finfo(torch.float64).min
+    expected = -softmax(hidden.flatten(0, 1), target.flatten()).output.view(target.shape)
+    assert expected.isfinite().all()
+    stacked = hidden.repeat(num_passes, 1, 1)
+    terms = adaptive_softmax_terms(stacked, target, softmax, num_passes=num_passes)
+    torch.testing.assert_close(terms.nll, expected)
+
+
 def test_half_precision_is_computed_in_float32(softmax):
     hidden, target = draw()
     half = hidden.detach().bfloat16()

@@ -152,6 +152,17 @@ def test_a_target_longer_than_its_frames():
     assert leaf.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("num_passes", [2, 3])
+def test_a_symbol_of_the_least_finite_number_costs_what_torch_says(num_passes):
+    logits = torch.zeros(1, 1, CLASSES)
+    logits[..., 1] = torch.finfo(torch.float32).min
+    target = torch.tensor([[1]])
+    expected = ctc_terms(logits, target, num_passes=1).nll
+    assert expected.isfinite().all()
+    stacked = logits.repeat(num_passes, 1, 1)
+    torch.testing.assert_close(ctc_terms(stacked, target, num_passes=num_passes).nll, expected)
+
+
 def test_one_backward_pass_is_twice_the_gradient_of_the_first():
     logits, target = make()
     gradients = []

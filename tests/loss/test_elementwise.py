@@ -241,6 +241,19 @@ def test_label_masked_in_both_passes_and_in_one():
         rdrop_binary_cross_entropy_with_logits(logits, target, alpha=1.0)
 
 
+@pytest.mark.parametrize("case", ["bce", "l1"])
+@pytest.mark.parametrize("num_passes", [2, 3, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_least_finite_number_costs_what_torch_says(case, num_passes, dtype):
+    loss, _, _, torch_loss = CASES[case]
+    stacked = torch.full((num_passes, 1), torch.finfo(dtype).min, dtype=dtype)
+    target = torch.ones(1, 1, dtype=dtype)
+    expected = torch_loss(stacked[:1], target)
+    assert expected.isfinite()
+    output = loss(stacked, target, alpha=0.0, num_passes=num_passes)
+    torch.testing.assert_close(output.loss, expected)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("shape", [(4, 3), (3,), (4, 1), ()])
 def test_weight_is_of_the_likelihood_alone(case, shape):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from regdrop.arguments import IGNORE_INDEX, check_integer
 from regdrop.kernels.backward_passes import graded_passes, limit_backward
 from regdrop.kernels.eager import kl_divergence
-from regdrop.kernels.precision import widen
+from regdrop.kernels.precision import mean_of_passes, widen
 from regdrop.loss.checks import (
     check_classes,
     check_finite_divergence,
@@ -165,7 +165,7 @@ def _both_terms(
         kl = kl + torch.stack(
             [(mass[[a, b]] * _both_ways(log_p[a], log_p[b])).sum(0) for a, b in pairs]
         )
-    return nll.mean(0), kl.mean(0) / 2
+    return mean_of_passes(nll), kl.mean(0) / 2
 
 
 def _both_ways(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def _likelihood(
         weight=None if weight is None else weight.to(passes.dtype),
         pos_weight=None if pos_weight is None else pos_weight.to(passes.dtype),
         reduction="none",
-    ).mean(0)
+    )
 
 
 def _bernoulli_kl(a: Tensor, b: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from regdrop.arguments import IGNORE_INDEX, check_flag, check_integer
 from regdrop.kernels.backward_passes import limit_backward
-from regdrop.kernels.precision import widen
+from regdrop.kernels.precision import mean_of_passes, widen
 from regdrop.loss.checks import (
     check_choice,
     check_floating,
@@ -101,7 +101,7 @@ def ctc_terms(
         reduction="none",
         zero_infinity=zero_infinity,
     )
-    nll = nll.view(num_passes, -1).mean(0)
+    nll = mean_of_passes(nll.view(num_passes, -1))
     if num_passes == 1:
         kl = torch.zeros_like(nll)
     else:

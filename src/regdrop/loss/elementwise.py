@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from regdrop.kernels.backward_passes import limit_backward
-from regdrop.kernels.precision import widen
+from regdrop.kernels.precision import mean_of_passes, widen
 from regdrop.loss.checks import (
     check_counts,
     check_floating,
@@ -47,8 +47,8 @@ def terms_of_elements(
 ) -> ItemTerms:
     """Return the terms of every element; where the mask is False they are 0, whatever is there.
 
-    `likelihood` returns the NLL, mean over passes, of outputs (num_passes, batch, ...) and the
-    target, both in float32 at least; `distance` is that of the outputs of two passes.
+    `likelihood` returns each pass's NLL of outputs (num_passes, batch, ...) and the target, both in
+    float32 at least; `distance` is that of the outputs of two passes.
     """
     check_plain(name, stacked)
     check_plain("target", target)
@@ -65,7 +65,7 @@ def terms_of_elements(
     passes = limit_backward(widen(stacked.reshape(num_passes, *target.shape)), backward_passes)
     if counted is not None:
         passes, target = (x.masked_fill(~counted, 0) for x in (passes, target))
-    nll = likelihood(passes, target.to(passes.dtype))
+    nll = mean_of_passes(likelihood(passes, target.to(passes.dtype)))
     pairs = [distance(a, b) for a, b in combinations(passes, 2)]
     kl = torch.stack(pairs).mean(0) if pairs else torch.zeros_like(nll)
     if counted is not None:

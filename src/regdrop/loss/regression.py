@@ -291,7 +291,7 @@ def _terms(
 ) -> ItemTerms:
     def likelihood(passes: Tensor, target: Tensor) -> Tensor:
         check_broadcastable("weight", weight, target)
-        nll = distance(passes, target.expand_as(passes), reduction="none").mean(0)
+        nll = distance(passes, target.expand_as(passes), reduction="none")
         return nll if weight is None else nll * weight.to(nll.dtype)
 
     return terms_of_elements(
