@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from regdrop.experiments import build_arms, run_arm, run_arms
+from regdrop.experiments import build_arms, run_arm, run_arms, write_report
 from regdrop.experiments.recording.history import DivergedError
 from regdrop.experiments.recording.ownership import HeldError, hold
 from regdrop.experiments.recording.record import record_path
@@ -66,6 +66,32 @@ def test_test_figures_are_those_of_the_selected_checkpoint(tmp_path, short):
     )
     assert (last.best_step, last.steps) == (6, 6)
     assert last.test["nll"] < record.test["nll"]
+
+
+class Errors(ImageClassification):
+    """A task of one's own, whose metric no task of the package has."""
+
+    @property
+    def metrics(self):
+        return {"errors": Metric("errors (%)", greater_is_better=False, percent=True)}
+
+    def compute_metrics(self, statistics):
+        return {"errors": 1 - super().compute_metrics(statistics)["accuracy"]}
+
+
+class OwnFamily(Errors):
+    family = "mine"
+
+
+@pytest.mark.parametrize("own", [Errors, OwnFamily])
+def test_a_task_of_ones_own_has_a_report(tmp_path, short, own):
+    settings = {**vars(short), "name": "my-task", "selection_metric": "errors"}
+    task = own(**settings)
+    record = run_arm(task, build_arms(task)["baseline"], 0, tmp_path)
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| arm | test errors (%) |" in text
+    assert f"| baseline | {100 * record.test['errors']:.2f} |" in text
 
 
 @pytest.mark.parametrize("arm", ["baseline", "baseline-2x", "alpha-0", "rdrop-one-backward"])

@@ -41,6 +41,8 @@ class RunRecord:
         examples: Statistics of each example of every test split, from which
             `Task.compute_metrics` computes the metrics of any part of them.
         signatures: What a metric's own library says of how it was computed, by metric.
+        metrics: How each metric of the task is read, the fields of a `Metric` by its name; none in
+            earlier records.
     """
 
     task: str
@@ -58,6 +60,7 @@ class RunRecord:
     hardware: dict[str, Any]
     examples: dict[str, list[list[float]]] = field(default_factory=dict)
     signatures: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the record; the file appears whole or not at all."""

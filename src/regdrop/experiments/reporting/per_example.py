@@ -1,6 +1,7 @@
 """What the test examples say beside the seeds: every arm's metrics on resampled test sets."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -17,7 +18,7 @@ def example_intervals(records: Sequence[RunRecord]) -> dict[str, ArmIntervals]:
     """Return 95 % intervals over the test examples of every arm's mean over seeds.
 
     A difference to the baseline is that of the seeds which both have, on the same examples. Arms
-    whose records hold no statistics of examples are left out.
+    whose records hold no statistics of examples, or those of a task of one's own, are left out.
 
     Args:
         records: Records of one task, whose examples are in one order.
@@ -27,7 +28,7 @@ def example_intervals(records: Sequence[RunRecord]) -> dict[str, ArmIntervals]:
     """
     by_arm: dict[str, dict[int, RunRecord]] = {}
     for record in sorted(records, key=lambda record: arm_order(record.arm)):
-        if record.examples:
+        if record.examples and _has_known_metrics(record):
             by_arm.setdefault(record.arm, {})[record.seed] = record
     reference = reference_arm(by_arm)
     baseline = by_arm.get(reference or "", {})
@@ -50,6 +51,13 @@ def example_intervals(records: Sequence[RunRecord]) -> dict[str, ArmIntervals]:
             for name, values in drawn[arm].items()
         }
     return result
+
+
+def _has_known_metrics(record: RunRecord) -> bool:
+    """Return whether the metrics of a record are those of a task that its settings tell."""
+    with suppress(ValueError):
+        return record.validation.keys() <= task_from_config(record.config).metrics.keys()
+    return False
 
 
 def _check_same_examples(run: RunRecord, other: RunRecord) -> None:

@@ -108,13 +108,14 @@ def run_selection_metric(record: RunRecord) -> str | None:
 
 
 def find_metrics(records: Sequence[RunRecord]) -> dict[str, Metric]:
-    """Return how the metrics of the records are read, as the settings in them tell, or the preset.
+    """Return how the metrics of the records are read, as they tell, their settings or the preset.
 
     Raises:
-        ValueError: For a metric of which neither tells whether more of it is better.
+        ValueError: For a metric of which none tells whether more of it is better.
     """
-    task = _task_of(records[0])
-    known = {} if task is None else task.metrics
+    known = {name: Metric(**how) for name, how in records[0].metrics.items()}
+    if not known and (task := _task_of(records[0])):
+        known = task.metrics
     metrics = {}
     for name in records[0].test:
         # Figures of a further test split begin with its name.
@@ -126,7 +127,7 @@ def find_metrics(records: Sequence[RunRecord]) -> dict[str, Metric]:
         else:
             raise ValueError(
                 f"the records of {records[0].task!r} hold the metric {name!r}, and nothing tells "
-                f"whether more of it is better: neither their settings (family "
+                f"whether more of it is better: neither they nor their settings (family "
                 f"{records[0].config.get('family')!r}) nor a preset of that name"
             )
     return metrics

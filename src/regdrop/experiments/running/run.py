@@ -4,7 +4,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +228,7 @@ def _train(
         hardware=describe_hardware(),
         examples=examples,
         signatures=prepared.signatures,
+        metrics={name: asdict(metric) for name, metric in task.metrics.items()},
     )
     if paths.model is not None:
         trainer.save_model(str(paths.model))
