@@ -344,6 +344,75 @@ def test_tasks_that_had_no_part_in_the_choice_of_the_narrow_ramp():
     assert not folders
 
 
+MEASURED = {
+    "images (digits)": "digits",
+    "understanding (SST-2)": "minilm-sst2-part",
+    "language modelling (PTB)": "ptb-part",
+    "summarisation (SciTLDR)": "scitldr-part",
+    "translation (Multi30k)": "multi30k-part-de-en",
+}
+
+
+def measured_disagreement(task, arm):
+    """Return what `regdrop measure` found on training and on test items."""
+    path = ROOT / f"results/measure-{task}/{arm}/measure-test.json"
+    splits = json.loads(path.read_text("utf-8"))["splits"]
+    return [splits[split] for split in ("train", "test")]
+
+
+def gap(found):
+    return found["submodel"]["nll"] - found["deployed"]["nll"]
+
+
+def test_how_far_sub_models_are_apart():
+    columns = {
+        "EPKL": lambda found: found["epkl"],
+        "mutual information": lambda found: found["kl_submodel_mean"],
+        "2 E KL(G‖P) / EPKL": lambda found: 2 * found["kl_geometric_submodel"] / found["epkl"],
+        "KL(G‖D)": lambda found: found["kl_geometric_deployed"],
+        "gap": gap,
+    }
+    header = f"| task | arm | {' | '.join(columns)}"
+    rows = table("docs/disagreement.md", header)
+    assert len(rows) == 2 * len(MEASURED)
+    for task, arm, *cells in rows:
+        found = measured_disagreement(
+            MEASURED[task], arm.partition(",")[0].lower().replace("-", "")
+        )
+        for cell, figure in zip(cells, columns.values(), strict=True):
+            assert_rounded(cell, *map(figure, found))
+
+
+def test_what_the_theory_says_was_measured():
+    pairs = {
+        task: [measured_disagreement(task, arm) for arm in ("baseline", "rdrop")]
+        for task in MEASURED.values()
+    }
+    (_, before), (_, after) = pairs["ptb-part"]
+    (_, sst2_before), (_, sst2_after) = pairs["minilm-sst2-part"]
+    (translation, _), _ = pairs["multi30k-part-de-en"]
+    text = " ".join((ROOT / "docs/theory.md").read_text("utf-8").split())
+    for said in (
+        f"took EPKL from {before['epkl']:.3f} to {after['epkl']:.3f} on PTB, the most",
+        f"took it from {sst2_before['epkl']:.3f} to {sst2_after['epkl']:.3f}",
+        f"from {before['kl_submodel_mean']:.3f} to {after['kl_submodel_mean']:.3f} on PTB",
+        f"falls from {gap(before):.3f} to {gap(after):.3f}. It comes nearer to 0",
+        f"goes from {gap(sst2_before):.3f} to −{-gap(sst2_after):.3f}",
+        f"gap, {gap(translation):.3f}, is above its EPKL, {translation['epkl']:.3f}",
+        f"falls from {before['kl_geometric_deployed']:.3f} to {after['kl_geometric_deployed']:.3f}",
+    ):
+        assert said in text, said
+    held_out = [found[1] for pair in pairs.values() for found in pair]
+    twice = [2 * found["kl_geometric_submodel"] / found["epkl"] for found in held_out]
+    assert f"is {min(twice):.2f} to {max(twice):.2f} of EPKL" in text
+    assert gap(translation) > translation["epkl"]
+    falls = {task: before[1]["epkl"] / after[1]["epkl"] for task, (before, after) in pairs.items()}
+    assert max(falls, key=falls.get) == "ptb-part"
+    assert (
+        sum(abs(gap(after)) < abs(gap(before)) for (_, before), (_, after) in pairs.values()) == 4
+    )
+
+
 def test_the_alpha_of_translation_is_the_choice_on_validation():
     chosen = json.loads((ROOT / "results/multi30k-part-tuned-tuning/tuned.json").read_text("utf-8"))
     assert chosen["arms"]["rdrop"]["settings"]["rdrop.alpha"] == alpha("multi30k-part-tuned")
