@@ -13,6 +13,8 @@ PACKAGE = Path(regdrop.__file__).parent
 # of a folder or of a file beside the folders. "front" is the floor's own `__init__.py`.
 ROOMS = {
     "tasks": [
+        {"notices"},
+        {"data_sets"},
         {"common"},
         {"translation", "images", "language_modelling", "summarisation", "understanding"},
         {"front", "adaptive_input"},

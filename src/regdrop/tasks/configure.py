@@ -9,8 +9,8 @@ from regdrop.arguments import nearest
 from regdrop.config import RDropConfig
 from regdrop.tasks import DEFAULT_PRESETS, FAMILIES, PRESETS, Task, TrainingSettings
 from regdrop.tasks.common.accepted import check_choice
-from regdrop.tasks.common.folders import DIGITS_NAME
-from regdrop.tasks.common.notices import say_once
+from regdrop.tasks.data_sets.folders import DIGITS_NAME
+from regdrop.tasks.notices import say_once
 
 
 def find_task(name: str, preset: str | None = None) -> Task:

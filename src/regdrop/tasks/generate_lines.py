@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.common.positions import position_limit
+from regdrop.tasks.notices import say_once
 
 
 def generate_lines(

@@ -11,7 +11,7 @@ from regdrop.experiments import build_arms
 from regdrop.experiments.evaluating.evaluate import evaluate
 from regdrop.experiments.running.run import RunPaths, train_run
 from regdrop.tasks import PRESETS
-from regdrop.tasks.common.notices import say_once
+from regdrop.tasks.notices import say_once
 from text_data import write_encoder_decoder
 from tiny_tasks import tiny_summarisation, tiny_understanding
 

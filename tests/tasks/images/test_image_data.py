@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from regdrop.tasks.common.data import load_raw_splits
+from regdrop.tasks.data_sets.loading import load_raw_splits
 from regdrop.tasks.images import decoding
 from regdrop.tasks.images.digits import load_digits_splits
 from regdrop.tasks.images.splits import load_image_splits

@@ -2,7 +2,7 @@ from collections import Counter
 from pathlib import Path
 
 from regdrop.tasks import PRESETS
-from regdrop.tasks.common.data import load_raw_splits
+from regdrop.tasks.data_sets.loading import load_raw_splits
 from text_data import write_rows
 
 ALICE = PRESETS["alice"]

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from regdrop.tasks.common.notices import say_once
+from regdrop.tasks.notices import say_once
 from regdrop.tasks.translation import bleu as bleu_module
 from regdrop.tasks.translation.bleu import (
     bleu,

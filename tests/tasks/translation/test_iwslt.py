@@ -4,7 +4,7 @@ import tarfile
 
 import pytest
 
-from regdrop.tasks.common.data import load_raw_splits
+from regdrop.tasks.data_sets.loading import load_raw_splits
 from regdrop.tasks.translation import iwslt
 from regdrop.tasks.translation.iwslt import prepare_iwslt
 

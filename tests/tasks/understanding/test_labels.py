@@ -10,7 +10,7 @@ import pytest
 from regdrop.experiments import build_arms
 from regdrop.experiments.evaluating.evaluate import evaluate
 from regdrop.experiments.running.run import RunPaths, train_run
-from regdrop.tasks.common.notices import say_once
+from regdrop.tasks.notices import say_once
 from regdrop.tasks.understanding.glue import GLUE
 from regdrop.tasks.understanding.labels import (
     check_labels,

@@ -21,11 +21,11 @@ from regdrop.experiments.running.building import build_trainer
 from regdrop.experiments.running.progress import quiet_libraries
 from regdrop.experiments.running.run import MODEL_FOLDER, RECORD_NAME
 from regdrop.tasks import PreparedTask, Task
-from regdrop.tasks.common.folders import data_digests
-from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.common.pretrained import PACKAGE_PREFIX
 from regdrop.tasks.configure import change_task, task_from_config
+from regdrop.tasks.data_sets.digests import data_digests
 from regdrop.tasks.images.models import EFFICIENTNET_LITE0
+from regdrop.tasks.notices import say_once
 
 # What a kept model reads its input with.
 _PROCESSING = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")

@@ -10,7 +10,8 @@ from typing import Any
 from regdrop.experiments.arms import Arm
 from regdrop.experiments.recording.earlier_options import with_later_options
 from regdrop.tasks import Task
-from regdrop.tasks.common.folders import checkpoint_digest, data_digests, is_of_split
+from regdrop.tasks.common.pretrained import checkpoint_digest
+from regdrop.tasks.data_sets.digests import data_digests, is_of_split
 
 # The settings of a run that the arms of a task may have of their own.
 ARM_SETTINGS = ("training", "rdrop", "dropout_odds", "dropout_rises")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regdrop.arguments import nearest
-from regdrop.tasks.common.notices import say_once
+from regdrop.tasks.notices import say_once
 
 # What follows from the vocabulary, by which a task sets it.
 OF_VOCABULARY = dict.fromkeys(

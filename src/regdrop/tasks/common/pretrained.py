@@ -1,11 +1,26 @@
 """Pretrained checkpoints: a folder, a hub id, or a Python package that carries one."""
 
+import hashlib
 import importlib.util
+import os
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 PACKAGE_PREFIX = "package:"
+# What a model and its input are made from.
+_OF_CHECKPOINT = (
+    "config.json",
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "p*processor_config.json",
+)
+_PART_BYTES, _PARTS = 2**17, 32
 
 
 def find_checkpoint(model: str) -> str:
@@ -82,3 +97,25 @@ def load_tokenizer(model: str) -> Any:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ValueError(f"the tokenizer of model {model!r} cannot be loaded: {error}") from error
+
+
+def checkpoint_digest(model: str) -> str | None:
+    """Return what changes where a checkpoint in a folder does; None for any other.
+
+    Large files count by their size and by parts spread over them.
+    """
+    folder = Path(model).expanduser()
+    if not (folder / "config.json").is_file():
+        return None
+    found = hashlib.sha256()
+    for pattern in _OF_CHECKPOINT:
+        for file in sorted(folder.glob(pattern)):
+            size = file.stat().st_size
+            found.update(os.fsencode(file.name) + b"\0" + str(size).encode())
+            with file.open("rb") as content:
+                for start in range(0, size, max(_PART_BYTES, size // _PARTS)):
+                    content.seek(start)
+                    found.update(content.read(_PART_BYTES))
+                content.seek(max(0, size - _PART_BYTES))
+                found.update(content.read())
+    return found.hexdigest()[:16]

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regdrop.arguments import IGNORE_INDEX
-from regdrop.tasks.common.data import check_texts
-from regdrop.tasks.common.notices import say_once
+from regdrop.tasks.data_sets.columns import check_texts
+from regdrop.tasks.notices import say_once
 
 # The column that tells which example an output is of; the model does not see it.
 EXAMPLE_ID = "example_id"

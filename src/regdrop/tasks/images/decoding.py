@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regdrop.tasks.common.folders import cache_folder
-from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.common.shared_work import share_work
+from regdrop.tasks.data_sets.folders import cache_folder
+from regdrop.tasks.notices import say_once
 
 _logger = logging.getLogger(__name__)
 

@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regdrop.tasks.common.class_names import label_names, renumber_classes
-from regdrop.tasks.common.data import load_raw_splits, require_columns, split_training
-from regdrop.tasks.common.folders import data_digests
-from regdrop.tasks.common.notices import say_once
+from regdrop.tasks.data_sets.class_names import label_names, renumber_classes
+from regdrop.tasks.data_sets.columns import require_columns
+from regdrop.tasks.data_sets.digests import data_digests
+from regdrop.tasks.data_sets.loading import load_raw_splits
+from regdrop.tasks.data_sets.training_split import split_training
 from regdrop.tasks.images.dataset import Images, ImageSplits
 from regdrop.tasks.images.decoding import reader
+from regdrop.tasks.notices import say_once
 
 # The column of the row of an image in its file, wherever it is drawn to.
 ROW = "row of the split"

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from regdrop.tasks.common.class_names import label_names
-from regdrop.tasks.common.data import open_splits
+from regdrop.tasks.data_sets.class_names import label_names
+from regdrop.tasks.data_sets.loading import open_splits
 from regdrop.tasks.images.augmentation import augment
 from regdrop.tasks.images.dataset import ImageSplits
 from regdrop.tasks.images.decoding import check_image, named_image, say_conversion, to_tensor

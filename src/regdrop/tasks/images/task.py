@@ -26,7 +26,6 @@ from regdrop.tasks.common.classification import (
     nll,
     set_dropout,
 )
-from regdrop.tasks.common.folders import DIGITS_NAME
 from regdrop.tasks.common.model_config import (
     check_model_config,
     find_config_class,
@@ -34,6 +33,7 @@ from regdrop.tasks.common.model_config import (
     named_model_config,
     refused_if_new,
 )
+from regdrop.tasks.data_sets.folders import DIGITS_NAME
 from regdrop.tasks.images.augmentation import Augmentation, build_augmentation
 from regdrop.tasks.images.dataset import ImageSplits
 from regdrop.tasks.images.digits import load_digits_splits

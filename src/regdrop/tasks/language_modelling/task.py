@@ -25,12 +25,6 @@ from regdrop.tasks.common.base import (
     TrainingSettings,
     check_task,
 )
-from regdrop.tasks.common.data import (
-    check_texts,
-    load_raw_splits,
-    require_columns,
-    require_training,
-)
 from regdrop.tasks.common.model_config import (
     OF_VOCABULARY,
     check_model_config,
@@ -38,9 +32,12 @@ from regdrop.tasks.common.model_config import (
     named_model_config,
     refused_if_new,
 )
-from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.common.positions import check_positions
 from regdrop.tasks.common.vocabulary import find_vocabulary, learn_words
+from regdrop.tasks.data_sets.columns import check_texts, require_columns
+from regdrop.tasks.data_sets.loading import load_raw_splits
+from regdrop.tasks.data_sets.training_split import require_training
+from regdrop.tasks.notices import say_once
 
 # Lines that are encoded at a time: their numbers as Python has them take much memory.
 _LINES = 10_000

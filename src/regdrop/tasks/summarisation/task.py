@@ -19,13 +19,6 @@ from regdrop.tasks.common.base import (
     TrainingSettings,
     check_task,
 )
-from regdrop.tasks.common.data import (
-    check_texts,
-    load_raw_splits,
-    require_columns,
-    require_training,
-    split_training,
-)
 from regdrop.tasks.common.generation import prepare_generation
 from regdrop.tasks.common.initialisation import initialise
 from regdrop.tasks.common.model_config import (
@@ -47,6 +40,9 @@ from regdrop.tasks.common.seq2seq import (
     texts_of,
 )
 from regdrop.tasks.common.vocabulary import find_vocabulary, learn_vocabulary
+from regdrop.tasks.data_sets.columns import check_texts, require_columns
+from regdrop.tasks.data_sets.loading import load_raw_splits
+from regdrop.tasks.data_sets.training_split import require_training, split_training
 from regdrop.tasks.summarisation.rouge import ROUGE, rouge_statistics
 
 

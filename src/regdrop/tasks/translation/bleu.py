@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from regdrop.tasks.common.notices import say_once
+from regdrop.tasks.notices import say_once
 
 # Matched and possible n-grams, n = 1 to 4, and the lengths of output and reference.
 BLEU_STATISTICS = 10

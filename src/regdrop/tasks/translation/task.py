@@ -19,13 +19,6 @@ from regdrop.tasks.common.base import (
     TrainingSettings,
     check_task,
 )
-from regdrop.tasks.common.data import (
-    check_texts,
-    load_raw_splits,
-    require_columns,
-    require_training,
-    split_training,
-)
 from regdrop.tasks.common.generation import prepare_generation
 from regdrop.tasks.common.initialisation import initialise
 from regdrop.tasks.common.model_config import (
@@ -34,7 +27,6 @@ from regdrop.tasks.common.model_config import (
     named_model_config,
     refused_if_new,
 )
-from regdrop.tasks.common.notices import say_once
 from regdrop.tasks.common.seq2seq import (
     References,
     by_length,
@@ -47,6 +39,10 @@ from regdrop.tasks.common.seq2seq import (
     texts_of,
 )
 from regdrop.tasks.common.vocabulary import find_vocabulary, learn_vocabulary
+from regdrop.tasks.data_sets.columns import check_texts, require_columns
+from regdrop.tasks.data_sets.loading import load_raw_splits
+from regdrop.tasks.data_sets.training_split import require_training, split_training
+from regdrop.tasks.notices import say_once
 from regdrop.tasks.translation.bleu import (
     BLEU_STATISTICS,
     bleu,

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from regdrop.tasks.common.class_names import label_names, renumber_classes
-from regdrop.tasks.common.data import shorten
 from regdrop.tasks.common.model_config import holds_model
-from regdrop.tasks.common.notices import say_once
+from regdrop.tasks.data_sets.class_names import label_names, renumber_classes
+from regdrop.tasks.data_sets.columns import shorten
+from regdrop.tasks.notices import say_once
 from regdrop.tasks.understanding.glue import GlueTask
 
 

@@ -22,14 +22,11 @@ from regdrop.tasks.common.base import (
     check_task,
 )
 from regdrop.tasks.common.classification import classification_statistics, set_dropout
-from regdrop.tasks.common.data import (
-    check_texts,
-    load_raw_splits,
-    require_columns,
-    split_training,
-)
 from regdrop.tasks.common.positions import check_positions
 from regdrop.tasks.common.pretrained import find_checkpoint, load_config, load_tokenizer
+from regdrop.tasks.data_sets.columns import check_texts, require_columns
+from regdrop.tasks.data_sets.loading import load_raw_splits
+from regdrop.tasks.data_sets.training_split import split_training
 from regdrop.tasks.understanding.glue import GLUE, METRICS, GlueTask
 from regdrop.tasks.understanding.labels import (
     check_labels,

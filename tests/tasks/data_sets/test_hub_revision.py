@@ -11,8 +11,8 @@ import pytest
 from regdrop.experiments import build_arms
 from regdrop.experiments.recording.settings import check_same_config, resolved_config
 from regdrop.tasks import PRESETS
-from regdrop.tasks.common import folders
-from regdrop.tasks.common.folders import data_digests
+from regdrop.tasks.data_sets import digests
+from regdrop.tasks.data_sets.digests import data_digests
 
 OLD, NEW = "a" * 40, "b" * 40
 
@@ -20,12 +20,12 @@ OLD, NEW = "a" * 40, "b" * 40
 @pytest.fixture(autouse=True)
 def nothing_known(tmp_path, monkeypatch):
     """Ask again in every test, with an empty cache and nobody at the hub's address."""
-    folders._hub_revision.cache_clear()
+    digests._hub_revision.cache_clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     yield
-    folders._hub_revision.cache_clear()
+    digests._hub_revision.cache_clear()
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_changed_revision_under_a_finished_run_is_named(hub, tmp_path):
     _, revisions = hub
     found = config_of("some/set")
     check_same_config(tmp_path, found, config_of("some/set"))
-    folders._hub_revision.cache_clear()
+    digests._hub_revision.cache_clear()
     revisions.append(NEW)
     with pytest.raises(ValueError, match=r"made with other settings \(data\.revision\)"):
         check_same_config(tmp_path, found, config_of("some/set"))
@@ -81,7 +81,7 @@ def test_a_changed_revision_under_a_finished_run_is_named(hub, tmp_path):
 
 def test_without_a_connection_it_is_the_revision_in_the_cache(tmp_path):
     assert data_digests("some/set") == {}
-    folders._hub_revision.cache_clear()
+    digests._hub_revision.cache_clear()
     folder = tmp_path / "hub" / "datasets--some--set"
     (folder / "snapshots" / NEW).mkdir(parents=True)
     (folder / "snapshots" / NEW / "README.md").touch()

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regdrop.tasks.common import folders
-from regdrop.tasks.common.data import check_texts, load_raw_splits
-from regdrop.tasks.common.folders import data_digests
+from regdrop.tasks.data_sets import digests
+from regdrop.tasks.data_sets.columns import check_texts
+from regdrop.tasks.data_sets.digests import data_digests
+from regdrop.tasks.data_sets.loading import load_raw_splits
 from regdrop.tasks.images.decoding import convert_image, reader
 from regdrop.tasks.images.splits import load_image_splits
 from text_data import write_rows
@@ -37,7 +38,7 @@ def test_a_digest_is_of_content_and_computed_once(tmp_path, cache, monkeypatch):
     os.utime(data / "train.csv", (1, 1))
     assert data_digests(str(data)) == first
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "_BLOCK_BYTES", None)  # nothing is read again
+        patch.setattr(digests, "_BLOCK_BYTES", None)  # nothing is read again
         assert data_digests(str(data)) == first
     (data / "train.csv").write_bytes(b"a\n2\n")
     assert data_digests(str(data))["train.csv"] != first["train.csv"]

@@ -5,9 +5,9 @@ import gzip
 
 import pytest
 
-from regdrop.tasks.common.data import load_raw_splits
-from regdrop.tasks.common.notices import say_once
-from regdrop.tasks.common.quotes import check_quotes
+from regdrop.tasks.data_sets.loading import load_raw_splits
+from regdrop.tasks.data_sets.quotes import check_quotes
+from regdrop.tasks.notices import say_once
 
 ROWS = [(f"film {i} was good", i % 2) for i in range(20)]
 

@@ -8,9 +8,10 @@ import datasets
 import pytest
 from PIL import Image
 
-from regdrop.tasks.common.data import check_texts, load_raw_splits
-from regdrop.tasks.common.layout import find_layout
-from regdrop.tasks.common.notices import say_once
+from regdrop.tasks.data_sets.columns import check_texts
+from regdrop.tasks.data_sets.layout import find_layout
+from regdrop.tasks.data_sets.loading import load_raw_splits
+from regdrop.tasks.notices import say_once
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from regdrop.tasks.common.file_kinds import ACCEPTED_SUFFIXES, check_start, kind_of, stem_of
-from regdrop.tasks.common.image_folders import check_image_folders, is_image
-from regdrop.tasks.common.notices import say_once
-from regdrop.tasks.common.split_names import ACCEPTED_NAMES, Part, find_part, find_split
+from regdrop.tasks.data_sets.file_kinds import ACCEPTED_SUFFIXES, check_start, kind_of, stem_of
+from regdrop.tasks.data_sets.image_folders import check_image_folders, is_image
+from regdrop.tasks.data_sets.split_names import ACCEPTED_NAMES, Part, find_part, find_split
+from regdrop.tasks.notices import say_once
 
 _SHOWN = 6  # names in a message
 _ARCHIVES = (".tar", ".zip")
