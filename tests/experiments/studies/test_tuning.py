@@ -334,6 +334,21 @@ def test_a_choice_says_of_what_it_is(tmp_path, short):
     assert said(longer, [7]) == ""
 
 
+def test_a_choice_of_auto_says_what_that_was(tmp_path, short):
+    found = {"rdrop": TunedArm({"rdrop.alpha": "auto"}, 0.5, 1, (7,)), "alpha-0": TunedArm()}
+    path = save_tuned(tmp_path, "compare", short, found)
+
+    def said(arm):
+        return differing_choice(path, "compare", short, [arm], [0])
+
+    assert said("rdrop") == []
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in content.items() if k != "auto"}))
+    (line,) = said("rdrop")
+    assert 'where alpha="auto" rose from 0.0 to 16.0; it rises from 3.0 to 10.0 now' in line
+    assert said("alpha-0") == []
+
+
 def test_an_arm_that_diverges_everywhere_does_not_lose_the_choice_of_others(
     tmp_path, short, record, monkeypatch
 ):

@@ -7,14 +7,14 @@ from regdrop.config import RDropConfig
 
 # What was done before an option existed, where that is not its default now: alpha="auto" was a
 # ramp from 0 to 16.
-_BEFORE = {"alpha_start": 0.0, "alpha_max": 16.0}
+AUTO_BEFORE = {"alpha_start": 0.0, "alpha_max": 16.0}
 
 
 def with_later_options(found: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a run with all options of R-Drop, in the terms of today."""
     if not isinstance(found.get("rdrop"), Mapping):
         return dict(found)
-    rdrop = {**RDropConfig().to_dict(), **_BEFORE, **found["rdrop"]}
+    rdrop = {**RDropConfig().to_dict(), **AUTO_BEFORE, **found["rdrop"]}
     if rdrop["alpha"] != "auto":  # they mean nothing there, and are None today
-        rdrop |= {name: None for name, value in _BEFORE.items() if rdrop[name] == value}
+        rdrop |= {name: None for name, value in AUTO_BEFORE.items() if rdrop[name] == value}
     return {**found, "rdrop": rdrop}

@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from regdrop.config import RDropConfig
 from regdrop.experiments.arms import Arm
+from regdrop.experiments.recording.earlier_options import AUTO_BEFORE
 from regdrop.experiments.recording.files import read_object, write_json
 from regdrop.experiments.recording.ownership import PATIENCE_SECONDS, hold
 from regdrop.experiments.studies.variations import (
@@ -96,8 +98,14 @@ def save_tuned(folder: Path, study: str, task: Task, tuned: Mapping[str, TunedAr
             is_kept = _is_better(before, now, greater_is_better)
             tried = max(before.tried if is_kept else 0, now.tried, _count_tried(folder, name))
             arms[name] = replace(before if is_kept else now, tried=tried if now.tried else 0)
-        content = {"study": study, "task": task.name, "steps": task.training.max_steps}
-        write_json(path, content | {"arms": {name: asdict(own) for name, own in arms.items()}})
+        content = {
+            "study": study,
+            "task": task.name,
+            "steps": task.training.max_steps,
+            "auto": _auto_now(),
+            "arms": {name: asdict(own) for name, own in arms.items()},
+        }
+        write_json(path, content)
     return path
 
 
@@ -133,6 +141,13 @@ def differing_choice(
         lines.append(f"{path} was chosen for the task {found}, not for {task.name}.")
     elif (other := content.get("steps", steps)) != steps:
         lines.append(f"{path} was chosen for runs of {other} steps, not of {steps}.")
+    before, now = content.get("auto", AUTO_BEFORE), _auto_now()
+    is_auto = any(chosen[x].settings.get("rdrop.alpha") == "auto" for x in arms if x in chosen)
+    if is_auto and before != now:
+        lines.append(
+            f'{path} was chosen where alpha="auto" rose from {before["alpha_start"]} to '
+            f"{before['alpha_max']}; it rises from {now['alpha_start']} to {now['alpha_max']} now."
+        )
     used = {seed for name in arms if name in chosen for seed in chosen[name].seeds}
     if common := sorted(used & set(seeds)):
         are = "The seed {} is" if len(common) == 1 else "The seeds {} are"
@@ -141,6 +156,12 @@ def differing_choice(
             "by --first-seed."
         )
     return lines
+
+
+def _auto_now() -> dict[str, float]:
+    """Return between which numbers alpha="auto" rises."""
+    options = RDropConfig(alpha="auto").to_dict()
+    return {name: options[name] for name in AUTO_BEFORE}
 
 
 def _is_better(before: TunedArm, now: TunedArm, greater_is_better: bool) -> bool:
