@@ -3,14 +3,15 @@
     python benchmarks/alpha_regret.py results/*-alpha-schedules
     python benchmarks/alpha_regret.py results/*-alpha-schedules --metric nll --plot gains.png
 
-It reads the records of `regdrop sweep alpha-schedules`. A further folder of the same task may be of
-`regdrop compare` with the same settings: its baseline and its constants count as those of the
-study, for the seeds that the study has. On each task the best constant of the
-grid is the one with the best mean validation figure; regret is how much worse an arm's mean test
-figure is, in units of the task's seed interval: the root mean square over the constants of half
-their 95 % intervals. Below 0 an arm is better than every constant that could have been chosen.
-A rule has one setting for all tasks, and so have the constant and the ramp: for each task the one
-whose mean validation regret is lowest over the other tasks. Of one task alone, its own.
+It reads the records of `regdrop sweep alpha-schedules`. A further folder of the same task, with the
+same settings, may be of other runs of that study, or of `regdrop compare`: its baseline and its
+constants count as those of the study, for the seeds that the study has. On each task the best
+constant of the grid is the one with the best mean validation figure; regret is how much worse an
+arm's mean test figure is, in units of the task's seed interval: the root mean square over the
+constants of half their 95 % intervals. Below 0 an arm is better than every constant that could have
+been chosen. A rule has one setting for all tasks, and so have the constant and the ramp: for each
+task the one whose mean validation regret is lowest over the other tasks. Of one task alone, its
+own.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regdrop.experiments.arms import arm_order
+from regdrop.experiments.recording.manifest import COMPARISON, read_manifest
 from regdrop.experiments.recording.record import RunRecord, load_records
 from regdrop.experiments.reporting.cost import run_cost
 from regdrop.experiments.reporting.plots import COLOURS, new_figure, save_figure
@@ -76,9 +78,10 @@ def load_tasks(folders: Iterable[Path]) -> list[list[RunRecord]]:
         records = load_records(folder)
         known = tasks.setdefault(records[0].task, [])
         if known:
-            seeds = {record.seed for record in known}
-            named = [one for one in map(_of_a_study, records) if one is not None]
-            records = [record for record in named if record.seed in seeds]
+            if read_manifest(folder).study == COMPARISON:
+                seeds = {record.seed for record in known}
+                named = [one for one in map(_of_a_study, records) if one is not None]
+                records = [record for record in named if record.seed in seeds]
             _check_further(folder, records, known)
         known += records
     return list(tasks.values())

@@ -11,6 +11,7 @@ from torch import nn
 
 from regdrop import RDropConfig, rdrop_cross_entropy, repeat_batch
 from regdrop.experiments import RunRecord
+from regdrop.experiments.recording.manifest import note_command
 from regdrop.experiments.recording.record import record_path
 
 # Tasks whose figures regdrop knows: of an NLL less is better.
@@ -90,6 +91,20 @@ def test_a_comparison_gives_a_study_its_baseline_and_its_constants(script, tmp_p
     assert {run.arm for run in found} == {"alpha-3", "ramp-16", "baseline", "alpha-1"}
     assert {run.seed for run in found} == {0, 1, 2}
     assert module.task_regrets(found).test["alpha-1"] == pytest.approx(0.2 / UNIT)
+
+
+def test_further_runs_of_a_study_count_with_all_their_seeds_and_arms(script, tmp_path):
+    module = script("alpha_regret")
+    runs = records(A, {"alpha-3": (2.8, 2.7), "ramp-16": (2.7, 2.6)})
+    for name, first in (("study", 0), ("more", 3)):
+        for run in runs:
+            run = replace(run, seed=run.seed + first)
+            run.save(record_path(tmp_path / name, run.arm, run.seed))
+        note_command(tmp_path / name, "alpha-schedules", "regdrop sweep")
+    [found] = module.load_tasks([tmp_path / "study", tmp_path / "more"])
+    assert {(run.arm, run.seed) for run in found} == {
+        (arm, seed) for arm in ("alpha-3", "ramp-16") for seed in range(6)
+    }
 
 
 def test_a_further_folder_of_other_settings_or_of_the_same_runs_is_refused(script, tmp_path):
