@@ -1,5 +1,6 @@
 """What is written appears whole or not at all, also where its writer is stopped in its middle."""
 
+import errno
 import os
 from types import SimpleNamespace
 
@@ -118,6 +119,16 @@ def test_lines_of_a_command_that_is_stopped_do_not_block_its_next_try(tmp_path, 
     monkeypatch.setattr(runs, "generate_lines", lambda *args, **kwargs: iter(["a", "b"]))
     app(command, standalone_mode=False)
     assert output.read_text() == "a\nb\n"
+
+
+def test_a_full_disk_is_named_by_the_file(tmp_path, monkeypatch):
+    def fsync(number):  # the system names no file here
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(whole_files, "os", SimpleNamespace(replace=os.replace, fsync=fsync))
+    with pytest.raises(OSError, match=r"No space left on device: '.*file\.txt'"):
+        write_text(tmp_path / "file.txt", "text")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_link_points_to_is_written_and_the_link_kept(tmp_path):

@@ -1,9 +1,13 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+
+# Errors of a disk, a quota and a file that are full.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -12,6 +16,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: Its place; the folder is made.
         write: Given the file to write.
+
+    Raises:
+        OSError: If it cannot be written; where its disk is full too it names the file.
     """
     path = path.resolve()  # what a link points to is written, and the link kept
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -21,8 +28,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         _reach_disk(partial)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+            # The system names a file where it is opened, not where it is written to.
+            error.filename = str(path)
         raise
 
 

@@ -1,15 +1,12 @@
 """JSON files that appear whole or not at all, and reading them with errors that name them."""
 
-import errno
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from regdrop.whole_files import write_text
+from regdrop.whole_files import FULL, write_text
 
-# Errors of a disk, a quota and a file that are full.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What errors of torch's and of safetensors' writers hold.
 _UNWRITTEN = ("PytorchStreamWriter", "inline_container", "os error ")
 
@@ -45,7 +42,7 @@ def disk_error(error: Exception, folder: Path) -> OSError | None:
     opened, and not where it is written to.
     """
     text = " ".join(str(error).split())
-    is_unnamed = isinstance(error, OSError) and error.errno in _FULL and error.filename is None
+    is_unnamed = isinstance(error, OSError) and error.errno in FULL and error.filename is None
     if is_unnamed or any(sign in text for sign in _UNWRITTEN):
         return OSError(f"a file in {folder} could not be written, is the disk full? {text}")
     return None
