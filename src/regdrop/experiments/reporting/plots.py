@@ -1,16 +1,15 @@
 """Curves from records alone: loss and metrics by step and by minute, the KL between passes."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from regdrop.experiments.arms import arm_order
 from regdrop.experiments.recording.record import RunRecord
+from regdrop.experiments.reporting.tables import runs_by_arm
 from regdrop.tasks import Metric
 from regdrop.whole_files import write_whole
 
@@ -27,6 +26,26 @@ _HANDLE_CHARACTERS = 6
 _AXES = {"step": ("step", 1.0), "minute": ("seconds", 60.0)}
 
 
+class Curve(NamedTuple):
+    """What one panel draws of the histories.
+
+    Attributes:
+        key: Its name in them.
+        title: What the panel is called.
+        factor: What it is multiplied by.
+        is_logarithmic: Whether its axis is.
+    """
+
+    key: str
+    title: str
+    factor: int = 1
+    is_logarithmic: bool = True
+
+
+TRAINING_NLL = Curve("nll", "training NLL (with dropout)")
+DIVERGENCE = Curve("kl", "KL between passes")
+
+
 def draw_plots(
     records: Sequence[RunRecord], metrics: Mapping[str, Metric], folder: Path
 ) -> list[tuple[Path, str]]:
@@ -40,11 +59,11 @@ def draw_plots(
     Returns:
         The image files and their titles.
     """
-    curves = [("nll", "training NLL (with dropout)", 1.0, True)]
-    for name, metric in metrics.items():
-        factor = 100.0 if metric.percent else 1.0
-        curves.append((f"eval_{name}", f"validation {metric.title}", factor, name == "nll"))
-    curves.append(("kl", "KL between passes", 1.0, True))
+    evaluated = [
+        Curve(f"eval_{name}", f"validation {metric.title}", metric.factor, name == "nll")
+        for name, metric in metrics.items()
+    ]
+    curves = [TRAINING_NLL, *evaluated, DIVERGENCE]
     return [
         (
             draw_curves(records, curves, axis, folder / f"curves_by_{axis}.png"),
@@ -56,7 +75,7 @@ def draw_plots(
 
 def draw_curves(
     records: Sequence[RunRecord],
-    curves: Sequence[tuple[str, str, float, bool]],
+    curves: Sequence[Curve],
     axis: str,
     path: Path,
 ) -> Path:
@@ -64,17 +83,16 @@ def draw_curves(
 
     Args:
         records: Records of one task.
-        curves: Of each panel its key in the histories, its title, what it is multiplied by, and
-            whether its axis is logarithmic.
+        curves: That of each panel.
         axis: "step" or "minute".
         path: Where the image is written.
     """
     figure, panels = new_figure(len(curves))
-    for (key, title, factor, logarithmic), panel in zip(curves, panels, strict=False):
-        _draw_panel(panel, records, key, axis, factor)
-        panel.set_title(title)
+    for curve, panel in zip(curves, panels, strict=False):
+        _draw_curve(panel, records, curve, axis)
+        panel.set_title(curve.title)
         panel.set_xlabel("optimiser step" if axis == "step" else "training minutes")
-        if logarithmic:
+        if curve.is_logarithmic:
             panel.set_yscale("log")
         panel.grid(alpha=0.3, which="both")
     return save_figure(figure, path)
@@ -115,20 +133,14 @@ def _write_png(figure: Any, path: Path) -> None:
     drawn.save(path, format="PNG", optimize=True)
 
 
-def _draw_panel(
-    panel: Any, records: Sequence[RunRecord], key: str, axis: str, factor: float
-) -> None:
-    by_arm: dict[str, list[RunRecord]] = defaultdict(list)
-    for record in records:
-        by_arm[record.arm].append(record)
-    names = sorted(by_arm, key=arm_order)
-    for i, name in enumerate(names):
+def _draw_curve(panel: Any, records: Sequence[RunRecord], curve: Curve, axis: str) -> None:
+    for i, (name, runs) in enumerate(runs_by_arm(records).items()):
         colour = COLOURS[i % len(COLOURS)]
         style = _STYLES[i // len(COLOURS) % len(_STYLES)]
-        x, values = _series(by_arm[name], key, axis)
+        x, values = _series(runs, curve.key, axis)
         if not len(x):
             continue
-        values = values * factor
+        values = values * curve.factor
         mean = values.mean(0)
         marker = "o" if len(x) == 1 else None
         panel.plot(x, mean, color=colour, linestyle=style, marker=marker, label=name, linewidth=1.6)

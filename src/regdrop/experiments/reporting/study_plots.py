@@ -8,8 +8,16 @@ from typing import Any
 import numpy as np
 
 from regdrop.experiments.recording.record import RunRecord
-from regdrop.experiments.reporting.plots import COLOURS, draw_curves, new_figure, save_figure
-from regdrop.experiments.reporting.tables import Row, build_rows
+from regdrop.experiments.reporting.plots import (
+    COLOURS,
+    DIVERGENCE,
+    TRAINING_NLL,
+    Curve,
+    draw_curves,
+    new_figure,
+    save_figure,
+)
+from regdrop.experiments.reporting.tables import build_rows
 from regdrop.experiments.statistics import Estimate
 from regdrop.tasks import Metric
 
@@ -96,9 +104,8 @@ def _lines_of(arms: Iterable[str], titles_of: Mapping[str, Sequence[str]]) -> di
 
 def _in_units(value: Estimate, metric: Metric) -> tuple[float, float]:
     """Return a mean and half its interval as the metric is shown; 0 for an unknown interval."""
-    factor = 100 if metric.percent else 1
     half = value.half_width if np.isfinite(value.half_width) else 0.0
-    return value.mean * factor, half * factor
+    return value.mean * metric.factor, half * metric.factor
 
 
 def _draw_rates(
@@ -115,7 +122,7 @@ def _draw_rates(
         for arm, (p, q) in pairs.items():
             i, j = rates.index(p), rates.index(q)
             grid[i, j] = grid[j, i] = rows[arm].cells[name].value.mean
-        grid = grid * (100 if metric.percent else 1)
+        grid = grid * metric.factor
         colours = "viridis" if metric.greater_is_better else "viridis_r"
         image = panel.imshow(grid, cmap=colours, origin="lower")
         middle = (np.nanmax(grid) + np.nanmin(grid)) / 2
@@ -139,46 +146,20 @@ def _draw_cost(
 ) -> list[tuple[Path, str]]:
     """Draw the test metrics against the cost and the time of a run, with their Pareto fronts."""
     rows = build_rows(records)
-    axes = [
-        (title, x_of)
-        for title, x_of in (
-            ("operations, in single-pass steps of the baseline", _cost_of),
-            ("training time, in times of the baseline's", _time_of),
-        )
-        if any(x_of(row) is not None for row in rows)  # without a baseline there is no time of it
-    ]
-    figure, panels = new_figure(len(axes) * len(metrics))
+    costs = {
+        "operations, in single-pass steps of the baseline": {row.arm: row.cost for row in rows}
+    }
+    times = {row.arm: row.time for row in rows if row.time is not None}
+    if times:  # without a baseline there is no time of it
+        costs["training time, in times of the baseline's"] = times
+    figure, panels = new_figure(len(costs) * len(metrics))
     for name, metric in metrics.items():
-        factor = 100 if metric.percent else 1
-        for title, x_of in axes:
+        values = {row.arm: _in_units(row.cells[name].value, metric) for row in rows}
+        for label, cost_of in costs.items():
             panel = next(panels)
-            known = [row for row in rows if x_of(row) is not None]
-            points = [(float(x_of(row) or 0), row.cells[name].value.mean * factor) for row in known]
-            shown = _apart([x for x, _ in points])
-            for i, (row, x, (_, y)) in enumerate(zip(known, shown, points, strict=True)):
-                half = row.cells[name].value.half_width * factor
-                panel.errorbar(
-                    x,
-                    y,
-                    half if np.isfinite(half) else 0.0,
-                    color=COLOURS[i % len(COLOURS)],
-                    marker=MARKERS[i % len(MARKERS)],
-                    markersize=7,
-                    linewidth=1,
-                    linestyle="",
-                    capsize=2,
-                    label=row.arm,
-                )
-            front = pareto_front(points, metric.greater_is_better)
-            panel.plot(
-                [shown[i] for i in front],
-                [points[i][1] for i in front],
-                color="#888888",
-                linestyle="--",
-                linewidth=1,
-                zorder=0,
-            )
-            panel.set_xlabel(title)
+            points = [(cost, *values[arm]) for arm, cost in cost_of.items()]
+            _draw_front(panel, list(cost_of), points, metric.greater_is_better)
+            panel.set_xlabel(label)
             panel.set_title(f"test {metric.title}")
             panel.grid(alpha=0.3)
     path = save_figure(figure, folder / "cost.png")
@@ -186,18 +167,50 @@ def _draw_cost(
     return [(path, f"{title}; arms of one cost are drawn a little apart")]
 
 
+def _draw_front(
+    panel: Any,
+    arms: Sequence[str],
+    points: Sequence[tuple[float, float, float]],
+    greater_is_better: bool,
+) -> None:
+    """Draw arms as points, each its cost, its value and half the interval, and their front."""
+    shown = _apart([cost for cost, _, _ in points])
+    for i, (arm, x, (_, y, half)) in enumerate(zip(arms, shown, points, strict=True)):
+        panel.errorbar(
+            x,
+            y,
+            half,
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=7,
+            linewidth=1,
+            linestyle="",
+            capsize=2,
+            label=arm,
+        )
+    front = pareto_front([(cost, value) for cost, value, _ in points], greater_is_better)
+    panel.plot(
+        [shown[i] for i in front],
+        [points[i][1] for i in front],
+        color="#888888",
+        linestyle="--",
+        linewidth=1,
+        zorder=0,
+    )
+
+
 def _draw_alpha_schedules(
     records: Sequence[RunRecord], metrics: Mapping[str, Metric], folder: Path
 ) -> list[tuple[Path, str]]:
     """Draw metrics against cost, and what alpha does to the losses by step."""
     curves = [
-        ("alpha", "alpha of the last step with R-Drop", 1.0, False),
-        ("kl", "KL between passes", 1.0, True),
-        ("nll", "training NLL (with dropout)", 1.0, True),
-        ("eval_loss", "validation loss", 1.0, True),
+        Curve("alpha", "alpha of the last step with R-Drop", is_logarithmic=False),
+        DIVERGENCE,
+        TRAINING_NLL,
+        Curve("eval_loss", "validation loss"),
     ]
     # A record made by hand may lack some.
-    curves = [c for c in curves if all(any(c[0] in e for e in r.history) for r in records)]
+    curves = [c for c in curves if all(any(c.key in e for e in r.history) for r in records)]
     drawn = _draw_cost(records, metrics, folder)
     path = draw_curves(records, curves, "step", folder / "alpha_schedules.png")
     title = "Alpha, the KL between passes, and training and validation loss, by step"
@@ -212,14 +225,6 @@ def _apart(values: Sequence[float]) -> list[float]:
         same = [j for j, other in enumerate(values) if abs(other - value) <= step]
         result.append(value + step * (same.index(i) - (len(same) - 1) / 2))
     return result
-
-
-def _cost_of(row: Row) -> float | None:
-    return row.cost
-
-
-def _time_of(row: Row) -> float | None:
-    return row.time
 
 
 def _every_n_series(record: RunRecord) -> Sequence[str]:

@@ -55,37 +55,45 @@ def build_rows(records: Sequence[RunRecord]) -> list[Row]:
     tasks = sorted({record.task for record in records})
     if len(tasks) != 1:
         raise ValueError(f"records must be of one task, got {tasks}")
-    by_arm: dict[str, list[RunRecord]] = defaultdict(list)
-    for record in records:
-        by_arm[record.arm].append(record)
+    by_arm = runs_by_arm(records)
+    metrics = find_metrics(records)
     reference = reference_arm(by_arm)
     baseline = by_arm.get(reference or "", [])
+    times = {run.seed: run.seconds for run in baseline}
     rows = []
-    for arm in sorted(by_arm, key=arm_order):
-        runs = by_arm[arm]
-        cells = {}
-        for metric in runs[0].test:
-            values = {run.seed: run.test[metric] for run in runs}
-            own = {run.seed: run.test[metric] for run in baseline}
-            paired = arm != reference and bool(values.keys() & own.keys())
-            cells[metric] = Cell(
-                estimate(list(values.values())),
-                paired_difference(values, own) if paired else None,
-            )
-        times = {run.seed: run.seconds for run in baseline}
+    for arm, runs in by_arm.items():
         ratios = [run.seconds / times[run.seed] for run in runs if run.seed in times]
         rows.append(
             Row(
                 arm,
-                cells,
+                _cells(runs, [] if arm == reference else baseline),
                 # A rule may give every seed its own number of passes.
                 sum(run_cost(run, baseline[0] if baseline else None) for run in runs) / len(runs),
                 sum(ratios) / len(ratios) if ratios else None,
-                _best_part(runs, find_metrics(records)),
+                _best_part(runs, metrics),
                 len(runs),
             )
         )
     return rows
+
+
+def runs_by_arm(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Return the records of each arm, the reference first."""
+    by_arm: dict[str, list[RunRecord]] = defaultdict(list)
+    for record in sorted(records, key=lambda record: arm_order(record.arm)):
+        by_arm[record.arm].append(record)
+    return dict(by_arm)
+
+
+def _cells(runs: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> dict[str, Cell]:
+    """Return the test values of an arm, with the differences where there are seeds of both."""
+    cells = {}
+    for metric in runs[0].test:
+        values = {run.seed: run.test[metric] for run in runs}
+        own = {run.seed: run.test[metric] for run in baseline}
+        difference = paired_difference(values, own) if values.keys() & own.keys() else None
+        cells[metric] = Cell(estimate(list(values.values())), difference)
+    return cells
 
 
 def _best_part(runs: Sequence[RunRecord], metrics: Mapping[str, Metric]) -> float | None:
@@ -146,11 +154,10 @@ def format_cell(cell: Cell, metric: Metric) -> str:
 
     A figure of one seed has no interval and stands alone.
     """
-    factor, digits = (100, 2) if metric.percent else (1, 3)
 
     def number(mean: float, half_width: float) -> str:
-        text = f"{mean * factor:.{digits}f}"
-        return text if math.isinf(half_width) else f"{text} ± {half_width * factor:.{digits}f}"
+        text = metric.format(mean)
+        return text if math.isinf(half_width) else f"{text} ± {metric.format(half_width)}"
 
     text = number(cell.value.mean, cell.value.half_width)
     if cell.difference is None:
@@ -197,9 +204,8 @@ def example_cells(records: Sequence[RunRecord]) -> tuple[list[str], list[list[st
     metrics = find_metrics(records)
 
     def text(interval: Interval, metric: Metric, signed: bool) -> str:
-        factor, digits = (100, 2) if metric.percent else (1, 3)
-        sign = "+" if signed else ""
-        return " to ".join(f"{x * factor:{sign}.{digits}f}".replace("-", "−") for x in interval)
+        style = f"{'+' if signed else ''}.{metric.decimals}f"
+        return " to ".join(f"{x * metric.factor:{style}}".replace("-", "−") for x in interval)
 
     rows = []
     for arm, intervals in example_intervals(records).items():

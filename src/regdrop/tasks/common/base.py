@@ -106,9 +106,19 @@ class Metric:
     greater_is_better: bool
     percent: bool = False
 
+    @property
+    def factor(self) -> int:
+        """What a value is multiplied by where it is shown."""
+        return 100 if self.percent else 1
+
+    @property
+    def decimals(self) -> int:
+        """How many decimals of it are shown then."""
+        return 2 if self.percent else 3
+
     def format(self, value: float) -> str:
         """Return a value as tables show it."""
-        return f"{value * 100:.2f}" if self.percent else f"{value:.3f}"
+        return f"{value * self.factor:.{self.decimals}f}"
 
 
 class LazySplits(Mapping[str, Dataset[Any]]):
