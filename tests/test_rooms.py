@@ -29,7 +29,7 @@ ROOMS = {
         {"evaluating", "front"},
     ],
     "commands": [
-        {"app", "display", "environment", "loading", "streams"},
+        {"app", "environment", "live_display", "loading", "streams", "tables"},
         {"notes", "options"},
         {"comparisons", "measure", "models", "runs", "tasks"},
         {"tuning"},

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from regdrop.commands.app import announce, app, console, interruptible, usage_errors
-from regdrop.commands.display import LiveDisplay, print_table
+from regdrop.commands.live_display import LiveDisplay
 from regdrop.commands.notes import noted
 from regdrop.commands.options import (
     Alpha,
@@ -18,6 +18,7 @@ from regdrop.commands.options import (
     TunedFile,
     with_option_groups,
 )
+from regdrop.commands.tables import print_table
 from regdrop.experiments import load_records, run_arms, write_report
 from regdrop.experiments.arms import Arm, choose_arms, compared_arms
 from regdrop.experiments.recording.manifest import COMPARISON, check_study

@@ -7,15 +7,15 @@ import typer
 from rich.progress import Progress, TaskID
 
 from regdrop.commands.app import app, console, usage_errors
-from regdrop.commands.display import print_disagreement
-from regdrop.commands.options import Data, output_option
+from regdrop.commands.options import Data, RunFolder, output_option
+from regdrop.commands.tables import print_disagreement
 from regdrop.experiments.evaluating.measure import measure as run_measurement
 from regdrop.experiments.recording.processes import require_one_process
 
 
 @app.command()
 def measure(
-    run: Annotated[Path, typer.Argument(help="Folder of a run of `regdrop train`.")],
+    run: RunFolder,
     split: Annotated[str, typer.Option(help="The held-out split: test, validation, ...")] = "test",
     data: Data = None,
     num_masks: Annotated[int, typer.Option(min=2, help="Dropout masks, sub-models each.")] = 32,

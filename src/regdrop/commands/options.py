@@ -19,6 +19,7 @@ from regdrop.tasks.configure import change_task, find_task
 TaskName = Annotated[
     str, typer.Argument(help="A task or one of its presets: see `regdrop tasks`.", metavar="TASK")
 ]
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run of `regdrop train`.")]
 Preset = Annotated[str | None, typer.Option(help="A preset of the task; if absent, a small one.")]
 Data = Annotated[
     str | None, typer.Option("--data", "--dataset", help="A folder of data, or a hub id.")

@@ -11,18 +11,20 @@ from typing import Annotated, TextIO
 import typer
 
 from regdrop.commands.app import announce, app, console, interruptible, usage_errors
-from regdrop.commands.display import LiveDisplay, print_metrics
+from regdrop.commands.live_display import LiveDisplay
 from regdrop.commands.options import (
     LAST_SEED,
     Alpha,
     Data,
     EvaluationSettings,
+    RunFolder,
     TaskName,
     TaskOptions,
     output_option,
     with_option_groups,
 )
 from regdrop.commands.streams import READ_ENCODING, WRITE_ENCODING, with_encoding
+from regdrop.commands.tables import print_metrics
 from regdrop.experiments import build_arms
 from regdrop.experiments.arms import Arm, optional_arms
 from regdrop.experiments.evaluating.evaluate import evaluate as run_evaluation
@@ -37,9 +39,6 @@ from regdrop.tasks import Task
 from regdrop.tasks.common.accepted import check_choice
 from regdrop.tasks.generate_lines import generate_lines
 from regdrop.whole_files import write_whole
-
-RunFolder = Annotated[Path, typer.Argument(help="Folder of a run of `regdrop train`.")]
-
 
 # Above this the metrics say more of the words than of the model.
 MOST_UNKNOWN_WORDS = 0.03

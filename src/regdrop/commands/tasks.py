@@ -4,16 +4,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 from regdrop.commands.app import app, console, usage_errors
+from regdrop.commands.tables import print_uncut
 from regdrop.experiments.recording.processes import require_one_process
 from regdrop.tasks import PRESETS
 from regdrop.tasks.translation.iwslt import prepare_iwslt
-
-_ANY = 10_000  # columns
 
 
 @app.command()
@@ -27,8 +24,7 @@ def tasks() -> None:
     if console.is_terminal:
         console.print(table)
     else:  # no width to keep to: names are whole, and each row is a line
-        width = Measurement.get(console, console.options.update(max_width=_ANY), table).maximum
-        Console(file=console.file, width=width, markup=False).print(table)
+        print_uncut(table, console)
 
 
 @app.command()

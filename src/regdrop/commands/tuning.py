@@ -8,7 +8,7 @@ import typer
 
 from regdrop.commands.app import announce, app, console, interruptible, usage_errors
 from regdrop.commands.comparisons import StudyArmNames, arms_of
-from regdrop.commands.display import FinishedRuns, print_tuned
+from regdrop.commands.live_display import FinishedRuns
 from regdrop.commands.notes import noted
 from regdrop.commands.options import (
     FirstSeed,
@@ -19,6 +19,7 @@ from regdrop.commands.options import (
     TaskOptions,
     with_option_groups,
 )
+from regdrop.commands.tables import print_tuned
 from regdrop.experiments.recording.manifest import COMPARISON, TUNING, check_study
 from regdrop.experiments.recording.processes import require_one_process
 from regdrop.experiments.studies.choices import check_tuned, load_tuned, save_tuned

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from regdrop.commands.display import LiveDisplay, print_table
+from regdrop.commands.live_display import LiveDisplay
+from regdrop.commands.tables import print_table
 from regdrop.experiments import build_arms, compared_arms, run_arm, run_arms
 from regdrop.experiments.arms import optional_arms
 from regdrop.experiments.recording.record import record_path

@@ -1,31 +1,20 @@
-"""The live display of a comparison and its table, on the terminal."""
+"""Results as tables on the terminal: of a comparison, of one run, of a choice, of sub-models."""
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from regdrop.disagreement import Disagreement, Predictions
-from regdrop.experiments.arms import Arm
 from regdrop.experiments.evaluating.evaluate import Evaluation
 from regdrop.experiments.recording.record import RunRecord
 from regdrop.experiments.reporting.tables import caption, find_metrics, table_cells
-from regdrop.experiments.running.progress import Update
 from regdrop.experiments.studies.choices import TunedArm
 from regdrop.experiments.studies.variations import describe_settings
 from regdrop.tasks import Task
 
+_WIDEST = 10_000  # columns
 # What is between two of the predictors, by the field of `Disagreement`.
 _DISTANCES = {
     "epkl": "two sub-models: E KL(P || P')",
@@ -42,94 +31,6 @@ _PREDICTORS = {
     "geometric": "their geometric mean",
     "deployed": "deployed, dropout off",
 }
-
-
-class LiveDisplay:
-    """One bar an arm, over the steps of all its seeds, with the last metrics of each."""
-
-    def __init__(self, arms: Sequence[Arm], seeds: Sequence[int], console: Console) -> None:
-        self.console = console
-        self.progress = Progress(
-            TextColumn("{task.description:<20}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}", markup=False),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._bars: dict[str, TaskID] = {
-            arm.name: self.progress.add_task(
-                arm.name, total=arm.training.max_steps * len(seeds), figures=""
-            )
-            for arm in arms
-        }
-        self._steps: dict[tuple[str, int], int] = {}
-
-    def __enter__(self) -> "LiveDisplay":
-        self.progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.progress.stop()
-
-    def update(self, update: Update) -> None:
-        """Show the progress of a run."""
-        shown = {
-            name.removeprefix("eval_"): value
-            for name, value in update.metrics.items()
-            if name.startswith("eval_") and name != "eval_loss"
-        }
-        text = " ".join(f"{name} {value:.3f}" for name, value in shown.items())
-        shown_text = f"seed {update.seed}: {text}" if text else None
-        self._move(update.arm, update.seed, update.step, shown_text)
-
-    def finish(self, record: RunRecord) -> None:
-        """Show that a run is done; on a terminal without live display, say so in a line."""
-        self._move(record.arm, record.seed, record.steps, None)
-        if not self.console.is_terminal:
-            self.say(_finished(record))
-
-    def say(self, text: str) -> None:
-        """Show a line above the bars."""
-        self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _move(self, arm: str, seed: int, step: int, figures: str | None) -> None:
-        before = self._steps.get((arm, seed), 0)
-        self._steps[arm, seed] = max(before, step)
-        bar = self._bars[arm]
-        self.progress.advance(bar, max(0, step - before))
-        if figures is not None:
-            self.progress.update(bar, figures=figures)
-
-
-class FinishedRuns:
-    """A line for every run that is done; for work whose runs are not known beforehand."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def update(self, update: Update) -> None:
-        """Show nothing of a run that is not done."""
-
-    def finish(self, record: RunRecord) -> None:
-        """Show that a run is done."""
-        self.say(_finished(record))
-
-    def say(self, text: str) -> None:
-        """Show a line."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _finished(record: RunRecord) -> str:
-    figures = " ".join(f"{name} {value:.3f}" for name, value in record.validation.items())
-    return f"{record.arm} seed {record.seed}: validation {figures}"
 
 
 def print_tuned(task: Task, tuned: Mapping[str, TunedArm], console: Console) -> None:
@@ -173,10 +74,14 @@ def print_table(records: Sequence[RunRecord], console: Console) -> None:
         table.add_column(name, justify="left" if position == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    # A table wider than the terminal is better scrolled than cut.
-    width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-    Console(file=console.file, width=max(console.width, width), markup=False).print(table)
+    print_uncut(table, console)
     console.print(caption(records), style="dim")
+
+
+def print_uncut(table: Table, console: Console) -> None:
+    """Print a table at its full width: one wider than the terminal is better scrolled than cut."""
+    width = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+    Console(file=console.file, width=max(console.width, width), markup=False).print(table)
 
 
 def print_disagreement(
