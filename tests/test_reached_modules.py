@@ -1,7 +1,7 @@
 """What a function calls is found through helpers, decorators and inner functions."""
 
 from functools import lru_cache, partial, wraps
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +91,28 @@ class Methods:
 
 
 METHODS = Methods()
+
+
+class Static:
+    @staticmethod
+    def forward(batch):
+        return Static.head(encode(batch))
+
+    @classmethod
+    def head(cls, batch):
+        return HEAD(batch)
+
+
+def bare(function):
+    def call(batch):
+        return function(batch)
+
+    return call
+
+
+# As by a decorator of a library that does not name what it wraps.
+bare_encode = bare(encode)
+bare_encode.__module__ = "torch.nn"
 WAYS = {
     "helper": by_helper,
     "inner code": by_inner_code,
@@ -105,6 +127,10 @@ WAYS = {
     "chain of helpers": by_five,
     "method of a method": Methods().forward,
     "callable object": Methods(),
+    "static method": Static.forward,
+    "static method around": lambda batch: Static.forward(batch),
+    "static method of an object": lambda batch: Static().forward(batch),
+    "bare decorator of a library": lambda batch: HEAD(bare_encode(batch)),
     "callable object around": lambda batch: METHODS(batch),
 }
 
@@ -124,6 +150,11 @@ def test_a_monitored_pass_leaves_the_statistics_of_a_helpers_model():
 def test_functions_of_libraries_are_not_searched(monkeypatch):
     monkeypatch.setattr(regdrop.passes.stacking, "find_batch_size", nn.Identity())
     assert {*reached_modules(lambda batch: HEAD(repeat_batch(batch)))} == {HEAD}
+
+
+def test_an_attribute_is_not_the_variable_of_its_name():
+    other = SimpleNamespace(ENCODER=HEAD)
+    assert {*reached_modules(lambda batch: other.ENCODER(batch))} == {HEAD}
 
 
 def test_a_name_without_a_value_is_passed_over():

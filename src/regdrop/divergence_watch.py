@@ -1,15 +1,16 @@
 """A loop of one's own is watched: a warning where R-Drop compares passes that are the same."""
 
+import dis
 import functools
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -200,7 +201,7 @@ def _held_by(value: Any) -> Iterable[Any]:
         return _named_by(value)
     if isinstance(value, types.MethodType):
         owner, function = value.__self__, value.__func__
-        return owner, function, *_methods(owner, _names(function))
+        return owner, function, *_methods(owner, _names(function).attributes)
     if isinstance(value, functools.partial):
         return *value.args, *value.keywords.values(), value.func
     if isinstance(value, (str, bytes, int, float, Tensor, nn.Module, type, types.ModuleType)):
@@ -213,36 +214,76 @@ def _named_by(function: types.FunctionType) -> Iterator[Any]:
     yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     yield from vars(function).values()  # what a decorator wraps, among others
     names = _names(function)
-    spaces = {id(function.__globals__): function.__globals__}
-    for space in (queue := [function.__globals__]):
-        for named in (space[name] for name in names if name in space):
-            if isinstance(named, types.ModuleType) and not _is_library(named.__name__):
-                inner = vars(named)
-                queue += [] if id(inner) in spaces else [inner]
-                spaces[id(inner)] = inner
-            is_function = isinstance(named, types.FunctionType)
-            if not is_function or _is_near(named.__module__, function.__module__):
-                yield named
+    for named in (*_values(function.__globals__, names), *_cells(function)):
+        if isinstance(named, type):
+            yield from _methods(named, names.attributes)
+        elif _is_foreign(named, function):  # it may call one's own, as what a decorator returns
+            yield from (held for held in _cells(named) if not _is_foreign(held, function))
+        else:
+            yield named
+
+
+def _values(space: dict[str, Any], names: "_Names") -> Iterator[Any]:
+    """Yield what the names stand for in a file and in one's own modules that are named there."""
+    seen = {id(space)}
+    queue = [(space, names.variables)]
+    for inner, own in queue:
+        for value in (inner[name] for name in own if name in inner):
+            yield value
+            if isinstance(value, types.ModuleType) and not _is_library(value.__name__):
+                queue += [] if id(vars(value)) in seen else [(vars(value), names.attributes)]
+                seen.add(id(vars(value)))
+
+
+def _cells(function: types.FunctionType) -> Iterator[Any]:
+    """Yield the values of the variables around a function."""
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # a name that has no value yet
             yield cell.cell_contents
 
 
-def _names(function: Any) -> list[str]:
-    """Return what a function and those inside of it name beyond their own variables."""
-    codes = [function.__code__] if isinstance(function, types.FunctionType) else []
-    for code in codes:
-        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
-    return [name for code in codes for name in code.co_names]
+class _Names(NamedTuple):
+    """What a function and those inside of it name beyond their own variables."""
+
+    variables: Sequence[str] = ()
+    attributes: Sequence[str] = ()
 
 
-def _methods(owner: Any, names: list[str]) -> Iterator[types.MethodType]:
-    """Yield an object's methods of some names, but for those of libraries."""
-    for kind in type(owner).__mro__:
+def _names(function: Any) -> _Names:
+    if not isinstance(function, types.FunctionType):
+        return _Names()
+    return _names_in(function.__code__)
+
+
+@functools.lru_cache
+def _names_in(code: types.CodeType) -> _Names:
+    variables: dict[str, None] = {}
+    attributes: dict[str, None] = {}
+    for one in (codes := [code]):
+        codes += [inner for inner in one.co_consts if isinstance(inner, types.CodeType)]
+        for step in dis.get_instructions(one):
+            if step.opcode in dis.hasname:
+                is_variable = step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+                (variables if is_variable else attributes)[step.argval] = None
+    return _Names(tuple(variables), tuple(attributes))
+
+
+def _methods(owner: Any, names: Sequence[str]) -> Iterator[types.MethodType]:
+    """Yield the methods of some names of an object or a class, but for those of libraries."""
+    for kind in (owner if isinstance(owner, type) else type(owner)).__mro__:
         if not _is_library(kind.__module__):
-            for function in (vars(kind).get(name) for name in names):
+            for found in (vars(kind).get(name) for name in names):
+                # One that is static, or of the class, holds its function.
+                function = getattr(found, "__func__", found)
                 if isinstance(function, types.FunctionType):
                     yield types.MethodType(function, owner)
+
+
+def _is_foreign(value: Any, function: types.FunctionType) -> bool:
+    """Return whether a value is a function of a library of which another function is no part."""
+    if not isinstance(value, types.FunctionType):
+        return False
+    return not _is_near(value.__module__, function.__module__)
 
 
 def _is_near(module: str | None, other: str | None) -> bool:
