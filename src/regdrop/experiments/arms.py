@@ -113,6 +113,18 @@ def build_arms(task: Task) -> dict[str, Arm]:
     return {arm.name: arm for arm in arms}
 
 
+def changed_rdrop(task: Task, **changes: Any) -> RDropConfig:
+    """Return R-Drop's options of a task, on the scale of the other arms, with some changed."""
+    # Steps of one pass measure the divergence as the baseline does.
+    monitor = task.training.logging_steps
+    return replace(task.rdrop, scale="mean", monitor_steps=monitor, **changes)
+
+
+def changed_arm(task: Task, name: str, description: str, **changes: Any) -> Arm:
+    """Return training with R-Drop with some of its options changed."""
+    return Arm(name, description, changed_rdrop(task, **changes), task.training)
+
+
 def optional_arms(task: Task) -> dict[str, Arm]:
     """Return further controls, and the regularisers with which the paper compares itself.
 

@@ -3,21 +3,14 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from typing import Any
 
-from regdrop.alpha import RULES
-from regdrop.config import RDropConfig
-from regdrop.experiments.arms import BASELINE, Arm, baseline_arm, build_arms
+from regdrop.experiments.arms import BASELINE, Arm, build_arms, changed_arm
+from regdrop.experiments.studies.alpha_schedules import alpha_schedules, constant_alphas
 from regdrop.tasks import Task
 from regdrop.tasks.common.accepted import check_choice
-
-# The settings of every rule for alpha: the end of a ramp, the most that another may give.
-_ALPHA_ENDS = (8.0, 16.0, 32.0)
-_ALPHA_STARTS = (3.0, 6.0)
-# Ramps around the constants that are good on most tasks: their begin and their end.
-_NARROW_RAMPS = ((3.0, 10.0), (4.0, 12.0))
 
 # Each is a batch more in memory.
 _MOST_PASSES = 100
@@ -77,160 +70,6 @@ def study_arms(name: str, task: Task, grid: Sequence[float] | None = None) -> li
     return arms
 
 
-def _rdrop(task: Task, **changes: Any) -> RDropConfig:
-    # Steps of one pass measure the divergence as the baseline does.
-    monitor = task.training.logging_steps
-    return replace(task.rdrop, scale="mean", monitor_steps=monitor, **changes)
-
-
-def _arm(task: Task, name: str, description: str, **changes: Any) -> Arm:
-    return Arm(name, description, _rdrop(task, **changes), task.training)
-
-
-def _alpha(task: Task, grid: Sequence[float]) -> list[Arm]:
-    return [
-        Arm(f"alpha-{a:g}", f"R-Drop, alpha {a:g}", _rdrop(task).with_alpha(a), task.training)
-        for a in grid
-    ]
-
-
-def _alpha_schedules(task: Task, grid: Sequence[float]) -> list[Arm]:
-    """Return constants, ramps, rules and cheaper ramps; of a ramp to 16 the mean alpha is 8."""
-    plain = replace(task, rdrop=_without_schedule(task.rdrop))
-    baseline = baseline_arm(task)
-    rising_dropout = replace(
-        baseline,
-        name="rising-dropout-4",
-        description="one pass, the odds of its dropout rising to 4 times over the run",
-        dropout_odds=4.0,
-        dropout_rises=True,
-    )
-    half = round(task.training.max_steps / 2)
-    late_start, constant_late_start = (
-        _arm(
-            plain,
-            name,
-            f"R-Drop, alpha {alpha:g} in the second half of the steps",
-            alpha=alpha,
-            start_step=half,
-        )
-        for name, alpha in (("late-start", 16.0), ("alpha-6-late-start", 6.0))
-    )
-    every_second = _arm(
-        plain, "alpha-6-every-2", "R-Drop, alpha 6 on every 2nd step", alpha=6.0, every_n_steps=2
-    )
-    return [
-        baseline,
-        *_alpha(plain, grid),
-        *_ramps(plain),
-        *_rules(plain),
-        rising_dropout,
-        late_start,
-        *_cheaper_ramps(plain, "ramp-16", 0.0, 16.0, (8.0, 5.0)),
-        *_cheaper_ramps(plain, "narrow-ramp-10", 3.0, 10.0, (6.5, 5.2)),
-        every_second,
-        constant_late_start,
-    ]
-
-
-def _ramps(task: Task) -> list[Arm]:
-    ramps = [("ramp", 0.0, end) for end in _ALPHA_ENDS]
-    ramps += [("narrow-ramp", start, end) for start, end in _NARROW_RAMPS]
-    return [
-        _rising(
-            task,
-            f"{name}-{end:g}",
-            f"from {start:g} to {end:g} over the run",
-            alpha_start=start,
-            alpha_max=end,
-        )
-        for name, start, end in ramps
-    ]
-
-
-def _rules(task: Task) -> list[Arm]:
-    """Return the rules that read the validation loss, from 1 to several ends, and later begins."""
-    # To go back to the best checkpoint it has to be kept.
-    left_out = {"ramp"} | ({"restore"} if task.training.average_checkpoints > 1 else set())
-    arms = [
-        _rising(
-            task,
-            f"{rule}-{end:g}",
-            f"by the rule {rule}, at most {end:g}",
-            alpha_rule=rule,
-            alpha_max=end,
-        )
-        for rule in RULES
-        if rule not in left_out
-        for end in _ALPHA_ENDS
-    ]
-    later = [
-        _rising(
-            task,
-            f"{rule}-16-from-{start:g}",
-            f"by the rule {rule}, from {start:g} to at most 16",
-            alpha_rule=rule,
-            alpha_min=start,
-            alpha_max=16.0,
-        )
-        for rule in ("stall", "ramp-from-stall")
-        for start in _ALPHA_STARTS
-    ]
-    cheaper = _rising(
-        task,
-        "ramp-from-stall-16-from-3-every-2",
-        "by the rule ramp-from-stall, from 3 to at most 16, on every 2nd step",
-        alpha_rule="ramp-from-stall",
-        alpha_min=3.0,
-        alpha_max=16.0,
-        every_n_steps=2,
-    )
-    return [*arms, *later, cheaper]
-
-
-def _cheaper_ramps(
-    task: Task, ramp: str, start: float, end: float, thresholds: tuple[float, float]
-) -> list[Arm]:
-    """Return a ramp with one pass in its first half, on every 2nd step, and with some of both."""
-    alone, together = thresholds
-    ways: list[tuple[str, str, dict[str, Any]]] = [
-        (f"below-{alone:g}", f"one pass below {alone:g}", {"single_pass_below": alone}),
-        ("every-2", "on every 2nd step", {"every_n_steps": 2}),
-        (
-            f"below-{together:g}-every-2",
-            f"one pass below {together:g}, then on every 2nd step",
-            {"single_pass_below": together, "every_n_steps": 2},
-        ),
-    ]
-    return [
-        _rising(
-            task,
-            f"{ramp}-{name}",
-            f"from {start:g} to {end:g}, {text}",
-            alpha_start=start,
-            alpha_max=end,
-            **changes,
-        )
-        for name, text, changes in ways
-    ]
-
-
-def _rising(task: Task, name: str, text: str, **changes: Any) -> Arm:
-    return _arm(task, name, f"R-Drop, alpha {text}", alpha="auto", **changes)
-
-
-def _without_schedule(rdrop: RDropConfig) -> RDropConfig:
-    return replace(
-        rdrop.with_alpha(1.0),
-        alpha_schedule="constant",
-        alpha_start=None,
-        alpha_warmup_steps=0,
-        alpha_warmup_ratio=None,
-        start_step=0,
-        every_n_steps=1,
-    )
-
-
 def _every_n_steps(task: Task, grid: Sequence[float]) -> list[Arm]:
     arms = [build_arms(task)[BASELINE]]
     for k in _whole_numbers("every-n-steps", grid):
@@ -238,9 +77,11 @@ def _every_n_steps(task: Task, grid: Sequence[float]) -> list[Arm]:
             arms.append(build_arms(task)["rdrop"])
             continue
         text = f"R-Drop on every {_ordinal(k)} step"
-        arms.append(_arm(task, f"every-{k}", text, every_n_steps=k, rescale=False))
+        arms.append(changed_arm(task, f"every-{k}", text, every_n_steps=k, rescale=False))
         arms.append(
-            _arm(task, f"every-{k}-rescaled", f"{text}, its alpha times {k}", every_n_steps=k)
+            changed_arm(
+                task, f"every-{k}-rescaled", f"{text}, its alpha times {k}", every_n_steps=k
+            )
         )
     return arms
 
@@ -258,14 +99,14 @@ def _num_passes(task: Task, grid: Sequence[float]) -> list[Arm]:
         if m == 1:
             arms.append(build_arms(task)[BASELINE])
         else:
-            arms.append(_arm(task, f"passes-{m}", f"R-Drop with {m} passes", num_passes=m))
+            arms.append(changed_arm(task, f"passes-{m}", f"R-Drop with {m} passes", num_passes=m))
     return arms
 
 
 def _dropout_rates(task: Task, grid: Sequence[float]) -> list[Arm]:
     # Both passes are treated alike, so that a pair and its reverse are one.
     return [
-        _arm(
+        changed_arm(
             task,
             f"rates-{p:g}-{q:g}",
             f"R-Drop, dropout {p:g} in one pass and {q:g} in the other",
@@ -297,7 +138,7 @@ def _cost(task: Task, grid: Sequence[float]) -> list[Arm]:
     ]
     return [
         *build_arms(task).values(),
-        *(_arm(task, name, f"R-Drop, {text}", **changes) for name, text, changes in ways),
+        *(changed_arm(task, name, f"R-Drop, {text}", **changes) for name, text, changes in ways),
     ]
 
 
@@ -309,7 +150,7 @@ def _whole_numbers(study: str, grid: Sequence[float]) -> list[int]:
 
 
 STUDIES = {
-    "alpha": Study("How strongly should the passes agree?", (0, 1, 3, 5, 7, 10), _alpha),
+    "alpha": Study("How strongly should the passes agree?", (0, 1, 3, 5, 7, 10), constant_alphas),
     "every-n-steps": Study(
         "Is R-Drop on every k-th step enough, with and without alpha times k?",
         (1, 2, 5, 10),
@@ -323,6 +164,6 @@ STUDIES = {
     "alpha-schedules": Study(
         "Can a rule for the whole run take the place of a search for alpha?",
         (0, 1, 3, 6, 10, 16),
-        _alpha_schedules,
+        alpha_schedules,
     ),
 }
