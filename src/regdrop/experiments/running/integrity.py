@@ -1,6 +1,5 @@
 """Checkpoints of an interrupted run: which of them are whole, and from which it goes on."""
 
-import json
 import shutil
 import zlib
 from collections.abc import Collection, Sequence
@@ -14,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from regdrop.experiments.recording.files import write_json
+from regdrop.experiments.recording.files import read_object, write_json
 
 # Written last, with the size and the checksum of every file beside it.
 SEAL_NAME = "whole.json"
@@ -31,7 +30,12 @@ class SealCallback(TrainerCallback):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # each process writes the state of its random numbers
         if state.is_world_process_zero:
-            seal(Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            seal(written_checkpoint(args, state))
+
+
+def written_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """Return the folder of the checkpoint that a Trainer has written last."""
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def seal(checkpoint: Path) -> None:
@@ -49,7 +53,7 @@ def damage(checkpoint: Path) -> str | None:
     """
     try:
         step = _read_state(checkpoint)["global_step"]
-    except (OSError, ValueError, KeyError):
+    except (ValueError, KeyError):
         return f"{TRAINER_STATE_NAME} cannot be read"
     if step != step_of(checkpoint):
         return f"{TRAINER_STATE_NAME} is of step {step}"
@@ -57,10 +61,10 @@ def damage(checkpoint: Path) -> str | None:
     if not path.exists():
         return _damage_inside(checkpoint)
     try:
-        sealed = json.loads(path.read_text(encoding="utf-8")).items()
-    except (OSError, ValueError, AttributeError):
+        sealed = read_object(path, "a seal")
+    except ValueError:
         return f"{SEAL_NAME} cannot be read"
-    for name, expected in sealed:
+    for name, expected in sealed.items():
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
@@ -163,10 +167,7 @@ def _note_place(checkpoint: Path) -> None:
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
-    if not isinstance(state, dict):
-        raise ValueError(f"{TRAINER_STATE_NAME} must hold an object, got {type(state).__name__}")
-    return state
+    return read_object(checkpoint / TRAINER_STATE_NAME, "the state of a run")
 
 
 def _fingerprint(path: Path) -> list[int]:

@@ -1,14 +1,13 @@
 """The mean loss since the last log, through a checkpoint between two logs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from regdrop.experiments.recording.files import write_json
+from regdrop.experiments.recording.files import read_object, write_json
 from regdrop.experiments.recording.history import TRAINING_LOSS, check_finite
+from regdrop.experiments.running.integrity import written_checkpoint
 from regdrop.integrations.transformers.internals import go_on_from_log, loss_since_log
 
 _NAME = "running_loss.json"
@@ -33,7 +32,7 @@ class RunningLoss(TrainerCallback):
         """Take up the sum of a checkpoint."""
         path = None if self.checkpoint is None else self.checkpoint / _NAME
         if path is not None and path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = read_object(path, "the loss since the last log of a run")
             go_on_from_log(self.trainer, kept["sum"], kept["since"])
 
     def on_save(
@@ -48,5 +47,4 @@ class RunningLoss(TrainerCallback):
         mean = self.trainer.accelerator.gather(total).mean().item()
         check_finite({TRAINING_LOSS: mean}, state.global_step)
         if state.is_world_process_zero:
-            folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            write_json(folder / _NAME, {"sum": mean, "since": since})
+            write_json(written_checkpoint(args, state) / _NAME, {"sum": mean, "since": since})

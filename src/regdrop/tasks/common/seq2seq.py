@@ -6,7 +6,7 @@ larger than memory; small ones are encoded in memory.
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,7 +112,7 @@ def fits_memory(split: Any) -> bool:
 
 def by_length(split: Any, column: str) -> Any:
     """Return a split ordered by a column's length, so that outputs of a batch end together."""
-    lengths = [len(text) for text in texts_of(split[column][:])]
+    lengths = [len(text) for text in split[column][:]]
     return split.select(np.argsort(lengths, kind="stable"))
 
 
@@ -163,20 +163,3 @@ def read_outputs(tokenizer: Any, references: References, prediction: Any) -> Out
         references=[references[int(i)] for i in example_ids],
         nll=np.stack([np.asarray(nll, dtype=np.float64).reshape(-1), counts], axis=1),
     )
-
-
-def texts_of(values: Iterable[Any]) -> list[str]:
-    """Return a column of text.
-
-    Raises:
-        ValueError: If it holds anything else.
-    """
-    return list(checked_texts(values))
-
-
-def checked_texts(values: Iterable[Any]) -> Iterator[str]:
-    """Yield a column of text, and raise where it holds anything else, as `texts_of` does."""
-    for value in values:
-        if not isinstance(value, str):
-            raise ValueError(f"columns of text must hold text, got {value!r}")
-        yield value

@@ -33,11 +33,9 @@ from regdrop.tasks.common.seq2seq import (
     References,
     by_length,
     check_references,
-    checked_texts,
     column_values,
     encode_split,
     read_outputs,
-    texts_of,
 )
 from regdrop.tasks.common.vocabulary import find_vocabulary, learn_vocabulary
 from regdrop.tasks.data_sets.columns import check_texts, require_columns
@@ -190,7 +188,7 @@ class Summarisation(OldNames):
         )
 
     def _training_texts(self, split: Any) -> Iterator[str]:
-        yield from checked_texts(column_values(split, self.source))
+        yield from column_values(split, self.source)
         yield from (references[0] for references in self._references(split))
 
     def _references(self, split: Any) -> list[list[str]]:
@@ -204,7 +202,7 @@ class Summarisation(OldNames):
         def encode(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
             first = [x if isinstance(x, str) else x[0] for x in rows[self.target]]
             source = tokenizer(
-                texts_of(rows[self.source]), truncation=True, max_length=self.max_source_length
+                rows[self.source], truncation=True, max_length=self.max_source_length
             )
             target = tokenizer(
                 text_target=first, truncation=True, max_length=self.max_target_length

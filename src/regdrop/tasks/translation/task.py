@@ -31,12 +31,10 @@ from regdrop.tasks.common.seq2seq import (
     References,
     by_length,
     check_references,
-    checked_texts,
     column_values,
     encode_split,
     fits_memory,
     read_outputs,
-    texts_of,
 )
 from regdrop.tasks.common.vocabulary import find_vocabulary, learn_vocabulary
 from regdrop.tasks.data_sets.columns import check_texts, require_columns
@@ -200,8 +198,8 @@ class Translation(OldNames):
         )
 
         def encode(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
-            target = tokenizer(texts_of(rows["target"]), **cut)
-            return {**tokenizer(texts_of(rows["source"]), **cut), "labels": target["input_ids"]}
+            target = tokenizer(rows["target"], **cut)
+            return {**tokenizer(rows["source"], **cut), "labels": target["input_ids"]}
 
         encoded = encode_split(split, encode, references, split["target"], with_length=is_train)
         if not is_train:
@@ -285,4 +283,4 @@ def generation_statistics(
 
 def _texts(split: Any) -> Iterator[str]:
     for column in ("source", "target"):
-        yield from checked_texts(column_values(split, column))
+        yield from column_values(split, column)
