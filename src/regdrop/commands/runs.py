@@ -28,7 +28,7 @@ from regdrop.commands.tables import print_metrics
 from regdrop.experiments import build_arms
 from regdrop.experiments.arms import Arm, optional_arms
 from regdrop.experiments.evaluating.evaluate import evaluate as run_evaluation
-from regdrop.experiments.evaluating.evaluate import load_run
+from regdrop.experiments.evaluating.saved_run import load_run
 from regdrop.experiments.recording.ownership import holder
 from regdrop.experiments.recording.processes import is_main_process, require_one_process
 from regdrop.experiments.recording.record import RunRecord

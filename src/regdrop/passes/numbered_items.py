@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regdrop.passes.items import find_dim
-from regdrop.passes.numbered_rows import WAYS_OUT, counts, is_line_of_integers
+from regdrop.passes.numbered_rows import WAYS_OUT, is_integral, is_line_of_integers
 from regdrop.passes.places import can_wait
 from regdrop.passes.structures import find_leaves
 
@@ -75,7 +75,7 @@ def refuse_item_numbers(
 
 def _are_numbers_of_items(item: Tensor, value: Mapping[Any, Any], size: int) -> bool:
     """Return whether values are numbers of items, or -1 for none, and not of an item's steps."""
-    if not item.dim() or not item.numel() or size < _FEW or not counts(item):
+    if not item.dim() or not item.numel() or size < _FEW or not is_integral(item):
         return False
     if not can_wait(item):
         return False
@@ -91,7 +91,7 @@ def _has_steps(leaf: Any, last: int) -> bool:
     """Return whether each item may have steps, or points, up to the number of one."""
     if not isinstance(leaf, Tensor) or leaf.is_nested or leaf.dim() < 2:
         return False
-    return (leaf.dim() > 2 or counts(leaf)) and leaf.shape[1] > last
+    return (leaf.dim() > 2 or is_integral(leaf)) and leaf.shape[1] > last
 
 
 def _are_groups_in_order(item: Tensor, size: int) -> bool:

@@ -104,7 +104,7 @@ def refuse_hidden_numbers(parts: Mapping[Any, Any], size: int) -> None:
 
 def _is_end_of_edges(name: str, item: Tensor, items: Mapping[str, Any], size: int) -> bool:
     """Return whether one end of each edge has such a name; as many as the items are a feature."""
-    if not any(name in ends for ends in _ENDS_OF_EDGES) or not counts(item):
+    if not any(name in ends for ends in _ENDS_OF_EDGES) or not is_integral(item):
         return False
     is_graph = items.keys() >= {"senders", "receivers"}
     has_other = name in ("senders", "receivers") or items.keys() >= {"src", "dst"}
@@ -116,7 +116,7 @@ def _are_owners(name: str, item: Tensor) -> bool:
 
     Others with floats are a covariate of each item.
     """
-    return counts(item) or (name == "batch_idx" and item.is_floating_point())
+    return is_integral(item) or (name == "batch_idx" and item.is_floating_point())
 
 
 def _are_starts(name: str, item: Any, items: Mapping[str, Any], size: int, dim: int) -> bool:
@@ -142,15 +142,20 @@ def _may_be_entries(name: str, value: Any, size: int, dim: int) -> bool:
     if not isinstance(value, Tensor) or value.is_nested or value.dim() not in (1, 2):
         return False
     is_longer = len(value) > size and find_dim(value, size, dim) is None
-    return is_longer and (counts(value) or name == "coord")
+    return is_longer and (is_integral(value) or name == "coord")
 
 
 def is_line_of_integers(value: Any) -> bool:
     """Return whether something is a tensor of integers with one dimension."""
-    return isinstance(value, Tensor) and not value.is_nested and value.dim() == 1 and counts(value)
+    return (
+        isinstance(value, Tensor)
+        and not value.is_nested
+        and value.dim() == 1
+        and is_integral(value)
+    )
 
 
-def counts(tensor: Tensor) -> bool:
+def is_integral(tensor: Tensor) -> bool:
     """Return whether a tensor has whole numbers."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
@@ -162,7 +167,7 @@ def _read_integers(part: Any, size: int) -> list[Tensor] | None:
     """
     if isinstance(part, Tensor):
         is_table = not part.is_nested and part.dim() == 2 and len(part) not in (1, size)
-        tensors = list(part) if is_table and counts(part) and can_read(part.device) else [part]
+        tensors = list(part) if is_table and is_integral(part) and can_read(part.device) else [part]
     else:
         tensors = list(part) if isinstance(part, (list, tuple)) else []
     is_read = all(is_line_of_integers(one) and can_read(one.device) for one in tensors)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from regdrop.experiments import build_arms
-from regdrop.experiments.evaluating.evaluate import free_path
 from regdrop.experiments.evaluating.measure import _made_with, measure
+from regdrop.experiments.evaluating.result_files import free_path
 from regdrop.experiments.running.run import RunPaths, train_run
 
 

@@ -11,12 +11,8 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from regdrop.disagreement import Disagreement
 from regdrop.experiments.arms import baseline_arm
-from regdrop.experiments.evaluating.evaluate import (
-    free_path,
-    load_run,
-    load_saved_model,
-    split_label,
-)
+from regdrop.experiments.evaluating.result_files import free_path, split_label
+from regdrop.experiments.evaluating.saved_run import load_run, load_saved_model
 from regdrop.experiments.recording.environment import describe_hardware, library_versions
 from regdrop.experiments.recording.files import write_json
 from regdrop.experiments.recording.record import RunRecord
