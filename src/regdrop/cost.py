@@ -3,7 +3,7 @@
 from dataclasses import fields, replace
 
 from regdrop.config import RDropConfig
-from regdrop.schedule import plan_step
+from regdrop.schedule import follows_validation, plan_step
 
 # One training step without R-Drop is one part forward and two parts backward.
 _FORWARD_SHARE = 1 / 3
@@ -56,7 +56,7 @@ def describe_cost_options(config: RDropConfig) -> str:
 def _share_of_full_steps(config: RDropConfig, total_steps: int | None) -> float:
     """Return the share of a run's steps that have all passes."""
     alpha = None
-    if config.alpha == "auto" and config.alpha_rule != "ramp":
+    if follows_validation(config):
         alpha = config.highest_alpha
     if total_steps is None:
         if config.alpha != "auto" and config.alpha_warmup_steps:

@@ -97,6 +97,11 @@ def is_monitored(config: RDropConfig, step: int) -> bool:
     return config.monitor_steps is not None and step % config.monitor_steps == 0
 
 
+def follows_validation(config: RDropConfig) -> bool:
+    """Return whether alpha is "auto" by a rule that reads the validation loss."""
+    return config.alpha == "auto" and config.alpha_rule != "ramp"
+
+
 def refuse_validation_rule(config: RDropConfig, who: str) -> None:
     """Refuse a rule of alpha that reads the validation loss, for what sees none.
 
@@ -107,9 +112,10 @@ def refuse_validation_rule(config: RDropConfig, who: str) -> None:
     Raises:
         ValueError: If alpha is "auto" by such a rule.
     """
-    if config.alpha == "auto" and config.alpha_rule != "ramp":
+    if follows_validation(config):
         raise ValueError(
-            f"alpha_rule must be 'ramp', got {config.alpha_rule!r}: {who} sees no validation"
+            f"alpha_rule must be 'ramp', got {config.alpha_rule!r}: {who} sees no validation; "
+            "RDropTrainer does, and a loop of your own by an AlphaController"
         )
 
 

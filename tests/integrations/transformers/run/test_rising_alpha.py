@@ -81,8 +81,15 @@ def test_options_that_a_callback_replaces_are_those_of_the_next_step(tmp_path, a
 
 def test_a_rule_that_did_not_begin_with_the_run_is_refused(tmp_path):
     changes = {"alpha": "auto", "alpha_rule": "stall"}
-    with pytest.raises(ValueError, match=r"alpha_rule='stall' must be given before training"):
-        train_with_other_options(tmp_path, RDropConfig(), **changes)
+    gap = RDropConfig(alpha="auto", alpha_rule="gap", alpha_max=4.0)
+    for began, given in ((RDropConfig(), changes), (AUTO, changes), (gap, {"alpha_max": 8.0})):
+        with pytest.raises(ValueError, match=r"alpha_rule='\w+' must be given before training"):
+            train_with_other_options(tmp_path, began, **given)
+
+
+def test_the_ends_of_a_ramp_may_be_replaced_as_other_options(tmp_path):
+    found = train_with_other_options(tmp_path, AUTO, alpha_start=0.0, alpha_max=8.0)
+    assert found == [3.0, 4.75, 4.0, 6.0]
 
 
 # --- ramps --------------------------------------------------------------------------------------
@@ -327,6 +334,44 @@ def test_a_run_that_had_no_validation_goes_on_by_the_ramp_and_says_so(tmp_path, 
         again = train(tmp_path, rdrop, resume=checkpoint, **options)
     assert logged(again, "alpha") == logged(begun, "alpha") == RAMP
     assert "there is none in the run so far: alpha follows the ramp" in caplog.text
+
+
+def test_a_run_that_was_a_ramp_goes_on_by_the_rule_that_it_is_given(tmp_path, caplog):
+    rdrop, options, checkpoint = resumable(tmp_path)
+    begun = train(tmp_path, AUTO, **options)
+    with caplog.at_level(logging.WARNING):
+        again = train(tmp_path, rdrop, resume=checkpoint, **options)
+    assert logged(begun, "alpha") == RAMP
+    # The first evaluation that the rule sees is progress, the second one is none.
+    assert logged(again, "alpha") == [*RAMP[:4], 1, 1, 1, 1]
+    assert again._planner.controller.alpha == 2
+    assert "alpha='auto' goes on by alpha_rule='stall'" in caplog.text
+    assert "follows the ramp" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rdrop", "told"),
+    [
+        (AUTO, True),
+        (RDropConfig(alpha=2.0, alpha_schedule="linear", alpha_warmup_ratio=1.0), True),
+        (RDropConfig(alpha=2.0, alpha_schedule="linear", alpha_warmup_steps=8), False),
+        (replace(AUTO, alpha_rule="stall"), False),
+    ],
+)
+def test_a_run_that_goes_on_for_longer_than_it_was_to_is_told_of_its_alpha(
+    tmp_path, caplog, rdrop, told
+):
+    _, options, checkpoint = resumable(tmp_path)
+    train(tmp_path, rdrop, **options)
+    said = "alpha is a part of the run, which has 10 steps and had 8 at the checkpoint"
+    with caplog.at_level(logging.WARNING):
+        train(tmp_path, rdrop, resume=checkpoint, **options)
+        assert "is a part of the run" not in caplog.text
+        options |= {"max_steps": 10, "losses": {**HIGH, 10: 1.8}}
+        again = train(tmp_path, rdrop, resume=checkpoint, **options)
+    assert (said in caplog.text) is told
+    if rdrop == AUTO:
+        assert logged(again, "alpha")[3:5] == pytest.approx([RAMP[3], 3 + 7 * 4 / 10])
 
 
 @pytest.mark.parametrize("case", ["no data", "no evaluation", "no loss"])

@@ -10,7 +10,13 @@ from regdrop.alpha import AlphaController
 from regdrop.config import RDropConfig
 from regdrop.loss import ItemCounts
 from regdrop.meter import LossMeter
-from regdrop.schedule import StepPlan, is_part_of_run, plan_step, refuse_unknown_length
+from regdrop.schedule import (
+    StepPlan,
+    follows_validation,
+    is_part_of_run,
+    plan_step,
+    refuse_unknown_length,
+)
 
 
 class StepPlanner:
@@ -24,7 +30,8 @@ class StepPlanner:
     def __init__(self, config: RDropConfig, total_steps: int | None) -> None:
         self.total_steps = total_steps
         self.controller: AlphaController | None = None
-        if config.alpha == "auto" and total_steps is not None:
+        self._rule = _rule_of(config)
+        if follows_validation(config) and total_steps is not None:
             self.controller = AlphaController.from_config(config, total_steps)
         # No rule would recover from a micro-batch that is not finite.
         self._seen = LossMeter(leaves_out=True)
@@ -39,8 +46,8 @@ class StepPlanner:
         """Return what a step does, by the options of that moment.
 
         Raises:
-            ValueError: If a rule that follows the validation loss did not begin with the run, or
-                alpha is a part of a run that has no length yet.
+            ValueError: If a rule that follows the validation loss did not begin with the run as it
+                is, or alpha is a part of a run that has no length yet.
         """
         if self.total_steps is None and is_part_of_run(config) and step >= config.start_step:
             refuse_unknown_length(
@@ -48,14 +55,14 @@ class StepPlanner:
                 "its steps are known once train() has begun, or by max_steps of the Trainer's "
                 "arguments",
             )
-        is_begun = self.total_steps is not None and self.controller is None
-        if is_begun and config.alpha == "auto" and config.alpha_rule != "ramp":
-            raise ValueError(
-                f"alpha='auto' with alpha_rule={config.alpha_rule!r} must be given before training "
-                "begins, got it for a run that began with another alpha"
-            )
         alpha = None
-        if self.controller is not None and config.alpha == "auto":
+        if follows_validation(config) and self.total_steps is not None:
+            if self.controller is None or _rule_of(config) != self._rule:
+                raise ValueError(
+                    f"alpha='auto' with alpha_rule={config.alpha_rule!r} must be given before "
+                    "training begins, and alpha_min and alpha_max with it, got it for a run that "
+                    "began with another alpha"
+                )
             alpha = self.controller.alpha_at(step)
         return plan_step(config, step, total_steps=self.total_steps, alpha=alpha)
 
@@ -90,6 +97,7 @@ class StepPlanner:
     def state(self, reduce: Callable[..., Any]) -> dict[str, Any]:
         """Return what a checkpoint keeps, over all processes."""
         return {
+            "total_steps": self.total_steps,
             "passes": [self._passes, self._batches],
             "rule": None if self.controller is None else self.controller.state_dict(),
             "seen": self._seen.state(reduce),
@@ -99,10 +107,15 @@ class StepPlanner:
         """Take up what a checkpoint kept; sums over all processes on the main one alone."""
         self._passes, self._batches = state["passes"]
         # The ramp has no state: it is taken up by a run that has no validation loss any more, too.
+        # One that was asked for leaves none, so that a run may go on from it by a rule.
         if self.controller is not None and self.reads_validation and state["rule"] is not None:
             self.controller.load_state_dict(state["rule"])
         if is_main:
             self._seen.load(state["seen"], device)
+
+
+def _rule_of(config: RDropConfig) -> tuple[Any, ...]:
+    return config.alpha_rule, config.alpha_max, config.alpha_min
 
 
 def find_validation_loss(metrics: Mapping[str, float], data: Any) -> float | None:

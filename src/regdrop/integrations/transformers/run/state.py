@@ -17,7 +17,7 @@ from regdrop.integrations.transformers.run.planning import StepPlanner, find_val
 from regdrop.integrations.transformers.run.recording import add_to_model_card
 from regdrop.loss import ItemCounts
 from regdrop.meter import LossMeter
-from regdrop.schedule import StepPlan
+from regdrop.schedule import StepPlan, is_part_of_run
 from regdrop.whole_files import write_text
 
 CONFIG_NAME = "rdrop_config.json"
@@ -72,6 +72,7 @@ class RunState(WindowCounting):
             self._planner.load(held[0], self.args.device, is_main)
             if read_validation and not self._planner.reads_validation:
                 self._follow_ramp("none in the run so far")
+            self._compare_length(held[0].get("total_steps"))
 
     def _note_step(
         self, plan: StepPlan, nll: Tensor, kl: Tensor | None, counts: ItemCounts
@@ -144,6 +145,17 @@ class RunState(WindowCounting):
             self._tell(
                 f"alpha='auto' goes on by {after}; the checkpoint's run had {before}: give these "
                 "to go on as it was"
+            )
+
+    def _compare_length(self, before: int | None) -> None:
+        """Tell where alpha goes on as in a run of another length than the checkpoint's."""
+        now = self.state.max_steps
+        if before in (None, now) or self._planner.reads_validation:
+            return
+        if is_part_of_run(self.rdrop):
+            self._tell(
+                f"alpha is a part of the run, which has {now} steps and had {before} at the "
+                f"checkpoint: it goes on as in a run of {now}"
             )
 
     def _load_renamed(self, checkpoint: str | None) -> bool:
