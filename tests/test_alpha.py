@@ -205,6 +205,19 @@ def test_a_run_that_had_to_follow_the_ramp_goes_on_so():
         )
 
 
+@pytest.mark.parametrize("highest", [None, 8.0, 20.0])
+def test_saved_options_fall_back_to_the_ramp_of_those_that_were_saved(highest):
+    config = RDropConfig(alpha="auto", alpha_rule="stall", alpha_max=highest)
+    saved = RDropConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert saved == config
+    ends = []
+    for options in (config, saved):
+        controller = AlphaController.from_config(options, STEPS)
+        controller.follow_ramp()
+        ends.append((controller.alpha_at(0), controller.alpha_at(STEPS)))
+    assert ends == [(3.0, highest or 10.0)] * 2
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

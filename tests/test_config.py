@@ -236,7 +236,12 @@ def test_a_config_is_frozen_and_hashable():
         (
             {"alpha": "auto", "alpha_warmup_steps": 5},
             ValueError,
-            "alpha_warmup_steps=5 needs alpha_schedule=",
+            "alpha='auto' is a schedule itself: it excludes alpha_warmup_steps=5; give .* a number",
+        ),
+        (
+            {"alpha": "auto", "alpha_warmup_ratio": 0.5},
+            ValueError,
+            "alpha='auto' is a schedule itself: it excludes alpha_warmup_ratio=0.5; give .* number",
         ),
         ({"alpha": "auto", "alpha_rule": "best"}, ValueError, "alpha_rule must be one of"),
         ({"alpha_rule": "stall"}, ValueError, "alpha_rule='stall' needs alpha='auto'"),

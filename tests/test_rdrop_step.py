@@ -649,6 +649,7 @@ def test_a_config_of_another_type_is_refused():
         ({"step": 0.5}, TypeError, "step must be an integer, got float"),
         ({"total_steps": "9"}, TypeError, "total_steps must be an integer, got str"),
         ({"alpha": "1"}, TypeError, "alpha must be a number, got str"),
+        ({"alpha": "auto"}, TypeError, "got 'auto', which RDropConfig takes, for rdrop_step"),
         ({"alpha": True}, TypeError, "alpha must be a number, got bool"),
         ({"alpha": -1.0}, ValueError, "alpha must be finite and at least 0, got -1.0"),
         (

@@ -97,7 +97,7 @@ def _check_schedule(options: AlphaOptions) -> None:
     if len(ramp) > 1:
         raise ValueError(f"the length of alpha's ramp must be given once, got {given}")
     if options.alpha == "auto":
-        _check_auto(options)
+        _check_auto(options, given)
     else:
         _check_options_of_auto_are_absent(options)
     if options.alpha_schedule != "constant" and not ramp:
@@ -126,12 +126,14 @@ def _check_options_of_auto_are_absent(options: AlphaOptions) -> None:
             )
 
 
-def _check_auto(options: AlphaOptions) -> None:
+def _check_auto(options: AlphaOptions, ramp: str) -> None:
     if options.alpha_schedule != "constant":
+        ramp = f"alpha_schedule={options.alpha_schedule!r}"
+    if ramp:
         raise ValueError(
-            "alpha='auto' is a schedule itself: it excludes "
-            f"alpha_schedule={options.alpha_schedule!r}; give the ramp's end as alpha_max, or "
-            "as alpha beside alpha_schedule"
+            f"alpha='auto' is a schedule itself: it excludes {ramp}; give the "
+            "ramp's end as alpha_max, or a ramp of another length or form by a number as alpha "
+            "beside alpha_schedule"
         )
     for name in ("alpha_max", "alpha_min"):
         if getattr(options, name) == 0:

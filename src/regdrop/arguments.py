@@ -33,6 +33,17 @@ def check_number(
         raise ValueError(f"{name} must be finite and above {above}, got {value}")
 
 
+def check_alpha(alpha: Any) -> None:
+    """Raise unless the argument is a weight of the divergence: a number of at least 0."""
+    if isinstance(alpha, str) and alpha == "auto":
+        raise TypeError(
+            "alpha must be a number, got 'auto', which RDropConfig takes, for rdrop_step and the "
+            "trainers; here give regdrop.AlphaController(total_steps).alpha_at(step), its number "
+            "at a step"
+        )
+    check_number("alpha", alpha, low=0)
+
+
 def check_integer(name: str, value: Any, *, low: int | None = None, or_none: bool = False) -> None:
     """Raise unless the argument is an integer, of Python or of NumPy, of at least `low`.
 

@@ -190,10 +190,11 @@ class RDropConfig:
 
     def _leave_out_unused(self) -> None:
         """Take the defaults of before where an option means nothing: saved options hold them."""
-        if self.alpha != "auto" and self.alpha_max == RULE_MAX:
-            object.__setattr__(self, "alpha_max", None)
-        if self.alpha_start == 0 and (self.alpha != "auto" or self.alpha_rule != "ramp"):
-            object.__setattr__(self, "alpha_start", None)
+        if self.alpha == "auto" and self.alpha_rule == "ramp":
+            return
+        for name, meant in (("alpha_max", RULE_MAX), ("alpha_start", 0)):
+            if getattr(self, name) == meant:
+                object.__setattr__(self, name, None)
 
     def _check_numbers(self) -> None:
         check_number("fraction", self.fraction, low=0, high=1)

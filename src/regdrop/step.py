@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regdrop.arguments import check_integer, check_number
+from regdrop.arguments import check_alpha, check_integer
 from regdrop.config import RDropConfig
 from regdrop.divergence_watch import reached_modules, watch_divergence
 from regdrop.extra_pass import extra_pass, measure_divergence
@@ -89,7 +89,7 @@ def rdrop_step(
         check_integer("total_steps", total_steps, low=1)
     check_integer("batch_size", batch_size, low=0, or_none=True)
     if alpha is not None:
-        check_number("alpha", alpha, low=0)
+        check_alpha(alpha)
         if alpha and config.num_passes == 1:
             raise ValueError(
                 f"alpha={alpha} needs a config with num_passes of at least 2 (one pass has nothing "

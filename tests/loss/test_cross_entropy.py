@@ -663,6 +663,7 @@ def test_module_is_the_function():
         ({"alpha": math.nan}, ValueError, "alpha must be finite"),
         ({"alpha": torch.tensor(1.0)}, TypeError, "alpha must be a number, got Tensor"),
         ({"alpha": "1"}, TypeError, "alpha must be a number, got str"),
+        ({"alpha": "auto"}, TypeError, r"got 'auto', which RDropConfig takes, .*\.alpha_at\(step"),
         ({"alpha": True}, TypeError, "alpha must be a number, got bool"),
         ({"num_passes": 1}, ValueError, "num_passes must be at least 2"),
         ({"num_passes": 0}, ValueError, "num_passes must be at least 1, got 0"),

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from regdrop.arguments import check_integer, check_number
+from regdrop.arguments import check_alpha, check_integer, check_number
 from regdrop.kernels import is_distributed
 from regdrop.loss.output import Reduction, Scale
 from regdrop.tracing import can_read, is_transformed
@@ -45,7 +45,7 @@ def check_options(
     label_smoothing: float = 0.0,
 ) -> None:
     """Raise ValueError or TypeError for an option that is out of range."""
-    check_number("alpha", alpha, low=0)
+    check_alpha(alpha)
     check_passes(num_passes, backward_passes)
     if num_passes == 1 and alpha != 0:
         raise ValueError(
