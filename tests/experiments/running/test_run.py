@@ -2,6 +2,7 @@ import os
 import re
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -240,8 +241,13 @@ class InTheEnd(TrainerCallback):
         raise KeyboardInterrupt
 
 
-def interrupt_in_the_end(*args, **kwargs):
-    return TaskTrainer(*args, callbacks=[InTheEnd()], **kwargs)
+def cut_in_the_end(task, arm, folder, monkeypatch):
+    """Train a run that is interrupted in the end."""
+    make = partial(TaskTrainer, callbacks=[InTheEnd()])
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "TaskTrainer", make)
+        with pytest.raises(KeyboardInterrupt):
+            run_arm(task, arm, 0, folder)
 
 
 def truncate(path):
@@ -269,10 +275,7 @@ def test_a_run_goes_on_from_its_last_whole_checkpoint(
     """The first is the best one, so that the others are not needed at the end."""
     arm = build_arms(short)["rdrop"]
     whole = run_arm(short, arm, 0, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(building, "TaskTrainer", interrupt_in_the_end)
-        with pytest.raises(KeyboardInterrupt):
-            run_arm(short, arm, 0, tmp_path / "cut")
+    cut_in_the_end(short, arm, tmp_path / "cut", monkeypatch)
     work = tmp_path / "cut" / "unfinished" / "rdrop-seed0"
     checkpoints = list_checkpoints(work)
     assert len(checkpoints) == 2
@@ -292,10 +295,7 @@ def test_a_run_in_a_folder_that_was_moved_selects_the_same_checkpoint(tmp_path, 
     arm = build_arms(task)["baseline"]
     whole = run_arm(task, arm, 0, tmp_path / "whole")
     assert whole.best_step == 2
-    with monkeypatch.context() as patch:
-        patch.setattr(building, "TaskTrainer", interrupt_in_the_end)
-        with pytest.raises(KeyboardInterrupt):
-            run_arm(task, arm, 0, tmp_path / "cut")
+    cut_in_the_end(task, arm, tmp_path / "cut", monkeypatch)
     (tmp_path / "cut").rename(tmp_path / "moved")
     assert without_times(run_arm(task, arm, 0, tmp_path / "moved")) == without_times(whole)
 
@@ -305,10 +305,7 @@ def test_a_best_checkpoint_that_is_damaged_is_trained_again(tmp_path, short, mon
     task = WorstIsSelected(**{**vars(short), "training": training})
     arm = build_arms(task)["baseline"]
     whole = run_arm(task, arm, 0, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(building, "TaskTrainer", interrupt_in_the_end)
-        with pytest.raises(KeyboardInterrupt):
-            run_arm(task, arm, 0, tmp_path / "cut")
+    cut_in_the_end(task, arm, tmp_path / "cut", monkeypatch)
     work = tmp_path / "cut" / "unfinished" / "baseline-seed0"
     truncate(work / "checkpoint-2" / "model.safetensors")
     again = run_arm(task, arm, 0, tmp_path / "cut")

@@ -352,9 +352,9 @@ def test_reading_a_large_split_says_how_far_it_is(caplog):
     assert read(1001, 60.0) == []
 
 
-def test_images_beyond_memory_are_read_once_in_all_and_again_once_they_change(
-    tmp_path, monkeypatch
-):
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """Return a list that every image is added to which is read, with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     read = []
     convert = decoding.convert_image
@@ -364,6 +364,10 @@ def test_images_beyond_memory_are_read_once_in_all_and_again_once_they_change(
         return convert(image, num_channels)
 
     monkeypatch.setattr(decoding, "convert_image", count)
+    return read
+
+
+def test_images_beyond_memory_are_read_once_in_all_and_again_once_they_change(tmp_path, read):
     options = {"num_channels": 1, "mean": [0.5], "std": [0.5], "in_memory": False}
     for folder, train, expected in (("one", 20, 24), ("one", 20, 0), ("two", 30, 34)):
         if not (tmp_path / folder).exists():
@@ -387,18 +391,9 @@ def test_a_wrong_label_is_named_by_its_row_wherever_it_is_drawn_to(tmp_path):
             load(folder, num_channels=1, mean=[0.5], std=[0.5])
 
 
-def test_images_that_were_not_read_are_read_where_they_are_drawn_to(tmp_path, monkeypatch):
+def test_images_that_were_not_read_are_read_where_they_are_drawn_to(tmp_path, read):
     """A part of the training split and what validates are of one split: each has its own rows."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = write_stream(tmp_path / "data", train=40)
-    read = []
-    convert = decoding.convert_image
-
-    def count(image, num_channels):
-        read.append(image)
-        return convert(image, num_channels)
-
-    monkeypatch.setattr(decoding, "convert_image", count)
     options = {"num_channels": 1, "mean": [0.5], "std": [0.5], "in_memory": False}
     # A part as large as what validates, four images, then all; then in colours.
     for changes, expected in (
