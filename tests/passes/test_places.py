@@ -222,3 +222,21 @@ def test_a_graph_network_with_such_a_matrix_runs_one_pass_after_the_other():
         return torch.sparse.mm(batch["adj"], net(batch["x"]))
 
     assert rdrop_step(forward, batch, labels, config=config, step=0).kl > 0
+
+
+# --- positions in time, height and width ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", [3, 4])
+@pytest.mark.parametrize("rows", [2, 3, 4])
+def test_positions_of_several_axes_have_the_items_second(axes, rows):
+    positions = torch.arange(axes * rows * 5).view(axes, rows, 5)
+    batch = {"input_ids": torch.zeros(rows, 5), "position_ids": positions}
+    assert torch.equal(repeat_batch(batch)["position_ids"], torch.cat([positions] * 2, 1))
+    index = torch.tensor([1, 0, 1])
+    assert torch.equal(take_items(batch, index)["position_ids"], positions[:, index])
+
+
+def test_positions_of_several_axes_that_all_rows_share_are_shared():
+    batch = {"input_ids": torch.zeros(4, 5), "position_ids": torch.zeros(3, 1, 5)}
+    assert repeat_batch(batch)["position_ids"] is batch["position_ids"]

@@ -20,6 +20,8 @@ _STATES = re.compile(r"(^|_)(hidden|states?|(hidden|cell)_state)$")
 # Masks of nn.MultiheadAttention and of what holds it.
 _MASKS_OF_ATTENTION = re.compile(r"(^|_)(attn|src|tgt|memory)_mask$")
 _ADJACENCY = re.compile(r"(^|_)(adj(acency)?(_t|_mat(rix)?)?|laplacian)$")
+# Time, height and width, and the place in the text before them.
+_AXES = (3, 4)
 # So few rows may be those of sentences of 1, 2 and 3 words.
 _FEW = 4
 
@@ -57,7 +59,9 @@ def find_place(
     if len(shape) == 3:
         if _is_mask_of_heads(known, shape, size):
             return Place(0, shape[0] // size)
-        if dim == 0 and _has_layers_first(known, shape, size):
+        if dim == 0 and (
+            _has_layers_first(known, shape, size) or _has_axes_first(known, shape, size)
+        ):
             return Place(1)
     elif len(shape) == 2 and _may_be_between_items(known, value, dim) and size > 1:
         is_square = shape[0] == size and shape[1] == size
@@ -100,6 +104,14 @@ def _has_layers_first(name: str, shape: Any, size: int) -> bool:
     if _STATES_OF_TORCH.search(name):
         return bool(shape[1] == size)
     return _STATES.search(name) is not None and bool(shape[0] != size and shape[1] == size)
+
+
+def _has_axes_first(name: str, shape: Any, size: int) -> bool:
+    """Return whether positions in time, height and width (and in the text) are one behind another.
+
+    They are so in the models of Qwen that see pictures. Those of one row are of all rows alike.
+    """
+    return name == "position_ids" and bool(1 < size == shape[1] and shape[0] in _AXES)
 
 
 def _may_be_between_items(name: str, value: Any, dim: int) -> bool:

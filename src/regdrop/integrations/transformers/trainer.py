@@ -322,15 +322,15 @@ class RDropTrainerMixin(RunState):
         own_loss = torch.stack(reading.losses).mean()
         if self.rdrop.fraction < 1:
             own_loss = reading.losses[0]  # that of pass 0, which alone has all rows
-        items = head.counts().kl
+        items, nll = head.counts().kl, own_loss.detach()
         has_items = items > 0  # the mean over no item is nan
-        weight = has_items.to(own_loss.device, torch.float)
-        nll = torch.where(has_items, own_loss.detach(), 0)
         if window.own_items is not None:
-            # It is a share of the window's mean; the window's items are shared out alike.
+            # It is a share of the window's mean, to which micro-batches without an item belong.
+            has_items = torch.as_tensor(window.own_items, device=nll.device) > 0
             nll = nll * window.num_batches
         else:
             own_loss = own_loss / window.num_batches
+        nll, weight = torch.where(has_items, nll, 0), has_items.to(nll.device, torch.float)
         self._note_step(plan, nll, kl, ItemCounts(weight, items))
         factor = plan.factor
         if plan.num_passes > 1:

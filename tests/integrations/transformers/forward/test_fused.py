@@ -385,6 +385,26 @@ class WatchedLMHeadModel(transformers.GPT2LMHeadModel):
         self.lm_head.register_full_backward_hook(lambda module, before, after: None)
 
 
+class Quantised(torch.Tensor):
+    """Has no operation but that of its layer, as the tensors of torchao."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.t, torch.Tensor.mT.__get__, torch.mm, torch.matmul):
+            raise NotImplementedError(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class QuantisedLMHeadModel(transformers.GPT2LMHeadModel):
+    """Has a last layer of torch's own class, whose weight is not."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        weight = torch.randn(config.vocab_size, 16).as_subclass(Quantised)
+        self.lm_head = nn.Linear(16, config.vocab_size, bias=False)
+        self.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+
+
 RECOMPUTED = "the {} of its last layer must be a parameter, got one that each forward computes"
 HOOKED = "its last layer must have no forward and no backward hooks"
 UNKNOWN = {
@@ -401,6 +421,7 @@ UNKNOWN = {
     WholeLMHeadModel: "its forward needs the logits of every position",
     TwiceLMHeadModel: "its forward must call its last layer once, got 2 calls",
     FunctionalLMHeadModel: "its forward must call its last layer once, got 0 calls",
+    QuantisedLMHeadModel: "the parameters of its last layer must be plain tensors, got Quantised",
     ScaledLMHeadModel: r"its last layer must be a plain torch\.nn\.Linear, got ScaledLinear",
 }
 
@@ -492,10 +513,14 @@ def test_other_heads_have_no_last_layer_to_take_over(tmp_path):
         trainer_for(tmp_path, "bert", RDropConfig(fused_linear=True), model).train()
 
 
-def test_a_compiled_model_keeps_its_logits(tmp_path):
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_a_compiled_model_keeps_its_logits(tmp_path, is_in_place):
     model = build("gpt2").train()
     trainer = trainer_for(tmp_path, "gpt2", RDropConfig(fused_linear=True), model)
-    compiled = torch.compile(model, backend="eager")
+    compiled = model if is_in_place else torch.compile(model, backend="eager")
+    if is_in_place:
+        trainer._head(dict(rows("gpt2").columns))  # looked at before there is a graph
+        model.compile(backend="eager")
     with pytest.raises(ValueError, match="GPT2LMHeadModel: it is compiled"):
         trainer.compute_loss(compiled, dict(rows("gpt2").columns))
 

@@ -315,6 +315,20 @@ def test_a_known_head_keeps_its_divergence(tmp_path):
     assert logged(trainer, "nll") == [pytest.approx(nll.item(), rel=1e-4)]
 
 
+def test_a_micro_batch_without_an_item_is_a_part_of_its_window(tmp_path):
+    """A loss that divides by the items of the window is 0 there, and a mean counts that."""
+    rows = token_rows(8)
+    rows.columns["labels"][4:] = -100
+
+    def run(**options):
+        torch.manual_seed(0)
+        model = key_dropout(tiny_gpt2())
+        return train(tmp_path, model, rows, OWN, max_steps=1, **options)
+
+    halves = run(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert_same_run(halves, run(), ("loss", "nll", "kl"))
+
+
 def test_a_monitored_run_is_the_same_run(tmp_path):
     def run(**options):
         config = RDropConfig(alpha=0.0, num_passes=1, likelihood="model", **options)

@@ -11,6 +11,7 @@ from regdrop.passes.packed_rows import (
     may_hide_documents,
     tell_documents,
 )
+from regdrop.passes.places import find_place
 
 # Read by all rows alike, in whatever number of rows they come; of packed rows, stacked by name.
 _SHARED = frozenset({"cache_position", "head_mask", "cross_attn_head_mask", "decoder_head_mask"})
@@ -33,7 +34,10 @@ def why_not_stacked(inputs: Mapping[str, Any], rows: int) -> str | None:
             continue
         if value.shape[0] == rows or (name in _BROADCAST and value.shape[0] == 1):
             continue
-        is_stacked_by_name = find_repetition(name, value, rows) is not None
+        is_stacked_by_name = (
+            find_repetition(name, value, rows) is not None
+            or find_place(name, value, rows, 0, lambda: True) is not None
+        )
         if not is_stacked_by_name and not (is_packed and is_longest(name)):
             return f"{name} has {value.shape[0]} rows for {rows} rows of the batch"
     return None

@@ -38,7 +38,7 @@ def chooses_fused(trainer: Any, model: nn.Module, head: Head) -> bool:
             raise ValueError("its head is not one linear layer over a vocabulary")
         if trainer._splits_parameters() or trainer.get_tp_size() > 1:
             raise ValueError("its last layer is spread over processes")
-        if trainer.args.torch_compile or is_compiled_module(model):
+        if trainer.args.torch_compile or is_compiled_module(model) or _is_compiled(unwrapped):
             raise ValueError("it is compiled")
         check_fused_head(unwrapped, head)
     except ValueError as error:
@@ -52,3 +52,8 @@ def chooses_fused(trainer: Any, model: nn.Module, head: Head) -> bool:
         )
         return False
     return True
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Return whether a model is compiled in place, by `model.compile()`."""
+    return any(part._compiled_call_impl is not None for part in (model, base_model(model)))

@@ -71,6 +71,12 @@ def find_fused_head(model: nn.Module) -> FusedHead:
             f"the {computed[0]} of its last layer must be a parameter, got one that each forward "
             "computes (as prune and weight_norm have it)"
         )
+    kinds = {type(x) for x in (layer.weight, layer.bias) if x is not None} - {nn.Parameter}
+    if kinds:
+        raise ValueError(
+            f"the parameters of its last layer must be plain tensors, got {kinds.pop().__name__} "
+            "(as quantisation has it)"
+        )
     # What goes before the layer is seen whole: the states are taken behind it.
     if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         raise ValueError(
