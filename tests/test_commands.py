@@ -283,7 +283,7 @@ TUNE = ("tune", "digits", "--vary", "rdrop.alpha=1")
         (("train", "digits", "--alpha", "ramp"), "alpha must be a number or auto, got 'ramp'"),
         (
             ("train", "digits", "--alpha", "auto", "--set", "rdrop.alpha_warmup_steps=9"),
-            "alpha_warmup_steps=9 needs alpha_schedule",
+            "it excludes alpha_warmup_steps=9",
         ),
         (("train", "digits", "--arm", "magic"), "arm must be one of baseline"),
         (("train", "translation", "--preset", "x"), "preset of 'translation' must be one of"),
