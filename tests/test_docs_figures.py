@@ -176,6 +176,87 @@ STUDIED = {
 }
 
 
+# How the tables of the log name the arms of `sweep alpha-schedules`.
+SHOWN_ARMS = {
+    "baseline": "baseline",
+    **{f"alpha {alpha}": f"alpha-{alpha}" for alpha in (0, 1, 3, 6, 10, 16)},
+    "alpha 6, the best constant by validation": "alpha-6",
+    "from 0 to 8": "ramp-8",
+    "from 0 to 16": "ramp-16",
+    "from 0 to 32": "ramp-32",
+    "from 0 to 16, one pass below 8": "ramp-16-below-8",
+    "from 0 to 16, one pass below 5, then every 2nd step": "ramp-16-below-5-every-2",
+    '1, doubled on a stall, at most 16 (`"stall"`)': "stall-16",
+    '`"stall"`': "stall-16",
+    '`"stall"`, `"ramp-from-stall"`': "stall-16",
+    '1 until the first stall, then a ramp (`"ramp-from-stall"`)': "ramp-from-stall-16",
+    '`"ramp-from-stall"`': "ramp-from-stall-16",
+    "the same from 3 (`alpha_min=3`)": "ramp-from-stall-16-from-3",
+    "the same, `alpha_min=3`": "ramp-from-stall-16-from-3",
+    '`"ramp-from-stall"`, `alpha_min=3`': "ramp-from-stall-16-from-3",
+    "the same, on every 2nd step": "ramp-from-stall-16-from-3-every-2",
+    "the same from 6": "ramp-from-stall-16-from-6",
+    '`"ramp-from-stall"`, `alpha_min=6`': "ramp-from-stall-16-from-6",
+    '`"stall"` from the best weights (`"restore"`)': "restore-16",
+    '`"restore"`': "restore-16",
+    '16 times the gap of the losses (`"gap"`)': "gap-16",
+    '`"gap"`': "gap-16",
+    'the KL of the best evaluation (`"kl-target"`)': "kl-target-16",
+    '`"kl-target"`': "kl-target-16",
+    "alpha 16 in the last third, one pass before": "late-start",
+    "alpha 16 in the last third": "late-start",
+    "one pass, dropout odds rising to 4 times": "rising-dropout-4",
+}
+SHOWN_METRICS = {
+    "test perplexity": ("perplexity", 1),
+    "test NLL": ("nll", 1),
+    "test accuracy (%)": ("accuracy", 100),
+    "test BLEU": ("bleu_lowercase", 100),
+    "test ROUGE-1": ("rouge1", 100),
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "task", "beside"),
+    [
+        ("Language modelling", "ptb-part", "alpha-6"),
+        ("Images", "fashion-mnist-part", "alpha-3"),
+        ("SST-2", "minilm-sst2-part", "alpha-6"),
+        ("Digits", "digits", "baseline"),
+        ("Translation", "multi30k-part-de-en", "alpha-6"),
+        ("Summarisation", "scitldr-part", "alpha-10"),
+    ],
+)
+def test_the_log_of_rising_alphas(section, task, beside):
+    """A cell has a mean over seeds, in brackets or in the next column the change by an arm."""
+    text = (ROOT / "docs/experiments-alpha.md").read_text("utf-8")
+    lines = text.split(f"\n## {section}\n")[1].split("\n## ")[0].splitlines()
+    header, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("|")
+    )
+    by_arm = {}
+    for record in load_records(ROOT / f"results/{task}-alpha-schedules"):
+        by_arm.setdefault(record.arm, {})[record.seed] = record.test
+    for shown, *cells in rows:
+        for column, cell in zip(header[1:], cells, strict=True):
+            if column in SHOWN_METRICS:
+                metric, factor = SHOWN_METRICS[column]
+            elif column != "difference to the best constant" or not cell:
+                continue
+            own, best = (
+                {seed: test[metric] * factor for seed, test in by_arm[arm].items()}
+                for arm in (SHOWN_ARMS[shown], beside)
+            )
+            found, change = estimate(list(own.values())), paired_difference(own, best)
+            expected = (*found[:2], *change[:2])
+            if column not in SHOWN_METRICS:
+                assert_rounded(cell, *change[:2])
+            else:
+                assert_rounded(cell, *expected[: len(numbers(cell))])
+
+
 def test_the_regret_of_alphas_that_rise():
     lines = (ROOT / "results/alpha_regret_nll.md").read_text("utf-8").splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
