@@ -1,5 +1,6 @@
 """What a function calls is found through helpers, decorators and inner functions."""
 
+import dis
 from functools import lru_cache, partial, wraps
 from types import ModuleType, SimpleNamespace
 
@@ -68,6 +69,34 @@ def by_module(batch):
     return HEAD(OTHER_FILE.embed(batch))
 
 
+def by_import(batch):
+    import OTHER_FILE
+
+    return HEAD(OTHER_FILE.embed(batch))
+
+
+def by_import_of_a_name(batch):
+    from OTHER_FILE import embed
+
+    return HEAD(embed(batch))
+
+
+def by_import_of_a_name_of_the_file(batch):
+    from unknown import embed_of_other_file
+
+    return HEAD(embed_of_other_file(batch))
+
+
+PACKAGE = ModuleType("package")
+PACKAGE.inner = OTHER_FILE
+
+
+def by_import_from_a_package(batch):
+    from PACKAGE.inner import embed
+
+    return HEAD(embed(batch))
+
+
 def by_three(batch):
     return by_helper(batch)
 
@@ -124,6 +153,10 @@ WAYS = {
     "compiled": torch.compile(by_helper, backend="eager"),
     "other file": by_other_file,
     "module": by_module,
+    "import inside": by_import,
+    "import of a name inside": by_import_of_a_name,
+    "import of a name of the file inside": by_import_of_a_name_of_the_file,
+    "import from a package inside": by_import_from_a_package,
     "chain of helpers": by_five,
     "method of a method": Methods().forward,
     "callable object": Methods(),
@@ -150,6 +183,15 @@ def test_a_monitored_pass_leaves_the_statistics_of_a_helpers_model():
 def test_functions_of_libraries_are_not_searched(monkeypatch):
     monkeypatch.setattr(regdrop.passes.stacking, "find_batch_size", nn.Identity())
     assert {*reached_modules(lambda batch: HEAD(repeat_batch(batch)))} == {HEAD}
+
+
+def test_code_is_read_once_however_many_functions_there_are(monkeypatch):
+    space = {"call_300": HEAD}
+    for i in range(300):
+        exec(f"def call_{i}(batch): return call_{i + 1}(batch)", space)
+    assert [*reached_modules(space["call_0"])] == [HEAD]
+    monkeypatch.delattr(dis, "get_instructions")
+    assert [*reached_modules(space["call_0"])] == [HEAD]
 
 
 def test_an_attribute_is_not_the_variable_of_its_name():

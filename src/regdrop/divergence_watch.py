@@ -26,6 +26,9 @@ _DEPTH = 4
 # Among how many items of a container, and of all of them: every step looks anew.
 _ITEMS = 100
 _LOOKS = 500
+# Steps of code that name a variable of the file; an import's name may be an attribute as well.
+_LOADS = {"LOAD_GLOBAL", "LOAD_NAME"}
+_VARIABLES = _LOADS | {"IMPORT_NAME", "IMPORT_FROM"}
 # What calls others, and what holds no model.
 _CALLS = (types.FunctionType, types.MethodType, functools.partial)
 _LEAVES = {str, bytes, bool, int, float, Tensor, nn.Parameter, type(None), type, types.ModuleType}
@@ -255,7 +258,8 @@ def _names(function: Any) -> _Names:
     return _names_in(function.__code__)
 
 
-@functools.lru_cache
+# As many as searches of several loops look at: one that holds fewer would hold none of them.
+@functools.lru_cache(maxsize=8 * _LOOKS)
 def _names_in(code: types.CodeType) -> _Names:
     variables: dict[str, None] = {}
     attributes: dict[str, None] = {}
@@ -263,8 +267,9 @@ def _names_in(code: types.CodeType) -> _Names:
         codes += [inner for inner in one.co_consts if isinstance(inner, types.CodeType)]
         for step in dis.get_instructions(one):
             if step.opcode in dis.hasname:
-                is_variable = step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-                (variables if is_variable else attributes)[step.argval] = None
+                parts = dict.fromkeys(step.argval.split("."))  # an import may name several
+                variables |= parts if step.opname in _VARIABLES else {}
+                attributes |= {} if step.opname in _LOADS else parts
     return _Names(tuple(variables), tuple(attributes))
 
 
