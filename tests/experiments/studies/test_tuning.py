@@ -334,19 +334,48 @@ def test_a_choice_says_of_what_it_is(tmp_path, short):
     assert said(longer, [7]) == ""
 
 
-def test_a_choice_of_auto_says_what_that_was(tmp_path, short):
-    found = {"rdrop": TunedArm({"rdrop.alpha": "auto"}, 0.5, 1, (7,)), "alpha-0": TunedArm()}
-    path = save_tuned(tmp_path, "compare", short, found)
+AUTO = {"rdrop.alpha": "auto"}
 
-    def said(arm):
-        return differing_choice(path, "compare", short, [arm], [0])
 
-    assert said("rdrop") == []
+def choose_before(folder, task, settings, figure=0.5):
+    """Write a choice as a version did whose alpha="auto" rose from 0 to 16."""
+    path = save_tuned(folder, "compare", task, {"rdrop": TunedArm(settings, figure, 1, (7,))})
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in content.items() if k != "auto"}))
-    (line,) = said("rdrop")
-    assert 'where alpha="auto" rose from 0.0 to 16.0; it rises from 3.0 to 10.0 now' in line
-    assert said("alpha-0") == []
+    del content["arms"]["rdrop"]["auto"]
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("others", "before", "after"),
+    [
+        ({}, "alpha_start=0.0, alpha_max=16.0", "alpha_start=3.0, alpha_max=10.0"),
+        ({"rdrop.alpha_max": 8.0}, "alpha_start=0.0", "alpha_start=3.0"),
+        ({"rdrop.alpha_start": 0.0}, "alpha_max=16.0", "alpha_max=10.0"),
+        ({"rdrop.alpha_start": 0.0, "rdrop.alpha_max": 8.0}, None, None),
+        ({"rdrop.alpha_rule": "stall"}, None, None),
+        ({"rdrop.alpha": 1}, None, None),
+    ],
+)
+def test_a_choice_of_auto_says_what_that_was(tmp_path, short, others, before, after):
+    path = choose_before(tmp_path, short, AUTO | others)
+    said = differing_choice(path, "compare", short, ["rdrop", "alpha-0"], [0])
+    expected = f'{path} was chosen for rdrop where alpha="auto" had {before}. It has {after} now.'
+    assert said == ([expected] if before else [])
+
+
+@pytest.mark.parametrize("figure", [0.6, 0.4])
+def test_a_choice_beside_one_of_before_is_not_of_before(tmp_path, short, figure):
+    """Nor is one of before of today where it stays, as the better one by the NLL."""
+    path = choose_before(tmp_path, short, AUTO)
+    now = {
+        "rdrop": TunedArm(AUTO, figure, 1, (7,)),
+        "rdrop-one-backward": TunedArm(AUTO, 0.5, 1, (7,)),
+    }
+    save_tuned(tmp_path, "compare", short, now)
+    said = differing_choice(path, "compare", short, [*now], [0])
+    assert len(said) == (figure > 0.5)
+    assert all("was chosen for rdrop where" in line for line in said)
 
 
 def test_an_arm_that_diverges_everywhere_does_not_lose_the_choice_of_others(

@@ -21,6 +21,12 @@ from regdrop.tasks import Task
 TUNED_NAME = "tuned.json"
 
 
+def _auto_now() -> dict[str, float]:
+    """Return between which numbers alpha="auto" rises."""
+    options = RDropConfig(alpha="auto").to_dict()
+    return {name: options[name] for name in AUTO_BEFORE}
+
+
 @dataclass(frozen=True)
 class TunedArm:
     """What was chosen for an arm.
@@ -31,12 +37,14 @@ class TunedArm:
             nothing was tried.
         tried: Number of settings that were tried.
         seeds: Seeds of the runs that were compared; none in a file of an older version.
+        auto: Between which numbers alpha="auto" rose then.
     """
 
     settings: dict[str, Setting] = field(default_factory=dict)
     validation: float | None = None
     tried: int = 0
     seeds: tuple[int, ...] = ()
+    auto: dict[str, float] = field(default_factory=_auto_now)
 
 
 def check_tuned(
@@ -102,7 +110,6 @@ def save_tuned(folder: Path, study: str, task: Task, tuned: Mapping[str, TunedAr
             "study": study,
             "task": task.name,
             "steps": task.training.max_steps,
-            "auto": _auto_now(),
             "arms": {name: asdict(own) for name, own in arms.items()},
         }
         write_json(path, content)
@@ -117,7 +124,9 @@ def load_tuned(path: Path, study: str) -> dict[str, TunedArm]:
     """
     arms = _read_tuned(path, study)["arms"]
     return {
-        name: TunedArm(own["settings"], own.get("validation"), own.get("tried", 0), own["seeds"])
+        name: TunedArm(
+            own["settings"], own.get("validation"), own.get("tried", 0), own["seeds"], own["auto"]
+        )
         for name, own in arms.items()
     }
 
@@ -141,13 +150,8 @@ def differing_choice(
         lines.append(f"{path} was chosen for the task {found}, not for {task.name}.")
     elif (other := content.get("steps", steps)) != steps:
         lines.append(f"{path} was chosen for runs of {other} steps, not of {steps}.")
-    before, now = content.get("auto", AUTO_BEFORE), _auto_now()
-    is_auto = any(chosen[x].settings.get("rdrop.alpha") == "auto" for x in arms if x in chosen)
-    if is_auto and before != now:
-        lines.append(
-            f'{path} was chosen where alpha="auto" rose from {before["alpha_start"]} to '
-            f"{before['alpha_max']}; it rises from {now['alpha_start']} to {now['alpha_max']} now."
-        )
+    for name in arms:
+        lines += _differing_auto(path, name, chosen[name]) if name in chosen else []
     used = {seed for name in arms if name in chosen for seed in chosen[name].seeds}
     if common := sorted(used & set(seeds)):
         are = "The seed {} is" if len(common) == 1 else "The seeds {} are"
@@ -158,10 +162,19 @@ def differing_choice(
     return lines
 
 
-def _auto_now() -> dict[str, float]:
-    """Return between which numbers alpha="auto" rises."""
-    options = RDropConfig(alpha="auto").to_dict()
-    return {name: options[name] for name in AUTO_BEFORE}
+def _differing_auto(path: Path, arm: str, chosen: TunedArm) -> list[str]:
+    """Return what is to be said where alpha="auto" was chosen and was another ramp then."""
+    own = {name.removeprefix("rdrop."): value for name, value in chosen.settings.items()}
+    if own.get("alpha") != "auto" or own.get("alpha_rule", "ramp") != "ramp":
+        return []
+    now = _auto_now()
+    changed = [end for end in now if end not in own and chosen.auto.get(end) != now[end]]
+    if not changed:
+        return []
+    before, after = (
+        ", ".join(f"{end}={ends.get(end)}" for end in changed) for ends in (chosen.auto, now)
+    )
+    return [f'{path} was chosen for {arm} where alpha="auto" had {before}. It has {after} now.']
 
 
 def _is_better(before: TunedArm, now: TunedArm, greater_is_better: bool) -> bool:
@@ -212,6 +225,7 @@ def _read_tuned(path: Path, study: str) -> dict[str, Any]:
         arms = {name: {**own, "settings": dict(**own["settings"])} for name, own in arms.items()}
         for own in arms.values():
             own["seeds"] = tuple(own.get("seeds", ()))
+            own["auto"] = dict(**own.get("auto", AUTO_BEFORE))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not {what}: {error}") from error
     if found != study:
