@@ -1,5 +1,5 @@
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -124,6 +124,15 @@ def test_a_task_of_another_name_is_read_by_its_family(record, short):
     runs = [record(task="my-digits", config=config, history=history)]
     assert find_metrics(runs) == short.metrics
     assert build_rows(runs)[0].best_part == 0.5
+
+
+def test_the_first_record_that_tells_how_its_metrics_are_read_tells_it(record):
+    how = Metric("errors", greater_is_better=False)
+    older, newer = (
+        record("baseline", seed, task="mine", test={"errors": 0.5}, metrics=metrics)
+        for seed, metrics in enumerate(({}, {"errors": asdict(how)}))
+    )
+    assert find_metrics([older, newer]) == {"errors": how}
 
 
 def test_a_metric_of_which_nothing_tells_the_direction_is_refused(record):

@@ -121,7 +121,8 @@ def find_metrics(records: Sequence[RunRecord]) -> dict[str, Metric]:
     Raises:
         ValueError: For a metric of which none tells whether more of it is better.
     """
-    known = {name: Metric(**how) for name, how in records[0].metrics.items()}
+    told = next((record.metrics for record in records if record.metrics), {})
+    known = {name: Metric(**how) for name, how in told.items()}
     if not known and (task := _task_of(records[0])):
         known = task.metrics
     metrics = {}
