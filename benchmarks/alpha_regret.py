@@ -71,14 +71,22 @@ def load_tasks(folders: Iterable[Path]) -> list[list[RunRecord]]:
     """Return the records of every task, in the order of their first folders, which are of studies.
 
     Raises:
-        ValueError: If a further folder of a task has other settings, or runs that are there.
+        ValueError: If a further folder of a task is of another study, or has other settings, or
+            runs that are there.
     """
     tasks: dict[str, list[RunRecord]] = {}
+    studies: dict[str, str] = {}
     for folder in folders:
-        records = load_records(folder)
+        records, study = load_records(folder), read_manifest(folder).study
         known = tasks.setdefault(records[0].task, [])
+        first = studies.setdefault(records[0].task, study)
         if known:
-            if read_manifest(folder).study == COMPARISON:
+            if study not in (first, COMPARISON):
+                raise ValueError(
+                    f"{folder} must hold results of {first!r}, as the first folder of "
+                    f"{known[0].task} does, or of {COMPARISON!r}, got {study!r}"
+                )
+            if study == COMPARISON:
                 seeds = {record.seed for record in known}
                 named = [one for one in map(_of_a_study, records) if one is not None]
                 records = [record for record in named if record.seed in seeds]

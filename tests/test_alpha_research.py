@@ -107,6 +107,17 @@ def test_further_runs_of_a_study_count_with_all_their_seeds_and_arms(script, tmp
     }
 
 
+@pytest.mark.parametrize("other", ["tune", "alpha"])
+def test_a_further_folder_of_another_study_is_refused(script, tmp_path, other):
+    module = script("alpha_regret")
+    for name, arm in (("alpha-schedules", "alpha-3"), (other, "alpha-5")):
+        for run in records(A, {arm: (2.8, 2.7)}):
+            run.save(record_path(tmp_path / name, run.arm, run.seed))
+        note_command(tmp_path / name, name, "regdrop")
+    with pytest.raises(ValueError, match=f"'alpha-schedules', as .* or of 'compare', got '{other}"):
+        module.load_tasks([tmp_path / "alpha-schedules", tmp_path / other])
+
+
 def test_a_further_folder_of_other_settings_or_of_the_same_runs_is_refused(script, tmp_path):
     module = script("alpha_regret")
     for run in records(A, {"alpha-3": (2.8, 2.7)}):
