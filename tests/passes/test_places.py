@@ -237,6 +237,10 @@ def test_positions_of_several_axes_have_the_items_second(axes, rows):
     assert torch.equal(take_items(batch, index)["position_ids"], positions[:, index])
 
 
-def test_positions_of_several_axes_that_all_rows_share_are_shared():
-    batch = {"input_ids": torch.zeros(4, 5), "position_ids": torch.zeros(3, 1, 5)}
+@pytest.mark.parametrize("axes", [3, 4])
+@pytest.mark.parametrize("rows", [2, 3, 4])
+def test_positions_of_several_axes_that_all_rows_share_are_shared(axes, rows):
+    batch = {"input_ids": torch.zeros(rows, 5), "position_ids": torch.zeros(axes, 1, 5)}
     assert repeat_batch(batch)["position_ids"] is batch["position_ids"]
+    taken = take_items(batch, torch.tensor([0, 1]))
+    assert taken["position_ids"] is batch["position_ids"]

@@ -59,6 +59,8 @@ def find_place(
     if len(shape) == 3:
         if _is_mask_of_heads(known, shape, size):
             return Place(0, shape[0] // size)
+        if are_shared_axes(known, shape, size):
+            return None
         if dim == 0 and (
             _has_layers_first(known, shape, size) or _has_axes_first(known, shape, size)
         ):
@@ -109,9 +111,15 @@ def _has_layers_first(name: str, shape: Any, size: int) -> bool:
 def _has_axes_first(name: str, shape: Any, size: int) -> bool:
     """Return whether positions in time, height and width (and in the text) are one behind another.
 
-    They are so in the models of Qwen that see pictures. Those of one row are of all rows alike.
+    They are so in the models of Qwen that see pictures.
     """
     return name == "position_ids" and bool(1 < size == shape[1] and shape[0] in _AXES)
+
+
+def are_shared_axes(name: Any, shape: Any, size: int) -> bool:
+    """Return whether positions of several axes are those of one row, of all rows alike."""
+    is_named = name == "position_ids" and len(shape) == 3
+    return is_named and bool(1 == shape[1] < size and shape[0] in _AXES)
 
 
 def _may_be_between_items(name: str, value: Any, dim: int) -> bool:

@@ -100,6 +100,7 @@ def test_a_part_of_flat_patches_is_refused(tmp_path):
         ({"input_ids": torch.ones(4, 3), "cache_position": torch.arange(3)}, None),
         ({"input_ids": torch.ones(4, 3), "position_ids": torch.arange(3)[None]}, None),
         ({"input_ids": torch.ones(4, 5), "position_ids": torch.ones(3, 4, 5)}, None),
+        ({"input_ids": torch.ones(4, 5), "position_ids": torch.ones(3, 1, 5)}, None),
         ({"input_ids": torch.ones(1, 5), "position_ids": torch.ones(4, 1, 5)}, "4 rows for 1"),
         ({"input_ids": torch.ones(4, 5), "position_ids": torch.ones(2, 4, 5)}, "2 rows for 4"),
         ({"input_ids": torch.ones(4, 3), "scale": torch.tensor(2.0), "name": "x"}, None),

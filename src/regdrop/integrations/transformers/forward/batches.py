@@ -11,7 +11,7 @@ from regdrop.passes.packed_rows import (
     may_hide_documents,
     tell_documents,
 )
-from regdrop.passes.places import find_place
+from regdrop.passes.places import are_shared_axes, find_place
 
 # Read by all rows alike, in whatever number of rows they come; of packed rows, stacked by name.
 _SHARED = frozenset({"cache_position", "head_mask", "cross_attn_head_mask", "decoder_head_mask"})
@@ -31,6 +31,8 @@ def why_not_stacked(inputs: Mapping[str, Any], rows: int) -> str | None:
         return "its one row may hold several documents, told apart by position_ids alone"
     for name, value in inputs.items():
         if not isinstance(value, Tensor) or value.dim() == 0 or name in _SHARED:
+            continue
+        if are_shared_axes(name, value.shape, rows):
             continue
         if value.shape[0] == rows or (name in _BROADCAST and value.shape[0] == 1):
             continue
