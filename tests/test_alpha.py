@@ -205,9 +205,17 @@ def test_a_run_that_had_to_follow_the_ramp_goes_on_so():
         )
 
 
-@pytest.mark.parametrize("highest", [None, 8.0, 20.0])
-def test_saved_options_fall_back_to_the_ramp_of_those_that_were_saved(highest):
-    config = RDropConfig(alpha="auto", alpha_rule="stall", alpha_max=highest)
+@pytest.mark.parametrize(
+    ("highest", "single_pass_below"),
+    [(None, None), (8.0, None), (16.0, None), (16.0, 12.0), (20.0, None)],
+)
+def test_saved_options_fall_back_to_the_ramp_of_those_that_were_saved(highest, single_pass_below):
+    config = RDropConfig(
+        alpha="auto",
+        alpha_rule="stall",
+        alpha_max=highest,
+        single_pass_below=single_pass_below,
+    )
     saved = RDropConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert saved == config
     ends = []

@@ -93,6 +93,7 @@ def test_options_that_an_earlier_version_saved_are_what_they_were():
     assert RDropConfig.from_dict(later) == ramp
     stall = RDropConfig.from_dict({**later, "alpha_rule": "stall"})
     assert stall == RDropConfig(alpha="auto", alpha_rule="stall", alpha_max=16.0)
+    assert replace(stall, alpha_rule="ramp").highest_alpha == 16
     # What was unpickled never saw its options.
     before = RDropConfig(alpha=2.0)
     object.__setattr__(before, "alpha_start", 0.0)
@@ -111,7 +112,8 @@ def test_options_that_are_no_mapping_are_named():
         ({}, (3.0, 10.0)),
         ({"alpha_max": 2.0}, (2.0, 2.0)),
         ({"alpha_start": 1.0}, (1.0, 10.0)),
-        ({"alpha_rule": "stall"}, (0.0, 16.0)),
+        ({"alpha_rule": "stall"}, (None, None)),
+        ({"alpha_rule": "stall", "alpha_max": 16.0}, (None, 16.0)),
     ],
 )
 def test_saved_options_say_between_which_numbers_alpha_rises(options, ends):

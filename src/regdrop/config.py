@@ -156,10 +156,10 @@ class RDropConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the options as a dictionary that JSON can hold.
 
-        Where alpha is "auto" it holds the numbers from which and to which it rises.
+        Where alpha is "auto" by the "ramp" it holds the numbers from which and to which it rises.
         """
         options = asdict(self)
-        if self.alpha == "auto":
+        if self.alpha == "auto" and self.alpha_rule == "ramp":
             ends = auto_range(self.alpha_rule, self.alpha_start, self.alpha_max)
             options["alpha_start"], options["alpha_max"] = ends
         return {
@@ -190,11 +190,10 @@ class RDropConfig:
 
     def _leave_out_unused(self) -> None:
         """Take the defaults of before where an option means nothing: saved options hold them."""
-        if self.alpha == "auto" and self.alpha_rule == "ramp":
-            return
-        for name, meant in (("alpha_max", RULE_MAX), ("alpha_start", 0)):
-            if getattr(self, name) == meant:
-                object.__setattr__(self, name, None)
+        if self.alpha != "auto" and self.alpha_max == RULE_MAX:
+            object.__setattr__(self, "alpha_max", None)
+        if self.alpha_start == 0 and (self.alpha != "auto" or self.alpha_rule != "ramp"):
+            object.__setattr__(self, "alpha_start", None)
 
     def _check_numbers(self) -> None:
         check_number("fraction", self.fraction, low=0, high=1)

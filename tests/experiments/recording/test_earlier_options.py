@@ -32,6 +32,14 @@ def test_options_of_before_are_those_of_now(rdrop):
     assert with_later_options(found) == found
 
 
+def test_a_rule_that_reads_the_validation_loss_reached_16_and_does_so_now():
+    rule = RDropConfig(alpha="auto", alpha_rule="stall")
+    found = with_later_options({"rdrop": as_before(rule)})
+    assert found == with_later_options({"rdrop": rule.to_dict()}) == with_later_options(found)
+    assert RDropConfig.from_dict(found["rdrop"]) == replace(rule, alpha_max=16.0)
+    assert with_later_options({"rdrop": {"alpha": "auto", "alpha_rule": "stall"}}) == found
+
+
 def test_an_alpha_of_auto_was_a_ramp_from_0_to_16():
     found = with_later_options({"rdrop": {"alpha": "auto"}})["rdrop"]
     assert RDropConfig.from_dict(found) == FROM_0_TO_16

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from regdrop.alpha_options import RULE_MAX
 from regdrop.config import RDropConfig
 
 # What was done before an option existed, where that is not its default now: alpha="auto" was a
@@ -17,4 +18,6 @@ def with_later_options(found: Mapping[str, Any]) -> dict[str, Any]:
     rdrop = {**RDropConfig().to_dict(), **AUTO_BEFORE, **found["rdrop"]}
     if rdrop["alpha"] != "auto":  # they mean nothing there, and are None today
         rdrop |= {name: None for name, value in AUTO_BEFORE.items() if rdrop[name] == value}
+    elif rdrop["alpha_rule"] != "ramp":  # 16 was written for None, and is what it means
+        rdrop |= {"alpha_start": None, "alpha_max": rdrop["alpha_max"] or RULE_MAX}
     return {**found, "rdrop": rdrop}

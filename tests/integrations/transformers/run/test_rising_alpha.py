@@ -1,7 +1,9 @@
 """Alpha that rises in a run of the Trainer: ramps, rules, one pass while it is small."""
 
+import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from regdrop.integrations.transformers import RDropTrainer
 from training import arguments, assert_same_run, logged, parameters
 
 AUTO = RDropConfig(alpha="auto")
-# Its alphas in a run of 8 steps.
+LINEAR = RDropConfig(alpha=2.0, alpha_schedule="linear", alpha_warmup_ratio=1.0)
+# The alphas of "auto" in a run of 8 steps.
 RAMP = [3 + 7 * step / 8 for step in range(8)]
 # Validation losses above those of training, and rising.
 HIGH = {2: 1.3, 4: 1.5, 6: 1.6, 8: 1.7}
@@ -336,9 +339,30 @@ def test_a_run_that_had_no_validation_goes_on_by_the_ramp_and_says_so(tmp_path, 
     assert "there is none in the run so far: alpha follows the ramp" in caplog.text
 
 
-def test_a_run_that_was_a_ramp_goes_on_by_the_rule_that_it_is_given(tmp_path, caplog):
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_rule_whose_end_an_earlier_version_wrote_goes_on_as_it_was(tmp_path, caplog):
+    rdrop, options, checkpoint = resumable(tmp_path)
+    whole = train(tmp_path, rdrop, **options)
+    resolved = {"alpha_start": 0.0, "alpha_max": 16.0}
+    edit(Path(checkpoint) / "rdrop_config.json", lambda saved: saved.update(resolved))
+    with caplog.at_level(logging.WARNING):
+        again = train(tmp_path, rdrop, resume=checkpoint, **options)
+    assert logged(again, "alpha") == logged(whole, "alpha")
+    assert "goes on by" not in caplog.text
+
+
+@pytest.mark.parametrize("rule", [None, AlphaController(8).state_dict()])
+def test_a_run_that_was_a_ramp_goes_on_by_the_rule_that_it_is_given(tmp_path, caplog, rule):
     rdrop, options, checkpoint = resumable(tmp_path)
     begun = train(tmp_path, AUTO, **options)
+    # An earlier version wrote the state of a ramp, too.
+    state = Path(checkpoint) / "rdrop_state.json"
+    edit(state, lambda saved: saved["planner"].update(rule=rule))
     with caplog.at_level(logging.WARNING):
         again = train(tmp_path, rdrop, resume=checkpoint, **options)
     assert logged(begun, "alpha") == RAMP
@@ -352,10 +376,13 @@ def test_a_run_that_was_a_ramp_goes_on_by_the_rule_that_it_is_given(tmp_path, ca
 @pytest.mark.parametrize(
     ("rdrop", "told"),
     [
-        (AUTO, True),
-        (RDropConfig(alpha=2.0, alpha_schedule="linear", alpha_warmup_ratio=1.0), True),
-        (RDropConfig(alpha=2.0, alpha_schedule="linear", alpha_warmup_steps=8), False),
-        (replace(AUTO, alpha_rule="stall"), False),
+        (AUTO, "alpha is 5.8 here and was 6.5"),
+        (LINEAR, "alpha is 0.8 here and was 1"),
+        (replace(LINEAR, alpha_warmup_ratio=0.1), None),
+        (replace(LINEAR, alpha_warmup_ratio=None, alpha_warmup_steps=8), None),
+        (replace(AUTO, alpha_start=8.0, alpha_max=8.0), None),
+        (replace(AUTO, start_step=6), None),
+        (replace(AUTO, alpha_rule="stall"), None),
     ],
 )
 def test_a_run_that_goes_on_for_longer_than_it_was_to_is_told_of_its_alpha(
@@ -363,13 +390,14 @@ def test_a_run_that_goes_on_for_longer_than_it_was_to_is_told_of_its_alpha(
 ):
     _, options, checkpoint = resumable(tmp_path)
     train(tmp_path, rdrop, **options)
-    said = "alpha is a part of the run, which has 10 steps and had 8 at the checkpoint"
+    length = "it is a part of the run, which has 10 steps and had 8 at the checkpoint"
     with caplog.at_level(logging.WARNING):
         train(tmp_path, rdrop, resume=checkpoint, **options)
         assert "is a part of the run" not in caplog.text
         options |= {"max_steps": 10, "losses": {**HIGH, 10: 1.8}}
         again = train(tmp_path, rdrop, resume=checkpoint, **options)
-    assert (said in caplog.text) is told
+    assert ("is a part of the run" in caplog.text) is (told is not None)
+    assert told is None or f"{told}: {length}" in caplog.text
     if rdrop == AUTO:
         assert logged(again, "alpha")[3:5] == pytest.approx([RAMP[3], 3 + 7 * 4 / 10])
 

@@ -115,7 +115,7 @@ class StepPlanner:
 
 
 def _rule_of(config: RDropConfig) -> tuple[Any, ...]:
-    return config.alpha_rule, config.alpha_max, config.alpha_min
+    return config.alpha_rule, config.highest_alpha, config.alpha_min
 
 
 def find_validation_loss(metrics: Mapping[str, float], data: Any) -> float | None:

@@ -9,6 +9,8 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from regdrop.alpha import AlphaController
+from regdrop.alpha_options import auto_range
 from regdrop.config import RDropConfig
 from regdrop.divergence_watch import warn_zero_divergence
 from regdrop.integrations.transformers.run.checkpoints import load_renamed_weights
@@ -17,7 +19,7 @@ from regdrop.integrations.transformers.run.planning import StepPlanner, find_val
 from regdrop.integrations.transformers.run.recording import add_to_model_card
 from regdrop.loss import ItemCounts
 from regdrop.meter import LossMeter
-from regdrop.schedule import StepPlan, is_part_of_run
+from regdrop.schedule import StepPlan, follows_validation, is_part_of_run, scheduled_alpha
 from regdrop.whole_files import write_text
 
 CONFIG_NAME = "rdrop_config.json"
@@ -132,16 +134,21 @@ class RunState(WindowCounting):
         if state.exists():
             self._resumed_state = json.loads(state.read_text(encoding="utf-8"))
         if config.exists():
-            self._compare_alpha(json.loads(config.read_text(encoding="utf-8")))
+            saved = json.loads(config.read_text(encoding="utf-8"))
+            self._compare_alpha(saved)
+            planner = (self._resumed_state or {}).get("planner")
+            # A ramp that was asked for once left a state, as one that a rule had to follow does.
+            if planner is not None and saved.get("alpha_rule") == "ramp":
+                planner["rule"] = None
 
     def _compare_alpha(self, saved: dict[str, Any]) -> None:
         """Tell where alpha="auto" rises otherwise than in the run that a checkpoint is of."""
         if not saved.get("alpha") == self.rdrop.alpha == "auto":
             return
-        now, saved = self.rdrop.to_dict(), {"alpha_start": 0.0, **saved}
-        names = [n for n in ("alpha_rule", "alpha_start", "alpha_max") if saved.get(n) != now[n]]
+        now, was = _rise(self.rdrop.to_dict()), _rise({"alpha_start": 0.0, **saved})
+        names = [name for name in now if was[name] != now[name]]
         if names:
-            before, after = (", ".join(f"{n}={x.get(n)!r}" for n in names) for x in (saved, now))
+            before, after = (", ".join(f"{n}={x[n]!r}" for n in names) for x in (was, now))
             self._tell(
                 f"alpha='auto' goes on by {after}; the checkpoint's run had {before}: give these "
                 "to go on as it was"
@@ -152,10 +159,14 @@ class RunState(WindowCounting):
         now = self.state.max_steps
         if before in (None, now) or self._planner.reads_validation:
             return
-        if is_part_of_run(self.rdrop):
+        if not is_part_of_run(self.rdrop):
+            return
+        step = self.state.global_step
+        here, was = (f"{_ramp_at(self.rdrop, step, total):.3g}" for total in (now, before))
+        if here != was:
             self._tell(
-                f"alpha is a part of the run, which has {now} steps and had {before} at the "
-                f"checkpoint: it goes on as in a run of {now}"
+                f"alpha is {here} here and was {was}: it is a part of the run, which has {now} "
+                f"steps and had {before} at the checkpoint"
             )
 
     def _load_renamed(self, checkpoint: str | None) -> bool:
@@ -208,6 +219,22 @@ class RunState(WindowCounting):
         self._searched_rdrop = self.rdrop
         # The model may be another too.
         self._source, self._is_checked = None, False
+
+
+def _ramp_at(config: RDropConfig, step: int, total_steps: int) -> float:
+    """Return alpha of a step in a run of so many steps that has no validation loss."""
+    if not follows_validation(config):
+        return scheduled_alpha(config, step, total_steps)
+    controller = AlphaController.from_config(config, total_steps)
+    controller.follow_ramp()
+    return controller.alpha_at(step)
+
+
+def _rise(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how alpha="auto" rises by saved options, where None is the number that it means."""
+    rule = options.get("alpha_rule", "ramp")
+    start, end = auto_range(rule, options["alpha_start"], options.get("alpha_max"))
+    return {"alpha_rule": rule, "alpha_start": start, "alpha_max": end}
 
 
 def _own_options(params: Mapping[str, Any]) -> dict[str, Any]:
