@@ -126,12 +126,12 @@ def _check_options_of_auto_are_absent(options: AlphaOptions) -> None:
             )
 
 
-def _check_auto(options: AlphaOptions, ramp: str) -> None:
+def _check_auto(options: AlphaOptions, excluded: str) -> None:
     if options.alpha_schedule != "constant":
-        ramp = f"alpha_schedule={options.alpha_schedule!r}"
-    if ramp:
+        excluded = f"alpha_schedule={options.alpha_schedule!r}"
+    if excluded:
         raise ValueError(
-            f"alpha='auto' is a schedule itself: it excludes {ramp}; give the "
+            f"alpha='auto' is a schedule itself: it excludes {excluded}; give the "
             "ramp's end as alpha_max, or a ramp of another length or form by a number as alpha "
             "beside alpha_schedule"
         )
