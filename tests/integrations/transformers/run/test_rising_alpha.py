@@ -402,6 +402,15 @@ def test_a_run_that_goes_on_for_longer_than_it_was_to_is_told_of_its_alpha(
         assert logged(again, "alpha")[3:5] == pytest.approx([RAMP[3], 3 + 7 * 4 / 10])
 
 
+def test_a_rule_that_had_to_follow_the_ramp_is_told_of_another_length_too(tmp_path, caplog):
+    rdrop, options, checkpoint = resumable(tmp_path, eval_strategy="no")
+    train(tmp_path, rdrop, validation=False, **options)
+    options["max_steps"] = 10
+    with caplog.at_level(logging.WARNING):
+        train(tmp_path, rdrop, resume=checkpoint, validation=False, **options)
+    assert "alpha is 5.8 here and was 6.5" in caplog.text
+
+
 @pytest.mark.parametrize("case", ["no data", "no evaluation", "no loss"])
 def test_without_a_validation_loss_alpha_follows_the_ramp_and_that_is_said_once(
     tmp_path, caplog, case
