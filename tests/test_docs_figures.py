@@ -203,10 +203,21 @@ SHOWN_ARMS = {
     '`"gap"`': "gap-16",
     'the KL of the best evaluation (`"kl-target"`)': "kl-target-16",
     '`"kl-target"`': "kl-target-16",
-    "alpha 16 in the last third, one pass before": "late-start",
-    "alpha 16 in the last third": "late-start",
+    "alpha 16 in the second half, one pass before": "late-start",
+    "alpha 16 in the second half": "late-start",
     "one pass, dropout odds rising to 4 times": "rising-dropout-4",
 }
+
+
+def table_of_costs(task):
+    """Return the cost of each arm in the report of a study."""
+    page = f"results/{task}-alpha-schedules/report.md"
+    lines = (ROOT / page).read_text("utf-8").splitlines()
+    header = next(line for line in lines if line.startswith("| arm"))
+    place = [cell.strip() for cell in header.strip("|").split("|")].index("cost")
+    return [(row[0], row[place]) for row in table(page, header)]
+
+
 SHOWN_METRICS = {
     "test perplexity": ("perplexity", 1),
     "test NLL": ("nll", 1),
@@ -239,8 +250,11 @@ def test_the_log_of_rising_alphas(section, task, beside):
     by_arm = {}
     for record in load_records(ROOT / f"results/{task}-alpha-schedules"):
         by_arm.setdefault(record.arm, {})[record.seed] = record.test
+    costs = dict(table_of_costs(task))
     for shown, *cells in rows:
         for column, cell in zip(header[1:], cells, strict=True):
+            if column == "cost":
+                assert cell == costs[SHOWN_ARMS[shown]]
             if column in SHOWN_METRICS:
                 metric, factor = SHOWN_METRICS[column]
             elif column != "difference to the best constant" or not cell:
